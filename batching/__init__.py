@@ -1,0 +1,1 @@
+"""Rows, batches and the device. Nothing here sees text, JSON or HTTP."""

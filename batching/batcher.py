@@ -1,0 +1,211 @@
+"""The middle of the service: accepts requests, forms batches, hands them to the worker, delivers what comes back.
+
+Everything here runs on the event loop's thread. Life of a batcher:
+
+    STARTING --engine built--> READY --drain--> DRAINING --all done or time up--> STOPPED
+        \\--engine cannot be built, or the worker thread dies at any time--> FAILED
+
+Only READY accepts requests. STOPPED and FAILED are final.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from batching.engine import Engine
+from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull
+from batching.events import (
+    BatchEnded,
+    BatchStarted,
+    Observer,
+    QueueChanged,
+    Rejected,
+    RowEnded,
+    State,
+    StateChanged,
+    Stepped,
+    broadcast,
+)
+from batching.queue import BatchLimits, RowQueue
+from batching.rate import ServiceRate
+from batching.row import Row
+from batching.stream import Stream
+from batching.types import ModelInfo, Request
+from batching.worker import News, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingConfig:
+    """`window` in seconds: how long an idle device waits, from a batch's first row on, for others to join it."""
+
+    max_batch_rows: int = 16
+    window: float = 0.005
+    queue_limit: int = 256
+
+
+class Batcher:
+    """See the module. `build` runs on the worker thread and makes the engine; observers hear of every event."""
+
+    def __init__(self, build: Callable[[], Engine], config: BatchingConfig, observers: Iterable[Observer] = ()) -> None:
+        self._build = build
+        self._config = config
+        self._observe = broadcast(observers)
+        self._queue = RowQueue(config.queue_limit)
+        self._running: dict[Row, None] = {}
+        self._rate = ServiceRate()
+        self.state = State.STARTING
+        self.error: BaseException | None = None
+
+    async def start(self) -> ModelInfo:
+        """Start the worker and wait until the engine is built. Raises what building it raised."""
+        loop = asyncio.get_running_loop()
+        self._built: asyncio.Future[ModelInfo] = loop.create_future()
+        self._batch_over: asyncio.Future[None] = loop.create_future()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.ended = asyncio.Event()
+        self._worker = Worker(self._build, self, loop.call_soon_threadsafe)
+        self._worker.start()
+        self._info = await self._built
+        self._limits = BatchLimits(self._config.max_batch_rows, self._info.token_budget)
+        self._collector = asyncio.create_task(self._collect(), name="collector")
+        self._collector.add_done_callback(self._collector_ended)
+        self._move(State.READY)
+        return self._info
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request. Raises `NotReady` or `QueueFull`.
+
+        The caller has checked the request: its prompt and output fit the context window and the token budget.
+        """
+        if self.state is not State.READY:
+            self._observe(Rejected("not_ready"))
+            raise NotReady(self.state)
+        if self._queue.full:
+            self._observe(Rejected("queue_full"))
+            raise QueueFull(self._rate.seconds_for(len(self._queue)))
+        stream = Stream(request, self._row_ended)
+        self._queue.push(stream.row)
+        self._idle.clear()
+        self._rate.resume()
+        self._queue_changed()
+        return stream
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests, finish the accepted ones within `seconds`, fail the rest, stop the worker."""
+        if self.state is State.STARTING:
+            self._move(State.STOPPED)
+            self._built.set_exception(NotReady(State.STOPPED))
+        if self.state is not State.READY:
+            return
+        self._move(State.DRAINING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        if not self.ended.is_set():
+            self._end(State.STOPPED, Drained("the service is stopping and the time to finish is over"))
+
+    async def _collect(self) -> None:
+        """Form one batch after another. The next one fills while one runs."""
+        while True:
+            while not self._queue:
+                await self._queue.change()
+            opened = time.monotonic()
+            await self._window()
+            if rows := self._take(opened):
+                self._batch_over = asyncio.get_running_loop().create_future()
+                self._worker.give(rows)
+                await self._batch_over
+
+    async def _window(self) -> None:
+        """Wait until the batch is full or its first row has waited for the window's length."""
+        while self._queue and len(self._queue) < self._limits.max_rows:
+            left = self._queue.oldest.arrived + self._config.window - time.monotonic()
+            if left <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._queue.change()
+
+    def _take(self, opened: float) -> list[Row]:
+        rows = self._queue.take(self._limits)
+        if not rows:
+            return rows
+        now = time.monotonic()
+        self._running.update(dict.fromkeys(rows))
+        for row in rows:
+            row.stream.started(now, len(rows))
+        prompts = [len(row.request.prompt) for row in rows]
+        waits = tuple(now - row.arrived for row in rows)
+        self._queue_changed()
+        self._observe(
+            BatchStarted(
+                rows=len(rows),
+                prompt_tokens=sum(prompts),
+                padded_tokens=len(rows) * max(prompts),
+                window_wait=now - opened,
+                queue_waits=waits,
+            )
+        )
+        return rows
+
+    def _queue_changed(self) -> None:
+        self._observe(QueueChanged(len(self._queue), self._queue.prompt_tokens))
+
+    def _row_ended(self, row: Row, event: RowEnded) -> None:
+        if self._queue.discard(row):
+            self._queue_changed()
+        self._running.pop(row, None)
+        self._rate.ended(event)
+        self._observe(event)
+        if not self._queue and not self._running:
+            self._idle.set()
+            self._rate.pause()
+
+    def _move(self, state: State) -> None:
+        self.state = state
+        self._observe(StateChanged(state))
+
+    def _end(self, state: State, error: BatchingError) -> None:
+        """Go to a final state: every row that is left gets `error`, the worker ends after the step in hand."""
+        self._move(state)
+        self._collector.cancel()
+        for row in [*self._queue, *self._running]:
+            row.cancelled = True
+            row.stream.fail(error)
+        self._worker.finish()
+        self.ended.set()
+
+    def _collector_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self.on_worker_died(error)
+
+    # What the worker tells, on the loop's thread.
+
+    def on_built(self, info: ModelInfo) -> None:
+        if not self._built.done():
+            self._built.set_result(info)
+
+    def on_step(self, news: News, running: int, at: float) -> None:
+        for row, token, finish in news:
+            row.stream.feed(token, finish, at)
+        self._observe(Stepped(at, len(news), running))
+
+    def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None:
+        for row in rows:
+            row.stream.fail(error)
+
+    def on_batch_over(self, rows: int, duration: float, memory: int) -> None:
+        self._observe(BatchEnded(rows, duration, memory))
+        if not self._batch_over.done():
+            self._batch_over.set_result(None)
+
+    def on_worker_died(self, error: BaseException) -> None:
+        self.error = error
+        if not self._built.done():
+            self._move(State.FAILED)
+            self._built.set_exception(error)
+        elif self.state in (State.READY, State.DRAINING):
+            self._end(State.FAILED, EngineError("the worker thread died"))

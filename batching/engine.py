@@ -1,0 +1,32 @@
+"""What the worker thread asks of an engine, and what it offers an engine in return."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from batching.row import Row
+from batching.types import ModelInfo
+
+
+class Steps(Protocol):
+    """The worker's side of a running batch, called by the engine once a decode step."""
+
+    def emit(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[bool]:
+        """Hand over one new token a row; answers, per row, whether it is over. Rows already over are ignored."""
+        ...
+
+
+class Engine(Protocol):
+    """Continues prompts. Every method runs on the worker thread, which owns the device.
+
+    `run` blocks until every row is over. It may raise `OutOfMemory` (the worker splits the batch and tries again)
+    or anything else (every row of the batch gets an error, the worker goes on with the next batch).
+    """
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def run(self, rows: Sequence[Row], steps: Steps) -> None: ...
+
+    def memory(self) -> int:
+        """Bytes the device's allocator holds now."""
+        ...

@@ -1,0 +1,41 @@
+"""What can go wrong below the HTTP layer. `server/errors.py` turns each into a status and a body."""
+
+
+class BatchingError(Exception):
+    """Base of all that the batcher raises or hands to a stream."""
+
+
+class ModelError(BatchingError):
+    """The model cannot be found, loaded or run on this device; the message is one sentence for a person."""
+
+
+class NotReady(BatchingError):
+    """The batcher takes no work in its present state (starting, draining, stopped or failed)."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(state)
+        self.state = state
+
+
+class QueueFull(BatchingError):
+    """The queue holds as many rows as it may; `retry_after` is the expected wait in seconds."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full, retry after {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(BatchingError):
+    """The request's time limit passed before its answer was complete."""
+
+
+class Drained(BatchingError):
+    """The process is stopping and the drain time ended before this answer was complete."""
+
+
+class EngineError(BatchingError):
+    """The engine raised while this row was in its batch, or the worker thread died."""
+
+
+class OutOfMemory(EngineError):
+    """The device ran out of memory with this row alone in a batch, or after it had sent tokens."""

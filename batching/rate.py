@@ -1,0 +1,42 @@
+"""How fast requests are being answered, to tell a refused client when to come back."""
+
+import time
+from collections import deque
+
+from batching.events import Outcome, RowEnded
+
+
+class ServiceRate:
+    """Answers per second over the last 64 answers, on a clock that stands still while nobody asks. Loop only."""
+
+    def __init__(self) -> None:
+        self._ended: deque[float] = deque(maxlen=64)
+        self._busy = 0.0
+        self._since: float | None = None
+
+    def _clock(self) -> float:
+        """Busy seconds so far."""
+        return self._busy if self._since is None else self._busy + time.monotonic() - self._since
+
+    def resume(self) -> None:
+        """A request is waiting or running."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def pause(self) -> None:
+        """No request is left."""
+        self._busy, self._since = self._clock(), None
+
+    def ended(self, event: RowEnded) -> None:
+        if event.outcome is Outcome.ANSWERED:
+            self._ended.append(self._clock())
+
+    def seconds_for(self, requests: int) -> float:
+        """Seconds until about `requests` more are answered, from 1 to 60 (the most that OpenAI's client waits).
+
+        Before the second answer there is no rate to go by, and it is 1.
+        """
+        if len(self._ended) < 2:
+            return 1.0
+        pace = (self._clock() - self._ended[0]) / (len(self._ended) - 1)
+        return min(60.0, max(1.0, requests * pace))

@@ -1,0 +1,132 @@
+"""The event loop's side of a row: an async iterator over its tokens, and the one place that decides its outcome.
+
+Everything here runs on the loop's thread. The first of answer, error, cancel and deadline wins; whatever the worker
+still sends for the row afterwards is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from batching.errors import BatchingError, DeadlineExceeded, Drained
+from batching.events import Outcome, RowEnded
+from batching.row import Row
+from batching.types import Delta, Finish, Request
+
+
+class Stream:
+    """Tokens of one request. Leaving its `async with` block early cancels the row.
+
+    Iterating yields `Delta`s, each with all tokens that came since the last one, so a slow reader gets fewer and
+    larger deltas and the buffer never holds more than `max_tokens`. Raises the row's error: `DeadlineExceeded`,
+    `Drained` or an `EngineError`.
+    """
+
+    def __init__(self, request: Request, ended: Callable[[Row, RowEnded], None]) -> None:
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._tokens: list[int] = []
+        self._finish: Finish | None = None
+        self._error: BatchingError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._queue_wait: float | None = None
+        self._ttft: float | None = None
+        self._batch_size = 0
+        self.row = Row(request, self, arrived=time.monotonic())
+        self._deadline = self._loop.call_later(request.time_limit, self._expire)
+        self.output_tokens = 0
+
+    @property
+    def over(self) -> bool:
+        return self._finish is not None
+
+    def started(self, at: float, batch_size: int) -> None:
+        """The row was handed to the worker in a batch of `batch_size` rows."""
+        self._queue_wait = at - self.row.arrived
+        self._batch_size = batch_size
+
+    def feed(self, token: int, finish: Finish | None, at: float) -> None:
+        """One token from the worker, produced at monotonic time `at`."""
+        if self.over:
+            return
+        if self._ttft is None:
+            self._ttft = at - self.row.arrived
+        self.output_tokens += 1
+        self._tokens.append(token)
+        if finish is not None:
+            self._end(finish, Outcome.ANSWERED)
+        self._wake()
+
+    def fail(self, error: BatchingError) -> None:
+        """End the row with an error, which the reader gets after the tokens that came before it."""
+        if not self.over:
+            self._error = error
+            self._end(Finish.ERROR, Outcome.DRAINED if isinstance(error, Drained) else Outcome.ERROR)
+            self._wake()
+
+    def cancel(self) -> None:
+        """The client left: nobody reads this any more."""
+        self._stop(Finish.CANCELLED, Outcome.CANCELLED)
+
+    def stop(self) -> None:
+        """The reader has what it wants (a stop string): the row is answered and needs no more steps."""
+        self._stop(Finish.STOP, Outcome.ANSWERED)
+
+    def _expire(self) -> None:
+        self._error = DeadlineExceeded("the request's time limit passed")
+        self._stop(Finish.DEADLINE, Outcome.DEADLINE)
+        self._wake()
+
+    def _stop(self, finish: Finish, outcome: Outcome) -> None:
+        if not self.over:
+            self.row.cancelled = True
+            self._end(finish, outcome)
+
+    def _end(self, finish: Finish, outcome: Outcome) -> None:
+        self._finish = finish
+        self._deadline.cancel()
+        request = self.row.request
+        self._ended(
+            self.row,
+            RowEnded(
+                id=request.id,
+                outcome=outcome,
+                finish=finish,
+                prompt_tokens=len(request.prompt),
+                output_tokens=self.output_tokens,
+                queue_wait=self._queue_wait,
+                ttft=self._ttft,
+                duration=time.monotonic() - self.row.arrived,
+                batch_size=self._batch_size,
+            ),
+        )
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._tokens and not self.over:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self._tokens:
+            tokens, self._tokens = tuple(self._tokens), []
+            return Delta(tokens, finish=None if self._error else self._finish)
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()

@@ -1,0 +1,79 @@
+"""The values that cross the edge between text (above) and tokens (here). All frozen: any thread may read them."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Finish(StrEnum):
+    """Why a row is over."""
+
+    STOP = "stop"  # a stop token, or a stop string found above
+    LENGTH = "length"  # max_tokens reached
+    CANCELLED = "cancelled"  # the client left
+    DEADLINE = "deadline"  # the request's time limit passed
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one row chooses its tokens.
+
+    Applied in this order: penalties, temperature, top_k, top_p, min_p. Temperature 0 is greedy. `seed` is any
+    signed 64-bit number. `presence_penalty` and `frequency_penalty` count the row's own output tokens (OpenAI's
+    definition); `repetition_penalty` counts prompt and output (transformers' definition).
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued. `time_limit` is in seconds from submission."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    time_limit: float
+
+    @property
+    def total_tokens(self) -> int:
+        """The most positions this request can occupy: prompt and allowed output."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a stream hands out: the tokens since the last delta, and on the last one why the row is over."""
+
+    tokens: tuple[int, ...]
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the layers above need to know of a loaded model. Sizes in tokens, memory in bytes."""
+
+    device: str
+    dtype: str
+    parameters: int
+    vocab_size: int
+    context_window: int
+    token_budget: int
+    stop_token_ids: frozenset[int]

@@ -1,0 +1,134 @@
+"""The worker thread: the only one that touches the device. It builds the engine, then runs one batch after another.
+
+It is handed whole batches through a thread-safe queue and tells the event loop what happened through `post`: one
+`call_soon_threadsafe` a decode step, carrying every row's news.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from batching.engine import Engine
+from batching.errors import BatchingError, EngineError, OutOfMemory
+from batching.row import Row
+from batching.types import Finish, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+News = list[tuple[Row, int, Finish | None]]
+
+
+class Listener(Protocol):
+    """What the worker tells. Each call is made on the event loop's thread."""
+
+    def on_built(self, info: ModelInfo) -> None: ...
+    def on_step(self, news: News, running: int, at: float) -> None: ...
+    def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None: ...
+    def on_batch_over(self, rows: int, duration: float, memory: int) -> None: ...
+    def on_worker_died(self, error: BaseException) -> None: ...
+
+
+Post = Callable[..., object]
+"""`loop.call_soon_threadsafe`, or a stand-in for it."""
+
+
+class Worker:
+    """Owns the thread. `start` once, `give` batches, `finish` to let it end after the batch in hand."""
+
+    def __init__(self, build: Callable[[], Engine], listener: Listener, post: Post) -> None:
+        self._build = build
+        self._listener = listener
+        self._post = post
+        self._batches: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()
+        # A daemon, so that a hung kernel cannot keep the process from ending.
+        self._thread = threading.Thread(target=self._main, name="gpu-worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def give(self, rows: list[Row]) -> None:
+        self._batches.put(rows)
+
+    def finish(self) -> None:
+        self._batches.put(None)
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread's end; False if it still runs after `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        try:
+            engine = self._build()
+            self._tell(self._listener.on_built, engine.info)
+            while (rows := self._batches.get()) is not None:
+                started = time.monotonic()
+                self._run(engine, rows)
+                duration = time.monotonic() - started
+                self._tell(self._listener.on_batch_over, len(rows), duration, engine.memory())
+        except BaseException as error:
+            if not isinstance(error, BatchingError):
+                logger.exception("the worker thread died")
+            self._tell(self._listener.on_worker_died, error)
+
+    def _run(self, engine: Engine, rows: Sequence[Row]) -> None:
+        rows = [row for row in rows if not row.cancelled]
+        if not rows:
+            return
+        try:
+            engine.run(rows, BatchSteps(self._report))
+        except OutOfMemory as error:
+            self._split(engine, rows, error)
+        except Exception as error:
+            logger.exception("a batch of %d rows failed", len(rows))
+            self._fail(rows, EngineError(f"the batch failed with {type(error).__name__}"))
+
+    def _split(self, engine: Engine, rows: Sequence[Row], error: OutOfMemory) -> None:
+        """Try again in two halves with the rows that have sent nothing; the others cannot be started over."""
+        again = [row for row in rows if not row.sent]
+        self._fail([row for row in rows if row.sent], error)
+        if len(again) == len(rows) == 1:
+            self._fail(again, error)
+            return
+        logger.warning("out of memory with %d rows in a batch, trying %d again in halves", len(rows), len(again))
+        half = (len(again) + 1) // 2
+        self._run(engine, again[:half])
+        self._run(engine, again[half:])
+
+    def _fail(self, rows: Sequence[Row], error: BatchingError) -> None:
+        failed = [row for row in rows if not row.over]
+        for row in failed:
+            row.over = True
+        if failed:
+            self._tell(self._listener.on_rows_failed, failed, error)
+
+    def _report(self, news: News, running: int) -> None:
+        self._tell(self._listener.on_step, news, running, time.monotonic())
+
+    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
+        try:
+            self._post(callback, *arguments)
+        except RuntimeError:
+            # The loop is closed: the process is ending and nobody is left to hear.
+            logger.debug("nobody heard %s", callback.__name__)
+
+
+class BatchSteps:
+    """`Steps` for one batch: counts each row's tokens, and sends one report a step."""
+
+    def __init__(self, report: Callable[[News, int], None]) -> None:
+        self._report = report
+
+    def emit(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[bool]:
+        news: News = []
+        for row, token in zip(rows, tokens, strict=True):
+            if row.cancelled:
+                row.over = True
+            if not row.over:
+                news.append((row, token, row.push(token)))
+        over = [row.over for row in rows]
+        self._report(news, len(over) - sum(over))
+        return over

@@ -1,0 +1,105 @@
+"""`python -m server`: settings -> service -> app -> uvicorn, and what signals do."""
+
+import asyncio
+import os
+import sys
+from types import FrameType
+
+import uvicorn
+import uvloop
+from rich.console import Console
+
+from server.app import create_app
+from server.loader import ModelLoader
+from server.log import configure, log_event
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import Settings, parse
+from server.version import VERSION
+
+CLOSING_SECONDS = 5
+"""How long connections may take to close once every request has its outcome."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but the first SIGTERM or SIGINT drains the service before the port is closed; a second one stops now."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._signalled = False
+
+    async def serve_until_stopped(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        closing = asyncio.create_task(self._close_when_stopped())
+        await self.serve()
+        closing.cancel()
+
+    async def _close_when_stopped(self) -> None:
+        await self._service.stopped.wait()
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn calls this from the signal handler."""
+        if self._signalled:
+            self._service.exit_code = 128 + sig
+            self.should_exit = self.force_exit = True
+            return
+        self._signalled = True
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = self._loop.create_task(self._service.drain())
+
+
+def announce(service: Service) -> None:
+    """Tell a person on a terminal where the service is and what its limits are."""
+    settings, info = service.settings, service.info
+    lines = {
+        "url": f"http://{settings.host}:{settings.port}/v1",
+        "model": f"{', '.join(settings.served_names)} ({info.parameters / 1e9:.2f} B parameters)",
+        "device": f"{info.device}, {info.dtype}",
+        "window": f"{info.context_window} tokens of prompt and answer",
+        "answers": f"{settings.default_max_tokens} tokens by default, {settings.max_output_tokens} at most",
+        "batches": f"up to {settings.max_batch_size} requests or {info.token_budget} padded tokens, "
+        f"window {settings.batch_window_ms:g} ms, queue of {settings.queue_size}",
+    }
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[bold]microbatch {VERSION} is ready[/]")
+    for name, value in lines.items():
+        console.print(f"  {name:8} {value}", markup=False, soft_wrap=True)
+
+
+async def serve(settings: Settings) -> int:
+    """Run until a signal or the model's end; the process's exit status."""
+    metrics = Metrics()
+    service = Service(settings, ModelLoader(settings), [metrics, log_event])
+
+    def when_ready() -> None:
+        metrics.model(service.info, settings.served_names[0], VERSION)
+        announce(service)
+
+    config = uvicorn.Config(
+        create_app(service, metrics, when_ready),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
+    await Server(config, service).serve_until_stopped()
+    return service.exit_code
+
+
+def main() -> None:
+    settings = parse()
+    configure(settings.log_format, settings.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        status = runner.run(serve(settings))
+    sys.stderr.flush()
+    # A worker thread inside a kernel or a download cannot be joined, and must not keep the process alive.
+    os._exit(status)
+
+
+main()

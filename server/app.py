@@ -1,0 +1,140 @@
+"""The ASGI application: which path goes where, and how every error becomes OpenAI's error body."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from batching.events import Rejected, State
+from server.chat import chat_completions
+from server.errors import ApiError, internal
+from server.log import log_refusal
+from server.metrics import CONTENT_TYPE, Metrics
+from server.middleware import ApiKey, RequestId
+from server.service import Service
+from server.version import VERSION
+
+OPEN_PATHS = ("/health", "/metrics")
+"""What needs no API key: probes and scrapers seldom have one."""
+
+
+def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None]) -> Starlette:
+    """The application around one service, which it starts with its own lifespan."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # In the background, so that the port is open and the probes answer while the model loads.
+        running = asyncio.create_task(service.run(when_ready))
+        yield
+        running.cancel()
+
+    handlers: dict[Any, Any] = {ApiError: on_api_error, HTTPException: on_http_error, Exception: on_bug}
+    app = Starlette(
+        routes=routes(),
+        middleware=middleware(service),
+        exception_handlers=handlers,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.state.metrics = metrics
+    return app
+
+
+def routes() -> list[Route]:
+    found = [
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/health", ready),
+        Route("/metrics", scrape),
+        Route("/version", version),
+    ]
+    for prefix in ("/v1", ""):
+        found += [
+            Route(f"{prefix}/chat/completions", chat_completions, methods=["POST"]),
+            Route(f"{prefix}/models", models),
+            Route(f"{prefix}/models/{{name:path}}", model),
+        ]
+    return found
+
+
+def middleware(service: Service) -> list[Middleware]:
+    settings = service.settings
+    found = [Middleware(RequestId)]
+    if settings.cors_origins:
+        found.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        )
+    if settings.api_keys:
+        found.append(Middleware(ApiKey, keys=settings.api_keys, open_paths=OPEN_PATHS))
+    return found
+
+
+async def live(request: Request) -> Response:
+    """200 while the process can still come to serve; 503 once only a restart helps."""
+    state = request.app.state.service.batcher.state
+    return _json({"state": state}, 503 if state is State.FAILED else 200)
+
+
+async def ready(request: Request) -> Response:
+    """200 while requests are taken."""
+    service: Service = request.app.state.service
+    headers = {} if service.ready else {"retry-after": "5"}
+    return _json({"state": service.batcher.state}, 200 if service.ready else 503, headers)
+
+
+async def scrape(request: Request) -> Response:
+    return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+async def version(request: Request) -> Response:
+    return _json({"version": VERSION})
+
+
+async def models(request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_ready()
+    return _json({"object": "list", "data": [service.card(name) for name in service.settings.served_names]})
+
+
+async def model(request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_ready()
+    return _json(service.card(service.served_name(request.path_params["name"])))
+
+
+def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+
+
+async def on_api_error(request: Request, error: ApiError) -> Response:
+    if error.status < 429:
+        request.app.state.metrics(Rejected(error.code or "bad_request"))
+    log_refusal(request.state.request_id, request.url.path, error.status, error.code)
+    return error.response()
+
+
+async def on_http_error(request: Request, error: HTTPException) -> Response:
+    what = {404: "There is nothing at this path.", 405: "This path does not take this method."}
+    message = what.get(error.status_code, error.detail)
+    return ApiError(error.status_code, message, headers=error.headers or {}).response()
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    logging.getLogger(__name__).error("a handler failed", exc_info=error)
+    return internal().response()

@@ -1,0 +1,93 @@
+"""Every error a client can get, in OpenAI's shape: one table from exceptions to status, type and code.
+
+Wording matters, because clients classify errors by their text. RAGFlow retries for minutes when a body contains a
+number such as that of a throttling status, or words such as those in `RETRIED`; and it gives up at once on a body with
+"invalid", "capacity" or "quota" in it. So a 4xx body but for 408 and 429 never contains the former, and a 429 or 503
+body never the latter.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import orjson
+from starlette.responses import Response
+
+from batching.errors import (
+    BatchingError,
+    DeadlineExceeded,
+    Drained,
+    EngineError,
+    NotReady,
+    OutOfMemory,
+    QueueFull,
+)
+
+RETRIED = re.compile(r"429|500|502|503|504|rate.?limit|server|time.?out|too many|retry|unavailable", re.IGNORECASE)
+
+
+@dataclass
+class ApiError(Exception):
+    """What a client is told. `param` names the field at fault, if one is."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """The JSON body."""
+        details = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        if self.status < 500 and self.status not in (408, 429):
+            details |= {key: RETRIED.sub("…", text) for key in ("message", "param") if (text := details[key])}
+        return orjson.dumps({"error": details})
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def thousands(tokens: int) -> str:
+    """A count of tokens as a person says it, which also keeps it from looking like a status: 34.3k."""
+    return str(tokens) if tokens < 100 else f"{tokens / 1000:.1f}k"
+
+
+def from_batching(error: BatchingError) -> ApiError:
+    """What a client is told when the batcher could not answer."""
+    match error:
+        case QueueFull():
+            seconds = str(round(error.retry_after))
+            message = f"All places in the queue are taken; try again in {seconds} s."
+            return ApiError(429, message, "rate_limit_error", "queue_full", headers={"retry-after": seconds})
+        case NotReady():
+            return not_ready(error.state)
+        case Drained():
+            return ApiError(503, "The service is stopping; send the request again.", "server_error", "stopping")
+        case DeadlineExceeded():
+            return ApiError(504, "The time limit for requests passed.", "server_error", "deadline_exceeded")
+        case OutOfMemory():
+            return ApiError(500, "The device ran out of memory on this request.", "server_error", "out_of_memory")
+        case EngineError():
+            return ApiError(500, "The model failed on this request.", "server_error", "engine_error")
+        case _:
+            return internal()
+
+
+def not_ready(state: str) -> ApiError:
+    """The model is still loading, or the process is about to end."""
+    message = {
+        "starting": "The model is still loading; try again in a few seconds.",
+        "draining": "The service is stopping and takes no new requests.",
+        "stopped": "The service has stopped.",
+        "failed": "The model is down; the service needs a restart.",
+    }[state]
+    return ApiError(503, message, "server_error", f"service_{state}", headers={"retry-after": "5"})
+
+
+def internal() -> ApiError:
+    return ApiError(500, "Something went wrong here; the log has the details.", "server_error", "internal_error")

@@ -1,0 +1,77 @@
+"""Logging: one line for every request at its end, as text or JSON. Prompts and answers are never logged."""
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Literal
+
+import orjson
+
+from batching.events import Event, Outcome, RowEnded, StateChanged
+
+logger = logging.getLogger("microbatch")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; a record's `facts` become fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line).decode()
+
+
+def configure(form: Literal["text", "json"], level: str) -> None:
+    """Send every logger's lines to stderr in this form."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for chatty in ("uvicorn", "httpx", "httpcore", "urllib3", "asyncio", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def log_event(event: Event) -> None:
+    """An observer: a line for each request that ended, and for each change of state."""
+    match event:
+        case RowEnded():
+            _log_row(event)
+        case StateChanged(state=state):
+            logger.info("state %s", state)
+
+
+def log_refusal(request_id: str, path: str, status: int, code: str | None) -> None:
+    """A line for a request that was refused before the queue."""
+    facts = {"id": request_id, "path": path, "status": status, "code": code}
+    logger.info("refused  %s", _words(facts), extra={"facts": facts})
+
+
+def _log_row(event: RowEnded) -> None:
+    facts = {
+        "id": event.id,
+        "outcome": event.outcome,
+        "finish": event.finish,
+        "prompt_tokens": event.prompt_tokens,
+        "output_tokens": event.output_tokens,
+        "queue_wait_s": _rounded(event.queue_wait),
+        "ttft_s": _rounded(event.ttft),
+        "duration_s": _rounded(event.duration),
+        "batch_size": event.batch_size,
+    }
+    level = logging.INFO if event.outcome in (Outcome.ANSWERED, Outcome.CANCELLED) else logging.WARNING
+    logger.log(level, "request  %s", _words(facts), extra={"facts": facts})
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
+
+
+def _words(facts: dict[str, object]) -> str:
+    return " ".join(f"{name}={'-' if value is None else value}" for name, value in facts.items())

@@ -1,0 +1,115 @@
+"""What lives as long as the process: settings, the loaded model's text side, the batcher, and how they come up."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import anyio
+from anyio import to_thread
+
+from batching.batcher import Batcher, BatchingConfig
+from batching.engine import Engine
+from batching.errors import ModelError, NotReady
+from batching.events import Observer, State
+from batching.types import ModelInfo
+from server.errors import ApiError, bad_request, not_ready, thousands
+from server.settings import Settings
+from server.text import Text
+
+logger = logging.getLogger(__name__)
+
+
+class Loader(Protocol):
+    """Where text and engine come from. `text` is called on a helper thread first, `engine` on the worker thread."""
+
+    def text(self) -> Text: ...
+    def engine(self) -> Engine: ...
+
+
+class Service:
+    """One served model. `start` returns when it is ready; until then, and after its end, `check_ready` refuses.
+
+    `stopped` is set once the process should end, and `exit_code` then says how.
+    """
+
+    text: Text
+    info: ModelInfo
+
+    def __init__(self, settings: Settings, loader: Loader, observers: Iterable[Observer] = ()) -> None:
+        self.settings = settings
+        self.max_body_bytes = int(settings.max_body_mib * 2**20)
+        # Encoding is pure CPU work in Rust: two at a time leave the event loop and the worker their cores.
+        self.encoders = anyio.CapacityLimiter(2)
+        self.stopped = asyncio.Event()
+        self.exit_code = 0
+        self._created = int(time.time())
+        self._loader = loader
+        config = BatchingConfig(
+            max_batch_rows=settings.max_batch_size,
+            window=settings.batch_window_ms / 1000,
+            queue_limit=settings.queue_size,
+        )
+        self.batcher = Batcher(loader.engine, config, observers)
+
+    async def run(self, when_ready: Callable[[], None]) -> None:
+        """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
+        try:
+            self.text = await to_thread.run_sync(self._loader.text)
+            self.info = await self.batcher.start()
+            when_ready()
+            await self.batcher.ended.wait()
+        except (ModelError, NotReady) as error:
+            if self.batcher.state is not State.STOPPED:
+                logger.error("%s", error)
+        except Exception:
+            logger.exception("the service could not start")
+        if self.batcher.state is not State.STOPPED:
+            self.exit_code = 1
+        self.stopped.set()
+
+    async def drain(self) -> None:
+        """Finish what was accepted, within the drain time, and stop."""
+        await self.batcher.drain(self.settings.drain_timeout_s)
+        self.stopped.set()
+
+    @property
+    def ready(self) -> bool:
+        return self.batcher.state is State.READY
+
+    def check_ready(self) -> None:
+        """Raises `ApiError` 503 unless requests are taken."""
+        if not self.ready:
+            raise not_ready(self.batcher.state)
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        return self.text.stop_token_ids | self.info.stop_token_ids
+
+    def served_name(self, asked: str | None) -> str:
+        """The name an answer carries. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""
+        names = self.settings.served_names
+        if asked is None:
+            return names[0]
+        if (name := asked.split("___")[0]) in names:
+            return name
+        raise ApiError(404, f"There is no model of that name here, only {', '.join(names)}.", code="model_not_found")
+
+    def card(self, name: str) -> dict[str, object]:
+        """What `/v1/models` says of a name. Clients read the window from one of several fields."""
+        window = self.info.context_window
+        card = {"id": name, "object": "model", "created": self._created, "owned_by": "microbatch"}
+        return card | {"max_model_len": window, "context_length": window}
+
+    def room_for_output(self, prompt_tokens: int) -> int:
+        """How many tokens can follow the prompt. Raises `ApiError` 400 if none."""
+        room = self.info.context_window - prompt_tokens
+        if room < 1:
+            raise bad_request(
+                f"The prompt has {thousands(prompt_tokens)} tokens, but with its answer it must fit in a context "
+                f"window of {thousands(self.info.context_window)}; shorten it.",
+                "messages",
+                "context_length_exceeded",
+            )
+        return room

