@@ -1,0 +1,122 @@
+"""How much memory a device has left, holds, and needs for a piece of work.
+
+No state. `peak_bytes` resets the process's peak counter, so one caller at a time: the worker thread.
+"""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from transformers import PreTrainedConfig
+
+SAMPLE_SECONDS = 0.002
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: on CUDA the driver's free memory and what torch keeps cached."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return int(psutil.virtual_memory().available)
+
+
+def used_bytes(device: torch.device) -> int:
+    """Bytes held now: by torch's tensors on a GPU, by the whole process (resident set) on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """Call `run` and answer how many bytes above the starting level it held at its highest moment.
+
+    On the CPU the resident set is measured: memory that the allocator kept from earlier work does not count, and
+    weights that are mapped from their file count when first touched, so do a small forward pass before. Whatever
+    `run` raises passes through.
+    """
+    gc.collect()  # garbage freed while `run` runs would hide as much of what it needs
+    if device.type == "cuda":
+        return _cuda_peak(device, run)
+    if device.type == "cpu" and _reset_peak():
+        return _linux_peak(run)
+    return _sampled_peak(device, run)
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one position in all layers: 2 x layers x KV heads x head size x itemsize.
+
+    The formula is that of Kwon et al. 2023 (PagedAttention, section 3). It counts every layer as full
+    attention: an upper bound for models whose layers look back over a limited window.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * head_size * dtype.itemsize)
+
+
+def _cuda_peak(device: torch.device, run: Callable[[], object]) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - start
+
+
+def _reset_peak() -> bool:
+    """Set VmHWM back to VmRSS (proc_pid_clear_refs(5), value 5); False where the kernel has no such file."""
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _linux_peak(run: Callable[[], object]) -> int:
+    start = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - start)
+
+
+def _status_bytes(field: str) -> int:
+    """A field of /proc/self/status, which is in KiB (proc_pid_status(5))."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _sampled_peak(device: torch.device, run: Callable[[], object]) -> int:
+    """The highest of samples taken while `run` runs: may miss a peak shorter than the interval."""
+    start = used_bytes(device)
+    levels = [start]
+    with _sampling(lambda: levels.append(used_bytes(device))):
+        run()
+    levels.append(used_bytes(device))
+    return max(levels) - start
+
+
+@contextmanager
+def _sampling(sample: Callable[[], object]) -> Iterator[None]:
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(SAMPLE_SECONDS):
+            sample()
+
+    thread = threading.Thread(target=loop, name="memory-sampler", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

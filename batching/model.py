@@ -1,0 +1,131 @@
+"""Loads a causal language model onto one device, ready for inference.
+
+Called once, by the thread that will run the model. Keeps no reference to it.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from batching.checkpoint import LoadFormat, explained
+from batching.errors import ModelError
+from batching.memory import free_bytes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DUMMY_SEED = 0
+GIB = 2**30
+
+_auto: Any = AutoModelForCausalLM  # the library leaves its factory methods untyped
+
+
+def load(
+    checkpoint: str, *, device: str, dtype: str, load_format: LoadFormat, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load `checkpoint` (an answer of `locate`) straight to `device`, in eval mode and without gradients.
+
+    `dummy` reads the config only and fills the model with seeded random weights, the same on every start with
+    the same device and dtype. Attention is the library's default.
+
+    Raises ModelError if the device or dtype is not to be had, memory is short, or the checkpoint is bad.
+    """
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    with explained(f"{checkpoint} cannot be loaded"):
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        _check_room(config, place, kind, trust_remote_code)
+        if load_format == "dummy":
+            model = _random(config, place, kind, trust_remote_code)
+        else:
+            model = _read(checkpoint, config, place, kind, trust_remote_code)
+    model.train(False)
+    model.requires_grad_(False)
+    return model
+
+
+def pick_device(device: str) -> torch.device:
+    """The device named: `auto` (the first there is of cuda, mps, cpu), `cpu`, `mps`, `cuda` or `cuda:N`.
+
+    A CUDA device always has its index, so that it equals the `device` of a tensor on it. Raises ModelError if
+    there is no such device here.
+    """
+    if device == "auto":
+        device = next(kind for kind in ("cuda", "mps", "cpu") if _device_count(kind))
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"{device!r} is not a device: name auto, cpu, mps, cuda or cuda:N") from error
+    index = place.index or 0
+    if index >= _device_count(place.type):
+        raise ModelError(f"there is no usable device {device} on this machine")
+    return torch.device("cpu") if place.type == "cpu" else torch.device(place.type, index)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype named: `auto` (bfloat16 on CUDA, else float32), `bfloat16`, `float16` or `float32`.
+
+    Raises ModelError for any other name.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"{dtype!r} is not a dtype to run a model in: name auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
+    """Bytes that the parameters of the model `config` describes take in `dtype`, tied ones counted once."""
+    model = _build(config, torch.device("meta"), dtype, trust_remote_code)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _device_count(kind: str) -> int:
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return int(kind == "cpu")
+
+
+def _check_room(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, trust: bool) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        return  # such weights take fewer bytes than `dtype` says, by a factor that each method has for itself
+    needed, free = weight_bytes(config, dtype, trust), free_bytes(device)
+    if needed > free:
+        sizes = f"needs about {needed / GIB:.2f} GiB but only {free / GIB:.2f} GiB are free"
+        raise ModelError(f"the model {sizes} on {device}")
+
+
+def _random(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(DUMMY_SEED)
+        return _build(config, device, dtype, trust)
+
+
+def _build(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
+    with device:
+        model: PreTrainedModel = _auto.from_config(config, dtype=dtype, trust_remote_code=trust)
+    return model
+
+
+def _read(
+    checkpoint: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, trust: bool
+) -> PreTrainedModel:
+    model: PreTrainedModel
+    model, report = _auto.from_pretrained(
+        checkpoint,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust,
+    )
+    _check_complete(sorted(report["missing_keys"]))
+    return model
+
+
+def _check_complete(missing: list[str]) -> None:
+    # The library only warns, and serves random numbers in their place.
+    if missing:
+        raise ModelError(f"the checkpoint lacks {len(missing)} weights of the model, {missing[0]} among them")
