@@ -55,20 +55,28 @@ class Batcher:
         self._queue = RowQueue(config.queue_limit)
         self._running: dict[Row, None] = {}
         self._rate = ServiceRate()
+        self._decided = asyncio.Event()  # built, failed, or drained before either
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.ended = asyncio.Event()
         self.state = State.STARTING
         self.error: BaseException | None = None
 
     async def start(self) -> ModelInfo:
-        """Start the worker and wait until the engine is built. Raises what building it raised."""
+        """Start the worker and wait until the engine is built.
+
+        Raises what building it raised, or `NotReady` if the batcher was drained meanwhile or before.
+        """
+        if self.state is not State.STARTING:
+            raise NotReady(self.state)
         loop = asyncio.get_running_loop()
-        self._built: asyncio.Future[ModelInfo] = loop.create_future()
         self._batch_over: asyncio.Future[None] = loop.create_future()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self.ended = asyncio.Event()
         self._worker = Worker(self._build, self, loop.call_soon_threadsafe)
         self._worker.start()
-        self._info = await self._built
+        await self._decided.wait()
+        if self.state is not State.STARTING:  # it failed or was drained
+            self._worker.finish()
+            raise self.error or NotReady(self.state)
         self._limits = BatchLimits(self._config.max_batch_rows, self._info.token_budget)
         self._collector = asyncio.create_task(self._collect(), name="collector")
         self._collector.add_done_callback(self._collector_ended)
@@ -97,7 +105,8 @@ class Batcher:
         """Refuse new requests, finish the accepted ones within `seconds`, fail the rest, stop the worker."""
         if self.state is State.STARTING:
             self._move(State.STOPPED)
-            self._built.set_exception(NotReady(State.STOPPED))
+            self._decided.set()
+            self.ended.set()
         if self.state is not State.READY:
             return
         self._move(State.DRAINING)
@@ -185,8 +194,8 @@ class Batcher:
     # What the worker tells, on the loop's thread.
 
     def on_built(self, info: ModelInfo) -> None:
-        if not self._built.done():
-            self._built.set_result(info)
+        self._info = info
+        self._decided.set()
 
     def on_step(self, news: News, running: int, at: float) -> None:
         for row, token, finish in news:
@@ -203,9 +212,10 @@ class Batcher:
             self._batch_over.set_result(None)
 
     def on_worker_died(self, error: BaseException) -> None:
-        self.error = error
-        if not self._built.done():
+        if self.state is State.STARTING:
+            self.error = error
             self._move(State.FAILED)
-            self._built.set_exception(error)
+            self._decided.set()
         elif self.state in (State.READY, State.DRAINING):
+            self.error = error
             self._end(State.FAILED, EngineError("the worker thread died"))

@@ -59,13 +59,12 @@ class GenerateEngine:
         requests = [row.request for row in rows]
         try:
             self._generate(requests, StepHook(rows, steps))
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(self._model.device) from error
+            return
         except RuntimeError as error:
-            # The CPU's allocator has no exception of its own.
-            if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            if not _is_shortage(error):
                 raise
-            raise _out_of_memory(self._model.device) from error
+        # Only here, where the caught error is gone: its traceback kept the batch's tensors.
+        raise _out_of_memory(self._model.device)
 
     def memory(self) -> int:
         """See `Engine`."""
@@ -157,6 +156,12 @@ def _context_window(model: PreTrainedModel, wanted: int | None) -> int:
 
 def _describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _is_shortage(error: RuntimeError) -> bool:
+    # The CPU's allocator has no exception of its own.
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
 
 
 def _out_of_memory(device: torch.device) -> OutOfMemory:

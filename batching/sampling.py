@@ -109,7 +109,8 @@ class Filter:
 
     def _smallest_kept(self, scaled: Tensor) -> Tensor:
         """The cut-off of each row, [rows, 1]."""
-        total = scaled.exp().sum(-1, keepdim=True)
+        # Not `exp().sum()`: torch sums a lone row in another order than one of many, and the last bit would differ.
+        total = 1.0 / scaled.softmax(-1).amax(-1, keepdim=True)
         everyone = torch.ones(len(scaled), dtype=torch.bool, device=scaled.device)
         largest = scaled.topk(min(CANDIDATES, scaled.shape[-1])).values
         smallest, enough = self._cut(largest, total, everyone)

@@ -66,7 +66,6 @@ class Stream:
         if not self.over:
             self._error = error
             self._end(Finish.ERROR, Outcome.DRAINED if isinstance(error, Drained) else Outcome.ERROR)
-            self._wake()
 
     def cancel(self) -> None:
         """The client left: nobody reads this any more."""
@@ -79,7 +78,6 @@ class Stream:
     def _expire(self) -> None:
         self._error = DeadlineExceeded("the request's time limit passed")
         self._stop(Finish.DEADLINE, Outcome.DEADLINE)
-        self._wake()
 
     def _stop(self, finish: Finish, outcome: Outcome) -> None:
         if not self.over:
@@ -89,6 +87,7 @@ class Stream:
     def _end(self, finish: Finish, outcome: Outcome) -> None:
         self._finish = finish
         self._deadline.cancel()
+        self._wake()
         request = self.row.request
         self._ended(
             self.row,

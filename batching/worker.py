@@ -80,11 +80,15 @@ class Worker:
             return
         try:
             engine.run(rows, BatchSteps(self._report))
+            return
         except OutOfMemory as error:
-            self._split(engine, rows, error)
+            shortage = OutOfMemory(*error.args)
         except Exception as error:
             logger.exception("a batch of %d rows failed", len(rows))
             self._fail(rows, EngineError(f"the batch failed with {type(error).__name__}"))
+            return
+        # Only here, where the caught error is gone: its traceback kept what the batch had allocated.
+        self._split(engine, rows, shortage)
 
     def _split(self, engine: Engine, rows: Sequence[Row], error: OutOfMemory) -> None:
         """Try again in two halves with the rows that have sent nothing; the others cannot be started over."""

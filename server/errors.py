@@ -41,7 +41,8 @@ class ApiError(Exception):
         """The JSON body."""
         details = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         if self.status < 500 and self.status not in (408, 429):
-            details |= {key: RETRIED.sub("…", text) for key in ("message", "param") if (text := details[key])}
+            # Three characters: one alone would leave "rate…limit", which is such a word again.
+            details |= {key: RETRIED.sub("[…]", text) for key in ("message", "param") if (text := details[key])}
         return orjson.dumps({"error": details})
 
     def response(self) -> Response:

@@ -109,7 +109,7 @@ class ChatRequest(Body):
     thinking: Thinking | None = None
     user: str | None = None
     # Of these only the value that asks for nothing is supported; clients send it by default.
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     logprobs: Literal[False] | None = None
@@ -117,7 +117,7 @@ class ChatRequest(Body):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options may only be set when stream is true")
+            raise ValueError("the field stream_options may only be set when stream is true")
         return self
 
     @property
@@ -155,14 +155,11 @@ def explain(error: ValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         reason = message.removeprefix("Invalid JSON: ").split(" at line")[0]
         return bad_request(f"The body is not valid JSON: {reason}.", code="invalid_json")
-    param = ".".join(map(str, first["loc"])) or None
+    param = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return bad_request(f"The field {_shown(param)} is not supported.", _shown(param), "unsupported_field")
-    if param is None:
+        # The client's own name for a field is repeated only where it is fit for a log and a terminal.
+        shown = param if re.fullmatch(r"[\w.]{1,80}", param, re.ASCII) else None
+        return bad_request(f"The field {shown or 'of that name'} is not supported.", shown, "unsupported_field")
+    if not param:
         return bad_request(f"{message[:1].upper()}{message[1:]}.")
-    return bad_request(f"{_shown(param)}: {message[:1].lower()}{message[1:]}.", _shown(param))
-
-
-def _shown(param: str | None) -> str:
-    """A field's path, or a stand-in where the client's own name for it is not fit to be repeated."""
-    return param if param and re.fullmatch(r"[\w.]{1,80}", param, re.ASCII) else "of that name"
+    return bad_request(f"{param}: {message[:1].lower()}{message[1:]}.", param)

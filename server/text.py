@@ -88,10 +88,11 @@ class StopScanner:
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that is safe to send, and whether a stop string was found; it ends right before that one."""
         text = self._held + piece
-        found = [at for at in map(text.find, self._stops) if at >= 0]
+        # The one that is complete first, so that nothing depends on how the text was cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -1,0 +1,192 @@
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batching.queue import MAX_PASSED_OVER, BatchLimits, RowQueue, padded_cost, select
+from batching.row import Row
+from tests.batching.conftest import Runner, loose_row, request
+
+
+@dataclass(frozen=True)
+class Shape:
+    prompt: int
+    output: int
+
+
+SHAPES = st.builds(Shape, prompt=st.integers(1, 60), output=st.integers(1, 60))
+LIMITS = st.builds(BatchLimits, max_rows=st.integers(1, 6), token_budget=st.integers(1, 400))
+ROOMY = BatchLimits(max_rows=1000, token_budget=10**9)
+
+
+def rows_of(shapes: Sequence[Shape]) -> list[Row]:
+    return [
+        loose_row(request(shape.prompt, id=str(place), max_tokens=shape.output)) for place, shape in enumerate(shapes)
+    ]
+
+
+def prompts(*lengths: int) -> list[Row]:
+    return rows_of([Shape(length, 1) for length in lengths])
+
+
+def lengths(rows: Sequence[Row]) -> list[int]:
+    return [len(row.request.prompt) for row in rows]
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=20), LIMITS)
+def test_the_oldest_row_is_always_taken(shapes: list[Shape], limits: BatchLimits) -> None:
+    rows = rows_of(shapes)
+    assert select(rows, limits)[0] is rows[0]
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=20), LIMITS)
+def test_a_batch_keeps_both_limits_unless_its_head_alone_breaks_them(shapes: list[Shape], limits: BatchLimits) -> None:
+    taken = select(rows_of(shapes), limits)
+    assert len(taken) <= limits.max_rows
+    assert len(taken) == 1 or padded_cost(taken) <= limits.token_budget
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=20), LIMITS)
+def test_a_batch_is_in_the_order_of_arrival(shapes: list[Shape], limits: BatchLimits) -> None:
+    places = [int(row.request.id) for row in select(rows_of(shapes), limits)]
+    assert places == sorted(set(places))
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=20), LIMITS)
+def test_no_row_that_would_fit_is_left_behind(shapes: list[Shape], limits: BatchLimits) -> None:
+    rows = rows_of(shapes)
+    taken = select(rows, limits)
+    if len(taken) < limits.max_rows:
+        left = [row for row in rows if row not in taken]
+        assert all(padded_cost([*taken, row]) > limits.token_budget for row in left)
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=20))
+def test_all_are_taken_when_all_fit(shapes: list[Shape]) -> None:
+    rows = rows_of(shapes)
+    exact = BatchLimits(max_rows=len(rows), token_budget=padded_cost(rows))
+    assert select(rows, exact) == rows
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=20))
+def test_the_cost_of_a_batch_is_rows_times_its_longest_prompt_and_output(shapes: list[Shape]) -> None:
+    longest = max(shape.prompt for shape in shapes) + max(shape.output for shape in shapes)
+    assert padded_cost(rows_of(shapes)) == len(shapes) * longest
+
+
+def test_nothing_is_taken_from_nothing() -> None:
+    assert select([], ROOMY) == []
+    assert RowQueue(4).take(ROOMY) == []
+
+
+def test_rows_of_near_lengths_are_preferred_when_not_all_fit() -> None:
+    rows = prompts(10, 50, 11, 1, 9, 30)
+    assert lengths(select(rows, BatchLimits(max_rows=3, token_budget=10**6))) == [10, 11, 9]
+
+
+def test_a_long_row_does_not_keep_short_ones_out_of_the_budget() -> None:
+    rows = prompts(10, 100, 10, 10)
+    assert lengths(select(rows, BatchLimits(max_rows=4, token_budget=40 + 4))) == [10, 10, 10]
+
+
+def test_equally_near_rows_are_taken_first_come_first_served() -> None:
+    rows = prompts(10, 10, 10, 10)
+    assert select(rows, BatchLimits(max_rows=2, token_budget=10**6)) == rows[:2]
+
+
+def test_only_rows_before_a_taken_one_are_passed_over() -> None:
+    rows = prompts(10, 50, 10, 60)
+    select(rows, BatchLimits(max_rows=2, token_budget=10**6))
+    assert [row.passed_over for row in rows] == [0, 1, 0, 0]
+
+
+def test_a_row_passed_over_often_enough_is_taken_before_nearer_ones() -> None:
+    rows = prompts(10, 50, 10)
+    rows[1].passed_over = MAX_PASSED_OVER
+    assert lengths(select(rows, BatchLimits(max_rows=2, token_budget=10**6))) == [10, 50]
+
+
+def test_nothing_later_is_taken_before_an_aged_row_that_does_not_fit() -> None:
+    rows = prompts(10, 11, 100, 10, 10)
+    rows[2].passed_over = MAX_PASSED_OVER
+    assert lengths(select(rows, BatchLimits(max_rows=4, token_budget=60))) == [10, 11]
+
+
+@given(st.lists(st.one_of(SHAPES, st.just("take")), max_size=60), LIMITS)
+def test_every_row_is_taken_once_and_passed_over_only_so_often(plan: list[Shape | str], limits: BatchLimits) -> None:
+    queue = RowQueue(limit=100)
+    waiting: list[Row] = []
+    passes: dict[Row, int] = {}
+
+    def take() -> None:
+        batch = queue.take(limits)
+        assert all(waiting.count(row) == 1 for row in batch), "taken twice, or never pushed"
+        last = max((waiting.index(row) for row in batch), default=0)
+        for row in waiting[:last]:
+            passes[row] += row not in batch
+        waiting[:] = [row for row in waiting if row not in batch]
+
+    for step in plan:
+        if isinstance(step, Shape):
+            (row,) = rows_of([step])
+            queue.push(row)
+            waiting.append(row)
+            passes[row] = 0
+        else:
+            take()
+        assert list(queue) == waiting
+        assert len(queue) == len(waiting)
+        assert queue.prompt_tokens == sum(lengths(waiting))
+    for _ in range(len(waiting)):  # each take removes at least the head, so as many as rows are enough
+        take()
+    assert waiting == list(queue) == []
+    assert queue.prompt_tokens == 0
+    assert max(passes.values(), default=0) <= MAX_PASSED_OVER
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=12), st.data())
+def test_a_discarded_row_is_forgotten_and_the_others_keep_their_order(shapes: list[Shape], data: st.DataObject) -> None:
+    queue = RowQueue(limit=100)
+    rows = rows_of(shapes)
+    for row in rows:
+        queue.push(row)
+    gone = data.draw(st.sampled_from(rows))
+    assert queue.discard(gone)
+    assert not queue.discard(gone)
+    rows.remove(gone)
+    assert list(queue) == rows
+    assert queue.prompt_tokens == sum(lengths(rows))
+    assert queue.take(ROOMY) == rows
+
+
+def test_a_queue_is_full_at_its_limit_and_not_before() -> None:
+    queue = RowQueue(limit=2)
+    first, second = prompts(1, 1)
+    queue.push(first)
+    assert not queue.full
+    queue.push(second)
+    assert queue.full
+    queue.discard(first)
+    assert not queue.full
+    assert queue.oldest is second
+
+
+@pytest.mark.parametrize("what", ["push", "discard"])
+def test_a_change_wakes_the_one_who_waits(what: str, run_async: Runner) -> None:
+    async def main() -> None:
+        queue = RowQueue(limit=2)
+        first, second = prompts(1, 1)
+        queue.push(first)
+        waiting = asyncio.create_task(queue.change())
+        await asyncio.sleep(0)
+        assert not waiting.done(), "a change from before the wait must not count"
+        if what == "push":
+            queue.push(second)
+        else:
+            queue.discard(first)
+        await waiting
+
+    run_async(main())

@@ -1,0 +1,24 @@
+"""What holds for every test: the developer's own settings of the service are out of sight."""
+
+import os
+
+import pytest
+
+from server.settings import PREFIX
+
+TEST_TOKENIZER = os.environ.get("MICROBATCH_TEST_TOKENIZER")
+"""A folder with a tokenizer whose chat template can think; read here because no test sees the variable."""
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.upper().startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def thinking_tokenizer() -> str:
+    if TEST_TOKENIZER is None:
+        pytest.skip("MICROBATCH_TEST_TOKENIZER names no folder")
+    return TEST_TOKENIZER

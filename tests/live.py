@@ -1,0 +1,327 @@
+"""Live servers for tests: one in a thread of this process around a scripted engine, and one as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import orjson
+import uvicorn
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from batching.engine import Engine
+from batching.events import Event, RowEnded, State
+from batching.types import Request
+from server.app import create_app
+from server.log import log_event
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import PREFIX, Settings
+from server.text import Text
+from tests.fakes import INFO, Script, ScriptedEngine
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 60.0
+"""Seconds until a test gives up waiting for something that ought to happen at once."""
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role') }}{% endif %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    "{% if messages[-1].content == 'refuse me' %}{{ raise_exception('refused') }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}"
+)
+QUESTION: list[Any] = [{"role": "user", "content": "Hi"}]
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait until `condition` holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"never came true: {what}"
+        time.sleep(0.01)
+
+
+# Text of which every byte is a token.
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary of 256 tokens without merges, one end token, and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, eos_token="<|end|>")
+
+
+BYTES = byte_tokenizer()
+END: int = BYTES.eos_token_id
+
+
+def tokens_of(text: str) -> list[int]:
+    """One token for each byte of the text."""
+    ids: list[int] = BYTES.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def says(text: str, **others: str) -> Script:
+    """Every answer is this text, but for requests whose id is among `others`; then comes the end token."""
+    answers = {name: [*tokens_of(other), END] for name, other in others.items()}
+    default = [*tokens_of(text), END]
+
+    def script(request: Request, position: int) -> int:
+        answer = answers.get(request.id, default)
+        return answer[min(position, len(answer) - 1)]
+
+    return script
+
+
+def scripted(
+    script: Script | str = "Hello!",
+    *,
+    stepped: bool = False,
+    before_step: Callable[[int], None] = lambda step: None,
+    context_window: int = 4096,
+) -> ScriptedEngine:
+    """An engine whose answers end with the end token of `byte_tokenizer`, and whose limits are out of the way."""
+    info = replace(
+        INFO, vocab_size=257, context_window=context_window, token_budget=1_000_000, stop_token_ids=frozenset({END})
+    )
+    script = says(script) if isinstance(script, str) else script
+    return ScriptedEngine(script, stepped=stepped, before_step=before_step, info=info)
+
+
+@dataclass
+class ScriptedLoader:
+    """`Loader` of a scripted engine. `engine` waits for `may_load`, and raises `error` if there is one."""
+
+    made: ScriptedEngine
+    may_load: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+    def text(self) -> Text:
+        return Text(BYTES)
+
+    def engine(self) -> Engine:
+        self.may_load.wait(PATIENCE)
+        if self.error:
+            raise self.error
+        return self.made
+
+
+# What both kinds of server have.
+
+
+@dataclass
+class Address:
+    """Where a live server is, and how to ask it."""
+
+    url: str
+
+    @contextlib.contextmanager
+    def openai(self, **options: Any) -> Iterator[OpenAI]:
+        defaults: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE}
+        with OpenAI(base_url=f"{self.url}/v1", **defaults | options) as client:
+            yield client
+
+    @contextlib.contextmanager
+    def http(self, **options: Any) -> Iterator[httpx2.Client]:
+        with httpx2.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, **options) as client:
+            yield client
+
+    def get(self, path: str, **options: Any) -> httpx2.Response:
+        with self.http() as client:
+            return client.get(path, **options)
+
+    def post(self, content: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx2.Response:
+        """One request on a connection of its own, with a body as it is: bytes, or an iterator of chunks."""
+        with self.http() as client:
+            return client.post(path, content=content, **options)
+
+    def chat(self, **fields: Any) -> httpx2.Response:
+        """A chat completion that asks `QUESTION` unless told otherwise."""
+        headers = fields.pop("headers", None)
+        return self.post(orjson.dumps({"messages": QUESTION} | fields), headers=headers)
+
+    def sample(self, name: str, **labels: str) -> float:
+        """The value of one metric's sample, 0 if there is none yet."""
+        found = [value for key, value in self.samples().items() if key == (name, tuple(sorted(labels.items())))]
+        return found[0] if found else 0.0
+
+    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Every sample on /metrics, by name and sorted labels."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        found = [sample for family in families for sample in family.samples]
+        return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in found}
+
+
+def frames(response: httpx2.Response) -> list[Any]:
+    """The JSON of a streamed answer's events; the string "[DONE]" for the last one."""
+    *events, rest = response.text.split("\n\n")
+    assert rest == ""
+    data = [event.removeprefix("data: ") for event in events]
+    return [one if one == "[DONE]" else orjson.loads(one) for one in data]
+
+
+def text_of(chunks: Sequence[Any]) -> str:
+    """The text that a streamed answer's frames add up to."""
+    choices = [choice for chunk in chunks if chunk != "[DONE]" for choice in chunk.get("choices", [])]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+# A server in a thread.
+
+
+@dataclass
+class Live(Address):
+    """A scripted server in a thread of this process. `events` is all that the batcher told."""
+
+    service: Service
+    engine: ScriptedEngine
+    loader: ScriptedLoader
+    events: list[Event]
+    loop: asyncio.AbstractEventLoop
+
+    def drain(self) -> None:
+        """What the first SIGTERM does; returns at once."""
+        asyncio.run_coroutine_threadsafe(self.service.drain(), self.loop)
+
+    def ended(self) -> list[RowEnded]:
+        return [event for event in list(self.events) if isinstance(event, RowEnded)]
+
+    def wait_state(self, state: State) -> None:
+        eventually(lambda: self.service.batcher.state is state, f"state {state}")
+
+    def wait_running(self, rows: int = 1) -> None:
+        """Until so many requests have been handed to the engine in all."""
+        eventually(lambda: sum(map(len, self.engine.batches)) >= rows, f"{rows} rows were run")
+
+    def wait_queued(self, rows: int) -> None:
+        eventually(lambda: self.sample("microbatch_queue_depth") == rows, f"{rows} rows wait")
+
+    def wait_ended(self, rows: int = 1) -> list[RowEnded]:
+        eventually(lambda: len(self.ended()) >= rows, f"{rows} rows ended")
+        return self.ended()
+
+
+def settings_of(**values: Any) -> Settings:
+    """Settings for a scripted server: no batch window, and a name."""
+    defaults: dict[str, Any] = {"batch_window_ms": 0.0, "name": ("scripted",)}
+    return Settings(**defaults | values)
+
+
+@contextlib.contextmanager
+def live(engine: ScriptedEngine | None = None, *, ready: bool = True, **settings: Any) -> Iterator[Live]:
+    """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set."""
+    engine = engine or scripted()
+    loader = ScriptedLoader(engine)
+    events: list[Event] = []
+    metrics = Metrics()
+    service = Service(settings_of(**settings), loader, [metrics, log_event, events.append])
+    app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings.served_names[0], "0"))
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        loops: list[asyncio.AbstractEventLoop] = []
+
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            await server.serve([listener])
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), name="live-server")
+        thread.start()
+        try:
+            eventually(lambda: server.started or not thread.is_alive(), "the server started")
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            found = Live(url, service, engine, loader, events, loops[0])
+            if ready:
+                loader.may_load.set()
+                found.wait_state(State.READY)
+            yield found
+        finally:
+            loader.may_load.set()
+            with contextlib.suppress(AssertionError):  # an engine that is not stepped has nothing to release
+                engine.release(100_000)
+            with contextlib.suppress(RuntimeError):
+                asyncio.run_coroutine_threadsafe(service.batcher.drain(0), loops[0])
+            server.should_exit = True
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+# A server in a process.
+
+SMALL = ("--context-window", "1024", "--token-budget", "16384")
+"""Flags for a quick start: with a budget given the server need not measure the memory that a batch takes."""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without settings of the service, and with these."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)} | variables
+
+
+@dataclass
+class Process(Address):
+    """`python -m server` and all that it wrote to stderr so far."""
+
+    popen: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def terminate(self) -> None:
+        self.popen.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        return self.popen.wait(PATIENCE)
+
+    def wait_ready(self) -> None:
+        eventually(lambda: self.popen.poll() is not None or self._answers("/health/ready"), "the process is ready")
+        assert self.popen.poll() is None, "".join(self.lines)
+
+    def wait_listening(self) -> None:
+        eventually(lambda: self.popen.poll() is not None or self._answers("/health/live"), "the process listens")
+
+    def _answers(self, path: str) -> bool:
+        try:
+            return self.get(path).status_code == 200
+        except httpx2.TransportError:
+            return False
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def process(*flags: str, **variables: str) -> Iterator[Process]:
+    """`python -m server` with these flags and variables, on a free port. Killed at the end if it still runs."""
+    port = free_port()
+    command = [sys.executable, "-m", "server", "--port", str(port), *flags]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stderr=subprocess.PIPE, text=True) as popen:
+        found = Process(f"http://127.0.0.1:{port}", popen)
+        assert popen.stderr is not None
+        reader = threading.Thread(target=found.lines.extend, args=(popen.stderr,))
+        reader.start()
+        try:
+            yield found
+        finally:
+            if popen.poll() is None:
+                popen.kill()
+            popen.wait(PATIENCE)
+            reader.join(PATIENCE)

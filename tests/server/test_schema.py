@@ -1,0 +1,333 @@
+"""Laws of what a client may send: bytes in, a `ChatRequest` or one sentence out."""
+
+import contextlib
+import re
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import RETRIED, ApiError
+from server.schema import MAX_STOP_LENGTH, MAX_STOPS, ChatRequest, parse
+
+HI = [{"role": "user", "content": "Hi"}]
+HUGE = 10**6
+
+
+def accepted(**fields: Any) -> ChatRequest:
+    return parse(orjson.dumps({"messages": HI} | fields))
+
+
+def refused(body: bytes) -> dict[str, Any]:
+    """The error object that a body gets, which must be a 400 that no client takes for a passing trouble."""
+    with pytest.raises(ApiError) as caught:
+        parse(body)
+    assert caught.value.status == 400
+    text = caught.value.body().decode()
+    assert not RETRIED.search(text), text
+    error: dict[str, Any] = orjson.loads(text)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].endswith(".")
+    return error
+
+
+def refused_field(name: str, json: str) -> dict[str, Any]:
+    """What a request with a field of this JSON is told. Spelled out, because no Python value is `1e999`."""
+    return refused(f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{name}": {json}}}'.encode())
+
+
+def for_template(*messages: object) -> list[dict[str, str]]:
+    return [message.for_template() for message in accepted(messages=messages).messages]
+
+
+REFUSED = {
+    "max_tokens": ["0", "-1", "true", '"12"', "1.5", "1.0", "[]", "9" * 6000],
+    "max_completion_tokens": ["0", "-1", "true", '"12"'],
+    "temperature": ["-1", "-1e-40", "NaN", "Infinity", "1e999", "-1e999", "2.1", "true", '"1"', "[0]"],
+    "top_p": ["2", "-0.1", "NaN", "1e999", "true"],
+    "top_k": ["-2", "2147483648", "1.5", "true", '"1"'],
+    "min_p": ["-0.1", "1.1", "NaN"],
+    "presence_penalty": ["2.1", "-2.1", "NaN", "1e999"],
+    "frequency_penalty": ["2.1", "-2.1", "NaN", "1e999"],
+    "repetition_penalty": ["0", "-1", "10.1", "NaN", "1e999"],
+    "seed": [str(2**63), str(-(2**63) - 1), str(2**200), "1.0", "1e999", "true", '"7"'],
+    "stop": ['""', '[""]', '["a", ""]', "[1]", "[null]", "{}", "7", f'"{"x" * (MAX_STOP_LENGTH + 1)}"'],
+    "stream": ["1", '"true"', "0"],
+    "n": ["0", "2", str(HUGE), str(2**64), "true", "1.0", '"1"'],
+    "best_of": ["2", str(HUGE)],
+    "logprobs": ["true", "1"],
+    "top_logprobs": ["1", str(HUGE)],
+    "logit_bias": ['{"1": 5}', '{"-1": 1e999}', "NaN"],
+    "messages": ["[]", "null", '"Hi"', "{}", "[null]", "[[]]", "[{}]", '[{"content": "Hi"}]', "7"],
+    "model": ["7", "[]", "true"],
+    "tools": ['[{"type": "function"}]', '"none"'],
+    "tool_choice": ['"required"', '{"type": "function"}'],
+    "do_sample": ["1", '"yes"'],
+    "ignore_eos": ["1"],
+    "enable_thinking": ["1", '"yes"'],
+    "thinking": ["true", '{"type": "maybe"}', "{}", '{"type": "enabled", "budget_tokens": 5}'],
+    "chat_template_kwargs": ['{"chat_template": "{{ 1 }}"}', '{"tokenize": true}', '{"enable_thinking": 1}', "7"],
+    "chat_template": ['"{{ 1 }}"'],
+    "stop_token_ids": ["[9223372036854775808]"],
+    "response_format": ['{"type": "json_schema"}'],
+    "user": ["7"],
+}
+
+
+@pytest.mark.parametrize(("field", "json"), [(field, json) for field, values in REFUSED.items() for json in values])
+def test_a_bad_value_is_refused_and_its_field_is_named(field: str, json: str) -> None:
+    error = refused_field(field, json)
+    assert error["code"] == "invalid_json" or field in error["message"]
+
+
+ACCEPTED: dict[str, list[Any]] = {
+    "max_tokens": [1, 2**31, None],
+    "max_completion_tokens": [1, 10**9, None],
+    "temperature": [0, 1e-40, 1, 2, 0.1, None],
+    "top_p": [0, 0.3, 1, None],
+    "top_k": [-1, 0, 50, 2**31 - 1, None],
+    "min_p": [0, 0.5, 1, None],
+    "presence_penalty": [-2, 0.4, 2, None],
+    "frequency_penalty": [-2, 0.7, 2, None],
+    "repetition_penalty": [0.1, 1, 10, None],
+    "seed": [0, -(2**63), 2**63 - 1, None],
+    "stop": ["x", [], ["x"] * MAX_STOPS, "x" * MAX_STOP_LENGTH, "\n", None],
+    "stream": [True, False, None],
+    "n": [1, None],
+    "logprobs": [False, None],
+    "model": ["any", "", None],
+    "tools": [[], None],
+    "tool_choice": ["auto", "none", None],
+    "do_sample": [True, False, None],
+    "ignore_eos": [True, None],
+    "user": ["someone", None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in ACCEPTED.items() for value in values])
+def test_a_good_value_is_accepted(field: str, value: object) -> None:
+    kept = [value] if field == "stop" and isinstance(value, str) else value
+    assert getattr(accepted(**{field: value}), field) == kept
+
+
+def test_a_length_beyond_every_number_type_is_kept_to_be_cut_later() -> None:
+    request = parse(b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 18446744073709551616}')
+    assert request.wanted_tokens == 2**64
+
+
+def test_the_newer_name_of_the_length_wins() -> None:
+    assert accepted(max_tokens=5, max_completion_tokens=7).wanted_tokens == 7
+    assert accepted(max_tokens=5).wanted_tokens == 5
+    assert accepted().wanted_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "greedy"),
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": 1e-40}, True),
+        ({"temperature": 0.009}, True),
+        ({"temperature": 0.01}, False),
+        ({"top_p": 0}, True),
+        ({"do_sample": False}, True),
+        ({"do_sample": True}, False),
+        ({}, False),
+    ],
+)
+def test_what_leaves_no_choice_is_greedy(fields: dict[str, Any], greedy: bool) -> None:
+    assert accepted(**fields).greedy is greedy
+
+
+def test_half_a_million_stop_strings_are_refused() -> None:
+    assert refused_field("stop", "[" + ",".join(['"x"'] * 500_000) + "]")["param"] == "stop"
+
+
+def test_one_stop_string_may_come_without_a_list() -> None:
+    assert accepted(stop="END").stop == ["END"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks"),
+    [
+        ({"enable_thinking": False}, False),
+        ({"enable_thinking": True}, True),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"thinking": {"type": "disabled"}}, False),
+        ({"thinking": {"type": "enabled"}}, True),
+        ({"chat_template_kwargs": {}}, None),
+        ({"enable_thinking": None, "chat_template_kwargs": None, "thinking": None}, None),
+        ({}, None),
+    ],
+)
+def test_thinking_is_switched_in_any_of_three_spellings(fields: dict[str, Any], thinks: bool | None) -> None:
+    assert accepted(**fields).thinks is thinks
+
+
+def test_stream_options_need_a_stream() -> None:
+    options = {"include_usage": True}
+    assert accepted(stream=True, stream_options=options).stream_options is not None
+    for fields in ({}, {"stream": False}):
+        assert (
+            "stream_options" in refused(orjson.dumps({"messages": HI, "stream_options": options} | fields))["message"]
+        )
+
+
+def test_content_may_be_a_string_null_absent_or_text_parts() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "cache_control": {}}, " three"]
+    assert for_template(
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant"},
+        {"role": "user", "content": parts},
+        {"role": "user", "content": []},
+    ) == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "one two three"},
+        {"role": "user", "content": ""},
+    ]
+
+
+def test_turns_of_any_order_pass_and_a_developer_speaks_as_the_system() -> None:
+    roles = ["user", "user", "assistant", "assistant", "developer"]
+    found = for_template(*({"role": role, "content": "x", "name": "n"} for role in roles))
+    assert [message["role"] for message in found] == ["user", "user", "assistant", "assistant", "system"]
+    assert all(message["name"] == "n" for message in found)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
+def test_a_part_that_is_not_text_is_refused_by_its_type(kind: str) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": kind, kind: {"url": "http://192.0.2.1/x.png"}}]}]}
+    error = refused(orjson.dumps(body))
+    assert kind in error["message"]
+    assert "192.0.2.1" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        7,
+        True,
+        {"text": "x"},
+        [7],
+        [None],
+        [[]],
+        [{}],
+        [{"type": "text"}],
+        [{"type": "text", "text": 7}],
+        [{"type": []}],
+    ],
+)
+def test_content_of_any_other_kind_is_refused(content: object) -> None:
+    assert refused(orjson.dumps({"messages": [{"role": "user", "content": content}]}))["param"] == "messages.0.content"
+
+
+@pytest.mark.parametrize("field", [{"role": "tool"}, {"tool_calls": [{}]}, {"function_call": {}}, {"role": None}])
+def test_a_message_that_cannot_be_served_is_refused(field: dict[str, Any]) -> None:
+    assert refused(orjson.dumps({"messages": [{"role": "user", "content": "x"} | field]}))["param"].startswith(
+        "messages.0."
+    )
+
+
+def test_an_unknown_field_is_named_wherever_it_is() -> None:
+    assert "best_of" in refused(orjson.dumps({"messages": HI, "best_of": 1}))["message"]
+    assert "messages.0.weight" in refused(orjson.dumps({"messages": [HI[0] | {"weight": 1}]}))["message"]
+
+
+@pytest.mark.parametrize("name", ["", "é", "a b", "x" * 100, "\x1b[31m", "<script>", 'a"b', "\x00"])
+def test_a_field_whose_name_is_not_fit_to_be_repeated_is_refused_without_it(name: str) -> None:
+    error = refused(orjson.dumps({"messages": HI, name: 1}))
+    assert error["code"] == "unsupported_field"
+    assert error["param"] is None
+    assert not name or name not in error["message"]
+
+
+WORDS = ["429", "500", "502", "503", "504", "rate_limit", "rate.limit", "server", "SERVER", "timeout", "time_out"]
+NUMBERS = ["42", "9", "50", "3", "4", "rate", "limit", "ser", "ver", "_", "."]
+
+
+@given(st.lists(st.sampled_from(WORDS + NUMBERS), min_size=1, max_size=6).map("".join), st.booleans())
+def test_no_name_of_a_field_makes_a_refusal_look_like_a_passing_trouble(name: str, nested: bool) -> None:
+    refused(orjson.dumps({"messages": [HI[0] | {name: 1}]} if nested else {"messages": HI, name: 1}))
+
+
+@given(st.integers(429, 504) | st.sampled_from([5000, 42900, 450_000]))
+def test_no_count_makes_a_refusal_look_like_a_passing_trouble(count: int) -> None:
+    refused(orjson.dumps({"messages": HI, "stop": ["x"] * count}))
+
+
+BAD_BYTES = {
+    "nothing": b"",
+    "no object": b"[]",
+    "null": b"null",
+    "cut off": b'{"messages": [',
+    "two values": b"{} {}",
+    "trailing comma": b'{"messages": [],}',
+    "invalid UTF-8": b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}',
+    "byte order mark": b'\xef\xbb\xbf{"messages": [{"role": "user", "content": "Hi"}]}',
+    "UTF-16": '{"messages": [{"role": "user", "content": "Hi"}]}'.encode("utf-16"),
+    "escaped surrogate": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    "encoded surrogate": b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+    "surrogate in a name": b'{"\\udfff": 1}',
+    "raw NUL": b'{"messages": [{"role": "user", "content": "\x00"}]}',
+    "deep lists": b"[" * 1000 + b"]" * 1000,
+    "deep objects": b'{"messages": ' * 1000 + b"1" + b"}" * 1000,
+    "depth in a field that is unknown": b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+    "depth without an end": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("what", BAD_BYTES)
+def test_bytes_that_are_no_request_are_refused(what: str) -> None:
+    refused(BAD_BYTES[what])
+
+
+def test_an_escaped_nul_and_astral_characters_are_text() -> None:
+    request = parse(b'{"messages": [{"role": "user", "content": "a\\u0000b\\ud83d\\ude00"}]}')
+    assert request.messages[0].content == "a\x00b😀"
+
+
+def test_no_value_that_was_sent_is_repeated() -> None:
+    secret = "do not tell"
+    for fields in (
+        {"temperature": secret},
+        {"messages": secret},
+        {"stop": [secret, {secret: 1}]},
+        {"thinking": secret},
+    ):
+        assert secret not in str(refused(orjson.dumps({"messages": HI} | fields)))
+
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=4),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from(sorted(ChatRequest.model_fields))
+MESSAGE = st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "x"]), JSON | st.just("user"))
+NEAR_MISSES = st.builds(
+    lambda fields, messages: {"messages": messages} | fields,
+    st.dictionaries(FIELDS | st.text(), JSON, max_size=3),
+    st.lists(MESSAGE | st.just(HI[0]), max_size=3) | JSON,
+)
+
+
+@given(st.binary() | (JSON | NEAR_MISSES).map(orjson.dumps))
+def test_any_body_is_a_request_or_a_400(body: bytes) -> None:
+    with contextlib.suppress(ApiError):
+        assert isinstance(parse(body), ChatRequest)
+        return
+    refused(body)
+
+
+@given(st.text(), st.sampled_from([400, 401, 404, 405, 413]))
+def test_no_4xx_body_has_a_word_that_clients_retry_on(text: str, status: int) -> None:
+    shown = f"{text} server 429 Rate-Limit time out {text}".encode(errors="replace").decode()
+    body = ApiError(status, shown, param=shown).body().decode()
+    assert not RETRIED.search(body)
+    assert not re.search("429|500|502|503|504|rate.?limit|server|timeout", body, re.IGNORECASE)

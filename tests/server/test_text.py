@@ -1,0 +1,199 @@
+"""Laws of the way from text to tokens and back."""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from batching.errors import ModelError
+from server.loader import ModelLoader
+from server.settings import Settings
+from server.text import Detokenizer, StopScanner, TemplateError, Text
+from tests.live import BYTES, END, QUESTION
+
+LETTERS = st.text("ab\n", max_size=20)
+STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4)
+CUTS = st.lists(st.integers(0, 20))
+
+
+def split[T: Sequence[object]](whole: T, cuts: list[int]) -> list[T]:
+    """The whole in pieces, some of them empty. (`T` is a text or a list of tokens.)"""
+    places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    return [whole[start:end] for start, end in pairwise(places)]
+
+
+def scan(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    scanner, text = StopScanner(stops), ""
+    for piece in pieces:
+        safe, stopped = scanner.push(piece)
+        text += safe
+        if stopped:
+            return text, True
+    return text + scanner.flush(), False
+
+
+def up_to_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The law: read a character at a time, the answer ends where the first stop string to be complete starts.
+
+    Of several that are complete at the same character the longest counts.
+    """
+    for end in range(len(text) + 1):
+        complete = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(complete)], True
+    return text, False
+
+
+@given(LETTERS, CUTS, STOPS)
+def test_an_answer_ends_where_the_first_complete_stop_string_starts_however_the_text_was_cut(
+    text: str, cuts: list[int], stops: list[str]
+) -> None:
+    assert scan(split(text, cuts), stops) == up_to_first_stop(text, stops)
+
+
+@given(LETTERS, CUTS, STOPS)
+def test_no_stop_string_nor_the_start_of_one_gets_out(text: str, cuts: list[int], stops: list[str]) -> None:
+    scanner, out, seen = StopScanner(stops), "", ""
+    for piece in split(text, cuts):
+        safe, stopped = scanner.push(piece)
+        out, seen = out + safe, seen + piece
+        assert seen.startswith(out)
+        assert not any(stop in out for stop in stops)
+        if stopped:
+            return
+        # Held back is what may yet become a stop string, and not one character more.
+        starts = [stop[:n] for stop in stops for n in range(1, len(stop)) if seen.endswith(stop[:n])]
+        assert seen.removeprefix(out) == max(starts, key=len, default="")
+
+
+def test_without_stop_strings_everything_passes_at_once() -> None:
+    scanner = StopScanner([])
+    assert scanner.push("text") == ("text", False)
+    assert scanner.flush() == ""
+
+
+def detokenized(tokenizer: Tokenizer, pieces: list[list[int]]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [detokenizer.push(piece) for piece in pieces]
+
+
+def check_text_survives(tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = detokenized(tokenizer, split(ids, cuts))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def check_any_ids(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> None:
+    """The pieces are the whole's start; what is left out ends with a character that is not finished."""
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    out = "".join(detokenized(tokenizer, split(ids, cuts)))
+    assert whole.startswith(out)
+    assert out == whole or whole.endswith("\ufffd")
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd") | st.sampled_from("é€😀👩‍👧"))
+ANY_BYTES = st.lists(st.integers(0, END), max_size=30)
+
+
+@given(ANY_TEXT, CUTS)
+def test_text_survives_being_cut_inside_its_characters(text: str, cuts: list[int]) -> None:
+    check_text_survives(BYTES.backend_tokenizer, text, cuts)
+
+
+@given(ANY_BYTES, CUTS)
+def test_any_tokens_become_what_they_decode_to_but_for_an_unfinished_character(ids: list[int], cuts: list[int]) -> None:
+    check_any_ids(BYTES.backend_tokenizer, ids, cuts)
+
+
+def test_a_piece_comes_with_the_token_that_completes_it() -> None:
+    tokenizer = BYTES.backend_tokenizer
+    ids = tokenizer.encode("aé😀").ids
+    assert detokenized(tokenizer, [[token] for token in ids]) == ["a", "", "é", "", "", "", "😀"]
+
+
+@cache
+def demo() -> Text:
+    return ModelLoader(Settings()).text()
+
+
+@pytest.mark.model
+@given(ANY_TEXT, CUTS)
+def test_text_survives_the_demo_tokenizer(text: str, cuts: list[int]) -> None:
+    check_text_survives(demo()._tokenizer, text, cuts)
+
+
+@pytest.mark.model
+@given(st.lists(st.integers(0, 49151), max_size=30), CUTS)
+def test_any_tokens_of_the_demo_tokenizer_become_what_they_decode_to(ids: list[int], cuts: list[int]) -> None:
+    check_any_ids(demo()._tokenizer, ids, cuts)
+
+
+@pytest.mark.model
+def test_the_demo_model_is_asked_in_its_own_words() -> None:
+    text = demo()._tokenizer.decode(
+        list(demo().prompt(QUESTION, {"enable_thinking": False})), skip_special_tokens=False
+    )
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_prompt_ends_where_the_answer_starts() -> None:
+    text = Text(BYTES)
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a\x00é😀"}]
+    assert BYTES.decode(text.prompt(messages, {})) == "<system>Be kind.<|end|><user>a\x00é😀<|end|><assistant>"
+    assert BYTES.decode(text.prompt(messages, {"enable_thinking": True})).endswith("<assistant><think>")
+    assert text.stop_token_ids == {END}
+
+
+def test_what_the_template_refuses_has_its_own_words() -> None:
+    with pytest.raises(TemplateError, match=r"^unknown role$"):
+        Text(BYTES).prompt([{"role": "ghost", "content": "boo"}], {})
+
+
+def test_a_folder_without_a_tokenizer_or_a_template_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no usable tokenizer") as empty:
+        Text.load(str(tmp_path))
+    bare = type(BYTES)(tokenizer_object=BYTES.backend_tokenizer, eos_token="<|end|>")
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no chat template") as untold:
+        Text.load(str(tmp_path))
+    assert all("\n" not in str(caught.value) for caught in (empty, untold))
+
+
+def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path) -> None:
+    BYTES.save_pretrained(tmp_path)
+    assert Text.load(str(tmp_path)).prompt(QUESTION, {}) == Text(BYTES).prompt(QUESTION, {})
+
+
+def thought(folder: str, think: bool) -> str:
+    text = Text.load(folder)
+    messages = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hi"}]
+    return text._tokenizer.decode(list(text.prompt(messages, {"enable_thinking": think})), skip_special_tokens=False)
+
+
+def test_thinking_off_adds_an_empty_thought(thinking_tokenizer: str) -> None:
+    assert thought(thinking_tokenizer, False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert thought(thinking_tokenizer, True).endswith("<|im_start|>assistant\n")
+
+
+def test_the_system_message_is_kept(thinking_tokenizer: str) -> None:
+    assert thought(thinking_tokenizer, False).startswith(
+        "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nHi"
+    )
+
+
+def test_a_thinking_tokenizer_keeps_the_laws_of_detokenizing(thinking_tokenizer: str) -> None:
+    tokenizer = Text.load(thinking_tokenizer)._tokenizer
+
+    @given(ANY_TEXT, st.lists(st.integers(0, tokenizer.get_vocab_size() + 200), max_size=30), CUTS)
+    def law(text: str, ids: list[int], cuts: list[int]) -> None:
+        ids_of_text = tokenizer.encode(text, add_special_tokens=False).ids
+        assert "".join(detokenized(tokenizer, split(ids_of_text, cuts))) == tokenizer.decode(ids_of_text)
+        check_any_ids(tokenizer, ids, cuts)
+
+    law()
