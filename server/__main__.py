@@ -1,7 +1,9 @@
 """`python -m server`: settings -> service -> app -> uvicorn, and what signals do."""
 
 import asyncio
+import logging
 import os
+import socket
 import sys
 from types import FrameType
 
@@ -17,6 +19,8 @@ from server.service import Service
 from server.settings import Settings, parse
 from server.version import VERSION
 
+logger = logging.getLogger("microbatch")
+
 CLOSING_SECONDS = 5
 """How long connections may take to close once every request has its outcome."""
 
@@ -29,10 +33,10 @@ class Server(uvicorn.Server):
         self._service = service
         self._signalled = False
 
-    async def serve_until_stopped(self) -> None:
+    async def serve_until_stopped(self, listener: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
         closing = asyncio.create_task(self._close_when_stopped())
-        await self.serve()
+        await self.serve([listener])
         closing.cancel()
 
     async def _close_when_stopped(self) -> None:
@@ -52,11 +56,20 @@ class Server(uvicorn.Server):
         self._draining = self._loop.create_task(self._service.drain())
 
 
-def announce(service: Service) -> None:
-    """Tell a person on a terminal where the service is and what its limits are."""
+def listen(host: str, port: int) -> socket.socket:
+    """Take the address before the model is loaded, so that a port in use is told at once."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        logger.error("cannot listen: %s", error.strerror)  # which ends with the address
+        raise SystemExit(1) from None
+
+
+def announce(service: Service, port: int) -> None:
+    """Tell a person where the service is and what its limits are, or a log of JSON the same in one line of its own."""
     settings, info = service.settings, service.info
     lines = {
-        "url": f"http://{settings.host}:{settings.port}/v1",
+        "url": f"http://{settings.host}:{port}/v1",
         "model": f"{', '.join(settings.served_names)} ({info.parameters / 1e9:.2f} B parameters)",
         "device": f"{info.device}, {info.dtype}",
         "window": f"{info.context_window} tokens of prompt and answer",
@@ -64,6 +77,9 @@ def announce(service: Service) -> None:
         "batches": f"up to {settings.max_batch_size} requests or {info.token_budget} padded tokens, "
         f"window {settings.batch_window_ms:g} ms, queue of {settings.queue_size}",
     }
+    if settings.log_format == "json":
+        logger.info("ready", extra={"facts": lines})
+        return
     console = Console(stderr=True, highlight=False)
     console.print(f"[bold]microbatch {VERSION} is ready[/]")
     for name, value in lines.items():
@@ -77,18 +93,17 @@ async def serve(settings: Settings) -> int:
 
     def when_ready() -> None:
         metrics.model(service.info, settings.served_names[0], VERSION)
-        announce(service)
+        announce(service, listener.getsockname()[1])
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    await Server(config, service).serve_until_stopped()
+    listener = listen(settings.host, settings.port)
+    await Server(config, service).serve_until_stopped(listener)
     return service.exit_code
 
 
@@ -97,9 +112,9 @@ def main() -> None:
     configure(settings.log_format, settings.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(serve(settings))
-    sys.stderr.flush()
-    # A worker thread inside a kernel or a download cannot be joined, and must not keep the process alive.
-    os._exit(status)
+        sys.stderr.flush()
+        # A worker thread inside a kernel or a download cannot be joined, and must not keep the process alive.
+        os._exit(status)
 
 
 main()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,12 +12,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from batching.events import Rejected, State
 from server.chat import chat_completions
+from server.disconnect import CLIENT_CLOSED
 from server.errors import ApiError, internal
 from server.log import log_refusal
 from server.metrics import CONTENT_TYPE, Metrics
@@ -24,7 +26,7 @@ from server.middleware import ApiKey, RequestId
 from server.service import Service
 from server.version import VERSION
 
-OPEN_PATHS = ("/health", "/metrics")
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 """What needs no API key: probes and scrapers seldom have one."""
 
 
@@ -38,7 +40,12 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None
         yield
         running.cancel()
 
-    handlers: dict[Any, Any] = {ApiError: on_api_error, HTTPException: on_http_error, Exception: on_bug}
+    handlers: dict[Any, Any] = {
+        ApiError: on_api_error,
+        HTTPException: on_http_error,
+        ClientDisconnect: on_disconnect,
+        Exception: on_bug,
+    }
     app = Starlette(
         routes=routes(),
         middleware=middleware(service),
@@ -81,7 +88,7 @@ def middleware(service: Service) -> list[Middleware]:
             )
         )
     if settings.api_keys:
-        found.append(Middleware(ApiKey, keys=settings.api_keys, open_paths=OPEN_PATHS))
+        found.append(Middleware(ApiKey, keys=settings.api_keys, open_paths=OPEN_PATHS, refuse=on_api_error))
     return found
 
 
@@ -125,16 +132,27 @@ def _json(content: object, status: int = 200, headers: dict[str, str] | None = N
 async def on_api_error(request: Request, error: ApiError) -> Response:
     if error.status < 429:
         request.app.state.metrics(Rejected(error.code or "bad_request"))
-    log_refusal(request.state.request_id, request.url.path, error.status, error.code)
+    if error.refusal:
+        log_refusal(request.state.request_id, request.scope["path"], error.status, error.code)
     return error.response()
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    what = {404: "There is nothing at this path.", 405: "This path does not take this method."}
-    message = what.get(error.status_code, error.detail)
-    return ApiError(error.status_code, message, headers=error.headers or {}).response()
+    known = {
+        404: ("There is nothing at this path.", "unknown_url"),
+        405: ("This path does not take this method.", "unknown_method"),
+    }
+    message, code = known.get(error.status_code, (error.detail, None))
+    return await on_api_error(request, ApiError(error.status_code, message, code=code, headers=error.headers or {}))
+
+
+async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    """The client left before all of its body was here."""
+    return Response(status_code=CLIENT_CLOSED)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    logging.getLogger(__name__).error("a handler failed", exc_info=error)
-    return internal().response()
+    """Starlette answers this one outside of every middleware, so the id is put in here."""
+    request_id = request.state.request_id
+    logging.getLogger(__name__).error("a handler failed on request %s", request_id, exc_info=error)
+    return dataclasses.replace(internal(), headers={"x-request-id": request_id}).response()

@@ -37,6 +37,11 @@ class ApiError(Exception):
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def refusal(self) -> bool:
+        """Whether the request was never accepted. One that was has its row's line in the log."""
+        return self.status < 500 or (self.code or "").startswith("service_")
+
     def body(self) -> bytes:
         """The JSON body."""
         details = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}

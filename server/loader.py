@@ -32,6 +32,8 @@ class ModelLoader:
         return Text.load(self._checkpoint, trust_remote_code=self._settings.trust_remote_code)
 
     def engine(self) -> Engine:
+        # The cache of a batch grows at every step; without this the holes it leaves add up to an out-of-memory error.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         from batching.generate import GenerateEngine
         from batching.model import load
 

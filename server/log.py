@@ -4,6 +4,7 @@ import logging
 import sys
 from datetime import UTC, datetime
 from typing import Literal
+from urllib.parse import quote
 
 import orjson
 
@@ -49,7 +50,8 @@ def log_event(event: Event) -> None:
 
 def log_refusal(request_id: str, path: str, status: int, code: str | None) -> None:
     """A line for a request that was refused before the queue."""
-    facts = {"id": request_id, "path": path, "status": status, "code": code}
+    # Quoted, because a path can hold line breaks and a terminal's control characters.
+    facts = {"id": request_id, "path": quote(path), "status": status, "code": code}
     logger.info("refused  %s", _words(facts), extra={"facts": facts})
 
 

@@ -3,10 +3,12 @@
 import hmac
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from hashlib import sha256
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
@@ -36,18 +38,25 @@ class RequestId:
 
 
 class ApiKey:
-    """Asks for `Authorization: Bearer KEY` on every path that does not start with one of `open_paths`.
+    """Asks for `Authorization: Bearer KEY` on every path that is not one of `open_paths`; `refuse` answers without.
 
     Keys are compared as SHA-256 digests in constant time, all of them each time.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        open_paths: Container[str],
+        refuse: Callable[[Request, ApiError], Awaitable[Response]],
+    ) -> None:
         self._app = app
         self._digests = [sha256(key.encode()).digest() for key in keys]
         self._open_paths = open_paths
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(self._open_paths) or self._known(scope):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._known(scope):
             return await self._app(scope, receive, send)
         error = ApiError(
             401,
@@ -56,7 +65,8 @@ class ApiKey:
             "unknown_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-        await error.response()(scope, receive, send)
+        response = await self._refuse(Request(scope), error)
+        await response(scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")

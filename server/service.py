@@ -12,7 +12,7 @@ from anyio import to_thread
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
 from batching.errors import ModelError, NotReady
-from batching.events import Observer, State
+from batching.events import Observer, Rejected, State, broadcast
 from batching.types import ModelInfo
 from server.errors import ApiError, bad_request, not_ready, thousands
 from server.settings import Settings
@@ -51,7 +51,8 @@ class Service:
             window=settings.batch_window_ms / 1000,
             queue_limit=settings.queue_size,
         )
-        self.batcher = Batcher(loader.engine, config, observers)
+        self._observe = broadcast(observers)
+        self.batcher = Batcher(loader.engine, config, [self._observe])
 
     async def run(self, when_ready: Callable[[], None]) -> None:
         """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
@@ -81,6 +82,7 @@ class Service:
     def check_ready(self) -> None:
         """Raises `ApiError` 503 unless requests are taken."""
         if not self.ready:
+            self._observe(Rejected("not_ready"))
             raise not_ready(self.batcher.state)
 
     @property
@@ -92,8 +94,9 @@ class Service:
         names = self.settings.served_names
         if asked is None:
             return names[0]
-        if (name := asked.split("___")[0]) in names:
-            return name
+        for name in (asked, asked.split("___")[0]):
+            if name in names:
+                return name
         raise ApiError(404, f"There is no model of that name here, only {', '.join(names)}.", code="model_not_found")
 
     def card(self, name: str) -> dict[str, object]:

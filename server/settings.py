@@ -27,6 +27,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
+        env_ignore_empty=True,
         frozen=True,
         extra="forbid",
         cli_prog_name="python -m server",
@@ -84,9 +85,13 @@ class Settings(BaseSettings):
     thinking: bool = Field(False, description="let models that can think do so when the request does not say")
 
     # Limits
-    request_timeout_s: float = Field(300.0, gt=0, description="time limit of a request, from arrival to its last token")
-    drain_timeout_s: float = Field(30.0, ge=0, description="how long accepted requests may go on after SIGTERM")
-    max_body_mib: float = Field(4.0, gt=0, description="largest request body")
+    request_timeout_s: float = Field(
+        300.0, gt=0, allow_inf_nan=False, description="time limit of a request, from arrival to its last token"
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="how long accepted requests may go on after SIGTERM"
+    )
+    max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="largest request body")
 
     # Logs
     log_format: Literal["text", "json"] = Field("text", description="one line a request, as text or JSON")

@@ -3,8 +3,13 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 from server.settings import PREFIX
+
+# No test asserts how fast it is.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 TEST_TOKENIZER = os.environ.get("MICROBATCH_TEST_TOKENIZER")
 """A folder with a tokenizer whose chat template can think; read here because no test sees the variable."""

@@ -144,6 +144,13 @@ class Address:
         with httpx2.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, **options) as client:
             yield client
 
+    @contextlib.contextmanager
+    def connect(self) -> Iterator[socket.socket]:
+        """A bare connection, for clients that misbehave. Leaving the block leaves the server."""
+        host, port = self.url.removeprefix("http://").split(":")
+        with contextlib.closing(socket.create_connection((host, int(port)), PATIENCE)) as bare:
+            yield bare
+
     def get(self, path: str, **options: Any) -> httpx2.Response:
         with self.http() as client:
             return client.get(path, **options)
@@ -168,6 +175,12 @@ class Address:
         families = text_string_to_metric_families(self.get("/metrics").text)
         found = [sample for family in families for sample in family.samples]
         return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in found}
+
+
+def raw_request(body: bytes, *headers: str, length: int | None = None) -> bytes:
+    """A chat request as it goes over the wire. `length` is what it says its body's length is."""
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: test", f"Content-Length: {length or len(body)}", *headers]
+    return "\r\n".join([*head, "", ""]).encode() + body
 
 
 def frames(response: httpx2.Response) -> list[Any]:
@@ -196,6 +209,7 @@ class Live(Address):
     loader: ScriptedLoader
     events: list[Event]
     loop: asyncio.AbstractEventLoop
+    connections: set[Any]
 
     def drain(self) -> None:
         """What the first SIGTERM does; returns at once."""
@@ -248,7 +262,7 @@ def live(engine: ScriptedEngine | None = None, *, ready: bool = True, **settings
         try:
             eventually(lambda: server.started or not thread.is_alive(), "the server started")
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            found = Live(url, service, engine, loader, events, loops[0])
+            found = Live(url, service, engine, loader, events, loops[0], server.server_state.connections)
             if ready:
                 loader.may_load.set()
                 found.wait_state(State.READY)
@@ -271,8 +285,12 @@ SMALL = ("--context-window", "1024", "--token-budget", "16384")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without settings of the service, and with these."""
-    return {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)} | variables
+    """This process's environment without settings of the service, and with these.
+
+    One thread for the model: several that wait for each other come to a halt where other processes have the cores.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    return kept | {"OMP_NUM_THREADS": "1"} | variables
 
 
 @dataclass

@@ -10,7 +10,7 @@ from batching.row import Row
 from batching.stream import Stream
 from batching.types import Request, Sampling
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds after which an event that should come at once is given up on."""
 
 
@@ -32,28 +32,46 @@ def loose_row(request: Request) -> Row:
     return Row(request, stream=None, arrived=0.0)  # type: ignore[arg-type]
 
 
-async def drain_all(stream: Stream) -> list[int]:
-    """Every token of a stream, whose row's error is raised after them."""
+async def all_tokens(stream: Stream) -> list[int]:
+    """Every token of a stream; raises its error, if it ends with one."""
     async with stream:
         return [token async for delta in stream for token in delta.tokens]
 
 
-Runner = Callable[[Coroutine[Any, Any, None]], None]
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock can be moved on, so that a time limit passes exactly when a test wants it to."""
+
+    skipped = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.skipped
+
+
+def skip(seconds: float) -> None:
+    """Move the running loop's clock on. Less than `PATIENCE` in one test."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, SkippingLoop)
+    loop.skipped += seconds
+
+
+Runner = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
 
 @pytest.fixture
 def run_async() -> Runner:
-    """Runs a coroutine on a loop of its own; a task or callback that fails unheard fails the test."""
+    """Runs a coroutine function on a loop of its own; a task or callback that fails unheard fails the test."""
 
-    def run(main: Coroutine[Any, Any, None]) -> None:
+    def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
         unheard: list[dict[str, Any]] = []
 
         async def bounded() -> None:
-            asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda loop, context: unheard.append(context))
             async with asyncio.timeout(PATIENCE):
-                await main
+                await main()
 
-        asyncio.run(bounded())
+        with asyncio.Runner(loop_factory=SkippingLoop) as runner:
+            runner.run(bounded())
         assert not unheard
 
     return run

@@ -189,4 +189,4 @@ def test_a_change_wakes_the_one_who_waits(what: str, run_async: Runner) -> None:
             queue.discard(first)
         await waiting
 
-    run_async(main())
+    run_async(main)

@@ -1,0 +1,199 @@
+"""Laws of the settings: each has a flag and a variable, and whatever is wrong is told in one line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.settings import PREFIX, Settings, parse
+
+VALUES: dict[str, tuple[str, Any]] = {
+    "model": ("/models/some", "/models/some"),
+    "name": ("one, org/two", ("one", "org/two")),
+    "load_format": ("gguf", "gguf"),
+    "device": ("cuda:1", "cuda:1"),
+    "dtype": ("float16", "float16"),
+    "context_window": ("2048", 2048),
+    "trust_remote_code": ("true", True),
+    "cache_dir": ("/somewhere", Path("/somewhere")),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("8000", 8000),
+    "api_keys": ("a,b", ("a", "b")),
+    "cors_origins": ("*", ("*",)),
+    "max_batch_size": ("7", 7),
+    "batch_window_ms": ("2.5", 2.5),
+    "token_budget": ("4096", 4096),
+    "queue_size": ("9", 9),
+    "default_max_tokens": ("64", 64),
+    "max_output_tokens": ("512", 512),
+    "thinking": ("true", True),
+    "request_timeout_s": ("12.5", 12.5),
+    "drain_timeout_s": ("0", 0.0),
+    "max_body_mib": ("0.5", 0.5),
+    "log_format": ("json", "json"),
+    "log_level": ("warning", "warning"),
+}
+"""For each setting a text that is not its default, and what it means."""
+
+
+def flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def variable(field: str) -> str:
+    return PREFIX + field.upper()
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a bad command line ends with."""
+    with pytest.raises(SystemExit) as caught:
+        parse(list(arguments))
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"microbatch: [^\n]+\n", captured.err), captured.err
+    return captured.err
+
+
+def test_this_file_knows_every_setting() -> None:
+    assert set(VALUES) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_a_setting_has_a_flag(field: str) -> None:
+    text, value = VALUES[field]
+    arguments = [flag(field)] if value is True else [flag(field), text]
+    assert getattr(parse(arguments), field) == value != getattr(parse([]), field)
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_a_setting_has_a_variable(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, value = VALUES[field]
+    monkeypatch.setenv(variable(field), text)
+    assert getattr(parse([]), field) == value
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_an_empty_variable_is_as_good_as_none(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = getattr(parse([]), field)
+    monkeypatch.setenv(variable(field), "")
+    assert getattr(parse([]), field) == default
+
+
+def test_a_flag_beats_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROBATCH_PORT", "1111")
+    monkeypatch.setenv("MICROBATCH_THINKING", "true")
+    assert (parse([]).port, parse([]).thinking) == (1111, True)
+    settings = parse(["--port", "2222", "--no-thinking"])
+    assert (settings.port, settings.thinking) == (2222, False)
+
+
+def test_help_names_every_flag_and_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field, info in Settings.model_fields.items():
+        assert f"{flag(field)} " in text or f"{flag(field)}, " in text
+        assert info.description is not None
+        assert "".join(info.description.split()) in "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--nope"], "--nope"),
+        (["--nope=1"], "--nope"),
+        (["--po", "5"], "--po"),
+        (["word"], "word"),
+        (["--port"], "--port"),
+        (["--thinking=maybe"], "--thinking"),
+    ],
+)
+def test_an_unknown_flag_is_told(arguments: list[str], names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert names in told(capsys, *arguments)
+
+
+@pytest.mark.parametrize("name", ["MICROBATCH_NOPE", "microbatch_nope", "MICROBATCH_PORTS", "MICROBATCH_"])
+def test_an_unknown_variable_is_told(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert name in told(capsys)
+
+
+MALFORMED = {
+    "load_format": ["onnx"],
+    "dtype": ["int8"],
+    "context_window": ["0", "15", "many"],
+    "port": ["-1", "65536", "http", "1.5"],
+    "max_batch_size": ["0", "1025", "x"],
+    "batch_window_ms": ["-1", "nan", "inf", "10001"],
+    "token_budget": ["0"],
+    "queue_size": ["0", "-1"],
+    "default_max_tokens": ["0"],
+    "max_output_tokens": ["0"],
+    "request_timeout_s": ["0", "-1", "nan", "inf"],
+    "drain_timeout_s": ["-1", "nan", "inf"],
+    "max_body_mib": ["0", "nan", "inf"],
+    "log_format": ["xml"],
+    "log_level": ["loud"],
+}
+
+
+@pytest.mark.parametrize(("field", "text"), [(field, text) for field, texts in MALFORMED.items() for text in texts])
+def test_a_malformed_value_is_told_with_its_setting(
+    field: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = field.replace("_", "-")
+    assert name in told(capsys, f"{flag(field)}={text}")
+    monkeypatch.setenv(variable(field), text)
+    assert name in told(capsys)
+
+
+@pytest.mark.parametrize("field", ["trust_remote_code", "thinking"])
+def test_a_variable_that_is_no_switch_is_told(
+    field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable(field), "perhaps")
+    assert field.replace("_", "-") in told(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--default-max-tokens", "10", "--max-output-tokens", "9"], ["default-max-tokens", "max-output-tokens"]),
+        (["--load-format", "dummy"], ["load-format", "model"]),
+        (["--context-window", "100", "--token-budget", "99"], ["context-window", "token-budget"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told(
+    arguments: list[str], names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = told(capsys, *arguments)
+    assert all(name in line for name in names)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse([]).port = 1
+
+
+def test_keys_are_not_shown() -> None:
+    assert "hush" not in repr(parse(["--api-keys", "hush"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], ("smollm2-135m-instruct",)),
+        (["--model", "/models/Qwen3-4B/"], ("Qwen3-4B",)),
+        (["--model", "Qwen/Qwen3-4B"], ("Qwen3-4B",)),
+        (["--model", "/models/Qwen3-4B", "--name", "a,b"], ("a", "b")),
+    ],
+)
+def test_the_model_has_its_folder_s_name_unless_it_is_given_others(
+    arguments: list[str], names: tuple[str, ...]
+) -> None:
+    assert parse(arguments).served_names == names
