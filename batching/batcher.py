@@ -84,22 +84,27 @@ class Batcher:
         return self._info
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request. Raises `NotReady` or `QueueFull`.
+        """Queue one request: see `submit_all`."""
+        return self.submit_all([request])[0]
 
-        The caller has checked the request: its prompt and output fit the context window and the token budget.
+    def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
+        """Queue requests, all or none of them. Raises `NotReady` or `QueueFull`.
+
+        The caller has checked them: prompt and output of each fit the context window and the token budget.
         """
         if self.state is not State.READY:
             self._observe(Rejected("not_ready"))
             raise NotReady(self.state)
-        if self._queue.full:
+        if self._queue.room < len(requests):
             self._observe(Rejected("queue_full"))
             raise QueueFull(self._rate.seconds_for(len(self._queue)))
-        stream = Stream(request, self._row_ended)
-        self._queue.push(stream.row)
+        streams = [Stream(request, self._row_ended) for request in requests]
+        for stream in streams:
+            self._queue.push(stream.row)
         self._idle.clear()
         self._rate.resume()
         self._queue_changed()
-        return stream
+        return streams
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, finish the accepted ones within `seconds`, fail the rest, stop the worker."""
@@ -198,8 +203,8 @@ class Batcher:
         self._decided.set()
 
     def on_step(self, news: News, running: int, at: float) -> None:
-        for row, token, finish in news:
-            row.stream.feed(token, finish, at)
+        for row, token, finish, logprob in news:
+            row.stream.feed(token, finish, at, logprob)
         self._observe(Stepped(at, len(news), running))
 
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None:

@@ -1,17 +1,25 @@
 """What the worker thread asks of an engine, and what it offers an engine in return."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 from batching.row import Row
-from batching.types import ModelInfo
+from batching.types import ModelInfo, TokenLogprob
+
+NO_LOGPROBS: Mapping[int, TokenLogprob] = MappingProxyType({})
 
 
 class Steps(Protocol):
     """The worker's side of a running batch, called by the engine once a decode step."""
 
-    def emit(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[bool]:
-        """Hand over one new token a row; answers, per row, whether it is over. Rows already over are ignored."""
+    def emit(
+        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
+    ) -> list[bool]:
+        """Hand over one new token a row, and the log probabilities of some by the row's place.
+
+        Answers, per row, whether it is over. Rows already over are ignored.
+        """
         ...
 
 

@@ -58,7 +58,7 @@ class GenerateEngine:
         """See `Engine`."""
         requests = [row.request for row in rows]
         try:
-            self._generate(requests, StepHook(rows, steps))
+            self._generate(requests, rows, steps)
             return
         except RuntimeError as error:
             if not _is_shortage(error):
@@ -71,15 +71,16 @@ class GenerateEngine:
         return used_bytes(self._model.device)
 
     @torch.inference_mode()
-    def _generate(self, requests: Sequence[Request], hook: "StepHook | None") -> None:
+    def _generate(self, requests: Sequence[Request], rows: Sequence[Row] = (), steps: Steps | None = None) -> None:
         device = self._model.device
+        sampler = Sampler(requests, self._vocab_size, device)
         ids, mask = pad([request.prompt for request in requests], device)
         self._model.generate(  # type: ignore[operator]
             ids,
             attention_mask=mask,
             max_new_tokens=max(request.sampling.max_tokens for request in requests),
-            logits_processor=[RowChoice(Sampler(requests, self._vocab_size, device))],
-            stopping_criteria=[hook] if hook else None,
+            logits_processor=[RowChoice(sampler)],
+            stopping_criteria=[StepHook(rows, sampler, steps)] if steps else None,
         )
 
     def _measure_budget(self, window: int) -> int:
@@ -91,8 +92,8 @@ class GenerateEngine:
         length = min(window, WARM_UP_TOKENS.get(device.type, 512)) - 2
         sampling = Sampling(max_tokens=2, seed=0)
         requests = [Request("warm-up", (0,) * n, sampling, time_limit=0.0) for n in (length, length // 2)]
-        self._generate(requests[1:], None)  # first calls load kernels, which stay and must not count
-        peak = peak_bytes(device, lambda: self._generate(requests, None))
+        self._generate(requests[1:])  # first calls load kernels, which stay and must not count
+        peak = peak_bytes(device, lambda: self._generate(requests))
         free = free_bytes(device)
         # A short batch can hide in memory the process held already: what the cache needs is the least a token needs.
         per_token = max(peak / (2 * (length + 2)), cache_bytes_per_token(self._model.config, self._model.dtype))
@@ -117,12 +118,13 @@ class RowChoice(LogitsProcessor):
 class StepHook(StoppingCriteria):
     """Reports the newest token of every row, and answers which rows are over."""
 
-    def __init__(self, rows: Sequence[Row], steps: Steps) -> None:
+    def __init__(self, rows: Sequence[Row], sampler: Sampler, steps: Steps) -> None:
         self._rows = rows
+        self._sampler = sampler
         self._steps = steps
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        over = self._steps.emit(self._rows, input_ids[:, -1].tolist())
+        over = self._steps.emit(self._rows, input_ids[:, -1].tolist(), self._sampler.logprobs)
         return torch.tensor(over, device=input_ids.device)
 
 

@@ -37,7 +37,7 @@ def padded_cost(rows: Iterable[Row]) -> int:
 
 
 class RowQueue:
-    """Rows that wait for a batch, oldest first. `limit` bounds how many; the caller checks `full` before `push`."""
+    """Rows that wait for a batch, oldest first. `limit` bounds how many; the caller checks `room` before `push`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -52,8 +52,9 @@ class RowQueue:
         return iter(self._rows)
 
     @property
-    def full(self) -> bool:
-        return len(self._rows) >= self._limit
+    def room(self) -> int:
+        """How many more rows may wait."""
+        return self._limit - len(self._rows)
 
     @property
     def oldest(self) -> Row:

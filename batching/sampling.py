@@ -4,12 +4,14 @@ Worker thread only. The law it keeps: a row's token depends on the row's own log
 else in the batch. So a draw is a function of (seed, position), and every reduction runs along the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from batching.types import Request, Sampling
+from batching.adjustments import Adjustment, Bias, Penalties, column
+from batching.logprobs import Logprobs
+from batching.types import Request, Sampling, TokenLogprob
 
 CANDIDATES = 256
 """How many of a row's largest logits are sorted. Only a row that needs more to reach its top_p sorts them all."""
@@ -20,12 +22,14 @@ OFF = float("inf")
 class Sampler:
     """Next tokens for one batch. `requests` are its rows in order; all state is on `device`.
 
-    Call it once a step. Rows that are greedy and have no penalties cost one argmax together.
+    Call it once a step. Rows that are greedy and have no adjustments cost one argmax together.
     """
 
     def __init__(self, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
         self._position = 0
-        self._penalties = Penalties.of(requests, vocab_size, device)
+        self._logprobs = Logprobs.of(requests, device)
+        found = [kind.of(requests, vocab_size, device) for kind in (Penalties, Bias)]
+        self._adjustments: list[Adjustment] = [adjustment for adjustment in found if adjustment]
         drawn = [row for row, request in enumerate(requests) if not request.sampling.greedy]
         self._drawn = torch.tensor(drawn, device=device) if drawn else None
         self._seeds = torch.tensor([requests[row].sampling.seed for row in drawn], device=device)
@@ -33,18 +37,27 @@ class Sampler:
 
     @property
     def plain(self) -> bool:
-        """Whether the largest logit of every row is its token, with nothing to apply or to draw."""
-        return self._drawn is None and self._penalties is None
+        """Whether the largest logit of every row is its token, with nothing to apply, to draw or to note."""
+        return self._drawn is None and not self._adjustments and self._logprobs is None
+
+    @property
+    def logprobs(self) -> Mapping[int, TokenLogprob]:
+        """Of the tokens chosen last: those of the rows that asked for log probabilities, by row."""
+        return self._logprobs.noted if self._logprobs else {}
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [rows, vocabulary] in float32, which may be written over -> tokens [rows] in int64."""
-        if self._penalties:
-            self._penalties.apply(logits)
+        if self._logprobs:
+            self._logprobs.read(logits)
+        for adjustment in self._adjustments:
+            adjustment.apply(logits)
         tokens = logits.argmax(-1)
         if self._drawn is not None:
             tokens[self._drawn] = self._draw(logits[self._drawn])
-        if self._penalties:
-            self._penalties.count(tokens)
+        for adjustment in self._adjustments:
+            adjustment.advance(tokens)
+        if self._logprobs:
+            self._logprobs.note(tokens)
         self._position += 1
         return tokens
 
@@ -80,10 +93,6 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
-
-
 class Filter:
     """Temperature, top_k, top_p and min_p of sampled rows: logits -> probabilities, zero where cut off.
 
@@ -91,11 +100,11 @@ class Filter:
     """
 
     def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
-        self._temperature = _column([sampling.temperature for sampling in samplings], device)
-        self._top_k = _column([sampling.top_k or OFF for sampling in samplings], device)
+        self._temperature = column([sampling.temperature for sampling in samplings], device)
+        self._top_k = column([sampling.top_k or OFF for sampling in samplings], device)
         # Above 1, because rounding may bring a cumulative probability to 1 too early.
-        self._top_p = _column([s.top_p if s.top_p < 1.0 else OFF for s in samplings], device)
-        self._min_p = _column([sampling.min_p for sampling in samplings], device)
+        self._top_p = column([s.top_p if s.top_p < 1.0 else OFF for s in samplings], device)
+        self._min_p = column([sampling.min_p for sampling in samplings], device)
         self._unlimited = (self._top_k == OFF) & (self._top_p == OFF) & (self._min_p == 0.0)
         self._cuts = not bool(self._unlimited.all())
 
@@ -134,43 +143,3 @@ class Filter:
         kept[:, 0] = True
         smallest = largest.gather(-1, kept.sum(-1, keepdim=True) - 1)
         return smallest, (top_k <= largest.shape[-1]) | ~kept[:, -1:]
-
-
-class Penalties:
-    """Presence, frequency and repetition penalties of the rows that have any, over counts [those rows, vocabulary].
-
-    Repetition first, as transformers defines it (logits of tokens in prompt or output divided if positive, else
-    multiplied); then frequency and presence as OpenAI does (logit -= count x frequency + (count > 0) x presence, over
-    the output alone).
-    """
-
-    def __init__(self, rows: list[int], requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
-        samplings = [requests[row].sampling for row in rows]
-        self._rows = torch.tensor(rows, device=device)
-        self._presence = _column([sampling.presence_penalty for sampling in samplings], device)
-        self._frequency = _column([sampling.frequency_penalty for sampling in samplings], device)
-        self._repetition = _column([sampling.repetition_penalty for sampling in samplings], device)
-        self._counts = torch.zeros(len(rows), vocab_size, device=device)
-        self._prompt = torch.zeros(len(rows), vocab_size, device=device, dtype=torch.bool)
-        for place, row in enumerate(rows):
-            self._prompt[place, torch.tensor(requests[row].prompt, device=device)] = True
-
-    @classmethod
-    def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> "Penalties | None":
-        """The penalties of a batch, or None if no row has any."""
-        rows = [row for row, request in enumerate(requests) if request.sampling.penalised]
-        return cls(rows, requests, vocab_size, device) if rows else None
-
-    def apply(self, logits: Tensor) -> None:
-        """Penalise `logits` [all rows, vocabulary] in place."""
-        chosen = logits[self._rows]
-        seen = self._prompt | (self._counts > 0)
-        repeated = torch.where(chosen > 0, chosen / self._repetition, chosen * self._repetition)
-        chosen = torch.where(seen, repeated, chosen)
-        chosen -= self._counts * self._frequency + (self._counts > 0) * self._presence
-        logits[self._rows] = chosen
-
-    def count(self, tokens: Tensor) -> None:
-        """Note the tokens [all rows] that were chosen."""
-        mine = tokens[self._rows][:, None]
-        self._counts.scatter_add_(1, mine, torch.ones_like(mine, dtype=self._counts.dtype))

@@ -15,7 +15,7 @@ from typing import Self
 from batching.errors import BatchingError, DeadlineExceeded, Drained
 from batching.events import Outcome, RowEnded
 from batching.row import Row
-from batching.types import Delta, Finish, Request
+from batching.types import Delta, Finish, Request, TokenLogprob
 
 
 class Stream:
@@ -30,6 +30,7 @@ class Stream:
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._finish: Finish | None = None
         self._error: BatchingError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -49,7 +50,7 @@ class Stream:
         self._queue_wait = at - self.row.arrived
         self._batch_size = batch_size
 
-    def feed(self, token: int, finish: Finish | None, at: float) -> None:
+    def feed(self, token: int, finish: Finish | None, at: float, logprob: TokenLogprob | None = None) -> None:
         """One token from the worker, produced at monotonic time `at`."""
         if self.over:
             return
@@ -57,6 +58,8 @@ class Stream:
             self._ttft = at - self.row.arrived
         self.output_tokens += 1
         self._tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
         if finish is not None:
             self._end(finish, Outcome.ANSWERED)
         self._wake()
@@ -116,8 +119,9 @@ class Stream:
             self._waiter = self._loop.create_future()
             await self._waiter
         if self._tokens:
-            tokens, self._tokens = tuple(self._tokens), []
-            return Delta(tokens, finish=None if self._error else self._finish)
+            delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))
+            self._tokens, self._logprobs = [], []
+            return delta
         if self._error is not None:
             raise self._error
         raise StopAsyncIteration

@@ -33,6 +33,9 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0  # no stop token before so many
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    top_logprobs: int | None = None  # None: no log probabilities; 0: of the chosen token alone
 
     @property
     def greedy(self) -> bool:
@@ -59,11 +62,24 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A chosen token's log probability, and the likeliest tokens with theirs, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """What a stream hands out: the tokens since the last delta, and on the last one why the row is over."""
+    """What a stream hands out: the tokens since the last delta, and on the last one why the row is over.
+
+    `logprobs` has one entry a token if the request asked for them, and none otherwise.
+    """
 
     tokens: tuple[int, ...]
     finish: Finish | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,18 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from batching.engine import Engine
+from batching.engine import NO_LOGPROBS, Engine
 from batching.errors import BatchingError, EngineError, OutOfMemory
 from batching.row import Row
-from batching.types import Finish, ModelInfo
+from batching.types import Finish, ModelInfo, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
-News = list[tuple[Row, int, Finish | None]]
+News = list[tuple[Row, int, Finish | None, TokenLogprob | None]]
+"""For each row that got one: its token, why it is over if it is, and the log probabilities if it asked."""
 
 
 class Listener(Protocol):
@@ -126,13 +127,15 @@ class BatchSteps:
     def __init__(self, report: Callable[[News, int], None]) -> None:
         self._report = report
 
-    def emit(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[bool]:
+    def emit(
+        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
+    ) -> list[bool]:
         news: News = []
-        for row, token in zip(rows, tokens, strict=True):
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if row.cancelled:
                 row.over = True
             if not row.over:
-                news.append((row, token, row.push(token)))
+                news.append((row, token, row.push(token), logprobs.get(place)))
         over = [row.over for row in rows]
         self._report(news, len(over) - sum(over))
         return over

@@ -66,7 +66,7 @@ class Batch:
         engine.run(self.rows, BatchSteps(self._report))
 
     def _report(self, news: News, running: int) -> None:
-        for row, token, finish in news:
+        for row, token, finish, _ in news:
             assert row not in self.finishes, "a token of a row that is over"
             self.sent[row].append(token)
             if finish is not None:

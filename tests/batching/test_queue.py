@@ -166,11 +166,11 @@ def test_a_queue_is_full_at_its_limit_and_not_before() -> None:
     queue = RowQueue(limit=2)
     first, second = prompts(1, 1)
     queue.push(first)
-    assert not queue.full
+    assert queue.room > 0
     queue.push(second)
-    assert queue.full
+    assert queue.room == 0
     queue.discard(first)
-    assert not queue.full
+    assert queue.room > 0
     assert queue.oldest is second
 
 

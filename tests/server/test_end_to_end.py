@@ -23,7 +23,7 @@ LONG: dict[str, Any] = {"messages": FRANCE, "temperature": 0, "ignore_eos": True
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Process]:
-    with process(*SMALL, "--batch-window-ms", "100", "--max-batch-size", "8") as found:
+    with process(*SMALL, "--batch-window-ms", "50", "--max-batch-size", "8") as found:
         found.wait_ready()
         yield found
 
@@ -66,7 +66,7 @@ def test_a_streamed_answer_is_the_plain_one(service: Process) -> None:
 def mixed(n: int) -> dict[str, Any]:
     """Settings of the n-th request: greedy, seeded and unseeded ones, with and without stop strings, in turn."""
     question = ["Name a color.", "Tell me a very short story about a dog and a bird.", "What is 2 + 2?"][n % 3]
-    fields: dict[str, Any] = {"messages": [{"role": "user", "content": question}], "max_tokens": 4 + n % 9}
+    fields: dict[str, Any] = {"messages": [{"role": "user", "content": question}], "max_tokens": 3 + n % 6}
     match n % 4:
         case 0:
             fields |= {"temperature": 0}
@@ -155,9 +155,9 @@ def test_it_lives_while_it_starts_limits_its_queue_and_stops_at_once_at_the_seco
 
 
 def test_a_signal_under_load_lets_accepted_answers_complete_and_refuses_new_ones(pool: ThreadPoolExecutor) -> None:
-    with process(*SMALL, "--log-format", "json", "--batch-window-ms", "5000", MICROBATCH_MAX_BATCH_SIZE="2") as service:
+    with process(*SMALL, "--log-format", "json", "--batch-window-ms", "2000", MICROBATCH_MAX_BATCH_SIZE="2") as service:
         service.wait_ready()
-        running = [pool.submit(service.chat, **LONG | {"max_tokens": 100}, stream=stream) for stream in (True, False)]
+        running = [pool.submit(service.chat, **LONG | {"max_tokens": 60}, stream=stream) for stream in (True, False)]
         eventually(lambda: service.sample("microbatch_output_tokens_total") > 0, "two run")
         waiting = pool.submit(service.chat, max_tokens=2, ignore_eos=True, headers={"x-request-id": "waited"})
         eventually(lambda: service.sample("microbatch_queue_depth") == 1, "one waits")
@@ -167,7 +167,7 @@ def test_a_signal_under_load_lets_accepted_answers_complete_and_refuses_new_ones
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "service_draining")
         streamed, plain = (answer.result() for answer in running)
         assert content(streamed) == content(plain) != ""
-        assert plain.json()["usage"]["completion_tokens"] == 100
+        assert plain.json()["usage"]["completion_tokens"] == 60
         assert waiting.result().json()["usage"]["completion_tokens"] == 2
         assert service.wait() == 0
     lines = [orjson.loads(line) for line in service.lines]
