@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from batching.engine import Engine
 from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull
@@ -28,7 +28,7 @@ from batching.events import (
     Stepped,
     broadcast,
 )
-from batching.queue import BatchLimits, RowQueue
+from batching.queue import BatchLimits, QueueLimits, RowQueue
 from batching.rate import ServiceRate
 from batching.row import Row
 from batching.stream import Stream
@@ -42,7 +42,7 @@ class BatchingConfig:
 
     max_batch_rows: int = 16
     window: float = 0.005
-    queue_limit: int = 256
+    queue: QueueLimits = field(default_factory=lambda: QueueLimits(rows=256))
 
 
 class Batcher:
@@ -52,7 +52,7 @@ class Batcher:
         self._build = build
         self._config = config
         self._observe = broadcast(observers)
-        self._queue = RowQueue(config.queue_limit)
+        self._queue = RowQueue(config.queue)
         self._running: dict[Row, None] = {}
         self._rate = ServiceRate()
         self._decided = asyncio.Event()  # built, failed, or drained before either
@@ -95,7 +95,7 @@ class Batcher:
         if self.state is not State.READY:
             self._observe(Rejected("not_ready"))
             raise NotReady(self.state)
-        if self._queue.room < len(requests):
+        if not self._queue.has_room(requests):
             self._observe(Rejected("queue_full"))
             raise QueueFull(self._rate.seconds_for(len(self._queue)))
         streams = [Stream(request, self._row_ended) for request in requests]
@@ -136,7 +136,7 @@ class Batcher:
     async def _window(self) -> None:
         """Wait until the batch is full or its first row has waited for the window's length."""
         while self._queue and len(self._queue) < self._limits.max_rows:
-            left = self._queue.oldest.arrived + self._config.window - time.monotonic()
+            left = self._queue.first_arrival + self._config.window - time.monotonic()
             if left <= 0:
                 return
             with contextlib.suppress(TimeoutError):

@@ -2,20 +2,23 @@
 
 Lives on the event loop's thread. The policy:
 
-1. The oldest row is always taken, so the head of the line is first come, first served.
+1. Rows stand in line by turn (`FairTurns`): clients share by weight, and one client's rows stand as they came. The
+   head of the line is always taken.
 2. The rest of the batch prefers the rows whose prompts are nearest in length to the head's, the ones that waste the
    least padding beside it.
-3. A row may be passed over (a later row taken before it) `MAX_PASSED_OVER` times. After that nothing that came later
-   is taken before it.
+3. A row may be passed over (a row behind it taken before it) `MAX_PASSED_OVER` times. After that nothing behind it is
+   taken before it.
 4. A batch holds at most `max_rows` rows and costs at most `token_budget` padded tokens, where the cost is
    rows x (longest prompt + longest allowed output): the memory that a padded batch can come to need.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from batching.row import Row
+from batching.types import Request
 
 MAX_PASSED_OVER = 3
 
@@ -36,12 +39,22 @@ def padded_cost(rows: Iterable[Row]) -> int:
     return len(requests) * (longest_prompt + longest_output)
 
 
-class RowQueue:
-    """Rows that wait for a batch, oldest first. `limit` bounds how many; the caller checks `room` before `push`."""
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What may wait: rows in all, and of one client rows and tokens (prompts and allowed outputs); None: no limit."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._rows: dict[Row, None] = {}  # a dict for its order and its O(1) removal
+    rows: int
+    client_rows: int | None = None
+    client_tokens: int | None = None
+
+
+class RowQueue:
+    """Rows that wait for a batch, in their order of service. The caller asks `has_room` before it pushes."""
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self._limits = limits
+        self._rows: list[Row] = []
+        self._turns = FairTurns()
         self._changed = asyncio.Event()
         self.prompt_tokens = 0
 
@@ -51,17 +64,24 @@ class RowQueue:
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
-    @property
-    def room(self) -> int:
-        """How many more rows may wait."""
-        return self._limit - len(self._rows)
+    def has_room(self, requests: Sequence[Request]) -> bool:
+        """Whether all of these, which are of one client, may wait too."""
+        limits, client = self._limits, requests[0].client
+        if len(self._rows) + len(requests) > limits.rows:
+            return False
+        both = [*requests, *(row.request for row in self._rows if row.request.client == client)]
+        too_many = limits.client_rows is not None and len(both) > limits.client_rows
+        too_long = limits.client_tokens is not None and sum(r.total_tokens for r in both) > limits.client_tokens
+        return not (too_many or too_long)
 
     @property
-    def oldest(self) -> Row:
-        return next(iter(self._rows))
+    def first_arrival(self) -> float:
+        """When the row that waits longest came, in monotonic seconds."""
+        return min(row.arrived for row in self._rows)
 
     def push(self, row: Row) -> None:
-        self._rows[row] = None
+        row.turn = self._turns.next_of(row.request)
+        bisect.insort(self._rows, row, key=lambda waiting: waiting.turn)
         self.prompt_tokens += len(row.request.prompt)
         self._changed.set()
 
@@ -69,7 +89,7 @@ class RowQueue:
         """Forget a row that ended while it waited; False if it was not here."""
         if row not in self._rows:
             return False
-        del self._rows[row]
+        self._rows.remove(row)
         self.prompt_tokens -= len(row.request.prompt)
         self._changed.set()
         return True
@@ -80,15 +100,41 @@ class RowQueue:
         await self._changed.wait()
 
     def take(self, limits: BatchLimits) -> list[Row]:
-        """Remove the next batch and return it, oldest row first. Empty if no row waits."""
+        """Remove the next batch and return it, in order of service. Empty if no row waits."""
         batch = select(list(self._rows), limits)
         for row in batch:
             self.discard(row)
+        if batch:
+            self._turns.served(batch[0].turn)
         return batch
 
 
+class FairTurns:
+    """Start-time fair queueing (Goyal, Vin and Cheng 1996): each client's requests get turns on a virtual clock.
+
+    A request's turn is where its client's last one ends, or now if that is past; it lasts its tokens / its weight. So
+    clients that wait share the device by weight, one that was away gets no credit for it, and the requests of a single
+    client of equal weight are served as they came.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._ends: dict[str, float] = {}
+
+    def next_of(self, request: Request) -> float:
+        """The turn of a client's next request."""
+        start = max(self._now, self._ends.get(request.client, 0.0))
+        self._ends[request.client] = start + request.total_tokens / request.weight
+        return start
+
+    def served(self, turn: float) -> None:
+        """The clock goes to the turn of the row that was served first."""
+        self._now = max(self._now, turn)
+        self._ends = {client: end for client, end in self._ends.items() if end > self._now}
+
+
 def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:
-    """The batch that the policy picks from `waiting` (oldest first); marks the rows it passes over."""
+    """The batch that the policy picks from `waiting` (in line); marks the rows it passes over."""
     if not waiting:
         return []
     batch = Batch(waiting[0], limits)

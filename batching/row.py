@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 
 class Row:
-    """`arrived` is monotonic seconds; `passed_over` counts batches that took a later row instead."""
+    """`arrived` is monotonic seconds; `turn` is the row's place in the queue, `passed_over` counts batches that
+    took a row behind it instead."""
 
-    __slots__ = ("arrived", "cancelled", "over", "passed_over", "request", "sent", "stream")
+    __slots__ = ("arrived", "cancelled", "over", "passed_over", "request", "sent", "stream", "turn")
 
     def __init__(self, request: Request, stream: Stream, arrived: float) -> None:
         self.request = request
         self.stream = stream
         self.arrived = arrived
         self.passed_over = 0
+        self.turn = 0.0
         self.sent = 0
         self.over = False
         self.cancelled = False

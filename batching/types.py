@@ -48,12 +48,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued. `time_limit` is in seconds from submission."""
+    """One prompt to be continued. `time_limit` is in seconds from submission.
+
+    Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
     time_limit: float
+    client: str = ""
+    weight: float = 1.0
 
     @property
     def total_tokens(self) -> int:

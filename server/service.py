@@ -13,6 +13,7 @@ from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
 from batching.errors import ModelError, NotReady
 from batching.events import Observer, Rejected, State, broadcast
+from batching.queue import QueueLimits
 from batching.types import ModelInfo
 from server.errors import ApiError, bad_request, not_ready, thousands
 from server.settings import Settings
@@ -49,7 +50,7 @@ class Service:
         config = BatchingConfig(
             max_batch_rows=settings.max_batch_size,
             window=settings.batch_window_ms / 1000,
-            queue_limit=settings.queue_size,
+            queue=QueueLimits(settings.queue_size),
         )
         self._observe = broadcast(observers)
         self.batcher = Batcher(loader.engine, config, [self._observe])

@@ -20,11 +20,19 @@ def sampling(**settings: Any) -> Sampling:
 
 
 def request(
-    prompt: tuple[int, ...] | int = (1, 2, 3), *, id: str = "r", time_limit: float = 600.0, **settings: Any
+    prompt: tuple[int, ...] | int = (1, 2, 3),
+    *,
+    id: str = "r",
+    time_limit: float = 600.0,
+    client: str = "",
+    weight: float = 1.0,
+    **settings: Any,
 ) -> Request:
     """A request for `prompt`, or for one of so many tokens."""
     ids = tuple(range(prompt)) if isinstance(prompt, int) else prompt
-    return Request(id=id, prompt=ids, sampling=sampling(**settings), time_limit=time_limit)
+    return Request(
+        id=id, prompt=ids, sampling=sampling(**settings), time_limit=time_limit, client=client, weight=weight
+    )
 
 
 def loose_row(request: Request) -> Row:

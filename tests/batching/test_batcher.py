@@ -28,6 +28,7 @@ from batching.events import (
     StateChanged,
     Stepped,
 )
+from batching.queue import QueueLimits
 from batching.row import Row
 from batching.stream import Stream
 from batching.types import Delta, Finish
@@ -102,7 +103,7 @@ async def serving(
 ) -> AsyncIterator[tuple[Batcher, Log]]:
     """A ready batcher and its log; at the end, what must hold of every log is checked."""
     log = Log()
-    batcher = Batcher(lambda: engine, BatchingConfig(rows, window, queue), [*observers, log])
+    batcher = Batcher(lambda: engine, BatchingConfig(rows, window, QueueLimits(queue)), [*observers, log])
     assert await batcher.start() is engine.info
     try:
         yield batcher, log

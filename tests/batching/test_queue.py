@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.queue import MAX_PASSED_OVER, BatchLimits, RowQueue, padded_cost, select
+from batching.queue import MAX_PASSED_OVER, BatchLimits, QueueLimits, RowQueue, padded_cost, select
 from batching.row import Row
 from tests.batching.conftest import Runner, loose_row, request
 
@@ -79,7 +79,7 @@ def test_the_cost_of_a_batch_is_rows_times_its_longest_prompt_and_output(shapes:
 
 def test_nothing_is_taken_from_nothing() -> None:
     assert select([], ROOMY) == []
-    assert RowQueue(4).take(ROOMY) == []
+    assert RowQueue(QueueLimits(4)).take(ROOMY) == []
 
 
 def test_rows_of_near_lengths_are_preferred_when_not_all_fit() -> None:
@@ -117,7 +117,7 @@ def test_nothing_later_is_taken_before_an_aged_row_that_does_not_fit() -> None:
 
 @given(st.lists(st.one_of(SHAPES, st.just("take")), max_size=60), LIMITS)
 def test_every_row_is_taken_once_and_passed_over_only_so_often(plan: list[Shape | str], limits: BatchLimits) -> None:
-    queue = RowQueue(limit=100)
+    queue = RowQueue(QueueLimits(100))
     waiting: list[Row] = []
     passes: dict[Row, int] = {}
 
@@ -149,7 +149,7 @@ def test_every_row_is_taken_once_and_passed_over_only_so_often(plan: list[Shape 
 
 @given(st.lists(SHAPES, min_size=1, max_size=12), st.data())
 def test_a_discarded_row_is_forgotten_and_the_others_keep_their_order(shapes: list[Shape], data: st.DataObject) -> None:
-    queue = RowQueue(limit=100)
+    queue = RowQueue(QueueLimits(100))
     rows = rows_of(shapes)
     for row in rows:
         queue.push(row)
@@ -163,21 +163,79 @@ def test_a_discarded_row_is_forgotten_and_the_others_keep_their_order(shapes: li
 
 
 def test_a_queue_is_full_at_its_limit_and_not_before() -> None:
-    queue = RowQueue(limit=2)
+    queue = RowQueue(QueueLimits(2))
     first, second = prompts(1, 1)
     queue.push(first)
-    assert queue.room > 0
+    one_more = [request(1)]
+    assert queue.has_room(one_more)
+    assert not queue.has_room(one_more * 2)
     queue.push(second)
-    assert queue.room == 0
+    assert not queue.has_room(one_more)
     queue.discard(first)
-    assert queue.room > 0
-    assert queue.oldest is second
+    assert queue.has_room(one_more)
+    assert not queue.has_room(one_more * 2)
+    assert list(queue) == [second]
+
+
+def test_a_client_has_limits_of_its_own() -> None:
+    queue = RowQueue(QueueLimits(100, client_rows=2, client_tokens=50))
+    ours = request(10, max_tokens=10, client="us")  # 20 tokens
+    theirs = request(10, max_tokens=10, client="them")
+    queue.push(loose_row(ours))
+    assert queue.has_room([ours])
+    assert not queue.has_room([ours, ours])  # three rows
+    assert not queue.has_room([request(31, max_tokens=1, client="us")])  # 52 tokens
+    assert queue.has_room([theirs, theirs])
+
+
+COSTS = st.lists(st.integers(1, 40), min_size=30, max_size=30)
+
+
+@given(costs=st.tuples(COSTS, COSTS, COSTS), weights=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0, 4.0])] * 3))
+def test_clients_that_wait_share_by_weight(costs: tuple[list[int], ...], weights: tuple[float, ...]) -> None:
+    """The bound of start-time fair queueing, while all are waiting: work / weight differs by the largest request."""
+    queue = RowQueue(QueueLimits(1000))
+    for client, (own, weight) in enumerate(zip(costs, weights, strict=True)):
+        for cost in own:
+            queue.push(loose_row(request(cost, max_tokens=1, client=str(client), weight=weight)))
+    work = [0.0, 0.0, 0.0]
+    waiting = [len(own) for own in costs]
+    while min(waiting) > 0:
+        (row,) = queue.take(BatchLimits(max_rows=1, token_budget=10**6))
+        client = int(row.request.client)
+        waiting[client] -= 1
+        work[client] += row.request.total_tokens / row.request.weight
+        largest = [(max(own) + 1) / weight for own, weight in zip(costs, weights, strict=True)]
+        for a in range(3):
+            for b in range(a):
+                assert abs(work[a] - work[b]) <= largest[a] + largest[b] + 1e-9
+
+
+def test_a_client_that_was_away_gets_no_credit_for_it() -> None:
+    queue = RowQueue(QueueLimits(1000))
+    alone = BatchLimits(max_rows=1, token_budget=10**6)
+    for _ in range(20):
+        queue.push(loose_row(request(9, max_tokens=1, client="busy")))
+    for _ in range(10):
+        queue.take(alone)
+    for _ in range(10):
+        queue.push(loose_row(request(9, max_tokens=1, client="back")))
+    served = [queue.take(alone)[0].request.client for _ in range(10)]
+    assert 4 <= served.count("back") <= 6
+
+
+def test_one_client_is_served_in_order_whatever_it_asks_for() -> None:
+    queue = RowQueue(QueueLimits(1000))
+    rows = [loose_row(request(length, max_tokens=1)) for length in (30, 1, 17, 2, 40)]
+    for row in rows:
+        queue.push(row)
+    assert list(queue) == rows
 
 
 @pytest.mark.parametrize("what", ["push", "discard"])
 def test_a_change_wakes_the_one_who_waits(what: str, run_async: Runner) -> None:
     async def main() -> None:
-        queue = RowQueue(limit=2)
+        queue = RowQueue(QueueLimits(2))
         first, second = prompts(1, 1)
         queue.push(first)
         waiting = asyncio.create_task(queue.change())
