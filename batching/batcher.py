@@ -11,7 +11,7 @@ Only READY accepts requests. STOPPED and FAILED are final.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from batching.engine import Engine
@@ -36,6 +36,10 @@ from batching.types import ModelInfo, Request
 from batching.worker import News, Worker
 
 
+LATECOMERS = 0.25
+"""Seconds that an open batch waits at most for requests that are being tokenized: to miss it would cost them a batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
     """`window` in seconds: how long an idle device waits, from a batch's first row on, for others to join it."""
@@ -54,6 +58,7 @@ class Batcher:
         self._observe = broadcast(observers)
         self._queue = RowQueue(config.queue)
         self._running: dict[Row, None] = {}
+        self._announced = 0
         self._rate = ServiceRate()
         self._decided = asyncio.Event()  # built, failed, or drained before either
         self._idle = asyncio.Event()
@@ -133,10 +138,21 @@ class Batcher:
                 self._worker.give(rows)
                 await self._batch_over
 
+    @contextlib.contextmanager
+    def announce(self) -> Iterator[None]:
+        """A request is being prepared meanwhile, and a batch that is open should wait for it a little."""
+        self._announced += 1
+        try:
+            yield
+        finally:
+            self._announced -= 1
+            self._queue.wake()
+
     async def _window(self) -> None:
-        """Wait until the batch is full or its first row has waited for the window's length."""
+        """Wait until the batch is full, or its first row has waited for the window's length and for those announced."""
         while self._queue and len(self._queue) < self._limits.max_rows:
-            left = self._queue.first_arrival + self._config.window - time.monotonic()
+            window = max(self._config.window, LATECOMERS) if self._announced else self._config.window
+            left = self._queue.first_arrival + window - time.monotonic()
             if left <= 0:
                 return
             with contextlib.suppress(TimeoutError):

@@ -94,6 +94,10 @@ class RowQueue:
         self._changed.set()
         return True
 
+    def wake(self) -> None:
+        """End a wait for a change without one."""
+        self._changed.set()
+
     async def change(self) -> None:
         """Wait until a row came or went."""
         self._changed.clear()

@@ -37,11 +37,12 @@ async def respond(service: Service, chat: ChatRequest, request_id: str) -> Respo
     queue still has a status code of its own.
     """
     model = service.served_name(chat.model)
-    request = await prepare(service, chat, request_id)
-    try:
-        stream = service.batcher.submit(request)
-    except BatchingError as error:
-        raise from_batching(error) from None
+    with service.batcher.announce():
+        request = await prepare(service, chat, request_id)
+        try:
+            stream = service.batcher.submit(request)
+        except BatchingError as error:
+            raise from_batching(error) from None
     completion = Completion(model)
     text = pieces(stream, service.text.detokenizer(), chat.stop or ())
     if chat.stream:

@@ -962,3 +962,18 @@ def test_every_accepted_request_has_exactly_one_outcome(seed: int, run_async: Ru
             await log.until(lambda: len(log.of(BatchEnded)) == len(log.of(BatchStarted)))
 
     run_async(main)
+
+
+def test_a_batch_waits_past_its_window_for_requests_that_are_being_prepared(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with serving(engine, rows=8, window=0.0) as (batcher, _log):
+            with batcher.announce():
+                first = batcher.submit(request(id="first"))
+                await spin()
+                second = batcher.submit(request(id="second"))
+            await all_tokens(first)
+            await all_tokens(second)
+        assert engine.batches == [["first", "second"]]
+
+    run_async(main)

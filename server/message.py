@@ -1,0 +1,105 @@
+"""From an answer's text to its OpenAI message: reasoning, content and tool calls. Runs on the event loop."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from server.reasoning import Part, ReasoningSplitter
+from server.tools import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Some of the model's thinking; never empty."""
+
+    text: str
+
+
+Event: TypeAlias = Reasoning | ToolEvent
+
+
+class MessageReader:
+    """Reads one answer's text as it comes. Without a splitter and a parser all of it is content.
+
+    The events of an answer, folded, do not depend on how its text was cut into pieces. Calls are looked for in the
+    content only: one inside a think block is a thought.
+    """
+
+    def __init__(self, reasoning: ReasoningSplitter | None = None, tools: ToolParser | None = None) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+        self._called = False
+
+    def push(self, text: str) -> list[Event]:
+        """The events that this piece of text completes, often one, sometimes none."""
+        return self._read([("content", text)] if self._reasoning is None else self._reasoning.push(text))
+
+    def flush(self) -> list[Event]:
+        """The events that are sure only when the answer is over."""
+        events = self._read([] if self._reasoning is None else self._reasoning.flush())
+        return events if self._tools is None else events + self._noted(self._tools.flush())
+
+    def finish(self, reason: str | None) -> str | None:
+        """The answer's `finish_reason`. A model that stopped after a complete call waits for its result."""
+        return "tool_calls" if self._called and reason == "stop" else reason
+
+    def _read(self, parts: Iterable[Part]) -> list[Event]:
+        events: list[Event] = []
+        for kind, text in parts:
+            if kind == "reasoning":
+                events.append(Reasoning(text))
+            elif self._tools is not None:
+                events += self._noted(self._tools.push(text))
+            elif text:
+                events.append(Content(text))
+        return events
+
+    def _noted(self, events: Sequence[ToolEvent]) -> list[Event]:
+        self._called = self._called or any(isinstance(event, CallEnded) for event in events)
+        return list(events)
+
+
+def fold(events: Iterable[Event]) -> dict[str, Any]:
+    """The whole message. Its content is a string, and null only if there are calls and no content.
+
+    RAGFlow fails on null without calls, and on calls without the `index` that OpenAI sends in streams only.
+    """
+    reasoning: list[str] = []
+    content: list[str] = []
+    calls: list[tuple[CallStarted, list[str]]] = []
+    for event in events:
+        match event:
+            case Reasoning():
+                reasoning.append(event.text)
+            case Content():
+                content.append(event.text)
+            case CallStarted():
+                calls.append((event, []))
+            case CallArguments():
+                calls[event.index][1].append(event.text)
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(content) if content or not calls else None}
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    if calls:
+        message["tool_calls"] = [_call(started, "".join(arguments)) for started, arguments in calls]
+    return message
+
+
+def delta(event: Event) -> dict[str, Any] | None:
+    """What a streamed chunk says of an event; None for one that is not shown."""
+    match event:
+        case Reasoning():
+            return {"reasoning_content": event.text}
+        case Content():
+            return {"content": event.text}
+        case CallStarted():
+            return {"tool_calls": [_call(event, "")]}
+        case CallArguments():
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+        case CallEnded():
+            return None
+
+
+def _call(started: CallStarted, arguments: str) -> dict[str, Any]:
+    function = {"name": started.name, "arguments": arguments}
+    return {"index": started.index, "id": started.id, "type": "function", "function": function}

@@ -1,0 +1,76 @@
+"""A model's thinking told apart from its answer, in text that comes in pieces. Runs on the event loop."""
+
+from typing import Literal, TypeAlias
+
+Part: TypeAlias = tuple[Literal["reasoning", "content"], str]
+
+
+def leaves_open(prompt: str, tag: str = "<think>") -> bool:
+    """Whether a prompt's text ends inside a think block: some templates begin the answer with one."""
+    return prompt.rstrip("\n").endswith(tag)
+
+
+class ReasoningSplitter:
+    """Splits `<think>...</think>` at the very start of an answer from the content after it, in linear time.
+
+    Newlines next to the tags belong to neither part, as in Qwen's own template. Without the opening tag everything is
+    content, unless `started` says that the prompt had the tag already; an answer that repeats it then is fine. Without
+    the closing tag everything is reasoning. A later block is plain content. Held back are at most a tag's length of
+    text and a count of newlines.
+    """
+
+    def __init__(self, open: str = "<think>", close: str = "</think>", *, started: bool = False) -> None:
+        self._open = open
+        self._close = close
+        self._started = started
+        self._stage: Literal["start", "reasoning", "gap", "content"] = "start"
+        self._held = ""
+        self._newlines = 0  # after the reasoning so far; dropped if nothing but the closing tag follows
+        self._thought = False
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that this piece of text completes, none of them empty: reasoning, content, or both in this order."""
+        text, self._held = self._held + text, ""
+        if self._stage == "start":
+            if text != self._open and self._open.startswith(text):
+                self._held = text
+                return []
+            self._stage = "reasoning" if self._started or text.startswith(self._open) else "content"
+            text = text.removeprefix(self._open)
+        parts: list[Part] = []
+        if self._stage == "reasoning":
+            thought, closed, text = text.partition(self._close)
+            if closed:
+                self._stage = "gap"
+            else:
+                keep = _overlap(thought, self._close)
+                thought, self._held = thought[: len(thought) - keep], thought[len(thought) - keep :]
+            parts += self._reasoning(thought)
+        if self._stage == "gap" and (text := text.lstrip("\n")):
+            self._stage = "content"
+        if self._stage == "content" and text:
+            parts.append(("content", text))
+        return parts
+
+    def flush(self) -> list[Part]:
+        """What was held back for a tag that never came."""
+        held, self._held = self._held, ""
+        if self._stage == "start" and not self._started:
+            return [("content", held)] if held else []
+        return self._reasoning(held)
+
+    def _reasoning(self, text: str) -> list[Part]:
+        if not self._thought:
+            text = text.lstrip("\n")
+        body = text.rstrip("\n")
+        if not body:
+            self._newlines += len(text)
+            return []
+        thought = "\n" * self._newlines + body
+        self._newlines, self._thought = len(text) - len(body), True
+        return [("reasoning", thought)]
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest proper prefix of `tag` that `text` ends with."""
+    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)

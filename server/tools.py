@@ -1,0 +1,620 @@
+"""Tools: what a client may offer, and the calls that a model writes, found in its text as it comes.
+
+Pure functions and small state machines on the event loop. Nothing here reads a definition's meaning beyond what must
+hold for it to be shown to the model; a grammar made from it is somebody else's work.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from io import StringIO
+from itertools import groupby
+from typing import Annotated, Any, Literal, Protocol, Self, TypeAlias
+
+import orjson
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+NAME = "^[a-zA-Z0-9_-]{1,64}$"
+MAX_TOOLS = 128  # as in OpenAI's API; also the most calls one turn of the history may hold
+MAX_SCHEMA_LENGTH = 2**16  # characters of JSON, of one tool's parameters
+MAX_SCHEMA_DEPTH = 32  # nested objects and arrays; OpenAI allows ten levels of properties, two of these each
+SCHEMA_TYPES = frozenset(["string", "number", "integer", "boolean", "object", "array", "null"])
+# The keywords of JSON Schema 2020-12 and draft 7 that hold schemas: by name, or alone or in a list.
+SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+SCHEMAS = (
+    *("items", "prefixItems", "contains", "additionalItems", "unevaluatedItems"),
+    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
+    *("allOf", "anyOf", "oneOf", "not", "if", "then", "else"),
+)
+
+Name = Annotated[str, Field(strict=True, pattern=NAME)]
+Flag = Annotated[bool, Field(strict=True)]
+CallId = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _depth(value: Any) -> int:
+    """How deeply objects and arrays are nested, 0 for anything else. A level at a time, so that nothing is too deep."""
+    depth = 0
+    level = [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A schema and all schemas in it."""
+    yield schema
+    named = [schema[key] for key in SCHEMAS_BY_NAME if isinstance(schema.get(key), dict)]
+    inner = [*(value for group in named for value in group.values()), *(schema[key] for key in SCHEMAS if key in schema)]
+    for value in inner:
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                yield from _subschemas(item)
+
+
+def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema that is bounded, can be written as JSON, and describes an object of known types."""
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise ValueError(f"a schema may be nested at most {MAX_SCHEMA_DEPTH} levels deep")
+    try:
+        length = len(json.dumps(schema, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        raise ValueError("a schema may hold only numbers that JSON has a form for") from None
+    if length > MAX_SCHEMA_LENGTH:
+        raise ValueError(f"a schema may be at most {MAX_SCHEMA_LENGTH // 1024} KiB long")
+    if schema.get("type", "object") != "object":
+        raise ValueError("a tool's parameters must be of type object")
+    for part in _subschemas(schema):
+        kinds = part.get("type", "object")
+        for kind in kinds if isinstance(kinds, list) else [kinds]:
+            if not isinstance(kind, str) or kind not in SCHEMA_TYPES:
+                raise ValueError("a schema names a type that JSON Schema does not have")
+        # Whether it is a valid expression is for those to find who compile it, with a time limit.
+        if not isinstance(part.get("pattern", ""), str):
+            raise ValueError("a schema's pattern must be a string")
+    return schema
+
+
+class Function(_Body):
+    """What a tool is called, does and takes. `strict` asks for calls that always fit `parameters`."""
+
+    name: Name
+    description: Annotated[str, Field(strict=True)] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_parameters)] | None = None
+    strict: Flag | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """What the model is shown."""
+        function = self.function
+        shown = {"name": function.name, "description": function.description, "parameters": function.parameters}
+        return {"type": "function", "function": {key: value for key, value in shown.items() if value is not None}}
+
+
+class ChosenFunction(_Body):
+    name: Name
+
+
+class NamedChoice(_Body):
+    """`tool_choice` as an object: this very function must be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+def _choice(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError('must be "none", "auto", "required", or an object that names one function') from None
+
+
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, WrapValidator(_choice)]
+
+
+class ToolUse(_Body):
+    """The fields of a request that offer tools: the request's own type inherits from this one.
+
+    `tools: []` means no tools whatever the choice is, because clients send both by default.
+    """
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+
+    @model_validator(mode="after")
+    def _choice_can_be_met(self) -> Self:
+        if self.tools is None and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("the field tool_choice asks for a call, but there is no field tools")
+        if self.tools and isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            if all(tool.function.name != name for tool in self.tools):
+                raise ValueError(f"the field tool_choice names {name}, which is not one of the tools")
+        return self
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model is shown and may call."""
+        return () if self.tool_choice == "none" else tuple(self.tools or ())
+
+    @property
+    def demanded(self) -> tuple[Tool, ...]:
+        """The tools one of which must be called; none if the model is free to answer in words."""
+        match self.tool_choice:
+            case NamedChoice():
+                return tuple(tool for tool in self.offered if tool.function.name == self.tool_choice.function.name)
+            case "required":
+                return self.offered
+            case _:
+                return ()
+
+
+class CalledFunction(_Body):
+    """A function and its arguments as JSON text, or as whatever the model wrote in their place."""
+
+    name: Name
+    arguments: Annotated[str, Field(strict=True)] = ""
+
+
+class ToolCall(_Body):
+    """A call that an earlier answer made. RAGFlow sends the streamed `index` back; it means nothing here."""
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: Annotated[int, Field(strict=True, ge=0)] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The call with its arguments as the object that templates want, or as they are if they are no such text."""
+        function = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+def _arguments(text: str) -> dict[str, Any] | str:
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return text
+    # What is nested deeper could be too deep for the template's own encoder.
+    return value if isinstance(value, dict) and _depth(value) <= MAX_SCHEMA_DEPTH else text
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+class ToolTurn(_Body):
+    """The fields of a message about tools: the message's own type inherits from this one."""
+
+    role: str
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: CallId | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message of the role assistant may have tool_calls")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("a message of the role tool needs a tool_call_id, and no other may have one")
+        return self
+
+    def tool_fields(self) -> dict[str, Any]:
+        """What the template is given besides role and content."""
+        fields: dict[str, Any] = {}
+        if self.tool_calls:
+            fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            fields["tool_call_id"] = self.tool_call_id
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Text that is not part of a call; never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStarted:
+    """A call to a known function, the `index`-th of the answer from 0. It is never taken back."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """A fragment of a call's arguments; together they are the JSON text of one object, as the model wrote it."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """The call's arguments are complete. A call without this event was cut off or broken."""
+
+    index: int
+
+
+ToolEvent: TypeAlias = Content | CallStarted | CallArguments | CallEnded
+
+
+class ToolParser(Protocol):
+    """Reads one answer. What it returns does not depend on how the text was cut, but for the size of fragments."""
+
+    def push(self, text: str) -> tuple[ToolEvent, ...]: ...
+    def flush(self) -> tuple[ToolEvent, ...]: ...
+
+
+class ToolFormat(Protocol):
+    """How one family of models writes its calls. Another family's is a file of its own and an entry in `FORMATS`."""
+
+    def fits(self, template: str) -> bool:
+        """Whether a chat template tells its model to write calls this way."""
+        ...
+
+    def parser(self, names: Collection[str] | None) -> ToolParser:
+        """A parser for one answer that may call these functions, or any if None."""
+        ...
+
+    def around(self, name: str) -> tuple[str, str]:
+        """What a call writes before and after its arguments' JSON: what a grammar has to enforce."""
+        ...
+
+
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MAX_HELD = 2**16  # characters held back of what may become a call; more, and it is content
+MAX_SPACE = 256  # white space held back because a call may follow
+SPACE = re.compile(r"[ \t\r\n]*")
+CLOSERS = re.compile(r"[ \t\r\n}\]]*")
+SCALAR = re.compile(r"[-+.\w]*", re.ASCII)
+IN_STRING = re.compile(r'["\\]')
+OUTSIDE = re.compile(r'["{}\[\]<]')
+
+
+class _Extent:
+    """Finds where a JSON string, object or array ends, by quotes and brackets alone, in text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def scan(self, text: str, at: int, end: int) -> int:
+        """The position after the value, or of a `<` that is outside its strings, or `end`. Looks at nothing twice."""
+        while at < end and not self.ended:
+            if self._escaped:
+                self._escaped = False
+                at += 1
+                continue
+            found = (IN_STRING if self._in_string else OUTSIDE).search(text, at, end)
+            if found is None:
+                return end
+            if found[0] == "<":
+                return found.start()
+            at = found.end()
+            self._pass(found[0])
+        return at
+
+    def _pass(self, char: str) -> None:
+        if char == "\\":
+            self._escaped = True
+            return
+        if char == '"':
+            self._in_string = not self._in_string
+        else:
+            self._depth += 1 if char in "{[" else -1
+        self.ended = self._depth == 0 and not self._in_string
+
+
+class ToolCallParser:
+    """Finds Qwen's calls, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, in an answer.
+
+    A call is announced once its name is complete and known and its arguments' opening brace is there, after JSON
+    without a fault; from then on the arguments stream as they come, up to the brace that matches. Where the arguments
+    come before the name, or are a JSON string that holds an object, they are held back and checked as a whole instead.
+    Until the announcement the text may still turn out to be no call (a fault in the JSON, another name, the end of the
+    answer, more than `MAX_HELD` characters), and is then content, byte for byte.
+
+    An announced call is never taken back, and its arguments are not checked. If they break off, at the answer's end or
+    at a closing tag outside of their strings, they stay as they are and there is no `CallEnded`. After whole arguments
+    the rest of the frame is dropped, superfluous or missing closing brackets included; anything else is content again.
+
+    White space between a call and its neighbours, or the answer's end, is dropped: RAGFlow ignores the calls of an
+    answer that has any content. Content after a call keeps the white space before it.
+
+    Every character is looked at a bounded number of times. Held back are at most `MAX_HELD` characters of a possible
+    call, `MAX_SPACE` of white space, or part of a tag.
+    """
+
+    def __init__(self, names: Collection[str] | None = None, new_id: Callable[[], str] = new_call_id) -> None:
+        self._names = names
+        self._new_id = new_id
+        self._calls = 0
+        self._out: list[ToolEvent] = []
+        self._carry = ""  # the start of a tag at the end of the text so far
+        self._space = ""
+        self._after_call = False  # whether nothing but white space has come since the last call
+        self._state: Callable[[str, int], int] = self._in_content
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget the call at hand."""
+        self._held = StringIO()
+        self._next: Literal["{", "key", ":", "value", ","] = "{"
+        self._key: str | None = None
+        self._name: str | None = None
+        self._arguments: str | None = None
+        self._announced = False
+
+    def push(self, text: str) -> tuple[ToolEvent, ...]:
+        """The events that this piece of text completes."""
+        text, self._carry, at = self._carry + text, "", 0
+        while at < len(text):
+            at = self._state(text, at)
+        return self._events()
+
+    def flush(self) -> tuple[ToolEvent, ...]:
+        """What was held back when the answer is over."""
+        carry, self._carry = self._carry, ""
+        if self._state == self._in_arguments:
+            self._argue(carry)
+        elif self._state != self._after_arguments:
+            self._not_a_call(0)
+            self._say(carry)
+        if self._space and not self._after_call:
+            self._out.append(Content(self._space))
+        self._space = ""
+        return self._events()
+
+    def _events(self) -> tuple[ToolEvent, ...]:
+        """The events so far, those of adjacent text as one."""
+        out, self._out = self._out, []
+        return tuple(_joined(list(group)) for _, group in groupby(out, type))
+
+    # Each state takes the text and a position in it, and returns the position up to which it has dealt with the text.
+
+    def _in_content(self, text: str, at: int) -> int:
+        start = text.find(OPEN, at)
+        if start < 0:
+            cut = _start_of_tag(text, at)
+            self._say(text[at:cut])
+            self._carry = text[cut:]
+            return len(text)
+        self._say(text[at:start])
+        self._reset()
+        self._held.write(OPEN)
+        self._state = self._in_frame
+        return start + len(OPEN)
+
+    def _in_frame(self, text: str, at: int) -> int:
+        """Between the keys and values of the call's outer object."""
+        to, end = self._hold(SPACE, text, at)
+        if to == end:
+            return self._more(text, to)
+        char = text[to]
+        match self._next, char:
+            case "value", _:
+                return self._at_value(char, to)
+            case "key", '"':
+                self._key = None
+                return self._at_value(char, to)
+            case "{", "{":
+                self._next = "key"
+            case ":", ":":
+                self._next = "value"
+            case ",", ",":
+                self._next = "key"
+            case ",", "}" if self._announced:
+                self._state = self._after_arguments
+            case _:
+                return self._not_a_call(to)
+        self._held.write(char)
+        return to + 1
+
+    def _at_value(self, char: str, at: int) -> int:
+        self._extent = _Extent()
+        self._value_start = self._held.tell()
+        if char == "{" and self._key == "arguments" and self._name and not self._arguments and not self._announced:
+            self._announce(self._name)
+        else:
+            self._state = self._in_value if char in '"{[' else self._in_scalar
+        return at
+
+    def _in_value(self, text: str, at: int) -> int:
+        """In a key, or in a value that is held back."""
+        to = self._extent.scan(text, at, self._limit(text, at))
+        self._held.write(text[at:to])
+        return self._after_value(to) if self._extent.ended else self._more(text, to)
+
+    def _in_scalar(self, text: str, at: int) -> int:
+        to, end = self._hold(SCALAR, text, at)
+        return self._after_value(to) if to < end else self._more(text, to)
+
+    def _after_value(self, at: int) -> int:
+        self._held.seek(self._value_start)
+        source = self._held.read()
+        try:
+            value = orjson.loads(source)
+        except orjson.JSONDecodeError:
+            return self._not_a_call(at)
+        self._state = self._in_frame
+        if self._key is None:
+            self._key, self._next = value, ":"
+        elif self._announced or self._learn(value, source):
+            self._next = ","
+        else:
+            return self._not_a_call(at)
+        return at
+
+    def _learn(self, value: Any, source: str) -> bool:
+        """Take in a member of the outer object. False: this is no call."""
+        if self._key == "name":
+            if self._name is not None or not self._is_known(value):
+                return False
+            self._name = value
+        elif self._key == "arguments":
+            if self._arguments is not None or not (text := _object_text(value, source)):
+                return False
+            self._arguments = text
+        if self._name and self._arguments:
+            arguments = self._arguments
+            self._announce(self._name)
+            self._argue(arguments)
+            self._end()
+        return True
+
+    def _in_arguments(self, text: str, at: int) -> int:
+        to = self._extent.scan(text, at, len(text))
+        self._argue(text[at:to])
+        if self._extent.ended:
+            self._end()
+            return to
+        tag = text[to : to + len(CLOSE)]
+        if tag == CLOSE:
+            self._state = self._in_content
+            return to + len(CLOSE)
+        if CLOSE.startswith(tag):
+            self._carry = tag
+            return len(text)
+        self._argue(text[to])
+        return to + 1
+
+    def _after_arguments(self, text: str, at: int) -> int:
+        to = CLOSERS.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string too
+        tag = text[to : to + len(CLOSE)]
+        if tag == CLOSE:
+            self._state = self._in_content
+            return to + len(CLOSE)
+        if CLOSE.startswith(tag):
+            self._carry = tag
+            return len(text)
+        if tag[0] != ",":
+            self._state = self._in_content
+            return to
+        self._held, self._next, self._state = StringIO(), "key", self._in_frame
+        self._held.write(",")
+        return to + 1
+
+    def _limit(self, text: str, at: int) -> int:
+        return min(len(text), at + MAX_HELD - self._held.tell())
+
+    def _hold(self, pattern: re.Pattern[str], text: str, at: int) -> tuple[int, int]:
+        """Hold back what matches. Returns where that ends, and where it would have had to end."""
+        end = self._limit(text, at)
+        to = pattern.match(text, at, end).end()  # type: ignore[union-attr]  # it matches the empty string too
+        self._held.write(text[at:to])
+        return to, end
+
+    def _more(self, text: str, at: int) -> int:
+        """All that may be held was. That is fine at the end of the text, and elsewhere a fault or too much."""
+        return at if at == len(text) else self._not_a_call(at)
+
+    def _not_a_call(self, at: int) -> int:
+        held = self._held.getvalue()
+        self._reset()
+        self._state = self._in_content
+        self._say(held)
+        return at
+
+    def _is_known(self, name: Any) -> bool:
+        if not isinstance(name, str):
+            return False
+        return name in self._names if self._names is not None else bool(re.fullmatch(NAME, name))
+
+    def _announce(self, name: str) -> None:
+        self._reset()
+        self._announced, self._after_call, self._space = True, True, ""
+        self._out.append(CallStarted(self._calls, self._new_id(), name))
+        self._state = self._in_arguments
+
+    def _argue(self, text: str) -> None:
+        if text:
+            self._out.append(CallArguments(self._calls, text))
+
+    def _end(self) -> None:
+        self._out.append(CallEnded(self._calls))
+        self._calls += 1
+        self._state = self._after_arguments
+
+    def _say(self, text: str) -> None:
+        """Content, but for the white space at its end, which may yet turn out to stand before a call."""
+        text = self._space + text
+        keep = (len(text) - len(text.rstrip())) % MAX_SPACE
+        said, self._space = text[: len(text) - keep], text[len(text) - keep :]
+        if said:
+            self._out.append(Content(said))
+            self._after_call = False
+
+
+def _start_of_tag(text: str, at: int) -> int:
+    """Where the text from `at` on ends with the start of an opening tag, or its length."""
+    start = text.rfind(OPEN[0], max(at, len(text) - len(OPEN) + 1))
+    return start if start >= 0 and OPEN.startswith(text[start:]) else len(text)
+
+
+def _object_text(value: Any, source: str) -> str | None:
+    """The JSON text of an object, given as such or in a string; None if it is neither."""
+    if isinstance(value, dict):
+        return source
+    try:
+        return value.strip() if isinstance(value, str) and isinstance(orjson.loads(value), dict) else None
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _joined(events: list[ToolEvent]) -> ToolEvent:
+    first = events[0]
+    if len(events) == 1 or not isinstance(first, Content | CallArguments):
+        return first
+    return replace(first, text="".join(event.text for event in events if isinstance(event, type(first))))
+
+
+class QwenFormat:
+    """Qwen 2.5 and 3, and Hermes, which came first: JSON between tags."""
+
+    def fits(self, template: str) -> bool:
+        return OPEN in template and "<function=" not in template  # Qwen3-Coder writes XML between the same tags
+
+    def parser(self, names: Collection[str] | None) -> ToolParser:
+        return ToolCallParser(names)
+
+    def around(self, name: str) -> tuple[str, str]:
+        return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"
+
+
+FORMATS: tuple[ToolFormat, ...] = (QwenFormat(),)
+
+
+def find_format(template: str) -> ToolFormat | None:
+    """How the model of this chat template writes calls, or None if it is not known to write any."""
+    return next((known for known in FORMATS if known.fits(template)), None)
