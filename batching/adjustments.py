@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from batching.types import Request
+from batching.types import Forced, Request
 
 
 class Adjustment(Protocol):
@@ -124,3 +124,41 @@ class _Places:
     def add_to(self, logits: Tensor) -> None:
         if not self._empty:
             logits.index_put_(self._index, self._values, accumulate=True)
+
+
+class Forcing:
+    """`Sampling.forced`: from some step on a row's tokens are given, unless it has said a certain one itself."""
+
+    def __init__(self, asked: dict[int, Forced], device: torch.device) -> None:
+        self._rows = list(asked)
+        self._index = torch.tensor(self._rows, device=device)
+        self._asked = list(asked.values())
+        self._waiting = [True] * len(asked)
+        self._given: list[list[int]] = [[] for _ in asked]
+        self._position = 0
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> "Forcing | None":
+        """Those of a batch, or None if no row has any."""
+        asked = {row: r.sampling.forced for row, r in enumerate(requests) if r.sampling.forced is not None}
+        return cls(asked, device) if asked else None
+
+    def apply(self, logits: Tensor) -> None:
+        """See `Adjustment`."""
+        rows = [row for row, given in zip(self._rows, self._given, strict=True) if given]
+        if rows:
+            logits[rows] = -float("inf")
+            logits[rows, [given[0] for given in self._given if given]] = 0.0
+
+    def advance(self, tokens: Tensor) -> None:
+        """See `Adjustment`."""
+        self._position += 1
+        for place, token in enumerate(tokens[self._index].tolist()):
+            asked = self._asked[place]
+            if self._given[place]:
+                self._given[place].pop(0)
+            elif token == asked.unless:
+                self._waiting[place] = False
+            elif self._waiting[place] and self._position >= asked.after:
+                self._given[place] = list(asked.tokens)
+                self._waiting[place] = False

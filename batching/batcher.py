@@ -35,7 +35,6 @@ from batching.stream import Stream
 from batching.types import ModelInfo, Request
 from batching.worker import News, Worker
 
-
 LATECOMERS = 0.25
 """Seconds that an open batch waits at most for requests that are being tokenized: to miss it would cost them a batch."""
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from batching.adjustments import Adjustment, Bias, Penalties, column
+from batching.adjustments import Adjustment, Bias, Forcing, Penalties, column
+from batching.constraint import Constraints
 from batching.logprobs import Logprobs
 from batching.types import Request, Sampling, TokenLogprob
 
@@ -28,7 +29,7 @@ class Sampler:
     def __init__(self, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
         self._position = 0
         self._logprobs = Logprobs.of(requests, device)
-        found = [kind.of(requests, vocab_size, device) for kind in (Penalties, Bias)]
+        found = [kind.of(requests, vocab_size, device) for kind in (Penalties, Bias, Forcing, Constraints)]
         self._adjustments: list[Adjustment] = [adjustment for adjustment in found if adjustment]
         drawn = [row for row, request in enumerate(requests) if not request.sampling.greedy]
         self._drawn = torch.tensor(drawn, device=device) if drawn else None

@@ -1,7 +1,13 @@
 """The values that cross the edge between text (above) and tokens (here). All frozen: any thread may read them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batching.constraint import Grammar
 
 
 class Finish(StrEnum):
@@ -12,6 +18,15 @@ class Finish(StrEnum):
     CANCELLED = "cancelled"  # the client left
     DEADLINE = "deadline"  # the request's time limit passed
     ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """Once a row has `after` tokens and none of them is `unless`, its next ones are `tokens`: how a thought is ended."""
+
+    after: int
+    unless: int
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,7 @@ class Sampling:
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0  # no stop token before so many
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    forced: Forced | None = None
     top_logprobs: int | None = None  # None: no log probabilities; 0: of the chosen token alone
 
     @property
@@ -50,7 +66,8 @@ class Sampling:
 class Request:
     """One prompt to be continued. `time_limit` is in seconds from submission.
 
-    Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart.
+    Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart. `grammar` is what the
+    answer must be.
     """
 
     id: str
@@ -59,6 +76,7 @@ class Request:
     time_limit: float
     client: str = ""
     weight: float = 1.0
+    grammar: Grammar | None = None
 
     @property
     def total_tokens(self) -> int:

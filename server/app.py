@@ -20,6 +20,7 @@ from batching.events import Rejected, State
 from server.chat import chat_completions
 from server.disconnect import CLIENT_CLOSED
 from server.errors import ApiError, internal
+from server.keys import load_keys
 from server.log import log_refusal
 from server.metrics import CONTENT_TYPE, Metrics
 from server.middleware import ApiKey, RequestId
@@ -87,8 +88,8 @@ def middleware(service: Service) -> list[Middleware]:
                 expose_headers=["x-request-id", "retry-after"],
             )
         )
-    if settings.api_keys:
-        found.append(Middleware(ApiKey, keys=settings.api_keys, open_paths=OPEN_PATHS, refuse=on_api_error))
+    if keys := load_keys(settings.api_keys, settings.api_keys_file):
+        found.append(Middleware(ApiKey, keys=keys, open_paths=OPEN_PATHS, refuse=on_api_error))
     return found
 
 
@@ -133,7 +134,7 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
     if error.status < 429:
         request.app.state.metrics(Rejected(error.code or "bad_request"))
     if error.refusal:
-        log_refusal(request.state.request_id, request.scope["path"], error.status, error.code)
+        log_refusal(request.state.caller.request_id, request.scope["path"], error.status, error.code)
     return error.response()
 
 
@@ -153,6 +154,6 @@ async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
 
 async def on_bug(request: Request, error: Exception) -> Response:
     """Starlette answers this one outside of every middleware, so the id is put in here."""
-    request_id = request.state.request_id
+    request_id = request.state.caller.request_id
     logging.getLogger(__name__).error("a handler failed on request %s", request_id, exc_info=error)
     return dataclasses.replace(internal(), headers={"x-request-id": request_id}).response()

@@ -1,149 +1,152 @@
 """`POST /v1/chat/completions`: the one path from a request's bytes to its answer, streamed or not."""
 
-import secrets
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 from anyio import to_thread
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
-from batching.errors import BatchingError
 from batching.stream import Stream
-from batching.types import Request, Sampling
-from server import sse
-from server.answer import Piece, pieces
+from batching.types import Forced, Request, TokenLogprob
+from server.answer import pieces
 from server.body import read_body
+from server.caller import Caller
 from server.completion import Completion
 from server.disconnect import until_disconnect
-from server.errors import bad_request, from_batching
+from server.errors import bad_request
+from server.logprobs import chat_logprobs
+from server.message import Event, MessageReader, delta, fold
+from server.reasoning import ReasoningSplitter, leaves_open
+from server.respond import plain, streamed
+from server.sampling import sampling
 from server.schema import ChatRequest, parse
 from server.service import Service
-from server.text import TemplateError
+from server.text import StopScanner, TemplateError, Text
+from server.tools import find_format
 
 
 async def chat_completions(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     service.check_ready()
-    chat = parse(await read_body(http, service.max_body_bytes))
-    return await until_disconnect(http, respond(service, chat, http.state.request_id))
+    chat = parse(ChatRequest, await read_body(http, service.max_body_bytes))
+    return await until_disconnect(http, respond(service, chat, http.state.caller))
 
 
-async def respond(service: Service, chat: ChatRequest, request_id: str) -> Response:
-    """Everything after the body was read. Raises `ApiError`.
-
-    A streamed answer waits for its first piece before the status line is sent, so that all that can go wrong in the
-    queue still has a status code of its own.
-    """
-    model = service.served_name(chat.model)
+async def respond(service: Service, chat: ChatRequest, caller: Caller) -> Response:
+    """Everything after the body was read. Raises `ApiError`."""
+    completion = Completion(service.served_name(chat.model), "chat.completion", "chatcmpl")
     with service.batcher.announce():
-        request = await prepare(service, chat, request_id)
-        try:
-            stream = service.batcher.submit(request)
-        except BatchingError as error:
-            raise from_batching(error) from None
-    completion = Completion(model)
-    text = pieces(stream, service.text.detokenizer(), chat.stop or ())
+        requests, thinking = await prepare(service, chat, caller)
+        streams = service.submit(requests)
+    choices = [
+        ChatChoice(index, stream, service.text, chat, reader(service.text, chat, thinking))
+        for index, stream in enumerate(streams)
+    ]
     if chat.stream:
-        return await streamed(chat, completion, stream, text)
-    return await plain(completion, stream, text)
+        return await streamed(completion, choices, include_usage=chat.include_usage)
+    return await plain(completion, choices)
 
 
-async def prepare(service: Service, chat: ChatRequest, request_id: str) -> Request:
-    """Template, tokens and limits: all that can be wrong with a request is found here, before the queue."""
-    thinks = service.settings.thinking if chat.thinks is None else chat.thinks
-    messages = [message.for_template() for message in chat.messages]
-    encode = partial(service.text.prompt, messages, {"enable_thinking": thinks})
+async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[list[Request], bool]:
+    """Template, tokens and limits: all that can be wrong with a request is found here, before the queue.
+
+    Also answers whether the prompt ends inside a think block.
+    """
+    prompt, thinking = await to_thread.run_sync(
+        partial(encode, service.text, chat, thinks(service, chat)), limiter=service.encoders
+    )
+    room = service.room_for_output(len(prompt))
+    requests = [
+        Request(
+            id=caller.row_id(choice),
+            prompt=prompt,
+            sampling=sampling(service, chat, room, choice=choice, forced=end_of_thought(service.text, chat)),
+            time_limit=service.settings.request_timeout_s,
+            client=caller.name,
+            weight=caller.weight(chat.priority),
+        )
+        for choice in range(chat.n or 1)
+    ]
+    return requests, thinking
+
+
+def thinks(service: Service, chat: ChatRequest) -> bool:
+    """Whether the template is told to let the model think. Never where a grammar rules from the first token on."""
+    if chat.demanded or (chat.response_format is not None and chat.response_format.type != "text"):
+        return False
+    return service.settings.thinking if chat.thinks is None else chat.thinks
+
+
+def encode(text: Text, chat: ChatRequest, thinks: bool) -> tuple[tuple[int, ...], bool]:
+    """The prompt's ids, and whether it ends inside a think block. Blocks for milliseconds: not on the event loop."""
+    options: dict[str, Any] = {"enable_thinking": thinks}
+    if chat.offered:
+        options["tools"] = [tool.for_template() for tool in chat.offered]
     try:
-        prompt = await to_thread.run_sync(encode, limiter=service.encoders)
+        rendered = text.render([message.for_template() for message in chat.messages], options)
     except TemplateError as error:
         raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
-    return Request(
-        id=request_id,
-        prompt=prompt,
-        sampling=sampling(service, chat, service.room_for_output(len(prompt))),
-        time_limit=service.settings.request_timeout_s,
+    return text.encode(rendered), leaves_open(rendered)
+
+
+def end_of_thought(text: Text, chat: ChatRequest) -> Forced | None:
+    """How a thought is cut off at its budget. Raises `ApiError` 400 for a model that has no token to end one with."""
+    if chat.budget is None:
+        return None
+    close = text.encode("</think>")
+    if len(close) != 1:
+        raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
+    return Forced(after=chat.budget, unless=close[0], tokens=text.encode("\n</think>\n\n"))
+
+
+def reader(text: Text, chat: ChatRequest, thinking: bool) -> MessageReader:
+    """What tells thinking, content and tool calls apart in this model's answers."""
+    form = find_format(text.template) if chat.offered else None
+    names = [tool.function.name for tool in chat.demanded or chat.offered]
+    return MessageReader(
+        ReasoningSplitter(started=thinking) if "<think>" in text.template else None,
+        form.parser(names) if form else None,
     )
 
 
-def sampling(service: Service, chat: ChatRequest, room: int) -> Sampling:
-    """The request's sampling with this service's defaults. A length that does not fit is cut to what does."""
-    settings = service.settings
-    wanted = min(chat.wanted_tokens or settings.default_max_tokens, settings.max_output_tokens)
-    return Sampling(
-        max_tokens=min(wanted, room),
-        seed=secrets.randbits(63) if chat.seed is None else chat.seed,
-        temperature=0.0 if chat.greedy else _or(chat.temperature, 1.0),
-        top_p=_or(chat.top_p, 1.0),
-        top_k=max(chat.top_k or 0, 0),
-        min_p=chat.min_p or 0.0,
-        presence_penalty=chat.presence_penalty or 0.0,
-        frequency_penalty=chat.frequency_penalty or 0.0,
-        repetition_penalty=chat.repetition_penalty or 1.0,
-        stop_token_ids=frozenset() if chat.ignore_eos else service.stop_token_ids,
-    )
+class ChatChoice:
+    """`Choice` of a chat completion."""
 
+    def __init__(self, index: int, stream: Stream, text: Text, chat: ChatRequest, reader: MessageReader) -> None:
+        self.stream = stream
+        self._index = index
+        self._text = text
+        self._reader = reader
+        scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
+        self._pieces = pieces(stream, text.detokenizer(), scanner)
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-async def plain(completion: Completion, stream: Stream, text: AsyncIterator[Piece]) -> Response:
-    """The whole answer as one JSON object."""
-    async with stream:
-        try:
-            parts = [piece async for piece in text]
-        except BatchingError as error:
-            raise from_batching(error) from None
-    content = "".join(piece.text for piece in parts)
-    return Response(completion.whole(content, parts[-1].finish, usage(stream)), media_type="application/json")
-
-
-async def streamed(chat: ChatRequest, completion: Completion, stream: Stream, text: AsyncIterator[Piece]) -> Response:
-    """The answer as server-sent events, once its first piece is there."""
-    try:
-        first = await anext(text)
-    except BaseException as error:
-        stream.cancel()
-        if isinstance(error, BatchingError):
-            raise from_batching(error) from None
-        raise
-    return RowResponse(stream, events(chat, completion, stream, first, text))
-
-
-async def events(
-    chat: ChatRequest, completion: Completion, stream: Stream, first: Piece, rest: AsyncIterator[Piece]
-) -> AsyncIterator[bytes]:
-    """The frames of a streamed answer. An error after the first piece becomes a last frame, without `[DONE]`."""
-    yield completion.first_chunk(first.text)
-    finish = first.finish
-    try:
-        async for piece in rest:
+    async def whole(self) -> dict[str, Any]:
+        found: list[Event] = []
+        logprobs: list[TokenLogprob] = []
+        finish = None
+        async for piece in self._pieces:
+            found += self._reader.push(piece.text)
+            logprobs += piece.logprobs
             finish = piece.finish
-            if piece.text:
-                yield completion.chunk(piece.text)
-    except BatchingError as error:
-        yield sse.event(from_batching(error).body())
-        return
-    yield completion.last_chunk(finish)
-    if chat.stream_options is not None and chat.stream_options.include_usage:
-        yield completion.usage_chunk(usage(stream))
-    yield sse.DONE
+        message = {"refusal": None} | fold(found + self._reader.flush())
+        return self._choice("message", message, chat_logprobs(self._text, logprobs), self._reader.finish(finish))
 
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        role: dict[str, Any] = {"role": "assistant", "content": ""}
+        finish = None
+        async for piece in self._pieces:
+            finish = piece.finish
+            found = self._reader.push(piece.text) + (self._reader.flush() if finish else [])
+            deltas = [news for event in found if (news := delta(event)) is not None]
+            logprobs = chat_logprobs(self._text, piece.logprobs)
+            for news in deltas or ([{"content": ""}] if logprobs else []):
+                yield self._choice("delta", role | news, logprobs, None)
+                role, logprobs = {}, None
+        if role:
+            yield self._choice("delta", role, None, None)
+        yield self._choice("delta", {}, None, self._reader.finish(finish))
 
-def usage(stream: Stream) -> dict[str, int]:
-    prompt, output = len(stream.row.request.prompt), stream.output_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-
-
-class RowResponse(StreamingResponse):
-    """A streamed answer. However it ends, its row has ended with it."""
-
-    def __init__(self, stream: Stream, content: AsyncIterator[bytes]) -> None:
-        super().__init__(content, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
-        self._stream = stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._stream:
-            await super().__call__(scope, receive, send)
+    def _choice(self, kind: str, said: Any, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        return {"index": self._index, kind: said, "logprobs": logprobs, "finish_reason": finish}

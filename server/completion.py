@@ -1,48 +1,39 @@
-"""The JSON of one chat completion, whole or in chunks. All but the text of a chunk is encoded once per answer."""
+"""The JSON of OpenAI's chat completions and completions, whole or in chunks."""
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from server import sse
 
-CHUNK_END = b'},"logprobs":null,"finish_reason":null}]}\n\n'
-
 
 class Completion:
-    """Writes the parts of one answer under one id, creation time and model name."""
+    """Writes the parts of one answer under one id, creation time and model name.
 
-    def __init__(self, model: str) -> None:
-        self._id = f"chatcmpl-{secrets.token_hex(12)}"
-        self._created = int(time.time())
-        self._model = model
-        chunk = self._envelope("chat.completion.chunk")[:-1] + b',"choices":[{"index":0,"delta":{'
-        self._chunk_start = b"data: " + chunk + b'"content":'
-        self._first_start = b"data: " + chunk + b'"role":"assistant","content":'
+    `kind` is "chat.completion" or "text_completion", and its id begins with `prefix`. What does not change from chunk
+    to chunk is encoded once.
+    """
+
+    def __init__(self, model: str, kind: str, prefix: str) -> None:
+        self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._kind = kind
+        self._chunk = self._kind + ".chunk" if kind == "chat.completion" else kind
+        self._chunk_start = b"data: " + self._envelope(self._chunk)[:-1] + b',"choices":['
 
     def _envelope(self, kind: str, **fields: Any) -> bytes:
-        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-        return orjson.dumps(head | fields)
+        return orjson.dumps(self._head | {"object": kind} | fields)
 
-    def whole(self, content: str, finish: str | None, usage: Mapping[str, int]) -> bytes:
+    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int]) -> bytes:
         """A plain answer."""
-        message = {"role": "assistant", "content": content, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return self._envelope("chat.completion", choices=[choice], usage=usage)
+        return self._envelope(self._kind, choices=choices, usage=usage)
 
-    def first_chunk(self, text: str) -> bytes:
-        return self._first_start + orjson.dumps(text) + CHUNK_END
-
-    def chunk(self, text: str) -> bytes:
-        return self._chunk_start + orjson.dumps(text) + CHUNK_END
-
-    def last_chunk(self, finish: str | None) -> bytes:
-        choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": finish}
-        return sse.event(self._envelope("chat.completion.chunk", choices=[choice]))
+    def chunk(self, choice: Mapping[str, Any]) -> bytes:
+        """One event with news of one choice."""
+        return self._chunk_start + orjson.dumps(choice) + b"]}\n\n"
 
     def usage_chunk(self, usage: Mapping[str, int]) -> bytes:
-        """The one trailing chunk with counts. It has no choice: clients sum the usage of chunks that have one."""
-        return sse.event(self._envelope("chat.completion.chunk", choices=[], usage=usage))
+        """The one trailing event with counts. It has no choice: clients sum the usage of chunks that have one."""
+        return sse.event(self._envelope(self._chunk, choices=[], usage=usage))

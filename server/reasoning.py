@@ -29,7 +29,7 @@ class ReasoningSplitter:
         self._thought = False
 
     def push(self, text: str) -> list[Part]:
-        """The parts that this piece of text completes, none of them empty: reasoning, content, or both in this order."""
+        """The parts that this piece of text completes, none of them empty: reasoning, content, or both."""
         text, self._held = self._held + text, ""
         if self._stage == "start":
             if text != self._open and self._open.startswith(text):

@@ -1,20 +1,25 @@
 """What a client may send, as types that check it. A field that is not here is refused by name, never ignored."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from server.errors import ApiError, bad_request
+from server.tools import Flag, ToolTurn, ToolUse
 
-MAX_STOPS = 4
+MAX_STOPS = 16  # OpenAI allows 4
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
+MAX_MESSAGES = 2048
+MAX_TOP_LOGPROBS = 20
 MAX_STOP_LENGTH = 256  # characters; each piece of an answer is searched for each stop string
 GREEDY_BELOW = 0.01  # a smaller temperature only adds rounding noise to the choice of the largest logit
 
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Tokens = Annotated[int, Field(strict=True, ge=1)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
 
 
 class Body(BaseModel):
@@ -45,18 +50,55 @@ def _part(part: Any) -> str:
 Content = Annotated[str, BeforeValidator(_text)]
 
 
-class Message(Body):
-    """One turn. `name` and `tool_calls: []` are accepted because clients send them; templates may use `name`."""
+class JsonSchema(Body):
+    """`json_schema` of a response format. `strict` is what this service does in any case."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Flag | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_if_named(self) -> Self:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise ValueError("the type json_schema needs a json_schema, and no other type has one")
+        return self
+
+
+def _prompts(value: Any) -> Any:
+    """One prompt or several, text or token ids -> a list of prompts."""
+    single = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
+    return [value] if single else value
+
+
+Prompt = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1)]
+Prompts = Annotated[list[Prompt], BeforeValidator(_prompts), Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class Message(ToolTurn):
+    """One turn. Templates may use `name`; the last four are what clients send back of an answer of ours."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = ""
     name: str | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         role = "system" if self.role == "developer" else self.role
-        named = {"name": self.name} if self.name else {}
-        return {"role": role, "content": self.content, **named}
+        message: dict[str, Any] = {"role": role, "content": self.content} | self.tool_fields()
+        if self.name:
+            message["name"] = self.name
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        return message
 
 
 class StreamOptions(Body):
@@ -70,22 +112,34 @@ class TemplateOptions(Body):
 
 
 class Thinking(Body):
+    """As the Go rewrite of RAGFlow sends it. `budget_tokens` ends the thinking after so many tokens."""
+
     type: Literal["enabled", "disabled"]
+    budget_tokens: Tokens | None = None
 
 
 def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class ChatRequest(Body):
-    """`POST /v1/chat/completions`."""
+def _biases(value: Any) -> Any:
+    """Token ids are keys, hence strings, in JSON."""
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(token, str) and re.fullmatch(r"[0-9]{1,9}", token, re.ASCII) for token in value):
+        raise ValueError("the keys must be token ids")
+    return {int(token): bias for token, bias in value.items()}
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+
+class Generation(Body):
+    """What every request for generated text may say of the tokens it wants."""
+
     model: str | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
+    min_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
@@ -93,6 +147,12 @@ class ChatRequest(Body):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[int, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(_biases), Field(max_length=1024)
+        ]
+        | None
+    ) = None
     seed: Int64 | None = None
     stop: (
         Annotated[
@@ -102,48 +162,139 @@ class ChatRequest(Body):
         ]
         | None
     ) = None
-    do_sample: Flag | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    include_stop_str_in_output: Flag | None = None
     ignore_eos: Flag | None = None
-    enable_thinking: Flag | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    thinking: Thinking | None = None
+    do_sample: Flag | None = None
+    priority: Annotated[int, Field(strict=True, ge=-8, le=8)] | None = None
+    # Accepted and without effect: they say who asks or how an account is billed, not what is wanted.
     user: str | None = None
-    # Of these only the value that asks for nothing is supported; clients send it by default.
-    n: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    logprobs: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+    store: Flag | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _usage_is_for_streams(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("the field stream_options may only be set when stream is true")
         return self
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The answer's length that was asked for. The newer name wins."""
-        return self.max_completion_tokens or self.max_tokens
+        """The answer's length that was asked for."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell at each place; None for no log probabilities at all."""
+        return None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def greedy(self) -> bool:
         low = self.temperature is not None and self.temperature < GREEDY_BELOW
         return low or self.top_p == 0 or self.do_sample is False
 
+
+class ChatRequest(Generation, ToolUse):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: Flag | None = None
+    modalities: list[Literal["text"]] | None = None
+    enable_thinking: Flag | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking: Thinking | None = None
+    thinking_budget: Tokens | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("the field top_logprobs may only be set when logprobs is true")
+        if self.demanded and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("an answer cannot be a demanded tool call and of a response_format at once")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The newer name wins."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens after which thinking must end, in either spelling."""
+        return self.thinking_budget or (self.thinking.budget_tokens if self.thinking else None)
+
     @property
     def thinks(self) -> bool | None:
-        """Whether the request turns thinking on or off, in any of the three spellings; None if in none."""
+        """Whether the request turns thinking on or off, in any of its spellings; None if in none."""
         if self.enable_thinking is not None:
             return self.enable_thinking
         if self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking is not None:
             return self.chat_template_kwargs.enable_thinking
-        return self.thinking.type == "enabled" if self.thinking else None
+        if self.thinking is not None:
+            return self.thinking.type == "enabled"
+        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
 
-def parse(body: bytes) -> ChatRequest:
-    """The request in a body of JSON. Raises `ApiError` 400 that names the first field at fault."""
+class CompletionRequest(Generation):
+    """`POST /v1/completions`: a prompt as text or token ids, or several, each with an answer of its own."""
+
+    prompt: Prompts
+    echo: Flag | None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize`: a text, or a conversation as the model would see it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: Flag = False
+    return_token_strs: Flag = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("one of the fields prompt and messages must be given")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
+
+
+Asked = TypeVar("Asked", bound=BaseModel)
+
+
+def parse(kind: type[Asked], body: bytes) -> Asked:
+    """The request of this kind in a body of JSON. Raises `ApiError` 400 that names the first field at fault."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise explain(error) from None
 

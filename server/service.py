@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import anyio
@@ -11,11 +11,12 @@ from anyio import to_thread
 
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
-from batching.errors import ModelError, NotReady
+from batching.errors import BatchingError, ModelError, NotReady
 from batching.events import Observer, Rejected, State, broadcast
 from batching.queue import QueueLimits
-from batching.types import ModelInfo
-from server.errors import ApiError, bad_request, not_ready, thousands
+from batching.stream import Stream
+from batching.types import ModelInfo, Request
+from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.settings import Settings
 from server.text import Text
 
@@ -50,7 +51,7 @@ class Service:
         config = BatchingConfig(
             max_batch_rows=settings.max_batch_size,
             window=settings.batch_window_ms / 1000,
-            queue=QueueLimits(settings.queue_size),
+            queue=QueueLimits(settings.queue_size, settings.key_queue_size, settings.key_queue_tokens),
         )
         self._observe = broadcast(observers)
         self.batcher = Batcher(loader.engine, config, [self._observe])
@@ -89,6 +90,13 @@ class Service:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         return self.text.stop_token_ids | self.info.stop_token_ids
+
+    def submit(self, requests: Sequence[Request]) -> list[Stream]:
+        """Queue the rows of one HTTP request. Raises `ApiError` 429 or 503."""
+        try:
+            return self.batcher.submit_all(requests)
+        except BatchingError as error:
+            raise from_batching(error) from None
 
     def served_name(self, asked: str | None) -> str:
         """The name an answer carries. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""

@@ -19,6 +19,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from server.keys import load_keys
+
 PREFIX = "MICROBATCH_"
 
 
@@ -63,6 +65,9 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (), repr=False, description="keys that clients may use, separated by commas; none: no key is asked for"
     )
+    api_keys_file: Path | None = Field(
+        None, description="file of more keys, a line each: name, key and, if it is not 1, the key's share of the device"
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="web origins allowed to call, separated by commas; * for all"
     )
@@ -78,6 +83,10 @@ class Settings(BaseSettings):
         description="most padded tokens in a batch, rows x (longest prompt + longest output); none: measured at start",
     )
     queue_size: int = Field(256, ge=1, description="most requests that wait; more are answered 429")
+    key_queue_size: int | None = Field(None, ge=1, description="most requests of one API key that wait; none: no limit")
+    key_queue_tokens: int | None = Field(
+        None, ge=1, description="most tokens, prompts and allowed answers, of one API key's waiting requests"
+    )
 
     # Answers
     default_max_tokens: int = Field(128, ge=1, description="answer length when the request names none")
@@ -106,6 +115,7 @@ class Settings(BaseSettings):
     def _agree(self) -> Self:
         if self.default_max_tokens > self.max_output_tokens:
             raise ValueError("default-max-tokens is larger than max-output-tokens")
+        load_keys(self.api_keys, self.api_keys_file)
         if self.load_format == "dummy" and self.model is None:
             raise ValueError("load-format dummy needs a model folder with a config.json")
         if self.context_window and self.token_budget and self.context_window > self.token_budget:

@@ -1,6 +1,7 @@
 """Text to token ids and back: chat template, tokenizer, incremental decoding, stop strings.
 
-`Text.prompt` takes milliseconds and runs on a helper thread; the rest is called a token at a time on the event loop.
+`Text.render` and `Text.encode` take milliseconds and run on a helper thread; the rest is called a token at a time on
+the event loop.
 """
 
 from __future__ import annotations
@@ -9,10 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which character stands for which byte in a byte-level vocabulary (GPT-2's: printable ones for themselves)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
 
 
 class TemplateError(Exception):
@@ -45,21 +56,40 @@ class Text:
             raise ModelError(f"the tokenizer in {checkpoint} has no chat template, so it cannot serve chats")
         return cls(tokenizer)
 
-    def prompt(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> tuple[int, ...]:
-        """The ids of a conversation up to where the assistant's answer starts.
+    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+        """The text of a conversation up to where the assistant's answer starts.
 
         `options` are variables for the template; the caller allows only harmless names. Raises `TemplateError`.
         """
         from jinja2 import TemplateError as JinjaError
 
         try:
-            text = self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+            return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
         except (JinjaError, TypeError, ValueError) as error:
             raise TemplateError(_first_line(error)) from error
+
+    @property
+    def template(self) -> str:
+        """The source of the chat template."""
+        return str(self._chat.chat_template)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The ids of a text, with no special tokens put around it."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._tokenizer)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        if isinstance(self._tokenizer.decoder, ByteLevel) and all(char in BYTES for char in piece):
+            return bytes(BYTES[char] for char in piece)
+        return self.decode([token]).encode()
 
 
 def _first_line(error: Exception) -> str:
@@ -81,18 +111,21 @@ class Detokenizer:
 class StopScanner:
     """Finds the first of some stop strings in text that comes in pieces, and never lets the start of one out."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, inclusive: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
+        self._inclusive = inclusive
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Text that is safe to send, and whether a stop string was found; it ends right before that one."""
+        """Text that is safe to send, and whether a stop string was found: it ends before that one, or if `inclusive`
+        with it."""
         text = self._held + piece
         # The one that is complete first, so that nothing depends on how the text was cut into pieces.
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, start = min(found)
+            return text[: end if self._inclusive else start], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -7,7 +7,7 @@ hold for it to be shown to the model; a grammar made from it is somebody else's 
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import groupby
@@ -17,6 +17,7 @@ import orjson
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -27,15 +28,16 @@ from pydantic import (
 
 NAME = "^[a-zA-Z0-9_-]{1,64}$"
 MAX_TOOLS = 128  # as in OpenAI's API; also the most calls one turn of the history may hold
-MAX_SCHEMA_LENGTH = 2**16  # characters of JSON, of one tool's parameters
+MAX_TOOLS_LENGTH = 2**18  # characters of JSON; more than most context windows can hold
+MAX_SCHEMA_LENGTH = 2**16  # of one tool's parameters
 MAX_SCHEMA_DEPTH = 32  # nested objects and arrays; OpenAI allows ten levels of properties, two of these each
 SCHEMA_TYPES = frozenset(["string", "number", "integer", "boolean", "object", "array", "null"])
 # The keywords of JSON Schema 2020-12 and draft 7 that hold schemas: by name, or alone or in a list.
-SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+SCHEMAS_BY_NAME = frozenset(["properties", "patternProperties", "dependentSchemas", "$defs", "definitions"])
 SCHEMAS = (
-    *("items", "prefixItems", "contains", "additionalItems", "unevaluatedItems"),
-    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
-    *("allOf", "anyOf", "oneOf", "not", "if", "then", "else"),
+    frozenset(["items", "prefixItems", "contains", "additionalItems", "unevaluatedItems"])
+    | frozenset(["additionalProperties", "unevaluatedProperties", "propertyNames"])
+    | frozenset(["allOf", "anyOf", "oneOf", "not", "if", "then", "else"])
 )
 
 Name = Annotated[str, Field(strict=True, pattern=NAME)]
@@ -57,37 +59,49 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A schema and all schemas in it."""
-    yield schema
-    named = [schema[key] for key in SCHEMAS_BY_NAME if isinstance(schema.get(key), dict)]
-    inner = [*(value for group in named for value in group.values()), *(schema[key] for key in SCHEMAS if key in schema)]
-    for value in inner:
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, dict):
-                yield from _subschemas(item)
+def _check_keywords(schema: dict[str, Any]) -> None:
+    """Raises ValueError where this schema, or one in it, has a type or pattern that cannot be."""
+    schemas = [schema]
+    while schemas:
+        for keyword, value in schemas.pop().items():
+            if keyword in SCHEMAS_BY_NAME and isinstance(value, dict):
+                schemas += [inner for inner in value.values() if isinstance(inner, dict)]
+            elif keyword in SCHEMAS:
+                listed = value if isinstance(value, list) else [value]
+                schemas += [inner for inner in listed if isinstance(inner, dict)]
+            elif keyword == "type":
+                kinds = value if isinstance(value, list) else [value]
+                if not all(isinstance(kind, str) and kind in SCHEMA_TYPES for kind in kinds):
+                    raise ValueError("a schema names a type that JSON Schema does not have")
+            elif keyword == "pattern" and not isinstance(value, str):
+                # Whether it is a valid expression is for those to find who compile it, with a time limit.
+                raise ValueError("a schema's pattern must be a string")
+
+
+def _length(value: Any) -> int:
+    """Characters of a value as JSON. Raises ValueError where it cannot be written as such."""
+    try:
+        return len(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        raise ValueError("a definition may hold only numbers that JSON has a form for") from None
+
+
+def _tools(tools: Any) -> Any:
+    """Bounded before anything looks at them in detail, which takes longer."""
+    if _length(tools) > MAX_TOOLS_LENGTH:
+        raise ValueError(f"all definitions together may be at most {MAX_TOOLS_LENGTH // 1024} KiB long")
+    return tools
 
 
 def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
     """A schema that is bounded, can be written as JSON, and describes an object of known types."""
     if _depth(schema) > MAX_SCHEMA_DEPTH:
         raise ValueError(f"a schema may be nested at most {MAX_SCHEMA_DEPTH} levels deep")
-    try:
-        length = len(json.dumps(schema, ensure_ascii=False, allow_nan=False))
-    except ValueError:
-        raise ValueError("a schema may hold only numbers that JSON has a form for") from None
-    if length > MAX_SCHEMA_LENGTH:
+    if _length(schema) > MAX_SCHEMA_LENGTH:
         raise ValueError(f"a schema may be at most {MAX_SCHEMA_LENGTH // 1024} KiB long")
     if schema.get("type", "object") != "object":
         raise ValueError("a tool's parameters must be of type object")
-    for part in _subschemas(schema):
-        kinds = part.get("type", "object")
-        for kind in kinds if isinstance(kinds, list) else [kinds]:
-            if not isinstance(kind, str) or kind not in SCHEMA_TYPES:
-                raise ValueError("a schema names a type that JSON Schema does not have")
-        # Whether it is a valid expression is for those to find who compile it, with a time limit.
-        if not isinstance(part.get("pattern", ""), str):
-            raise ValueError("a schema's pattern must be a string")
+    _check_keywords(schema)
     return schema
 
 
@@ -138,7 +152,7 @@ class ToolUse(_Body):
     `tools: []` means no tools whatever the choice is, because clients send both by default.
     """
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], BeforeValidator(_tools), Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
 
     @model_validator(mode="after")
@@ -359,7 +373,7 @@ class ToolCallParser:
     def __init__(self, names: Collection[str] | None = None, new_id: Callable[[], str] = new_call_id) -> None:
         self._names = names
         self._new_id = new_id
-        self._calls = 0
+        self._call = -1  # the index of the latest
         self._out: list[ToolEvent] = []
         self._carry = ""  # the start of a tag at the end of the text so far
         self._space = ""
@@ -426,7 +440,7 @@ class ToolCallParser:
             case "value", _:
                 return self._at_value(char, to)
             case "key", '"':
-                self._key = None
+                self._key = None  # until it is read, which happens as with any other string
                 return self._at_value(char, to)
             case "{", "{":
                 self._next = "key"
@@ -435,7 +449,9 @@ class ToolCallParser:
             case ",", ",":
                 self._next = "key"
             case ",", "}" if self._announced:
+                self._reset()
                 self._state = self._after_arguments
+                return to + 1
             case _:
                 return self._not_a_call(to)
         self._held.write(char)
@@ -521,7 +537,8 @@ class ToolCallParser:
         if tag[0] != ",":
             self._state = self._in_content
             return to
-        self._held, self._next, self._state = StringIO(), "key", self._in_frame
+        self._reset()
+        self._announced, self._next, self._state = True, "key", self._in_frame
         self._held.write(",")
         return to + 1
 
@@ -554,16 +571,16 @@ class ToolCallParser:
     def _announce(self, name: str) -> None:
         self._reset()
         self._announced, self._after_call, self._space = True, True, ""
-        self._out.append(CallStarted(self._calls, self._new_id(), name))
+        self._call += 1
+        self._out.append(CallStarted(self._call, self._new_id(), name))
         self._state = self._in_arguments
 
     def _argue(self, text: str) -> None:
         if text:
-            self._out.append(CallArguments(self._calls, text))
+            self._out.append(CallArguments(self._call, text))
 
     def _end(self) -> None:
-        self._out.append(CallEnded(self._calls))
-        self._calls += 1
+        self._out.append(CallEnded(self._call))
         self._state = self._after_arguments
 
     def _say(self, text: str) -> None:

@@ -97,10 +97,15 @@ def scripted(
     stepped: bool = False,
     before_step: Callable[[int], None] = lambda step: None,
     context_window: int = 4096,
+    stop_token: int = END,
 ) -> ScriptedEngine:
     """An engine whose answers end with the end token of `byte_tokenizer`, and whose limits are out of the way."""
     info = replace(
-        INFO, vocab_size=257, context_window=context_window, token_budget=1_000_000, stop_token_ids=frozenset({END})
+        INFO,
+        vocab_size=257,
+        context_window=context_window,
+        token_budget=1_000_000,
+        stop_token_ids=frozenset({stop_token}),
     )
     script = says(script) if isinstance(script, str) else script
     return ScriptedEngine(script, stepped=stepped, before_step=before_step, info=info)

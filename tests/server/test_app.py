@@ -276,6 +276,15 @@ def test_what_leaves_no_choice_is_a_greedy_row(fields: dict[str, Any]) -> None:
     assert seen[0].sampling.greedy
 
 
+def test_a_stop_token_that_has_a_text_does_not_show() -> None:
+    with live(scripted("one!two", stop_token=tokens_of("!")[0])) as service:
+        plain = service.chat().json()
+        chunks = frames(service.chat(stream=True))
+    assert plain["choices"][0]["message"]["content"] == text_of(chunks) == "one"
+    assert plain["choices"][0]["finish_reason"] == "stop"
+    assert plain["usage"]["completion_tokens"] == 4
+
+
 def test_end_tokens_can_be_ignored() -> None:
     with live(scripted("Hi")) as service:
         answer = service.chat(ignore_eos=True, max_tokens=9).json()
@@ -546,6 +555,7 @@ def test_an_engine_that_fails_at_once_is_a_500(error: Exception, code: str, stre
         told = error_of(service.chat(stream=stream), 500, code)
         assert "kernel" not in told["message"]
         assert service.wait_ended()[0].outcome is Outcome.ERROR
+        eventually(lambda: service.sample("microbatch_running_rows") == 0, "no row runs")
         assert service.get("/health/ready").status_code == 200
 
 
@@ -564,7 +574,7 @@ def test_a_bug_of_ours_is_a_500_that_tells_nothing(
         raise RuntimeError("secret detail")
 
     with live() as service:
-        monkeypatch.setattr(service.service.text, "prompt", broken)
+        monkeypatch.setattr(service.service.text, "render", broken)
         response = service.chat(headers={"x-request-id": "unlucky"})
         error_of(response, 500, "internal_error")
         assert "secret detail" not in response.text
@@ -757,7 +767,7 @@ LABELS = {
 def test_metrics_keep_their_names_types_and_labels() -> None:
     with live() as service:
         service.chat()
-        service.chat(n=2)
+        service.chat(n=0)
         response = service.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = [each for each in text_string_to_metric_families(response.text) if not each.name.endswith("_created")]
@@ -879,7 +889,7 @@ def test_the_log_s_json_form_has_every_fact_as_a_field(caplog: pytest.LogCapture
     caplog.set_level(logging.INFO)
     with live(scripted(before_step=fails_at(0, RuntimeError("kernel")))) as service:
         service.chat(headers={"x-request-id": "one"})
-        service.chat(headers={"x-request-id": "two"}, n=9)
+        service.chat(headers={"x-request-id": "two"}, n=0)
     lines = [orjson.loads(JsonFormatter().format(record)) for record in ours(caplog)]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
     assert all("\n" not in JsonFormatter().format(record) for record in ours(caplog))

@@ -3,7 +3,7 @@
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given
@@ -22,6 +22,10 @@ CUTS = st.lists(st.integers(0, 20))
 
 
 Whole = TypeVar("Whole", str, list[int])
+
+
+def prompt(text: Text, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[int, ...]:
+    return text.encode(text.render(messages, options))
 
 
 def split(whole: Whole, cuts: list[int]) -> list[Whole]:
@@ -140,7 +144,7 @@ def test_any_tokens_of_the_demo_tokenizer_become_what_they_decode_to(ids: list[i
 @pytest.mark.model
 def test_the_demo_model_is_asked_in_its_own_words() -> None:
     text = demo()._tokenizer.decode(
-        list(demo().prompt(QUESTION, {"enable_thinking": False})), skip_special_tokens=False
+        list(prompt(demo(), QUESTION, {"enable_thinking": False})), skip_special_tokens=False
     )
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
@@ -154,14 +158,14 @@ def decoded(ids: tuple[int, ...], text: Text | None = None) -> str:
 def test_a_prompt_ends_where_the_answer_starts() -> None:
     text = Text(BYTES)
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a\x00é😀"}]
-    assert decoded(text.prompt(messages, {})) == "<system>Be kind.<|end|><user>a\x00é😀<|end|><assistant>"
-    assert decoded(text.prompt(messages, {"enable_thinking": True})).endswith("<assistant><think>")
+    assert decoded(prompt(text, messages, {})) == "<system>Be kind.<|end|><user>a\x00é😀<|end|><assistant>"
+    assert decoded(prompt(text, messages, {"enable_thinking": True})).endswith("<assistant><think>")
     assert text.stop_token_ids == {END}
 
 
 def test_what_the_template_refuses_has_its_own_words() -> None:
     with pytest.raises(TemplateError, match=r"^unknown role$"):
-        Text(BYTES).prompt([{"role": "ghost", "content": "boo"}], {})
+        prompt(Text(BYTES), [{"role": "ghost", "content": "boo"}], {})
 
 
 def test_a_folder_without_a_tokenizer_or_a_template_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -176,13 +180,13 @@ def test_a_folder_without_a_tokenizer_or_a_template_is_refused_in_one_line(tmp_p
 
 def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path) -> None:
     BYTES.save_pretrained(tmp_path)
-    assert Text.load(str(tmp_path)).prompt(QUESTION, {}) == Text(BYTES).prompt(QUESTION, {})
+    assert prompt(Text.load(str(tmp_path)), QUESTION, {}) == prompt(Text(BYTES), QUESTION, {})
 
 
 def thought(folder: str, think: bool) -> str:
     text = Text.load(folder)
     messages = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hi"}]
-    return decoded(text.prompt(messages, {"enable_thinking": think}), text)
+    return decoded(prompt(text, messages, {"enable_thinking": think}), text)
 
 
 def test_thinking_off_adds_an_empty_thought(thinking_tokenizer: str) -> None:

@@ -1,0 +1,20 @@
+"""Who asks: the request's id, and whose share of the device it takes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`name` is that of the API key, or empty where none is asked for; `share` is the key's weight."""
+
+    request_id: str
+    name: str = ""
+    share: float = 1.0
+
+    def row_id(self, choice: int) -> str:
+        """The id of one of a request's rows: the request's own for the first."""
+        return f"{self.request_id}.{choice}" if choice else self.request_id
+
+    def weight(self, priority: int | None) -> float:
+        """The weight of a request in the queue: each step of priority, lower is sooner, doubles its client's share."""
+        return float(self.share * 2.0 ** -(priority or 0))

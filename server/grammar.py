@@ -1,0 +1,478 @@
+"""What a request's answer must look like, compiled for the served tokenizer: JSON, a JSON Schema, or tool calls.
+
+Compiling is done by llguidance on a helper thread, at most two at a time, within limits that are checked before and a
+time limit; compiled grammars are kept in a bounded cache. `Grammars` belongs to the event loop, and a compiled grammar
+to any thread.
+
+Objects have their properties in the schema's order, and the only white space is one optional blank after a comma and
+after a colon, so that a weak model cannot go on with white space for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.errors import ApiError, bad_request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
+
+Schema = dict[str, Any]
+
+MAX_BYTES = 128 * 1024  # of schema as compact JSON, all tools together
+MAX_DEPTH = 64  # of JSON values inside one another; two a level of nested objects
+MAX_NODES = 10_000  # members of all objects and arrays
+MAX_MEMBERS = 1000  # of one object; compiling takes time in the square of its properties
+MAX_PATTERN = 2000  # characters that a pattern stands for, counted repetitions written out
+MAX_MULTIPLE = 10_000  # least common multiple of all multipleOf, each without its decimal point; it becomes states
+MAX_CALLS = 16  # in one answer
+ROUNDS = 50
+
+THREADS = 2
+STACK = 128 * 2**20
+"""Bytes of stack for a compiling thread, which take memory only where used. A chain of references recurses in native
+code: 2,000 of them overflow the usual 8 MiB, which would end the process."""
+
+LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
+"""llguidance's own limits on what one row may take: about 7 ms a step and 100 MB. Rows over them go on unconstrained."""
+
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+
+class TokenMatcher:
+    """`batching.constraint.Matcher` over llguidance."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._words = -(-vocab_size // 32)
+        self._eos = eos
+
+    def fill(self, allowed: NDArray[np.int32]) -> bool:
+        """See `Matcher`. Tokens that only the tokenizer or only the model has are never allowed."""
+        mask = allowed[: self._words]
+        if len(mask) < self._words:
+            mask = np.zeros(self._words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise ValueError(_first_line(self._matcher.get_error()))
+        for token in self._eos:  # the library's way to say that the text may end; the caller has its own
+            mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
+        if mask.base is not allowed:
+            allowed[:] = mask[: len(allowed)]
+        return self._matcher.is_accepting()
+
+    def advance(self, token: int) -> None:
+        """See `Matcher`."""
+        if token >= self._vocab_size or not self._matcher.consume_token(token):
+            raise ValueError(f"token {token} may not come here")
+
+
+class TokenGrammar:
+    """`batching.constraint.Grammar` over llguidance. The matcher it holds stays at its beginning."""
+
+    def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
+        self._matcher = matcher
+        self._tokens = tokens
+
+    def matcher(self) -> TokenMatcher:
+        return TokenMatcher(self._matcher.deep_copy(), self._tokens.vocab_size, self._tokens.eos_tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compile. `source` is the whole grammar and the key to the cache; `schemas` are the ones inside it."""
+
+    source: str
+    schemas: tuple[Schema, ...]
+    strict: bool
+    param: str
+
+
+class Grammars:
+    """Compiles for one tokenizer. Its construction takes seconds of CPU for a large vocabulary: once, at the start."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        time_limit: float = 5.0,
+        cached: int = 128,
+        cached_bytes: int = 2**21,
+    ) -> None:
+        from llguidance.hf import from_tokenizer
+
+        self._tokens = from_tokenizer(tokenizer)
+        self._added = tokenizer.get_added_vocab()
+        self._time_limit = time_limit
+        self._slots = asyncio.Semaphore(THREADS)
+        self._cache: OrderedDict[str, TokenGrammar] = OrderedDict()
+        self._cached = cached
+        self._cached_bytes = cached_bytes
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        """How many compiled grammars are kept."""
+        return len(self._cache)
+
+    async def json_object(self, *, thinking: bool = False) -> TokenGrammar:
+        """Any JSON object. `thinking`: the answer starts with the model's thoughts, which are free."""
+        return await self.json_schema({"type": "object"}, strict=True, thinking=thinking)
+
+    async def json_schema(
+        self, schema: Schema, *, strict: bool, thinking: bool = False, param: str = "response_format"
+    ) -> TokenGrammar:
+        """The values of a schema, of drafts up to 2020-12. Raises `ApiError` 400 that names what is wrong with it.
+
+        A strict schema may only use what can be enforced. In another one, keywords and formats that cannot are left
+        to the model, and `oneOf` is read as `anyOf`.
+        """
+        body = _inline(schema, strict, param)
+        _check_size(len(body), param)
+        source = f"start: {self._thoughts(thinking)} json\njson: {body}\n"
+        return await self.compile(Plan(source, (schema,), strict, param))
+
+    async def tool_calls(
+        self,
+        tools: Sequence[tuple[str, Schema | None]],
+        *,
+        named: str | None = None,
+        parallel: bool = True,
+        thinking: bool = False,
+        param: str = "tools",
+    ) -> TokenGrammar:
+        """One or more calls in Qwen's format to `tools` (name, schema of its parameters); one call if not `parallel`.
+
+        With `named`, exactly one call, of that function. A tool without parameters takes an empty object. Schemas are
+        read as ones that are not strict. Raises `ApiError` 400.
+        """
+        offered = [(name, _parameters(schema, param)) for name, schema in tools if named in (None, name)]
+        if not offered:
+            raise bad_request("There is no function of the name that tool_choice asks for.", "tool_choice")
+        bodies = [_inline(schema, strict=False, param=param) for _, schema in offered]
+        _check_size(sum(map(len, bodies)), param)
+        rules = self._call_rules([name for name, _ in offered], bodies)
+        more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
+        source = f"start: {self._thoughts(thinking)} call{more}\n{rules}"
+        return await self.compile(Plan(source, tuple(schema for _, schema in offered), strict=False, param=param))
+
+    def _call_rules(self, names: Sequence[str], bodies: Sequence[str]) -> str:
+        begin, end = self._mark("<tool_call>"), self._mark("</tool_call>")
+        lines = [f'call: {begin} "\\n" body "\\n" {end}', "body: " + " | ".join(f"f{n}" for n in range(len(names)))]
+        for n, (name, body) in enumerate(zip(names, bodies, strict=True)):
+            head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+            lines += [f'f{n}: {head} a{n} "}}"', f"a{n}: {body}"]
+        return "\n".join(lines) + "\n"
+
+    def _mark(self, text: str) -> str:
+        """A mark in a grammar: the token that the tokenizer keeps for it, or else its characters."""
+        token = self._added.get(text)
+        return json.dumps(text) if token is None else f"<[{token}]>"
+
+    def _thoughts(self, thinking: bool) -> str:
+        """What comes before the answer: thoughts, where the model marks them with tokens of their own."""
+        if not thinking or not {"<think>", "</think>"} <= self._added.keys():
+            return ""
+        return f'{self._mark("<think>")} /(.|\\n)*/ {self._mark("</think>")} "\\n\\n"'
+
+    # The cache and the threads
+
+    async def compile(self, plan: Plan) -> TokenGrammar:
+        """The plan's grammar, from the cache if it is there.
+
+        Raises `ApiError`: 400 for what cannot be compiled in the time limit or at all, 503 if the threads are taken.
+        """
+        try:
+            async with asyncio.timeout(self._time_limit):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise _busy() from None
+        grammar = self._cache.get(plan.source)
+        if grammar is not None:
+            self._slots.release()
+            self._cache.move_to_end(plan.source)
+            return grammar
+        return await self._wait_for(self._start(plan), plan)
+
+    def _start(self, plan: Plan) -> asyncio.Future[TokenGrammar]:
+        """A new thread's answer. Its slot is free again when it ends, whether anybody still waits or not."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[TokenGrammar] = loop.create_future()
+
+        def work() -> None:
+            try:
+                done = self._keep, plan, build(plan, self._tokens), answer
+            except BaseException as error:
+                done = self._fail, error, answer  # type: ignore[assignment]
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(*done)
+
+        usual = threading.stack_size(STACK)
+        try:
+            # A daemon, so that a compilation in hand cannot keep the process from ending.
+            threading.Thread(target=work, name="grammar-compiler", daemon=True).start()
+        except BaseException:
+            self._slots.release()
+            raise
+        finally:
+            threading.stack_size(usual)
+        return answer
+
+    def _keep(self, plan: Plan, grammar: TokenGrammar, answer: asyncio.Future[TokenGrammar]) -> None:
+        self._slots.release()
+        if plan.source not in self._cache:
+            self._bytes += len(plan.source)
+        self._cache[plan.source] = grammar
+        while len(self._cache) > self._cached or (self._bytes > self._cached_bytes and len(self._cache) > 1):
+            source, _ = self._cache.popitem(last=False)
+            self._bytes -= len(source)
+        if not answer.done():
+            answer.set_result(grammar)
+
+    def _fail(self, error: BaseException, answer: asyncio.Future[TokenGrammar]) -> None:
+        self._slots.release()
+        if not answer.done():
+            answer.set_exception(error)
+
+    async def _wait_for(self, answer: asyncio.Future[TokenGrammar], plan: Plan) -> TokenGrammar:
+        try:
+            async with asyncio.timeout(self._time_limit):
+                return await answer
+        except TimeoutError:
+            raise _refused("The schema takes too long to compile; make it simpler.", plan.param) from None
+
+
+def build(plan: Plan, tokens: LLTokenizer) -> TokenGrammar:
+    """Check and compile, on a helper thread. Raises `ApiError` 400."""
+    for schema in plan.schemas:
+        check(schema, plan.strict, plan.param)
+    matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(plan.source), log_level=0, limits=LIMITS)
+    grammar = TokenGrammar(matcher, tokens)
+    if not matcher.is_error():
+        # The first step finds what compiling does not; and the matcher keeps what it has computed for all its copies.
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _refused(_explained(matcher.get_error()), plan.param)
+    return grammar
+
+
+# Schemas
+
+
+def _inline(schema: Schema, strict: bool, param: str) -> str:
+    """The schema as part of a grammar. Members keep their order, which is that of the answer's."""
+    options = LAYOUT | {"lenient": not strict}
+    try:
+        return "%json " + json.dumps(schema | {"x-guidance": options}, separators=(",", ":"), allow_nan=False)
+    except RecursionError:
+        raise _refused("The schema is nested too deeply.", param) from None
+    except ValueError:
+        raise _refused("The schema is not valid JSON.", param) from None
+
+
+def _parameters(schema: Schema | None, param: str) -> Schema:
+    """The schema of a tool's arguments, which are an object whatever it says."""
+    if schema is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if schema.get("type", "object") != "object":
+        raise _refused("The parameters of a function must be of type object.", param)
+    return {"type": "object"} | schema
+
+
+def _check_size(size: int, param: str) -> None:
+    if size > MAX_BYTES:
+        raise _refused(f"The schema is too large: at most {MAX_BYTES // 1024} KiB are read.", param)
+
+
+def check(schema: Schema, strict: bool, param: str) -> None:
+    """Refuse what would take the compiler too much time or memory, or end it, and what no answer could satisfy.
+
+    Keywords are told by their names alone, so data that looks like one counts as one. Raises `ApiError` 400.
+    """
+    multiple, references = 1, set()
+    for nodes, (depth, key, value) in enumerate(_walk(schema)):
+        if depth > MAX_DEPTH:
+            raise _refused("The schema is nested too deeply.", param)
+        if nodes > MAX_NODES or (isinstance(value, dict) and len(value) > MAX_MEMBERS):
+            raise _refused("The schema has more members than can be compiled.", param)
+        match key, value:
+            case "pattern", str() if written_out(value) > MAX_PATTERN:
+                raise _refused("A pattern in the schema repeats too much.", param)
+            case "multipleOf", int() | float():
+                multiple = math.lcm(multiple, _digits(value))
+            case "$ref", str():
+                references.add(value)
+        if strict and isinstance(value, dict) and _counts_properties(value):
+            raise _refused("The schema uses minProperties in a way that cannot be enforced.", param)
+    if multiple > MAX_MULTIPLE:
+        raise _refused("The schema uses multipleOf with numbers that are too large.", param)
+    if not terminates(schema, references):
+        raise _refused("The schema refers to itself without an end, so no answer could satisfy it.", param)
+
+
+def _walk(schema: Schema) -> Iterator[tuple[int, str, Any]]:
+    """Every value inside, with its depth and the name of the member it is, without recursion."""
+    todo: list[tuple[int, str, Any]] = [(1, "", schema)]
+    while todo:
+        depth, key, value = todo.pop()
+        yield depth, key, value
+        if isinstance(value, dict):
+            todo.extend((depth + 1, name, inner) for name, inner in value.items())
+        elif isinstance(value, list):
+            todo.extend((depth + 1, "", inner) for inner in value)
+
+
+def _digits(number: float) -> int:
+    """A number without sign and decimal point: 25 for 0.25."""
+    digits = Decimal(str(number)).normalize().as_tuple()
+    return int("".join(map(str, digits.digits)) + "0" * max(int(digits.exponent), 0)) or 1
+
+
+def _counts_properties(schema: Schema) -> bool:
+    """Whether names that may repeat are counted: a grammar does not remember names, and the second replaces the first."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    return isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0)
+
+
+PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+
+
+def written_out(pattern: str) -> int:
+    """Roughly how many characters a pattern has once counted repetitions, also nested ones, are written out."""
+    sums, last = [0], 0
+    for part in PATTERN_PART.finditer(pattern):
+        match part[0]:
+            case "(":
+                sums.append(0)
+            case ")" if len(sums) > 1:
+                last = sums.pop()
+                sums[-1] += last
+            case _ if part[1]:
+                times = max(int(part[1][:9]), int((part[2] or "0")[:9]), 1)
+                sums[-1] += last * (times - 1)
+                last *= times
+            case _:
+                last = 1
+                sums[-1] += 1
+    return sum(sums)
+
+
+def terminates(schema: Schema, references: set[str]) -> bool:
+    """Whether a value of finite size can satisfy the schema, as far as references to itself go.
+
+    Starts with no reference known to be finite and adds those that the known ones make so, until there are no more.
+    """
+    targets = {ref: _resolve(schema, ref) for ref in references}
+    finite: set[str] = {ref for ref, target in targets.items() if target is None}
+    for _ in range(ROUNDS):
+        seen: dict[int, bool] = {}
+        found = {ref for ref, target in targets.items() if ref in finite or _finite(target, finite, seen)}
+        if found == finite:
+            return _finite(schema, finite, {})
+        finite = found
+    return True
+
+
+def _resolve(schema: Schema, reference: str) -> Any:
+    """What a reference into the schema points to; None for any other, which is the compiler's to judge."""
+    if not reference.startswith("#") or (reference != "#" and not reference.startswith("#/")):
+        return None
+    node: Any = schema
+    for name in unquote(reference).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, dict):
+            node = node.get(name)
+        elif isinstance(node, list) and name.isdecimal() and int(name[:9]) < len(node):
+            node = node[int(name[:9])]
+        else:
+            return None
+    return node
+
+
+def _finite(node: Any, finite: set[str], seen: dict[int, bool]) -> bool:
+    if not isinstance(node, dict) or "const" in node or "enum" in node:
+        return True
+    if id(node) not in seen:
+        seen[id(node)] = True
+        seen[id(node)] = _is_finite(node, lambda inner: _finite(inner, finite, seen), finite)
+    return seen[id(node)]
+
+
+def _is_finite(node: Schema, inner: Callable[[Any], bool], finite: set[str]) -> bool:
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference not in finite:
+        return False
+    if not all(map(inner, _listed(node, "allOf"))):
+        return False
+    for choice in map(_listed, (node, node), ("anyOf", "oneOf")):
+        if choice and not any(map(inner, choice)):
+            return False
+    if node.get("type") in ("object", ["object"]):
+        properties = node.get("properties")
+        fields = properties if isinstance(properties, dict) else {}
+        rest = node.get("additionalProperties", True)
+        return all(inner(fields.get(name, rest)) for name in _listed(node, "required") if isinstance(name, str))
+    if node.get("type") in ("array", ["array"]) and isinstance(least := node.get("minItems", 0), int):
+        first = _listed(node, "prefixItems")[: max(least, 0)]
+        return all(map(inner, first)) and (least <= len(first) or inner(node.get("items", True)))
+    return True
+
+
+def _listed(node: Schema, key: str) -> list[Any]:
+    value = node.get(key)
+    return value if isinstance(value, list) else []
+
+
+# Errors. None repeats what was sent but for names of keywords and formats.
+
+
+def _refused(message: str, param: str) -> ApiError:
+    return bad_request(message, param, "unsupported_schema")
+
+
+def _busy() -> ApiError:
+    message = "Other schemas are being compiled; try again in a few seconds."
+    return ApiError(503, message, "server_error", "compiler_busy", headers={"retry-after": "5"})
+
+
+REASONS = {
+    r"Unimplemented keys: \[([\w\", $]+)\]": "The schema uses keywords that cannot be enforced: {}.",
+    r"Unknown format: ([\w-]{1,30})\b": "The schema uses the format {}, which cannot be enforced.",
+    r"Unknown format": "The schema uses a format that cannot be enforced.",
+    r"look-around": "A pattern in the schema looks ahead or behind, which cannot be enforced.",
+    r"regex parse error|failed to compile regex|invalid regex": "A pattern in the schema is not a regular expression.",
+    r"oneOf constraints": "The schema uses oneOf with alternatives that may overlap; use anyOf.",
+    r"min/maxProperties": "The schema uses minProperties or maxProperties in a way that cannot be enforced.",
+    r"not disjoint": "The schema uses patternProperties that may overlap.",
+    r"Unsatisfiable|NoExtension": "No value could satisfy the schema.",
+    r"circular references": "The schema refers to itself beside other keywords, which cannot be enforced.",
+    r"registry|Pointer|Unresolvable|Anchor": "A $ref in the schema points to nothing inside it.",
+    r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine": "The schema is too complex to compile.",
+}
+"""llguidance's words for what is wrong, and ours."""
+
+
+def _explained(error: str) -> str:
+    for pattern, sentence in REASONS.items():
+        if found := re.search(pattern, error):
+            return sentence.format(*(group.replace('"', "") for group in found.groups() if group))
+    return "The schema is not a valid JSON Schema."
+
+
+def _first_line(error: str) -> str:
+    return (error.splitlines() or ["unknown"])[0][:200]

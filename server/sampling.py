@@ -1,0 +1,55 @@
+"""From what a request says of its tokens to `Sampling`, with this service's defaults and limits."""
+
+import secrets
+from collections.abc import Iterable
+
+from batching.types import Forced, Sampling
+from server.errors import bad_request
+from server.schema import Generation
+from server.service import Service
+
+
+def sampling(
+    service: Service, asked: Generation, room: int, *, choice: int = 0, forced: Forced | None = None
+) -> Sampling:
+    """The sampling of one choice of a request that has room for `room` tokens.
+
+    A length that does not fit is cut to what does. Choice i of a seeded request has the seed + i, so that each can be
+    had again alone. Raises `ApiError` 400 for a token id that the model does not have.
+    """
+    settings = service.settings
+    wanted = min(asked.wanted_tokens or settings.default_max_tokens, settings.max_output_tokens, room)
+    vocab_size = service.info.vocab_size
+    _check_ids(asked.logit_bias or (), vocab_size, "logit_bias")
+    _check_ids(asked.stop_token_ids or (), vocab_size, "stop_token_ids")
+    ends = frozenset() if asked.ignore_eos else service.stop_token_ids
+    return Sampling(
+        max_tokens=wanted,
+        seed=secrets.randbits(63) if asked.seed is None else _wrapped(asked.seed + choice),
+        temperature=0.0 if asked.greedy else _or(asked.temperature, 1.0),
+        top_p=_or(asked.top_p, 1.0),
+        top_k=max(asked.top_k or 0, 0),
+        min_p=asked.min_p or 0.0,
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        repetition_penalty=asked.repetition_penalty or 1.0,
+        stop_token_ids=ends | frozenset(asked.stop_token_ids or ()),
+        min_tokens=min(asked.min_tokens or 0, wanted),
+        logit_bias=tuple((asked.logit_bias or {}).items()),
+        top_logprobs=asked.wanted_logprobs,
+        forced=forced,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _wrapped(seed: int) -> int:
+    """The signed 64-bit number with the same low bits."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+    if any(token >= vocab_size for token in ids):
+        raise bad_request("A token id is beyond the model's vocabulary.", param)

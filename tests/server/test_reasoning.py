@@ -1,0 +1,118 @@
+"""Laws of telling thoughts from answers."""
+
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.reasoning import ReasoningSplitter, leaves_open
+from tests.server.test_text import split
+
+TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</th", "\n", "a", " ", "ink>"])).map("".join)
+CUTS = st.lists(st.integers(0, 60))
+
+
+def parts(pieces: list[str], started: bool = False) -> tuple[str, str]:
+    """The reasoning and the content of an answer in pieces."""
+    splitter = ReasoningSplitter(started=started)
+    out = [part for piece in pieces for part in splitter.push(piece)] + splitter.flush()
+    assert all(text for _, text in out)
+    assert [kind for kind, _ in out] == sorted((kind for kind, _ in out), reverse=True)
+    return "".join(t for kind, t in out if kind == "reasoning"), "".join(t for kind, t in out if kind == "content")
+
+
+def by_definition(text: str, started: bool) -> tuple[str, str]:
+    if not text.startswith("<think>") and not started:
+        return "", text
+    thought, _, content = text.removeprefix("<think>").partition("</think>")
+    return thought.strip("\n"), content.lstrip("\n")
+
+
+@given(TEXTS, CUTS, st.booleans())
+def test_the_split_is_that_of_the_whole_text_however_it_was_cut(text: str, cuts: list[int], started: bool) -> None:
+    assert parts(split(text, cuts), started) == by_definition(text, started)
+
+
+@pytest.mark.parametrize(
+    ("text", "started", "expected"),
+    [
+        ("<think>\nhm\n</think>\n\nYes.", False, ("hm", "Yes.")),
+        ("<think>\n\n</think>\n\nYes.", False, ("", "Yes.")),
+        ("hm\n</think>\n\nYes.", True, ("hm", "Yes.")),
+        ("<think>\nhm\n</think>\n\nYes.", True, ("hm", "Yes.")),
+        ("Yes <think>no</think>", False, ("", "Yes <think>no</think>")),
+        ("<think>a</think>b<think>c</think>d", False, ("a", "b<think>c</think>d")),
+        ("<think>a\n\nb", False, ("a\n\nb", "")),
+        ("<think>a</thi", False, ("a</thi", "")),
+        ("<think>a < b <think> c</think>d", False, ("a < b <think> c", "d")),
+        ("\n\nYes.\n", False, ("", "\n\nYes.\n")),
+        ("<thi", False, ("", "<thi")),
+        ("<thi", True, ("<thi", "")),
+        ("", True, ("", "")),
+    ],
+)
+def test_cases(text: str, started: bool, expected: tuple[str, str]) -> None:
+    assert parts([text], started) == expected
+    assert parts(list(text), started) == expected
+
+
+def test_other_tags() -> None:
+    splitter = ReasoningSplitter("[THINK]", "[/THINK]")
+    assert splitter.push("[THINK]a[/THINK]b") == [("reasoning", "a"), ("content", "b")]
+
+
+@given(TEXTS, CUTS)
+def test_content_is_held_back_by_less_than_a_tag(text: str, cuts: list[int]) -> None:
+    splitter, seen, out = ReasoningSplitter(), "", ""
+    for piece in split("a" + text, cuts):
+        seen += piece
+        out += "".join(text for _, text in splitter.push(piece))
+        assert out == seen
+
+
+@given(TEXTS, CUTS)
+def test_no_part_of_the_closing_tag_is_taken_for_a_thought(text: str, cuts: list[int]) -> None:
+    splitter, seen, thought = ReasoningSplitter(started=True), "", ""
+    for piece in split("a" + text, cuts):
+        seen += piece
+        thought += "".join(text for kind, text in splitter.push(piece) if kind == "reasoning")
+        assert seen.partition("</think>")[0].startswith(thought)
+        # Held back is what may yet become the tag, and the newlines before it, but not one character more.
+        if "</think>" not in seen:
+            starts = ["</think>"[:n] for n in range(8) if seen.endswith("</think>"[:n])]
+            assert thought == seen.removesuffix(max(starts, key=len)).rstrip("\n")
+
+
+@pytest.mark.parametrize("unit", ["\n", "</think", "<think>", "<think>\n</think>", "a"])
+@pytest.mark.parametrize("size", [1, 7, 10**9])
+def test_work_grows_with_the_length_of_the_text_and_no_faster(unit: str, size: int) -> None:
+    def run(repeats: int) -> None:
+        text = "<think>" + unit * repeats
+        parts([text[at : at + size] for at in range(0, len(text), size)] if size < len(text) else [text])
+
+    assert calls_in(lambda: run(2000)) <= 2.1 * calls_in(lambda: run(1000)) + 100
+
+
+def calls_in(function: Any) -> int:
+    """How many functions, Python's and C's, run while this one does."""
+    calls = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def test_a_prompt_that_ends_in_an_open_block_is_known() -> None:
+    assert leaves_open("<|im_start|>assistant\n<think>\n")
+    assert not leaves_open("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not leaves_open("<|im_start|>assistant\n")
