@@ -36,7 +36,7 @@ from batching.types import ModelInfo, Request
 from batching.worker import News, Worker
 
 LATECOMERS = 0.25
-"""Seconds that an open batch waits at most for requests that are being tokenized: to miss it would cost them a batch."""
+"""Seconds that an open batch waits at most for requests that are being tokenized, which else wait a whole batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """Once a row has `after` tokens and none of them is `unless`, its next ones are `tokens`: how a thought is ended."""
+    """Once a row has `after` tokens and none is `unless`, its next ones are `tokens`: how a thought is ended."""
 
     after: int
     unless: int
@@ -66,8 +66,8 @@ class Sampling:
 class Request:
     """One prompt to be continued. `time_limit` is in seconds from submission.
 
-    Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart. `grammar` is what the
-    answer must be.
+    Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart.
+    `grammar` is what the answer must be.
     """
 
     id: str

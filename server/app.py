@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from batching.events import Rejected, State
 from server.chat import chat_completions
+from server.completions import completions
 from server.disconnect import CLIENT_CLOSED
 from server.errors import ApiError, internal
 from server.keys import load_keys
@@ -25,6 +26,7 @@ from server.log import log_refusal
 from server.metrics import CONTENT_TYPE, Metrics
 from server.middleware import ApiKey, RequestId
 from server.service import Service
+from server.tokens import detokenize, tokenize
 from server.version import VERSION
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
@@ -69,6 +71,9 @@ def routes() -> list[Route]:
     for prefix in ("/v1", ""):
         found += [
             Route(f"{prefix}/chat/completions", chat_completions, methods=["POST"]),
+            Route(f"{prefix}/completions", completions, methods=["POST"]),
+            Route(f"{prefix}/tokenize", as_json(tokenize), methods=["POST"]),
+            Route(f"{prefix}/detokenize", as_json(detokenize), methods=["POST"]),
             Route(f"{prefix}/models", models),
             Route(f"{prefix}/models/{{name:path}}", model),
         ]
@@ -124,6 +129,15 @@ async def model(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     return _json(service.card(service.served_name(request.path_params["name"])))
+
+
+def as_json(handler: Callable[[Request], Awaitable[object]]) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint whose handler answers with what its JSON holds."""
+
+    async def endpoint(request: Request) -> Response:
+        return _json(await handler(request))
+
+    return endpoint
 
 
 def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

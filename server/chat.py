@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`: the one path from a request's bytes to its answer, streamed or not."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from server.message import Event, MessageReader, delta, fold
 from server.reasoning import ReasoningSplitter, leaves_open
 from server.respond import plain, streamed
 from server.sampling import sampling
-from server.schema import ChatRequest, parse
+from server.schema import ChatRequest, Message, parse
 from server.service import Service
 from server.text import StopScanner, TemplateError, Text
 from server.tools import find_format
@@ -84,11 +84,16 @@ def encode(text: Text, chat: ChatRequest, thinks: bool) -> tuple[tuple[int, ...]
     options: dict[str, Any] = {"enable_thinking": thinks}
     if chat.offered:
         options["tools"] = [tool.for_template() for tool in chat.offered]
+    rendered = render(text, chat.messages, options)
+    return text.encode(rendered), leaves_open(rendered)
+
+
+def render(text: Text, messages: Sequence[Message], options: dict[str, Any]) -> str:
+    """The text of a conversation. Raises `ApiError` 400."""
     try:
-        rendered = text.render([message.for_template() for message in chat.messages], options)
+        return text.render([message.for_template() for message in messages], options)
     except TemplateError as error:
         raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
-    return text.encode(rendered), leaves_open(rendered)
 
 
 def end_of_thought(text: Text, chat: ChatRequest) -> Forced | None:

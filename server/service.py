@@ -108,9 +108,19 @@ class Service:
                 return name
         raise ApiError(404, f"There is no model of that name here, only {', '.join(names)}.", code="model_not_found")
 
+    @property
+    def advertised_window(self) -> int:
+        """The prompt length that clients should trim to, below the true window by all they do not count.
+
+        Clients count with a tokenizer of their own (a tenth is left for that), RAGFlow adds a guide of 1,543 tokens
+        after it trimmed, and the answer needs its place. Never less than half of the true window.
+        """
+        window = self.info.context_window
+        return max(window // 2, int(0.9 * (window - 1543 - self.settings.default_max_tokens)))
+
     def card(self, name: str) -> dict[str, object]:
         """What `/v1/models` says of a name. Clients read the window from one of several fields."""
-        window = self.info.context_window
+        window = self.advertised_window
         card = {"id": name, "object": "model", "created": self._created, "owned_by": "microbatch"}
         return card | {"max_model_len": window, "context_length": window}
 

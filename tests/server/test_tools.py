@@ -75,7 +75,9 @@ def test_definitions_reach_the_template_as_they_were_sent_but_for_strict() -> No
     sent = WEATHER | {"function": WEATHER["function"] | {"strict": True}}  # type: ignore[operator]
     assert [offered.for_template() for offered in use(tools=[sent]).offered] == [WEATHER]
     bare = {"type": "function", "function": {"name": "now"}}
-    assert [offered.for_template() for offered in use(tools=[bare]).offered] == [bare]
+    asked = use(tools=[bare])
+    assert [offered.for_template() for offered in asked.offered] == [bare]
+    assert ToolUse(tools=asked.tools) == asked
 
 
 @pytest.mark.parametrize(

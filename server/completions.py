@@ -1,0 +1,104 @@
+"""`POST /v1/completions`: prompts as they are, text or token ids, each with as many answers as asked for."""
+
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
+
+from anyio import to_thread
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from batching.stream import Stream
+from batching.types import Request, TokenLogprob
+from server.answer import pieces
+from server.body import read_body
+from server.caller import Caller
+from server.completion import Completion
+from server.disconnect import until_disconnect
+from server.errors import bad_request
+from server.logprobs import completion_logprobs
+from server.respond import plain, streamed
+from server.sampling import sampling
+from server.schema import MAX_CHOICES, CompletionRequest, parse
+from server.service import Service
+from server.text import StopScanner, Text
+
+
+async def completions(http: HttpRequest) -> Response:
+    service: Service = http.app.state.service
+    service.check_ready()
+    asked = parse(CompletionRequest, await read_body(http, service.max_body_bytes))
+    return await until_disconnect(http, respond(service, asked, http.state.caller))
+
+
+async def respond(service: Service, asked: CompletionRequest, caller: Caller) -> Response:
+    """Everything after the body was read. Raises `ApiError`."""
+    completion = Completion(service.served_name(asked.model), "text_completion", "cmpl")
+    with service.batcher.announce():
+        prompts = await to_thread.run_sync(partial(encode, service, asked), limiter=service.encoders)
+        streams = service.submit(rows(service, asked, prompts, caller))
+    choices = [TextChoice(index, stream, service.text, asked) for index, stream in enumerate(streams)]
+    if asked.stream:
+        return await streamed(completion, choices, include_usage=asked.include_usage)
+    return await plain(completion, choices)
+
+
+def encode(service: Service, asked: CompletionRequest) -> list[tuple[int, ...]]:
+    """The ids of each prompt. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
+    prompts = [service.text.encode(p) if isinstance(p, str) else tuple(p) for p in asked.prompt]
+    if not all(prompts):
+        raise bad_request("A prompt must have at least one token.", "prompt")
+    if any(max(prompt) >= service.info.vocab_size for prompt in prompts):
+        raise bad_request("A token id is beyond the model's vocabulary.", "prompt")
+    return prompts
+
+
+def rows(
+    service: Service, asked: CompletionRequest, prompts: Sequence[tuple[int, ...]], caller: Caller
+) -> list[Request]:
+    """A row for each choice of each prompt, in OpenAI's order: all choices of the first prompt first."""
+    count = asked.n or 1
+    if count * len(prompts) > max(MAX_CHOICES, len(prompts)):
+        raise bad_request(f"Prompts times n may be at most {MAX_CHOICES}.", "n")
+    return [
+        Request(
+            id=caller.row_id(place * count + choice),
+            prompt=prompt,
+            sampling=sampling(service, asked, service.room_for_output(len(prompt)), choice=choice),
+            time_limit=service.settings.request_timeout_s,
+            client=caller.name,
+            weight=caller.weight(asked.priority),
+        )
+        for place, prompt in enumerate(prompts)
+        for choice in range(count)
+    ]
+
+
+class TextChoice:
+    """`Choice` of a completion."""
+
+    def __init__(self, index: int, stream: Stream, text: Text, asked: CompletionRequest) -> None:
+        self.stream = stream
+        self._index = index
+        self._text = text
+        self._echo = text.decode(stream.row.request.prompt) if asked.echo else ""
+        scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
+        self._pieces = pieces(stream, text.detokenizer(), scanner)
+
+    async def whole(self) -> dict[str, Any]:
+        found = [piece async for piece in self._pieces]
+        logprobs = [entry for piece in found for entry in piece.logprobs]
+        said = self._echo + "".join(piece.text for piece in found)
+        return self._choice(said, logprobs, len(self._echo), found[-1].finish)
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        offset = len(self._echo)
+        if self._echo:
+            yield self._choice(self._echo, (), 0, None)
+        async for piece in self._pieces:
+            yield self._choice(piece.text, piece.logprobs, offset, piece.finish)
+            offset += len(piece.text)
+
+    def _choice(self, text: str, logprobs: Sequence[TokenLogprob], offset: int, finish: str | None) -> dict[str, Any]:
+        shown = completion_logprobs(self._text, logprobs, offset)
+        return {"index": self._index, "text": text, "logprobs": shown, "finish_reason": finish}
