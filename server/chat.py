@@ -16,6 +16,7 @@ from server.caller import Caller
 from server.completion import Completion
 from server.disconnect import until_disconnect
 from server.errors import bad_request
+from server.formats import find_format
 from server.logprobs import chat_logprobs
 from server.message import Event, MessageReader, delta, fold
 from server.reasoning import ReasoningSplitter, leaves_open
@@ -24,7 +25,6 @@ from server.sampling import sampling
 from server.schema import ChatRequest, Message, parse
 from server.service import Service
 from server.text import StopScanner, TemplateError, Text
-from server.tools import find_format
 
 
 async def chat_completions(http: HttpRequest) -> Response:

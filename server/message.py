@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from server.reasoning import Part, ReasoningSplitter
-from server.tools import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser
+from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser
 
 
 @dataclass(frozen=True, slots=True)

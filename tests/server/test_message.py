@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 
 from server.message import Event, MessageReader, Reasoning, delta, fold
+from server.qwen import ToolCallParser
 from server.reasoning import ReasoningSplitter
-from server.tools import CallArguments, CallEnded, CallStarted, Content, ToolCallParser
+from server.tool_format import CallArguments, CallEnded, CallStarted, Content
 from tests.server.test_text import split
 from tests.server.test_tools import CALLS, CUTS, TEXTS, one
 

@@ -13,28 +13,12 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from server.errors import RETRIED
+from server.formats import FORMATS, find_format
+from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, ToolCallParser
 from server.schema import explain
 from server.text import Detokenizer, Text
-from server.tools import (
-    FORMATS,
-    MAX_HELD,
-    MAX_SCHEMA_DEPTH,
-    MAX_SCHEMA_LENGTH,
-    MAX_SPACE,
-    MAX_TOOLS,
-    CallArguments,
-    CallEnded,
-    CallStarted,
-    Content,
-    NamedChoice,
-    QwenFormat,
-    ToolCallParser,
-    ToolEvent,
-    ToolTurn,
-    ToolUse,
-    find_format,
-    new_call_id,
-)
+from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ToolEvent, new_call_id
+from server.tools import MAX_SCHEMA_DEPTH, MAX_SCHEMA_LENGTH, MAX_TOOLS, NamedChoice, ToolTurn, ToolUse
 from tests.server.test_reasoning import calls_in
 from tests.server.test_text import split
 
