@@ -3,14 +3,16 @@
 The worker thread calls `apply` and `advance` once a step. Matching itself runs on a helper thread of the batch's own,
 from the moment the tokens are known until the next logits are there, so that it overlaps the model's forward pass.
 
-A row never fails because of its grammar, and never harms its neighbours. A matcher that raises, or that allows nothing
-where the text may not end, is dropped and logged; its row goes on without one but may no longer stop, so that its
-answer is one cut by length.
+A row never fails because of its grammar, and never harms its neighbours. A matcher that raises, that allows nothing
+where the text may not end, or that takes too long is dropped and logged; its row goes on without one but may no longer
+stop, so that its answer is one cut by length.
 """
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 Words = NDArray[np.int32]
 """A set of tokens: token t is bit t % 32 of word t // 32."""
+
+SLOW_START, SLOW_STEP = 0.5, 0.005
+"""Processor time in seconds that a matcher may take: so much once, and so much a step. 0.0001 a step is usual."""
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -59,7 +64,10 @@ class Constraints:
     grammar is complete. A row that drew a stop token is over and free as well, whatever it goes on to receive.
     """
 
-    def __init__(self, rows: list[int], requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, grammars: dict[int, Grammar], requests: Sequence[Request], vocab_size: int, device: torch.device
+    ) -> None:
+        rows = list(grammars)
         self._ids = [requests[row].id for row in rows]
         self._rows = torch.tensor(rows, device=device)
         self._everyone = len(rows) == len(requests)
@@ -71,16 +79,17 @@ class Constraints:
         self._stop_ids = [requests[row].sampling.stop_token_ids for row in rows]
         self._stops: Words = np.stack([_packed(ids, vocab_size) for ids in self._stop_ids])
         self._matchers: list[Matcher | None] = [None] * len(rows)
+        self._time_left = [SLOW_START] * len(rows)
         self._free = 0
         # It ends with the batch: an executor that nobody holds any more lets its thread go.
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._filled: Future[None] = self._helper.submit(self._begin, [requests[row].grammar for row in rows])
+        self._filled: Future[None] = self._helper.submit(self._begin, list(grammars.values()))
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> "Constraints | None":
         """The constraints of a batch, or None if no row has a grammar."""
-        rows = [row for row, request in enumerate(requests) if request.grammar is not None]
-        return cls(rows, requests, vocab_size, device) if rows else None
+        grammars = {row: request.grammar for row, request in enumerate(requests) if request.grammar is not None}
+        return cls(grammars, requests, vocab_size, device) if grammars else None
 
     def apply(self, logits: Tensor) -> None:
         """Set the logits [all rows, vocabulary, float32] of what may not come next to -inf, in place.
@@ -107,32 +116,39 @@ class Constraints:
 
     # On the helper thread, while the worker does not look
 
-    def _begin(self, grammars: Sequence[Grammar | None]) -> None:
+    def _begin(self, grammars: Sequence[Grammar]) -> None:
         for place, grammar in enumerate(grammars):
-            try:
-                assert grammar is not None
-                self._matchers[place] = grammar.matcher()
-                self._fill(place)
-            except Exception:
-                self._fail(place)
+            self._attempt(place, partial(self._enter, place, grammar))
 
     def _step(self, tokens: Sequence[int]) -> None:
-        for place, token in enumerate(tokens):
-            matcher = self._matchers[place]
-            if matcher is None:
-                continue
-            if token in self._stop_ids[place]:
+        for place, (matcher, token) in enumerate(zip(self._matchers, tokens, strict=True)):
+            if matcher is not None and token in self._stop_ids[place]:
                 self._release(place)
-                continue
-            try:
-                matcher.advance(token)
-                self._fill(place)
-            except Exception:
-                self._fail(place)
+            elif matcher is not None:
+                self._attempt(place, partial(self._move, place, matcher, token))
 
-    def _fill(self, place: int) -> None:
-        matcher, allowed = self._matchers[place], self._allowed[place]
-        assert matcher is not None
+    def _attempt(self, place: int, action: Callable[[], None]) -> None:
+        started = time.thread_time()
+        try:
+            action()
+            self._time_left[place] += SLOW_STEP - (time.thread_time() - started)
+            if self._time_left[place] < 0:
+                raise TimeoutError("the grammar takes too long")
+        except Exception:
+            logger.warning("request %s goes on without its grammar", self._ids[place], exc_info=True)
+            self._matchers[place] = None
+            self._allowed[place] = ~self._stops[place]
+
+    def _enter(self, place: int, grammar: Grammar) -> None:
+        self._matchers[place] = matcher = grammar.matcher()
+        self._fill(place, matcher)
+
+    def _move(self, place: int, matcher: Matcher, token: int) -> None:
+        matcher.advance(token)
+        self._fill(place, matcher)
+
+    def _fill(self, place: int, matcher: Matcher) -> None:
+        allowed = self._allowed[place]
         allowed[:] = 0
         may_end = matcher.fill(allowed)
         if may_end:
@@ -146,11 +162,6 @@ class Constraints:
         self._matchers[place] = None
         self._allowed[place] = -1
         self._free += 1
-
-    def _fail(self, place: int) -> None:
-        logger.warning("request %s goes on without its grammar", self._ids[place], exc_info=True)
-        self._matchers[place] = None
-        self._allowed[place] = ~self._stops[place]
 
 
 def _packed(tokens: frozenset[int], vocab_size: int) -> Words:

@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: the one path from a request's bytes to its answer, streamed or not."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,22 +10,26 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.stream import Stream
-from batching.types import Forced, Request, TokenLogprob
-from server.answer import pieces
+from batching.types import Finish, Forced, Request, TokenLogprob
+from server.answer import Piece, pieces
 from server.body import read_body
 from server.caller import Caller
 from server.completion import Completion
+from server.constrain import grammar_of
 from server.disconnect import until_disconnect
 from server.errors import bad_request
 from server.formats import find_format
 from server.logprobs import chat_logprobs
 from server.message import Event, MessageReader, delta, fold
+from server.qwen import QwenFormat
 from server.reasoning import ReasoningSplitter, leaves_open
 from server.respond import plain, streamed
 from server.sampling import sampling
 from server.schema import ChatRequest, Message, parse
 from server.service import Service
 from server.text import StopScanner, TemplateError, Text
+from server.tool_format import CallEnded
+from server.tool_prompt import without_tools
 
 
 async def chat_completions(http: HttpRequest) -> Response:
@@ -54,9 +59,9 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
 
     Also answers whether the prompt ends inside a think block.
     """
-    prompt, thinking = await to_thread.run_sync(
-        partial(encode, service.text, chat, thinks(service, chat)), limiter=service.encoders
-    )
+    thinks = service.settings.thinking if chat.thinks is None else chat.thinks
+    prompt, thinking = await to_thread.run_sync(partial(encode, service.text, chat, thinks), limiter=service.encoders)
+    grammar = await grammar_of(service, chat, thinking=thinks)
     room = service.room_for_output(len(prompt))
     requests = [
         Request(
@@ -66,32 +71,30 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
             time_limit=service.settings.request_timeout_s,
             client=caller.name,
             weight=caller.weight(chat.priority),
+            grammar=grammar,
         )
         for choice in range(chat.n or 1)
     ]
     return requests, thinking
 
 
-def thinks(service: Service, chat: ChatRequest) -> bool:
-    """Whether the template is told to let the model think. Never where a grammar rules from the first token on."""
-    if chat.demanded or (chat.response_format is not None and chat.response_format.type != "text"):
-        return False
-    return service.settings.thinking if chat.thinks is None else chat.thinks
-
-
 def encode(text: Text, chat: ChatRequest, thinks: bool) -> tuple[tuple[int, ...], bool]:
     """The prompt's ids, and whether it ends inside a think block. Blocks for milliseconds: not on the event loop."""
-    options: dict[str, Any] = {"enable_thinking": thinks}
-    if chat.offered:
-        options["tools"] = [tool.for_template() for tool in chat.offered]
-    rendered = render(text, chat.messages, options)
+    tools = [tool.for_template() for tool in chat.offered]
+    rendered = render(text, chat.messages, tools, thinks)
     return text.encode(rendered), leaves_open(rendered)
 
 
-def render(text: Text, messages: Sequence[Message], options: dict[str, Any]) -> str:
+def render(text: Text, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinks: bool) -> str:
     """The text of a conversation. Raises `ApiError` 400."""
+    turns = [message.for_template() for message in messages]
+    options: dict[str, Any] = {"enable_thinking": thinks}
+    if find_format(text.template) is None:
+        turns = without_tools(turns, tools)
+    elif tools:
+        options["tools"] = tools
     try:
-        return text.render([message.for_template() for message in messages], options)
+        return text.render(turns, options)
     except TemplateError as error:
         raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
 
@@ -108,7 +111,7 @@ def end_of_thought(text: Text, chat: ChatRequest) -> Forced | None:
 
 def reader(text: Text, chat: ChatRequest, thinking: bool) -> MessageReader:
     """What tells thinking, content and tool calls apart in this model's answers."""
-    form = find_format(text.template) if chat.offered else None
+    form = (find_format(text.template) or QwenFormat()) if chat.offered else None
     names = [tool.function.name for tool in chat.demanded or chat.offered]
     return MessageReader(
         ReasoningSplitter(started=thinking) if "<think>" in text.template else None,
@@ -124,27 +127,38 @@ class ChatChoice:
         self._index = index
         self._text = text
         self._reader = reader
+        self._one_call = chat.parallel_tool_calls is False
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
         self._pieces = pieces(stream, text.detokenizer(), scanner)
+
+    async def _events(self) -> AsyncIterator[tuple[list[Event], Piece]]:
+        """Each piece and the events that it completes. Where only one call is allowed the answer ends with it."""
+        async for piece in self._pieces:
+            events = self._reader.push(piece.text) + (self._reader.flush() if piece.finish else [])
+            called = self._one_call and any(isinstance(event, CallEnded) for event in events)
+            if called:
+                self.stream.stop()
+            yield events, replace(piece, finish=Finish.STOP) if called else piece
+            if called:
+                return
 
     async def whole(self) -> dict[str, Any]:
         found: list[Event] = []
         logprobs: list[TokenLogprob] = []
         finish = None
-        async for piece in self._pieces:
-            found += self._reader.push(piece.text)
+        async for events, piece in self._events():
+            found += events
             logprobs += piece.logprobs
             finish = piece.finish
-        message = {"refusal": None} | fold(found + self._reader.flush())
+        message = {"refusal": None} | fold(found)
         return self._choice("message", message, chat_logprobs(self._text, logprobs), self._reader.finish(finish))
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         role: dict[str, Any] = {"role": "assistant", "content": ""}
         finish = None
-        async for piece in self._pieces:
+        async for events, piece in self._events():
             finish = piece.finish
-            found = self._reader.push(piece.text) + (self._reader.flush() if finish else [])
-            deltas = [news for event in found if (news := delta(event)) is not None]
+            deltas = [news for event in events if (news := delta(event)) is not None]
             logprobs = chat_logprobs(self._text, piece.logprobs)
             for news in deltas or ([{"content": ""}] if logprobs else []):
                 yield self._choice("delta", role | news, logprobs, None)

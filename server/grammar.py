@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -49,7 +50,7 @@ STACK = 128 * 2**20
 code: 2,000 of them overflow the usual 8 MiB, which would end the process."""
 
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
-"""llguidance's own limits on what one row may take: about 7 ms a step and 100 MB. Rows over them go on unconstrained."""
+"""llguidance's own limits on what one row may take: about 7 ms a step and 100 MB."""
 
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
@@ -65,15 +66,14 @@ class TokenMatcher:
 
     def fill(self, allowed: NDArray[np.int32]) -> bool:
         """See `Matcher`. Tokens that only the tokenizer or only the model has are never allowed."""
-        mask = allowed[: self._words]
-        if len(mask) < self._words:
-            mask = np.zeros(self._words, np.int32)
+        fits = len(allowed) >= self._words
+        mask = allowed[: self._words] if fits else np.zeros(self._words, np.int32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             raise ValueError(_first_line(self._matcher.get_error()))
         for token in self._eos:  # the library's way to say that the text may end; the caller has its own
             mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
-        if mask.base is not allowed:
+        if not fits:
             allowed[:] = mask[: len(allowed)]
         return self._matcher.is_accepting()
 
@@ -150,45 +150,44 @@ class Grammars:
     async def tool_calls(
         self,
         tools: Sequence[tuple[str, Schema | None]],
+        around: Callable[[str], tuple[str, str]],
         *,
         named: str | None = None,
         parallel: bool = True,
         thinking: bool = False,
         param: str = "tools",
     ) -> TokenGrammar:
-        """One or more calls in Qwen's format to `tools` (name, schema of its parameters); one call if not `parallel`.
+        """One or more calls of `tools` (name, schema of the parameters), line by line; one if not `parallel`.
 
         With `named`, exactly one call, of that function. A tool without parameters takes an empty object. Schemas are
-        read as ones that are not strict. Raises `ApiError` 400.
+        read as ones that are not strict. `around` tells what the model writes before and after a function's arguments
+        (`ToolFormat.around`). Raises `ApiError` 400.
         """
         offered = [(name, _parameters(schema, param)) for name, schema in tools if named in (None, name)]
         if not offered:
             raise bad_request("There is no function of the name that tool_choice asks for.", "tool_choice")
         bodies = [_inline(schema, strict=False, param=param) for _, schema in offered]
         _check_size(sum(map(len, bodies)), param)
-        rules = self._call_rules([name for name, _ in offered], bodies)
         more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
-        source = f"start: {self._thoughts(thinking)} call{more}\n{rules}"
+        lines = [f"start: {self._thoughts(thinking)} call{more}"]
+        lines.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
+        for n, ((name, _), body) in enumerate(zip(offered, bodies, strict=True)):
+            before, after = map(self._literal, around(name))
+            lines += [f"f{n}: {before} a{n} {after}", f"a{n}: {body}"]
+        source = "\n".join(lines) + "\n"
         return await self.compile(Plan(source, tuple(schema for _, schema in offered), strict=False, param=param))
 
-    def _call_rules(self, names: Sequence[str], bodies: Sequence[str]) -> str:
-        begin, end = self._mark("<tool_call>"), self._mark("</tool_call>")
-        lines = [f'call: {begin} "\\n" body "\\n" {end}', "body: " + " | ".join(f"f{n}" for n in range(len(names)))]
-        for n, (name, body) in enumerate(zip(names, bodies, strict=True)):
-            head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
-            lines += [f'f{n}: {head} a{n} "}}"', f"a{n}: {body}"]
-        return "\n".join(lines) + "\n"
-
-    def _mark(self, text: str) -> str:
-        """A mark in a grammar: the token that the tokenizer keeps for it, or else its characters."""
-        token = self._added.get(text)
-        return json.dumps(text) if token is None else f"<[{token}]>"
+    def _literal(self, text: str) -> str:
+        """Text as a part of a grammar, with the tokenizer's own tokens where it holds one."""
+        marks = sorted((mark for mark in self._added if mark in text), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
+        return " ".join(f"<[{self._added[p]}]>" if p in self._added else json.dumps(p) for p in pieces if p)
 
     def _thoughts(self, thinking: bool) -> str:
-        """What comes before the answer: thoughts, where the model marks them with tokens of their own."""
+        """What comes before the answer: thoughts, where the model marks them with tokens of its own."""
         if not thinking or not {"<think>", "</think>"} <= self._added.keys():
             return ""
-        return f'{self._mark("<think>")} /(.|\\n)*/ {self._mark("</think>")} "\\n\\n"'
+        return f"{self._literal('<think>')} /(.|\\n)*/ {self._literal('</think>')} {self._literal(chr(10) * 2)}"
 
     # The cache and the threads
 
@@ -197,17 +196,23 @@ class Grammars:
 
         Raises `ApiError`: 400 for what cannot be compiled in the time limit or at all, 503 if the threads are taken.
         """
+        if (grammar := self._known(plan)) is not None:
+            return grammar
         try:
             async with asyncio.timeout(self._time_limit):
                 await self._slots.acquire()
         except TimeoutError:
             raise _busy() from None
-        grammar = self._cache.get(plan.source)
-        if grammar is not None:
+        if (grammar := self._known(plan)) is not None:  # another request asked for the same
             self._slots.release()
-            self._cache.move_to_end(plan.source)
             return grammar
         return await self._wait_for(self._start(plan), plan)
+
+    def _known(self, plan: Plan) -> TokenGrammar | None:
+        grammar = self._cache.get(plan.source)
+        if grammar is not None:
+            self._cache.move_to_end(plan.source)
+        return grammar
 
     def _start(self, plan: Plan) -> asyncio.Future[TokenGrammar]:
         """A new thread's answer. Its slot is free again when it ends, whether anybody still waits or not."""
@@ -216,11 +221,13 @@ class Grammars:
 
         def work() -> None:
             try:
-                done = self._keep, plan, build(plan, self._tokens), answer
+                grammar = build(plan, self._tokens)
             except BaseException as error:
-                done = self._fail, error, answer  # type: ignore[assignment]
+                done = partial(self._fail, error, answer)
+            else:
+                done = partial(self._keep, plan, grammar, answer)
             with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-                loop.call_soon_threadsafe(*done)
+                loop.call_soon_threadsafe(done)
 
         usual = threading.stack_size(STACK)
         try:
@@ -344,7 +351,7 @@ def _digits(number: float) -> int:
 
 
 def _counts_properties(schema: Schema) -> bool:
-    """Whether names that may repeat are counted: a grammar does not remember names, and the second replaces the first."""
+    """Whether names are counted that may be repeated, because a grammar does not remember those it has let pass."""
     least, required = schema.get("minProperties"), schema.get("required")
     return isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0)
 

@@ -23,7 +23,9 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """The strings below fields are what /openapi.json says of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _text(content: Any) -> Any:
@@ -47,7 +49,14 @@ def _part(part: Any) -> str:
     return str(part["text"])
 
 
-Content = Annotated[str, BeforeValidator(_text)]
+class TextPart(BaseModel):
+    """What a part must have, for /openapi.json; other keys of it are not looked at."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[str | TextPart] | None)]
 
 
 class JsonSchema(Body):
@@ -77,7 +86,8 @@ def _prompts(value: Any) -> Any:
 
 
 Prompt = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1)]
-Prompts = Annotated[list[Prompt], BeforeValidator(_prompts), Field(min_length=1, max_length=MAX_PROMPTS)]
+PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type=Prompt | PromptList)]
 
 
 class Message(ToolTurn):
@@ -122,6 +132,11 @@ def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=Stop | StopList)]
+
+
 def _biases(value: Any) -> Any:
     """Token ids are keys, hence strings, in JSON."""
     if not isinstance(value, dict):
@@ -131,49 +146,66 @@ def _biases(value: Any) -> Any:
     return {int(token): bias for token, bias in value.items()}
 
 
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[int, Bias],
+    Field(max_length=1024, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+    BeforeValidator(_biases),
+]
+
+
 class Generation(Body):
     """What every request for generated text may say of the tokens it wants."""
 
     model: str | None = None
     stream: Flag | None = None
+    """Whether the answer comes as server-sent events, the last one being `[DONE]`."""
     stream_options: StreamOptions | None = None
+    """Needs `stream`."""
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
+    """How many answers to each prompt."""
     max_tokens: Tokens | None = None
+    """The answer's greatest length; the service's default if left out, and cut to what fits."""
     min_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
+    """No stop token is chosen before."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    """Below 0.01 the likeliest token is taken."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """At 0 the likeliest token is taken."""
     top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
+    """0 and -1: no limit."""
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[int, Annotated[Number, Field(ge=-100, le=100)]], BeforeValidator(_biases), Field(max_length=1024)
-        ]
-        | None
-    ) = None
+    logit_bias: Biases | None = None
+    """By token id, what is added to the token's score."""
     seed: Int64 | None = None
-    stop: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-            BeforeValidator(_stops),
-            Field(max_length=MAX_STOPS),
-        ]
-        | None
-    ) = None
+    """Choice i is drawn with the seed + i, so each can be had again alone; random if left out."""
+    stop: Stops | None = None
+    """Strings before which an answer ends."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     include_stop_str_in_output: Flag | None = None
+    """Whether the stop string that was found ends the text."""
     ignore_eos: Flag | None = None
+    """Whether to go on past the model's own end tokens."""
     do_sample: Flag | None = None
+    """False: the likeliest token is taken."""
     priority: Annotated[int, Field(strict=True, ge=-8, le=8)] | None = None
-    # Accepted and without effect: they say who asks or how an account is billed, not what is wanted.
+    """Lower is sooner: each step down doubles the request's share of the device."""
+    # They say who asks or how an account is billed, not what is wanted.
     user: str | None = None
+    """Accepted and without effect."""
     metadata: dict[str, str] | None = None
+    """Accepted and without effect."""
     store: Flag | None = None
+    """Accepted and without effect."""
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    """Accepted and without effect."""
     safety_identifier: str | None = None
+    """Accepted and without effect."""
     prompt_cache_key: str | None = None
+    """Accepted and without effect."""
 
     @model_validator(mode="after")
     def _usage_is_for_streams(self) -> Self:
@@ -206,8 +238,10 @@ class ChatRequest(Generation, ToolUse):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Tokens | None = None
+    """`max_tokens` under its newer name, which wins."""
     logprobs: Flag | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Needs `logprobs`."""
     response_format: ResponseFormat | None = None
     parallel_tool_calls: Flag | None = None
     modalities: list[Literal["text"]] | None = None
@@ -215,7 +249,9 @@ class ChatRequest(Generation, ToolUse):
     chat_template_kwargs: TemplateOptions | None = None
     thinking: Thinking | None = None
     thinking_budget: Tokens | None = None
+    """Tokens after which thinking is ended."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """"none" and "minimal" turn thinking off, the others on."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -255,9 +291,11 @@ class CompletionRequest(Generation):
     """`POST /v1/completions`: a prompt as text or token ids, or several, each with an answer of its own."""
 
     prompt: Prompts
+    """A text, token ids, or a list of either."""
     echo: Flag | None = None
+    """Whether the answer begins with the prompt."""
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
     suffix: None = None
 
     @property
@@ -273,6 +311,7 @@ class TokenizeRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: Flag = False
     return_token_strs: Flag = False
+    """Whether to answer with the text of each token, too."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

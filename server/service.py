@@ -17,6 +17,7 @@ from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import ModelInfo, Request
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
+from server.grammar import Grammars
 from server.settings import Settings
 from server.text import Text
 
@@ -37,6 +38,7 @@ class Service:
     """
 
     text: Text
+    grammars: Grammars
     info: ModelInfo
 
     def __init__(self, settings: Settings, loader: Loader, observers: Iterable[Observer] = ()) -> None:
@@ -60,6 +62,7 @@ class Service:
         """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
         try:
             self.text = await to_thread.run_sync(self._loader.text)
+            self.grammars = await to_thread.run_sync(self.text.grammars)
             self.info = await self.batcher.start()
             when_ready()
             await self.batcher.ended.wait()

@@ -15,6 +15,8 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from server.grammar import Grammars
+
 
 def _byte_alphabet() -> dict[str, int]:
     """Which character stands for which byte in a byte-level vocabulary (GPT-2's: printable ones for themselves)."""
@@ -80,6 +82,12 @@ class Text:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def grammars(self) -> Grammars:
+        """A compiler of grammars over this vocabulary. Takes seconds for a large one: not on the event loop."""
+        from server.grammar import Grammars
+
+        return Grammars(self._chat)
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._tokenizer)

@@ -27,7 +27,7 @@ def encode(service: Service, asked: TokenizeRequest) -> tuple[int, ...]:
     """The ids. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
     if asked.messages is None:
         return service.text.encode(asked.prompt or "")
-    return service.text.encode(render(service.text, asked.messages, {"enable_thinking": service.settings.thinking}))
+    return service.text.encode(render(service.text, asked.messages, (), service.settings.thinking))
 
 
 async def detokenize(http: HttpRequest) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""Tools for models whose chat template knows none: told in words, in the form that `server/qwen.py` reads.
+
+The conversation is rewritten so that only system, user and assistant turns with text are left.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from server.qwen import CLOSE, OPEN
+
+HOW = f"""You can call functions. These are the functions, one JSON object a line:
+{{tools}}
+To call one, answer with nothing but a JSON object between tags, and wait for its result:
+{OPEN}
+{{{{"name": "the function's name", "arguments": {{{{"the parameter's name": "its value"}}}}}}}}
+{CLOSE}"""
+
+
+def without_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with tools, calls and results in words. The tools are added to the system message."""
+    turns = [_in_words(message) for message in messages]
+    if not tools:
+        return turns
+    how = HOW.format(tools="\n".join(orjson.dumps(tool["function"]).decode() for tool in tools))
+    if turns[0]["role"] == "system":
+        return [turns[0] | {"content": f"{turns[0]['content']}\n\n{how}"}, *turns[1:]]
+    return [{"role": "system", "content": how}, *turns]
+
+
+def _in_words(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    calls = [f"{OPEN}\n{_call(call['function'])}\n{CLOSE}" for call in message.get("tool_calls", ())]
+    plain = {key: value for key, value in message.items() if key != "tool_calls"}
+    return plain | {"content": "\n".join(filter(None, [message["content"], *calls]))}
+
+
+def _call(function: dict[str, Any]) -> str:
+    return orjson.dumps({"name": function["name"], "arguments": function["arguments"]}).decode()
