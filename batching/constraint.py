@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from batching.types import Request
 
@@ -72,7 +73,10 @@ class Constraints:
         self._rows = torch.tensor(rows, device=device)
         self._everyone = len(rows) == len(requests)
         self._vocab_size = vocab_size
-        self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
+        # For each value of an octet the ceilings of its eight tokens. Looked up and taken as a minimum, because torch
+        # is five times slower at unpacking bits and filling by a mask on the CPU.
+        octets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        self._ceilings = torch.tensor(np.where(octets, np.inf, -np.inf), dtype=torch.float32, device=device)
         shape = len(rows), -(-vocab_size // 32)
         self._packed = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._allowed: Words = self._packed.numpy()
@@ -102,9 +106,9 @@ class Constraints:
         octets = self._packed.to(logits.device, non_blocking=True).view(
             torch.uint8
         )  # little-endian, as all targets are
-        barred = ((octets[:, :, None] & self._bits) == 0).flatten(1)[:, : self._vocab_size]
+        ceilings = embedding(octets.int(), self._ceilings).flatten(1)[:, : self._vocab_size]
         chosen = logits if self._everyone else logits[self._rows]
-        chosen.clamp_(min=LOWEST).masked_fill_(barred, float("-inf"))
+        torch.minimum(chosen.clamp_(min=LOWEST), ceilings, out=chosen)
         if not self._everyone:
             logits[self._rows] = chosen
 

@@ -89,7 +89,7 @@ class GenerateEngine:
         The batch has two rows of different lengths, because a padded batch needs an attention mask and others none.
         """
         device = self._model.device
-        length = min(window, WARM_UP_TOKENS.get(device.type, 512)) - 2
+        length = min(window, WARM_UP_TOKENS.get(device.type, 64)) - 2
         sampling = Sampling(max_tokens=2, seed=0)
         requests = [Request("warm-up", (0,) * n, sampling, time_limit=0.0) for n in (length, length // 2)]
         self._generate(requests[1:])  # first calls load kernels, which stay and must not count

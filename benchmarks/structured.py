@@ -17,7 +17,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint, model
 from batching.constraint import Grammar
@@ -104,8 +104,9 @@ def compare(measure: Callable[[Sequence[Grammar | None]], float], grammar: Gramm
 
 
 def compiled(folder: str) -> Grammar:
-    grammars = Grammars(AutoTokenizer.from_pretrained(folder))
-    return asyncio.run(grammars.json_schema(ENDLESS, strict=True))
+    """The endless schema for a folder's tokenizer."""
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)  # type: ignore[assignment]
+    return asyncio.run(Grammars(tokenizer).json_schema(ENDLESS, strict=True))
 
 
 def table(title: str, found: list[list[float]]) -> Table:

@@ -1,0 +1,240 @@
+"""`GET /openapi.json`: what the service serves, from the types that check requests. Runs on the event loop.
+
+A new endpoint is one entry in `OPERATIONS`. The paths without /v1 are left out: they are the same handlers again.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeAlias
+
+import orjson
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server import replies
+from server.metrics import CONTENT_TYPE
+from server.middleware import ApiKey
+from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.service import Service
+from server.sse import MEDIA_TYPE
+from server.version import VERSION
+
+Json: TypeAlias = dict[str, Any]
+
+ABOUT = """An OpenAI-compatible server of one model that answers several requests in one batch.
+
+Every path under /v1 is also there without it. A field that is not listed is refused by its name, never ignored.
+An answer names its request in X-Request-Id, which a client may set: up to 64 letters, digits and characters of `_.:-`.
+"""
+
+STREAMED = (
+    "With `stream` the answer comes as server-sent events: `data: ` and the JSON of one chunk, an empty line, and at "
+    "last `data: [DONE]`. An answer that fails midway ends with an event that holds an error, and no `[DONE]`."
+)
+
+STATUSES = {
+    200: "The answer.",
+    400: "The request is not valid; `param` names the first field at fault.",
+    401: "A known API key is needed.",
+    404: "There is no model of that name.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    429: "All places in the queue are taken.",
+    500: "The model or the service failed on this request.",
+    503: "The model is loading, or the service is stopping.",
+    504: "The time limit for requests passed.",
+}
+RETRIED_AFTER = (429, 503)
+READING = (400, 404, 408, 413, 500, 503)
+"""What can go wrong with any request that has a body."""
+
+HEADERS: Json = {
+    "RequestId": {"description": "The request's id, as in the log.", "schema": {"type": "string"}},
+    "RetryAfter": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 0}},
+    "Authenticate": {"description": "The scheme of keys.", "schema": {"const": "Bearer"}},
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path. `event` is what a stream is made of, `examples` are bodies without their model."""
+
+    path: str
+    summary: str
+    gives: type[BaseModel] | str
+    """The answer's type, or the media type of a text."""
+    takes: type[BaseModel] | None = None
+    event: type[BaseModel] | None = None
+    errors: tuple[int, ...] = ()
+    unwell: type[BaseModel] = replies.Error
+    """What a 503 holds."""
+    open: bool = False
+    """Whether no API key is asked for."""
+    examples: Json = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return "post" if self.takes else "get"
+
+
+HI = [{"role": "user", "content": "Say hello."}]
+
+OPERATIONS = (
+    Operation(
+        "/v1/chat/completions",
+        "Continue a conversation",
+        replies.ChatCompletion,
+        ChatRequest,
+        replies.ChatChunk,
+        errors=(*READING, 429, 504),
+        examples={
+            "Plain": {"messages": HI, "max_tokens": 64},
+            "Streamed": {"messages": HI, "stream": True, "stream_options": {"include_usage": True}},
+        },
+    ),
+    Operation(
+        "/v1/completions",
+        "Continue a text",
+        replies.TextCompletion,
+        CompletionRequest,
+        replies.TextChunk,
+        errors=(*READING, 429, 504),
+        examples={
+            "Plain": {"prompt": "Once upon a time", "max_tokens": 64},
+            "Streamed": {"prompt": "Once upon a time", "stream": True},
+        },
+    ),
+    Operation(
+        "/v1/tokenize",
+        "Count tokens as the model does",
+        replies.Tokenized,
+        TokenizeRequest,
+        errors=READING,
+        examples={"Of a text": {"prompt": "Once upon a time"}, "Of a conversation": {"messages": HI}},
+    ),
+    Operation(
+        "/v1/detokenize",
+        "The text of token ids",
+        replies.Detokenized,
+        DetokenizeRequest,
+        errors=READING,
+        examples={"Plain": {"tokens": [1, 2, 3]}},
+    ),
+    Operation("/v1/models", "The names the model is served under", replies.ModelList, errors=(500, 503)),
+    Operation("/v1/models/{name}", "One of these names", replies.Model, errors=(404, 500, 503)),
+    Operation("/health", "Whether requests are taken", replies.Health, errors=(503,), unwell=replies.Health, open=True),
+    Operation("/health/ready", "The same", replies.Health, errors=(503,), unwell=replies.Health, open=True),
+    Operation(
+        "/health/live",
+        "Whether the process can still come to serve: a 503 means that it needs a restart",
+        replies.Health,
+        errors=(503,),
+        unwell=replies.Health,
+        open=True,
+    ),
+    Operation("/metrics", "Metrics for Prometheus", CONTENT_TYPE, open=True),
+    Operation("/version", "The service's version", replies.Version),
+)
+
+
+class Untitled(GenerateJsonSchema):
+    """A field's title would be its name again."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+async def openapi(request: Request) -> Response:
+    service: Service = request.app.state.service
+    keyed = any(layer.cls is ApiKey for layer in request.app.user_middleware)
+    return Response(encoded(service.settings.served_names[0], keyed), media_type="application/json")
+
+
+@cache
+def encoded(model: str, keyed: bool) -> bytes:
+    return orjson.dumps(document(model, keyed))
+
+
+def document(model: str, keyed: bool) -> Json:
+    """The OpenAPI 3.1 document. `model` is the name in its examples; `keyed`, whether API keys are asked for."""
+    paths = {each.path: {each.method: describe(each, model, keyed)} for each in OPERATIONS}
+    security = {"securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}}} if keyed else {}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "microbatch", "version": VERSION, "description": ABOUT},
+        "paths": paths,
+        "components": {"schemas": schemas(), "headers": HEADERS} | security,
+    }
+
+
+def schemas() -> Json:
+    """Every type that an operation names, and those that they name in turn."""
+    named = [kind for each in OPERATIONS for kind in (each.takes, each.gives, each.event, each.unwell)]
+    kinds = dict.fromkeys(kind for kind in named if isinstance(kind, type))
+    _, found = models_json_schema(
+        [(kind, "validation") for kind in kinds],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=Untitled,
+    )
+    definitions: Json = found["$defs"]
+    return definitions
+
+
+def describe(operation: Operation, model: str, keyed: bool) -> Json:
+    """The document's Operation Object."""
+    asks_key = keyed and not operation.open
+    errors = (401, *operation.errors) if asks_key else operation.errors
+    responses = {str(status): failure(operation, status) for status in sorted(errors)}
+    found: Json = {
+        "summary": operation.summary,
+        "operationId": operation.path.removeprefix("/v1").strip("/").replace("/", "_").replace("{name}", "one"),
+        "responses": {"200": success(operation)} | responses,
+    }
+    if operation.event:
+        found["description"] = STREAMED
+    if operation.takes:
+        found["requestBody"] = request_body(operation, model)
+    if "{name}" in operation.path:
+        found["parameters"] = [name_of(model)]
+    return found | ({"security": [{"apiKey": []}]} if asks_key else {})
+
+
+def name_of(model: str) -> Json:
+    return {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": model}
+
+
+def request_body(operation: Operation, model: str) -> Json:
+    examples = {name: {"value": {"model": model} | body} for name, body in operation.examples.items()}
+    content = {"application/json": {"schema": reference(operation.takes), "examples": examples}}
+    return {"required": True, "content": content}
+
+
+def success(operation: Operation) -> Json:
+    if isinstance(operation.gives, str):
+        return response(200, {operation.gives: {"schema": {"type": "string"}}})
+    content: Json = {"application/json": {"schema": reference(operation.gives)}}
+    if operation.event:
+        # What an event holds has a place of its own, itemSchema, only from OpenAPI 3.2 on.
+        content[MEDIA_TYPE] = {"schema": {"type": "string"}, "x-event-schema": reference(operation.event)}
+    return response(200, content)
+
+
+def failure(operation: Operation, status: int) -> Json:
+    kind = operation.unwell if status == 503 else replies.Error
+    return response(status, {"application/json": {"schema": reference(kind)}})
+
+
+def response(status: int, content: Json) -> Json:
+    headers = {"X-Request-Id": "RequestId"}
+    if status in RETRIED_AFTER:
+        headers["Retry-After"] = "RetryAfter"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Authenticate"
+    named = {name: {"$ref": f"#/components/headers/{header}"} for name, header in headers.items()}
+    return {"description": STATUSES[status], "headers": named, "content": content}
+
+
+def reference(kind: type[BaseModel] | None) -> Json:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"} if kind else {}

@@ -1,0 +1,216 @@
+"""The shapes of what is answered, for /openapi.json. Handlers write plain dicts; a test holds them to these types."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from batching.events import State
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class Reply(BaseModel):
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class ErrorDetails(Reply):
+    message: str
+    """One sentence for people."""
+    type: str
+    """The kind of error, in OpenAI's words."""
+    param: str | None
+    """The field at fault, if one is."""
+    code: str | None
+    """What exactly went wrong, for programs."""
+
+
+class Error(Reply):
+    error: ErrorDetails
+
+
+class Usage(Reply):
+    """Tokens. Choices that continue the same prompt count it once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class LikelyToken(Reply):
+    token: str
+    logprob: float
+    """Natural logarithm; -9999 stands for a probability of zero."""
+    bytes: list[int]
+
+
+class ChosenToken(LikelyToken):
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(Reply):
+    content: list[ChosenToken]
+    refusal: None
+
+
+class MadeFunction(Reply):
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it: an answer cut off may have part of it only."""
+
+
+class MadeCall(Reply):
+    index: int
+    id: str
+    type: Literal["function"]
+    function: MadeFunction
+
+
+class ChatMessage(Reply):
+    role: Literal["assistant"]
+    content: str | None
+    """Null only beside tool calls."""
+    refusal: None
+    reasoning_content: str | None = None
+    """The model's thinking; left out if there was none."""
+    tool_calls: list[MadeCall] | None = None
+    """Left out if there are none."""
+
+
+class ChatChoice(Reply):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Reply):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    """Seconds since 1970."""
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionDelta(Reply):
+    name: str | None = None
+    arguments: str
+
+
+class CallDelta(Reply):
+    """The first delta of a call has its id, type and name; all of them add to its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
+class Delta(Reply):
+    """What is new in a message. Each field is left out where nothing is."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+
+
+class ChunkChoice(Reply):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(Reply):
+    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class TextLogprobs(Reply):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+    """Where each token starts in the text, in characters."""
+
+
+class TextChoice(Reply):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class TextCompletion(Reply):
+    """`choices` has all answers to the first prompt first."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    """Seconds since 1970."""
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TextChunkChoice(Reply):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TextChunk(Reply):
+    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
+
+
+class Tokenized(Reply):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    """Most tokens of prompt and answer together."""
+    token_strs: list[str] | None = None
+    """The text of each token, if it was asked for."""
+
+
+class Detokenized(Reply):
+    prompt: str
+
+
+class Model(Reply):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    """The prompt length to trim to, in tokens: below the true window by what the answer and a margin need."""
+    context_length: int
+    """The same number, where other clients look for it."""
+
+
+class ModelList(Reply):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(Reply):
+    state: State
+
+
+class Version(Reply):
+    version: str

@@ -1,0 +1,179 @@
+"""The output items of a response, and the typed events that tell of them as they grow. Runs on the event loop."""
+
+import secrets
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import orjson
+
+from server import sse
+from server.message import Event, Reasoning
+from server.tool_format import CallArguments, CallEnded, CallStarted, Content
+
+Json: TypeAlias = dict[str, Any]
+Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+
+
+class Item:
+    """One output item. It is opened, grows by pieces of text, and is closed once."""
+
+    kind: ClassVar[str]
+    prefix: ClassVar[str]
+
+    def __init__(self, place: int) -> None:
+        self.status: Status = "in_progress"
+        self._place = place
+        self._id = f"{self.prefix}_{secrets.token_hex(12)}"
+        self._texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def json(self) -> Json:
+        return {"id": self._id, "type": self.kind, "status": self.status}
+
+    def opened(self) -> list[Json]:
+        return [self._whole("added")]
+
+    def more(self, text: str) -> list[Json]:
+        self._texts.append(text)
+        return []
+
+    def closed(self, status: Status) -> list[Json]:
+        self.status = status
+        return [self._whole("done")]
+
+    def _whole(self, when: str) -> Json:
+        return {"type": f"response.output_item.{when}", "output_index": self._place, "item": self.json()}
+
+    def _event(self, kind: str, **fields: Any) -> Json:
+        return {"type": f"response.{kind}", "item_id": self._id, "output_index": self._place} | fields
+
+
+class TextItem(Item):
+    """An item with one part, which is text."""
+
+    part: ClassVar[str]
+    of_item: ClassVar[Json]
+    of_part: ClassVar[Json]
+    of_event: ClassVar[Json]
+
+    def json(self) -> Json:
+        content = [] if self.status == "in_progress" else [self._part()]
+        return super().json() | self.of_item | {"content": content}
+
+    def opened(self) -> list[Json]:
+        return [*super().opened(), self._within("content_part.added", part=self._part())]
+
+    def more(self, text: str) -> list[Json]:
+        return [*super().more(text), self._within(f"{self.part}.delta", delta=text, **self.of_event)]
+
+    def closed(self, status: Status) -> list[Json]:
+        done = self._within(f"{self.part}.done", text=self.text, **self.of_event)
+        return [done, self._within("content_part.done", part=self._part()), *super().closed(status)]
+
+    def _part(self) -> Json:
+        return {"type": self.part, "text": self.text} | self.of_part
+
+    def _within(self, kind: str, **fields: Any) -> Json:
+        return self._event(kind, content_index=0, **fields)
+
+
+class Thought(TextItem):
+    kind = "reasoning"
+    prefix = "rs"
+    part = "reasoning_text"
+    of_item: ClassVar[Json] = {"summary": []}
+    of_part: ClassVar[Json] = {}
+    of_event: ClassVar[Json] = {}
+
+
+class Said(TextItem):
+    kind = "message"
+    prefix = "msg"
+    part = "output_text"
+    of_item: ClassVar[Json] = {"role": "assistant"}
+    of_part: ClassVar[Json] = {"annotations": [], "logprobs": []}
+    of_event: ClassVar[Json] = {"logprobs": []}
+
+
+class Call(Item):
+    """A function call; its text is that of its arguments."""
+
+    kind = "function_call"
+    prefix = "fc"
+
+    def __init__(self, place: int, started: CallStarted) -> None:
+        super().__init__(place)
+        self._started = started
+
+    def json(self) -> Json:
+        return super().json() | {"call_id": self._started.id, "name": self._started.name, "arguments": self.text}
+
+    def more(self, text: str) -> list[Json]:
+        return [*super().more(text), self._event("function_call_arguments.delta", delta=text)]
+
+    def closed(self, status: Status) -> list[Json]:
+        return [self._event("function_call_arguments.done", arguments=self.text), *super().closed(status)]
+
+
+class Output:
+    """Folds an answer's events into items. Every step returns what a stream tells of it.
+
+    Only the last item grows. A call that no `CallEnded` has closed was cut off or broken, and is incomplete.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+
+    def json(self) -> list[Json]:
+        return [item.json() for item in self._items]
+
+    @property
+    def thought(self) -> str:
+        """All of the thinking."""
+        return "".join(item.text for item in self._items if isinstance(item, Thought))
+
+    def push(self, event: Event) -> list[Json]:
+        match event:
+            case Reasoning():
+                return self._say(Thought, event.text)
+            case Content():
+                return self._say(Said, event.text)
+            case CallStarted():
+                return self._open(Call(len(self._items), event))
+            case CallArguments():
+                return self._items[-1].more(event.text)
+            case CallEnded():
+                return self._items[-1].closed("completed")
+
+    def end(self, *, cut: bool) -> list[Json]:
+        """The answer is over; `cut` is whether its length was what ended it. One without any item is an empty text."""
+        opened = [] if self._items else self._open(Said(0))
+        return opened + self._settle(cut)
+
+    def _say(self, kind: type[TextItem], text: str) -> list[Json]:
+        growing = self._growing
+        if isinstance(growing, kind):
+            return growing.more(text)
+        return [*self._open(kind(len(self._items))), *self._items[-1].more(text)]
+
+    def _open(self, item: Item) -> list[Json]:
+        settled = self._settle(cut=False)
+        self._items.append(item)
+        return settled + item.opened()
+
+    def _settle(self, cut: bool) -> list[Json]:
+        growing = self._growing
+        if growing is None:
+            return []
+        return growing.closed("incomplete" if cut or isinstance(growing, Call) else "completed")
+
+    @property
+    def _growing(self) -> Item | None:
+        return self._items[-1] if self._items and self._items[-1].status == "in_progress" else None
+
+
+def frame(event: Json) -> bytes:
+    """An event as it is sent: its type is told twice, in the frame and in the JSON."""
+    return b"event: " + event["type"].encode() + b"\n" + sse.event(orjson.dumps(event))
