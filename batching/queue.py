@@ -47,6 +47,12 @@ class QueueLimits:
     client_rows: int | None = None
     client_tokens: int | None = None
 
+    def allow(self, requests: Sequence[Request]) -> bool:
+        """Whether all of these, which are of one client, may wait at once where no others do."""
+        too_many = len(requests) > min(self.rows, self.client_rows or self.rows)
+        too_long = self.client_tokens is not None and sum(r.total_tokens for r in requests) > self.client_tokens
+        return not (too_many or too_long)
+
 
 class RowQueue:
     """Rows that wait for a batch, in their order of service. The caller asks `has_room` before it pushes."""
@@ -66,13 +72,9 @@ class RowQueue:
 
     def has_room(self, requests: Sequence[Request]) -> bool:
         """Whether all of these, which are of one client, may wait too."""
-        limits, client = self._limits, requests[0].client
-        if len(self._rows) + len(requests) > limits.rows:
-            return False
-        both = [*requests, *(row.request for row in self._rows if row.request.client == client)]
-        too_many = limits.client_rows is not None and len(both) > limits.client_rows
-        too_long = limits.client_tokens is not None and sum(r.total_tokens for r in both) > limits.client_tokens
-        return not (too_many or too_long)
+        client = requests[0].client
+        own = [row.request for row in self._rows if row.request.client == client]
+        return len(self._rows) + len(requests) <= self._limits.rows and self._limits.allow([*requests, *own])
 
     @property
     def first_arrival(self) -> float:
@@ -114,27 +116,29 @@ class RowQueue:
 
 
 class FairTurns:
-    """Start-time fair queueing (Goyal, Vin and Cheng 1996): each client's requests get turns on a virtual clock.
+    """Self-clocked fair queueing (Golestani 1994): requests get turns on a virtual clock, those of least turn first.
 
-    A request's turn is where its client's last one ends, or now if that is past; it lasts its tokens / its weight. So
-    clients that wait share the device by weight, one that was away gets no credit for it, and the requests of a single
-    client of equal weight are served as they came.
+    A request lasts its tokens / its weight, and its turn is when it would end: after the one before it of the same
+    client and weight, or after now if that is past. So clients that wait share the device by weight, one that was away
+    gets no credit for it, a heavy request goes before light ones of its own client but does not starve them, and
+    requests of one client of equal weight are served as they came.
     """
 
     def __init__(self) -> None:
         self._now = 0.0
-        self._ends: dict[str, float] = {}
+        self._ends: dict[tuple[str, float], float] = {}
 
     def next_of(self, request: Request) -> float:
         """The turn of a client's next request."""
-        start = max(self._now, self._ends.get(request.client, 0.0))
-        self._ends[request.client] = start + request.total_tokens / request.weight
-        return start
+        flow = (request.client, request.weight)
+        end = max(self._now, self._ends.get(flow, 0.0)) + request.total_tokens / request.weight
+        self._ends[flow] = end
+        return end
 
     def served(self, turn: float) -> None:
         """The clock goes to the turn of the row that was served first."""
         self._now = max(self._now, turn)
-        self._ends = {client: end for client, end in self._ends.items() if end > self._now}
+        self._ends = {flow: end for flow, end in self._ends.items() if end > self._now}
 
 
 def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:

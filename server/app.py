@@ -20,17 +20,19 @@ from batching.events import Rejected, State
 from server.chat import chat_completions
 from server.completions import completions
 from server.disconnect import CLIENT_CLOSED
+from server.docs import ROUTES as DOCS
 from server.errors import ApiError, internal
 from server.keys import load_keys
 from server.log import log_refusal
 from server.metrics import CONTENT_TYPE, Metrics
 from server.middleware import ApiKey, RequestId
+from server.responses import responses, stored_response
 from server.service import Service
 from server.tokens import detokenize, tokenize
 from server.version import VERSION
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
-"""What needs no API key: probes and scrapers seldom have one."""
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", *(route.path for route in DOCS)})
+"""What needs no API key: probes and scrapers seldom have one, and documentation tells nothing secret."""
 
 
 def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None]) -> Starlette:
@@ -62,6 +64,7 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None
 
 def routes() -> list[Route]:
     found = [
+        *DOCS,
         Route("/health/live", live),
         Route("/health/ready", ready),
         Route("/health", ready),
@@ -72,6 +75,8 @@ def routes() -> list[Route]:
         found += [
             Route(f"{prefix}/chat/completions", chat_completions, methods=["POST"]),
             Route(f"{prefix}/completions", completions, methods=["POST"]),
+            Route(f"{prefix}/responses", responses, methods=["POST"]),
+            Route(f"{prefix}/responses/{{name:path}}", stored_response, methods=["GET", "POST", "DELETE"]),
             Route(f"{prefix}/tokenize", as_json(tokenize), methods=["POST"]),
             Route(f"{prefix}/detokenize", as_json(detokenize), methods=["POST"]),
             Route(f"{prefix}/models", models),

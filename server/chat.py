@@ -62,12 +62,13 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
     thinks = service.settings.thinking if chat.thinks is None else chat.thinks
     prompt, thinking = await to_thread.run_sync(partial(encode, service.text, chat, thinks), limiter=service.encoders)
     grammar = await grammar_of(service, chat, thinking=thinks)
-    room = service.room_for_output(len(prompt))
+    room = service.room_for_output(len(prompt), "messages")
+    forced = end_of_thought(service.text, chat) if thinks else None
     requests = [
         Request(
             id=caller.row_id(choice),
             prompt=prompt,
-            sampling=sampling(service, chat, room, choice=choice, forced=end_of_thought(service.text, chat)),
+            sampling=sampling(service, chat, room, choice=choice, forced=forced),
             time_limit=service.settings.request_timeout_s,
             client=caller.name,
             weight=caller.weight(chat.priority),
@@ -135,12 +136,12 @@ class ChatChoice:
         """Each piece and the events that it completes. Where only one call is allowed the answer ends with it."""
         async for piece in self._pieces:
             events = self._reader.push(piece.text) + (self._reader.flush() if piece.finish else [])
-            called = self._one_call and any(isinstance(event, CallEnded) for event in events)
-            if called:
+            end = next((n for n, event in enumerate(events, 1) if isinstance(event, CallEnded)), None)
+            if self._one_call and end is not None:
                 self.stream.stop()
-            yield events, replace(piece, finish=Finish.STOP) if called else piece
-            if called:
+                yield events[:end], replace(piece, finish=Finish.STOP)
                 return
+            yield events, piece
 
     async def whole(self) -> dict[str, Any]:
         found: list[Event] = []

@@ -16,7 +16,7 @@ from server.caller import Caller
 from server.completion import Completion
 from server.disconnect import until_disconnect
 from server.errors import bad_request
-from server.logprobs import completion_logprobs
+from server.logprobs import CompletionLogprobs
 from server.respond import plain, streamed
 from server.sampling import sampling
 from server.schema import MAX_CHOICES, CompletionRequest, parse
@@ -64,7 +64,7 @@ def rows(
         Request(
             id=caller.row_id(place * count + choice),
             prompt=prompt,
-            sampling=sampling(service, asked, service.room_for_output(len(prompt)), choice=choice),
+            sampling=sampling(service, asked, service.room_for_output(len(prompt), "prompt"), choice=choice),
             time_limit=service.settings.request_timeout_s,
             client=caller.name,
             weight=caller.weight(asked.priority),
@@ -80,8 +80,8 @@ class TextChoice:
     def __init__(self, index: int, stream: Stream, text: Text, asked: CompletionRequest) -> None:
         self.stream = stream
         self._index = index
-        self._text = text
         self._echo = text.decode(stream.row.request.prompt) if asked.echo else ""
+        self._logprobs = CompletionLogprobs(text, len(self._echo))
         scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
         self._pieces = pieces(stream, text.detokenizer(), scanner)
 
@@ -89,16 +89,14 @@ class TextChoice:
         found = [piece async for piece in self._pieces]
         logprobs = [entry for piece in found for entry in piece.logprobs]
         said = self._echo + "".join(piece.text for piece in found)
-        return self._choice(said, logprobs, len(self._echo), found[-1].finish)
+        return self._choice(said, logprobs, found[-1].finish)
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        offset = len(self._echo)
         if self._echo:
-            yield self._choice(self._echo, (), 0, None)
+            yield self._choice(self._echo, (), None)
         async for piece in self._pieces:
-            yield self._choice(piece.text, piece.logprobs, offset, piece.finish)
-            offset += len(piece.text)
+            yield self._choice(piece.text, piece.logprobs, piece.finish)
 
-    def _choice(self, text: str, logprobs: Sequence[TokenLogprob], offset: int, finish: str | None) -> dict[str, Any]:
-        shown = completion_logprobs(self._text, logprobs, offset)
+    def _choice(self, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> dict[str, Any]:
+        shown = self._logprobs.push(logprobs)
         return {"index": self._index, "text": text, "logprobs": shown, "finish_reason": finish}

@@ -1,11 +1,17 @@
 """What a chat request demands of its answer's form, as a grammar."""
 
-from batching.constraint import Grammar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from server.formats import find_format
 from server.qwen import QwenFormat
 from server.schema import ChatRequest
 from server.service import Service
 from server.tools import NamedChoice
+
+if TYPE_CHECKING:
+    from batching.constraint import Grammar
 
 
 async def grammar_of(service: Service, chat: ChatRequest, *, thinking: bool) -> Grammar | None:

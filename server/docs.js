@@ -1,12 +1,10 @@
 // Draws the page from openapi.json. Text only ever becomes text nodes: nothing in the document is read as HTML.
 "use strict";
 
-const NULLS = ["null", "undefined"];
-
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children.filter((child) => !NULLS.includes(String(child))));
+  made.append(...children.filter((child) => child !== null));
   return made;
 }
 
@@ -24,10 +22,15 @@ class Schemas {
     return schema.$ref ? this.components[schema.$ref.split("/").pop()] : schema;
   }
 
-  // The forms a value may have, null left out: a field that takes null may be left out as well.
+  // The forms a value may have, null left out.
   forms(schema) {
     const found = this.resolve(schema);
     return found.anyOf ? found.anyOf.flatMap((form) => this.forms(form)) : found.type === "null" ? [] : [found];
+  }
+
+  takesNull(schema) {
+    const found = this.resolve(schema);
+    return found.type === "null" || (found.anyOf ?? []).some((form) => this.takesNull(form));
   }
 
   type(schema) {
@@ -51,8 +54,8 @@ class Schemas {
     const units = { Length: "characters", Items: "items", Properties: "entries" };
     const found = Object.entries(units).flatMap(([suffix, unit]) => range(form[`min${suffix}`], form[`max${suffix}`], unit));
     found.push(...range(form.minimum, form.maximum, ""));
-    if ("exclusiveMinimum" in form) found.push(`above ${form.exclusiveMinimum}`);
-    if ("exclusiveMaximum" in form) found.push(`below ${form.exclusiveMaximum}`);
+    if ("exclusiveMinimum" in form) found.push(`above ${number(form.exclusiveMinimum)}`);
+    if ("exclusiveMaximum" in form) found.push(`below ${number(form.exclusiveMaximum)}`);
     if (form.pattern) found.push(`matches ${form.pattern}`);
     if (form.propertyNames?.pattern) found.push(`keys match ${form.propertyNames.pattern}`);
     const inner = [form.items, form.additionalProperties].filter((each) => each && typeof each === "object");
@@ -69,19 +72,34 @@ class Schemas {
 
 function range(least, most, unit) {
   if (least === undefined && most === undefined) return [];
-  const text = most === undefined ? `at least ${least}` : least === undefined ? `at most ${most}` : `${least} to ${most}`;
+  const [low, high] = [number(least), number(most)];
+  const text = most === undefined ? `at least ${low}` : least === undefined ? `at most ${high}` : `${low} to ${high}`;
   return [`${text} ${unit}`.trim()];
 }
 
-function fieldList(schemas, object) {
+// Powers of two by their exponent: JavaScript would round the largest.
+function number(value) {
+  const exponent = Math.log2(Math.abs(value));
+  return exponent > 16 && Number.isInteger(exponent) ? `${value < 0 ? "-" : ""}2^${exponent}` : String(value);
+}
+
+// What a client must know of a field's absence: in a request which fields it has to send, in an answer which may lack.
+function presence(schemas, schema, required, sent) {
+  if (sent) return required ? element("span", { class: "must" }, "required") : null;
+  const found = [schemas.takesNull(schema) && schemas.forms(schema).length ? "or null" : "", required ? "" : "not always there"];
+  return element("span", { class: "limits" }, found.filter(Boolean).join(", "));
+}
+
+function fieldList(schemas, object, sent) {
   const required = object.required ?? [];
   const names = Object.keys(object.properties);
   names.sort((a, b) => required.includes(b) - required.includes(a));
-  return element("dl", {}, ...names.map((name) => field(schemas, name, object.properties[name], required.includes(name))));
+  return element("dl", {}, ...names.map((name) => field(schemas, name, object.properties[name], required.includes(name), sent)));
 }
 
-function field(schemas, name, schema, required) {
-  const limits = schemas.limits(schema);
+function field(schemas, name, schema, required, sent) {
+  const preset = "default" in schema && ![null, ""].includes(schema.default) ? [`default ${JSON.stringify(schema.default)}`] : [];
+  const limits = [schemas.limits(schema), ...preset].filter(Boolean).join("; ");
   const description = schema.description ?? schemas.resolve(schema).description;
   return element(
     "div",
@@ -91,18 +109,18 @@ function field(schemas, name, schema, required) {
       {},
       element("code", {}, name),
       element("span", { class: "type" }, schemas.type(schema)),
-      required ? element("span", { class: "must" }, "required") : null,
+      presence(schemas, schema, required, sent),
+      limits ? element("span", { class: "limits" }, limits) : null,
     ),
-    limits ? element("dd", { class: "limits" }, limits) : null,
     description ? element("dd", {}, ...prose(description)) : null,
-    ...schemas.objects(schema).map((object) => nested(schemas, name, object)),
+    ...schemas.objects(schema).map((object) => nested(schemas, name, object, sent)),
   );
 }
 
-function nested(schemas, name, object) {
+function nested(schemas, name, object, sent) {
   const details = element("details", {}, element("summary", {}, `Fields of ${name}`));
   // Drawn when opened: a type may hold itself.
-  details.addEventListener("toggle", () => details.append(fieldList(schemas, object)), { once: true });
+  details.addEventListener("toggle", () => details.append(fieldList(schemas, object, sent)), { once: true });
   return element("dd", {}, details);
 }
 
@@ -122,7 +140,7 @@ function curl(method, path, operation, body) {
 
 function example(title, command) {
   const button = element("button", { type: "button", "aria-label": `Copy the command: ${title}` }, "Copy");
-  const text = element("pre", { tabindex: "0", "aria-label": `Command: ${title}` }, element("code", {}, command));
+  const text = element("pre", {}, element("code", {}, command));
   button.addEventListener("click", () => copy(command, text));
   return element("div", { class: "example" }, element("div", { class: "bar" }, element("span", {}, title), button), text);
 }
@@ -148,13 +166,13 @@ function answer(schemas, status, response) {
   for (const [type, media] of Object.entries(response.content)) {
     const [object] = schemas.objects(media["x-event-schema"] ?? media.schema);
     const what = media["x-event-schema"] ? `${type}, each event:` : type;
-    details.append(element("p", { class: "soft" }, what), object ? fieldList(schemas, object) : "");
+    details.append(element("p", { class: "soft" }, what), object ? fieldList(schemas, object, false) : "");
   }
   return details;
 }
 
 function anchor(method, path) {
-  return `${method}-${path.replace(/\W+/g, "-")}`;
+  return method + path.replace(/\W+/g, "-");
 }
 
 function section(schemas, path, method, operation) {
@@ -165,7 +183,7 @@ function section(schemas, path, method, operation) {
   const json = operation.requestBody?.content["application/json"];
   const bodies = Object.entries(json?.examples ?? { [operation.summary]: {} });
   made.append(...bodies.map(([name, { value }]) => example(name, curl(method, path, operation, value))));
-  if (json) made.append(element("h3", {}, "Fields"), fieldList(schemas, schemas.resolve(json.schema)));
+  if (json) made.append(element("h3", {}, "Fields"), fieldList(schemas, schemas.resolve(json.schema), true));
   const answers = Object.entries(operation.responses).map(([status, response]) => answer(schemas, status, response));
   made.append(element("h3", {}, "Answers"), ...answers);
   return made;
@@ -188,7 +206,7 @@ function draw(api) {
   document.getElementById("operations").replaceChildren(
     ...list.map(([path, method, operation]) => section(schemas, path, method, operation)),
   );
-  document.getElementById(location.hash.slice(1))?.scrollIntoView();
+  document.getElementById(location.hash.slice(1))?.scrollIntoView({ behavior: "instant" });
 }
 
 fetch("openapi.json")

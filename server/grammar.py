@@ -285,11 +285,35 @@ def _inline(schema: Schema, strict: bool, param: str) -> str:
     """The schema as part of a grammar. Members keep their order, which is that of the answer's."""
     options = LAYOUT | {"lenient": not strict}
     try:
-        return "%json " + json.dumps(schema | {"x-guidance": options}, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(schema | {"x-guidance": options}, separators=(",", ":"), allow_nan=False)
+        return "%json " + (json.dumps(_guarded(json.loads(text)), separators=(",", ":")) if "[^" in text else text)
     except RecursionError:
         raise _refused("The schema is nested too deeply.", param) from None
     except ValueError:
         raise _refused("The schema is not valid JSON.", param) from None
+
+
+def _guarded(node: Any, key: str = "") -> Any:
+    """The schema with U+0001 kept out of every negated character class in a pattern.
+
+    llguidance lets an escaped quote or backslash through where a class excludes it but no control character.
+    """
+    match node:
+        case dict() if key not in ("const", "default"):
+            named = key == "patternProperties"
+            return {(_guard(name) if named else name): _guarded(value, name) for name, value in node.items()}
+        case list() if key not in ("enum", "examples", "const", "default"):
+            return [_guarded(value) for value in node]
+        case str() if key == "pattern":
+            return _guard(node)
+    return node
+
+
+def _guard(pattern: str) -> str:
+    parts = (part[0] for part in PATTERN_PART.finditer(pattern))
+    return "".join(
+        re.sub(r"^\[\^(\]?)", lambda start: "[^\\x01" + start[1].replace("]", "\\]"), part) for part in parts
+    )
 
 
 def _parameters(schema: Schema | None, param: str) -> Schema:

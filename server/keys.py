@@ -39,7 +39,7 @@ class Keys:
 def load_keys(secrets: Iterable[str], file: Path | None) -> Keys:
     """Keys from the settings, named key-1, key-2, ..., and from a file of lines `name key [share]` (# for comments).
 
-    Raises `KeyFileError`.
+    Raises `KeyFileError`; a file without a key is one too, because the service would be open to everyone.
     """
     listed = [Key(f"key-{n}", sha256(secret.encode()).digest()) for n, secret in enumerate(secrets, 1)]
     return Keys([*listed, *(_from_file(file) if file else [])])
@@ -51,7 +51,10 @@ def _from_file(file: Path) -> list[Key]:
     except (OSError, UnicodeDecodeError):
         raise KeyFileError(f"the file of API keys {file} cannot be read") from None
     numbered = [(number, line.split()) for number, line in enumerate(lines, 1)]
-    return [_from_line(words, file, number) for number, words in numbered if words and not words[0].startswith("#")]
+    keys = [_from_line(words, file, number) for number, words in numbered if words and not words[0].startswith("#")]
+    if not keys:
+        raise KeyFileError(f"the file of API keys {file} has no key in it")
+    return keys
 
 
 def _from_line(words: list[str], file: Path, number: int) -> Key:

@@ -21,18 +21,36 @@ def chat_logprobs(text: Text, entries: Sequence[TokenLogprob]) -> dict[str, Any]
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(text: Text, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
-    """`logprobs` of a completion's choice or chunk whose text starts at character `offset`."""
-    if not entries:
-        return None
-    words = [text.decode([entry.token]) for entry in entries]
-    ends = [offset + sum(map(len, words[:place])) for place in range(len(words))]
-    return {
-        "tokens": words,
-        "token_logprobs": [max(entry.logprob, LEAST) for entry in entries],
-        "top_logprobs": [{text.decode([token]): max(value, LEAST) for token, value in e.top} for e in entries],
-        "text_offset": ends,
-    }
+class CompletionLogprobs:
+    """`logprobs` of one completion, in one piece or in several. Its text starts at character `offset`."""
+
+    def __init__(self, text: Text, offset: int) -> None:
+        self._text = text
+        self._offset = offset
+        self._detokenizer = text.detokenizer()
+
+    def push(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """The next tokens; None if there are no entries."""
+        if not entries:
+            return None
+        return {
+            "tokens": [_word(self._text, entry.token) for entry in entries],
+            "token_logprobs": [max(entry.logprob, LEAST) for entry in entries],
+            "top_logprobs": [{_word(self._text, token): max(value, LEAST) for token, value in e.top} for e in entries],
+            "text_offset": [self._start(entry.token) for entry in entries],
+        }
+
+    def _start(self, token: int) -> int:
+        """Where the token's text starts; the tokens of one character all start where it does."""
+        start = self._offset
+        self._offset += len(self._detokenizer.push([token]))
+        return start
+
+
+def _word(text: Text, token: int) -> str:
+    """A token's text, or as in OpenAI's API its bytes if they are no whole characters: others would look the same."""
+    word = text.decode([token])
+    return word if "\ufffd" not in word else "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.token_bytes(token))
 
 
 def _token(text: Text, token: int, logprob: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from server import replies
 from server.metrics import CONTENT_TYPE
 from server.middleware import ApiKey
+from server.response_request import ResponseRequest
 from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.service import Service
 from server.sse import MEDIA_TYPE
@@ -29,9 +30,14 @@ Every path under /v1 is also there without it. A field that is not listed is ref
 An answer names its request in X-Request-Id, which a client may set: up to 64 letters, digits and characters of `_.:-`.
 """
 
-STREAMED = (
+CHUNKS = (
     "With `stream` the answer comes as server-sent events: `data: ` and the JSON of one chunk, an empty line, and at "
     "last `data: [DONE]`. An answer that fails midway ends with an event that holds an error, and no `[DONE]`."
+)
+EVENTS = (
+    "With `stream` the answer comes as server-sent events, each with its type in both the frame and the JSON. The last "
+    "is response.completed, response.incomplete, or response.failed. Nothing is stored, so an answer cannot be had a "
+    "second time, and every path under this one is a 404."
 )
 
 STATUSES = {
@@ -59,7 +65,7 @@ HEADERS: Json = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path. `event` is what a stream is made of, `examples` are bodies without their model."""
+    """One method of one path. `examples` are bodies without their model."""
 
     path: str
     summary: str
@@ -67,6 +73,8 @@ class Operation:
     """The answer's type, or the media type of a text."""
     takes: type[BaseModel] | None = None
     event: type[BaseModel] | None = None
+    """What a stream is made of."""
+    about: str = ""
     errors: tuple[int, ...] = ()
     unwell: type[BaseModel] = replies.Error
     """What a 503 holds."""
@@ -88,6 +96,7 @@ OPERATIONS = (
         replies.ChatCompletion,
         ChatRequest,
         replies.ChatChunk,
+        CHUNKS,
         errors=(*READING, 429, 504),
         examples={
             "Plain": {"messages": HI, "max_tokens": 64},
@@ -100,10 +109,24 @@ OPERATIONS = (
         replies.TextCompletion,
         CompletionRequest,
         replies.TextChunk,
+        CHUNKS,
         errors=(*READING, 429, 504),
         examples={
             "Plain": {"prompt": "Once upon a time", "max_tokens": 64},
             "Streamed": {"prompt": "Once upon a time", "stream": True},
+        },
+    ),
+    Operation(
+        "/v1/responses",
+        "Continue a conversation, in OpenAI's newer form",
+        replies.Answered,
+        ResponseRequest,
+        replies.AnswerEvent,
+        EVENTS,
+        errors=(*READING, 429, 504),
+        examples={
+            "Plain": {"input": "Say hello.", "max_output_tokens": 64},
+            "Streamed": {"input": "Say hello.", "stream": True},
         },
     ),
     Operation(
@@ -192,8 +215,8 @@ def describe(operation: Operation, model: str, keyed: bool) -> Json:
         "operationId": operation.path.removeprefix("/v1").strip("/").replace("/", "_").replace("{name}", "one"),
         "responses": {"200": success(operation)} | responses,
     }
-    if operation.event:
-        found["description"] = STREAMED
+    if operation.about:
+        found["description"] = operation.about
     if operation.takes:
         found["requestBody"] = request_body(operation, model)
     if "{name}" in operation.path:
@@ -216,8 +239,8 @@ def success(operation: Operation) -> Json:
         return response(200, {operation.gives: {"schema": {"type": "string"}}})
     content: Json = {"application/json": {"schema": reference(operation.gives)}}
     if operation.event:
-        # What an event holds has a place of its own, itemSchema, only from OpenAPI 3.2 on.
-        content[MEDIA_TYPE] = {"schema": {"type": "string"}, "x-event-schema": reference(operation.event)}
+        # What an event's data holds has a place in the standard, itemSchema, only from OpenAPI 3.2 on.
+        content[MEDIA_TYPE] = {"x-event-schema": reference(operation.event)}
     return response(200, content)
 
 

@@ -1,6 +1,6 @@
 """The shapes of what is answered, for /openapi.json. Handlers write plain dicts; a test holds them to these types."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -177,6 +177,85 @@ class TextChunk(Reply):
     model: str
     choices: list[TextChunkChoice]
     usage: Usage | None = None
+
+
+class OutputText(Reply):
+    type: Literal["output_text", "reasoning_text"]
+    text: str
+    annotations: list[Any] = []
+    logprobs: list[Any] = []
+
+
+class OutputItem(Reply):
+    """A message and thinking have `content`, a call has `call_id`, `name` and `arguments`."""
+
+    id: str
+    type: Literal["message", "reasoning", "function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"] | None = None
+    content: list[OutputText] | None = None
+    summary: list[Any] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+
+class InputDetails(Reply):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(Reply):
+    reasoning_tokens: int
+
+
+class AnswerUsage(Reply):
+    """Tokens."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class CutOff(Reply):
+    reason: str
+
+
+class AnswerError(Reply):
+    code: str
+    message: str
+
+
+class Answered(Reply):
+    """Besides these fields an answer has those of its request, with what leaving them out meant."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    """Seconds since 1970."""
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: str
+    output: list[OutputItem]
+    usage: AnswerUsage | None
+    incomplete_details: CutOff | None
+    error: AnswerError | None
+
+
+class AnswerEvent(Reply):
+    """One event. The last one's `response` is what a plain answer would be."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
+    response: Answered | None = None
+    item: OutputItem | None = None
+    delta: str | None = None
 
 
 class Tokenized(Reply):

@@ -45,20 +45,25 @@ async def plain(completion: Completion, choices: Sequence[Choice]) -> Response:
 
 
 async def streamed(completion: Completion, choices: Sequence[Choice], *, include_usage: bool) -> Response:
-    """The answer as server-sent events.
-
-    It waits for the first chunk before the status line is sent, so that all that can go wrong in the queue still has a
-    status of its own.
-    """
+    """The answer as server-sent events."""
     chunks = merged([choice.chunks() for choice in choices])
+    first = await begun(choices, chunks)
+    return RowsResponse(choices, events(completion, choices, first, chunks, include_usage))
+
+
+async def begun(choices: Sequence[Choice], chunks: AsyncIterator[T]) -> T:
+    """The first chunk. Raises `ApiError`.
+
+    It is waited for before the status line is sent, so that all that can go wrong in the queue still has a status of
+    its own.
+    """
     try:
-        first = await anext(chunks)
+        return await anext(chunks)
     except BaseException as error:
         cancel(choices)
         if isinstance(error, BatchingError):
             raise from_batching(error) from None
         raise
-    return RowsResponse(choices, events(completion, choices, first, chunks, include_usage))
 
 
 async def events(

@@ -1,16 +1,31 @@
-"""The output items of a response, and the typed events that tell of them as they grow. Runs on the event loop."""
+"""A response's output items, and the typed events that tell of them as they grow. Runs on the event loop."""
 
 import secrets
+import time
+from collections.abc import AsyncIterator
+from itertools import count
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import orjson
+from anyio import to_thread
 
+from batching.errors import BatchingError
+from batching.stream import Stream
+from batching.types import Finish
 from server import sse
-from server.message import Event, Reasoning
+from server.chat import ChatChoice
+from server.errors import from_batching
+from server.message import Event, MessageReader, Reasoning
+from server.respond import usage
+from server.schema import ChatRequest
+from server.service import Service
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content
 
 Json: TypeAlias = dict[str, Any]
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+
+CUT = {"reason": "max_output_tokens"}
+"""`incomplete_details` of an answer that its length has ended."""
 
 
 class Item:
@@ -176,4 +191,87 @@ class Output:
 
 def frame(event: Json) -> bytes:
     """An event as it is sent: its type is told twice, in the frame and in the JSON."""
-    return b"event: " + event["type"].encode() + b"\n" + sse.event(orjson.dumps(event))
+    kind: str = event["type"]
+    return b"event: " + kind.encode() + b"\n" + sse.event(orjson.dumps(event))
+
+
+class ResponseChoice(ChatChoice):
+    """`Choice` of a response. Its chunks are typed events, and a plain answer is the response in the last of them.
+
+    `head` is all of the response that is known from the start.
+    """
+
+    def __init__(self, service: Service, stream: Stream, chat: ChatRequest, reader: MessageReader, head: Json) -> None:
+        super().__init__(0, stream, service.text, chat, reader)
+        self._service = service
+        self._head = head
+        self._output = Output()
+        self._numbers = count()
+
+    async def whole(self) -> Json:
+        response: Json = {}
+        async for event in self._news():
+            response = event.get("response", response)
+        return response
+
+    async def chunks(self) -> AsyncIterator[Json]:
+        async for event in self._news():
+            yield self._numbered(event)
+
+    async def frames(self, first: Json, rest: AsyncIterator[Json]) -> AsyncIterator[bytes]:
+        """The frames of a streamed answer. An error after the first chunk becomes a last event, `response.failed`."""
+        yield frame(first)
+        try:
+            async for event in rest:
+                yield frame(event)
+        except BatchingError as error:
+            self.stream.cancel()
+            told = from_batching(error)
+            self._output.end(cut=True)
+            failed = self._as_event("failed", "failed", error={"code": told.type, "message": told.message})
+            yield frame(self._numbered(failed))
+
+    async def _news(self) -> AsyncIterator[Json]:
+        finish, begun = None, False
+        async for events, piece in self._events():
+            if not begun:
+                yield self._as_event("created", "in_progress")
+                yield self._as_event("in_progress", "in_progress")
+            begun, finish = True, piece.finish
+            for event in events:
+                for told in self._output.push(event):
+                    yield told
+        for told in self._output.end(cut=finish == Finish.LENGTH):
+            yield told
+        yield await self._ended(finish)
+
+    async def _ended(self, finish: str | None) -> Json:
+        fields: Json = {"usage": await self._usage()}
+        if finish == Finish.LENGTH:
+            return self._as_event("incomplete", "incomplete", incomplete_details=CUT, **fields)
+        return self._as_event("completed", "completed", completed_at=int(time.time()), **fields)
+
+    async def _usage(self) -> Json:
+        counts = usage([self])
+        output = counts["completion_tokens"]
+        return {
+            "input_tokens": counts["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": output,
+            "output_tokens_details": {"reasoning_tokens": min(await self._thought_tokens(), output)},
+            "total_tokens": counts["total_tokens"],
+        }
+
+    async def _thought_tokens(self) -> int:
+        """The tokens of the thinking's text, which may have been generated as a few more or less."""
+        thought = self._output.thought
+        if not thought:
+            return 0
+        return len(await to_thread.run_sync(self._text.encode, thought, limiter=self._service.encoders))
+
+    def _as_event(self, kind: str, status: str, **fields: Any) -> Json:
+        response = self._head | {"status": status, "output": self._output.json()} | fields
+        return {"type": f"response.{kind}", "response": response}
+
+    def _numbered(self, event: Json) -> Json:
+        return event | {"sequence_number": next(self._numbers)}

@@ -2,32 +2,121 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import replace
-from itertools import count
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import orjson
-from anyio import to_thread
-from pydantic import BeforeValidator, Discriminator, Field, ValidationError, model_validator
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.errors import BatchingError
-from batching.stream import Stream
-from batching.types import Finish, Request
+from batching.types import Request
 from server.body import read_body
 from server.caller import Caller
-from server.chat import ChatChoice, prepare, reader
+from server.chat import prepare, reader
 from server.disconnect import until_disconnect
 from server.errors import ApiError, from_batching
-from server.message import MessageReader
-from server.respond import RowsResponse, begun, usage
-from server.response_events import Json, Output, frame
-from server.schema import MAX_MESSAGES, Body, ChatRequest, Content, JsonSchema, Number, ResponseFormat, Tokens, explain, parse
+from server.respond import RowsResponse, begun
+from server.response_events import Json, ResponseChoice
+from server.response_request import ResponseRequest, TextConfig, as_chat, renamed
+from server.schema import ChatRequest, parse
 from server.service import Service
-from server.tools import MAX_TOOLS, CallId, Flag, Function, Name, NamedChoice, Tool, ToolChoice
+from server.tools import NamedChoice
 
-STATELESS = "stored state is not kept here; send the whole conversation in the field input"
-CHAT_FIELDS = {"messages": "input", "response_format": "text.format"}
-"""What the chat request's fields are called here."""
+
+async def responses(http: HttpRequest) -> Response:
+    service: Service = http.app.state.service
+    service.check_ready()
+    asked = parse(ResponseRequest, await read_body(http, service.max_body_bytes))
+    return await until_disconnect(http, respond(service, asked, http.state.caller))
+
+
+async def stored_response(http: HttpRequest) -> Response:
+    """Every answer that a client wants to see again, cancel or delete. Raises `ApiError` 404."""
+    raise ApiError(404, "Responses are not stored here, so there is none to be found.", code="response_not_found")
+
+
+async def respond(service: Service, asked: ResponseRequest, caller: Caller) -> Response:
+    """Everything after the body was read. Raises `ApiError`."""
+    head = head_of(service.served_name(asked.model), asked)
+    with service.batcher.announce():
+        chat, requests, thinking = await prepared(service, asked, caller)
+        [stream] = service.submit(requests)
+    choice = ResponseChoice(service, stream, chat, reader(service.text, chat, thinking), head)
+    return await (streamed(choice) if asked.stream else plain(choice))
+
+
+async def prepared(service: Service, asked: ResponseRequest, caller: Caller) -> tuple[ChatRequest, list[Request], bool]:
+    """The chat request, and what `prepare` makes of it. Raises `ApiError` that names this request's fields."""
+    try:
+        chat = as_chat(asked)
+        return chat, *await prepare(service, chat, caller)
+    except ApiError as error:
+        raise renamed(error) from None
+
+
+async def plain(choice: ResponseChoice) -> Response:
+    """The whole answer as one JSON object."""
+    async with choice.stream:
+        try:
+            return Response(orjson.dumps(await choice.whole()), media_type="application/json")
+        except BatchingError as error:
+            raise from_batching(error) from None
+
+
+async def streamed(choice: ResponseChoice) -> Response:
+    """The answer as server-sent events."""
+    chunks = choice.chunks()
+    first = await begun([choice], chunks)
+    return RowsResponse([choice], choice.frames(first, chunks))
+
+
+FIXED: Json = dict.fromkeys(["error", "incomplete_details", "completed_at", "usage"]) | {
+    "previous_response_id": None,
+    "max_tool_calls": None,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "top_logprobs": 0,
+    "truncation": "disabled",
+    "background": False,
+    "store": False,
+    "service_tier": "default",
+}
+"""What is not known yet, or never different here. Some clients need the fields."""
+
+
+def head_of(model: str, asked: ResponseRequest) -> Json:
+    """The response before there is any output.
+
+    Definitions are encoded by pydantic, which has a form for integers of any size.
+    """
+    told: Json = {
+        "id": f"resp_{secrets.token_hex(12)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": model,
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "temperature": 1.0 if asked.temperature is None else asked.temperature,
+        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "tools": [as_json(tool) for tool in asked.tools or ()],
+        "tool_choice": choice_of(asked),
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "text": as_json(asked.text or TextConfig()),
+        "reasoning": {"effort": asked.reasoning and asked.reasoning.effort, "summary": None},
+        "metadata": asked.metadata or {},
+        "user": asked.user,
+        "safety_identifier": asked.safety_identifier,
+        "prompt_cache_key": asked.prompt_cache_key,
+    }
+    return told | FIXED
+
+
+def choice_of(asked: ResponseRequest) -> Any:
+    """`tool_choice` as it was sent, or what leaving it out means."""
+    choice = asked.tool_choice
+    return {"type": "function", "name": choice.function.name} if isinstance(choice, NamedChoice) else choice or "auto"
+
+
+def as_json(value: BaseModel) -> orjson.Fragment:
+    return orjson.Fragment(value.model_dump_json(by_alias=True))

@@ -3,7 +3,16 @@
 import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from server.errors import ApiError, bad_request
 from server.tools import Flag, ToolTurn, ToolUse
@@ -85,7 +94,15 @@ def _prompts(value: Any) -> Any:
     return [value] if single else value
 
 
-Prompt = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1)]
+def _prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("a prompt must be a string or a list of token ids") from None
+
+
+TextOrIds = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1)]
+Prompt = Annotated[TextOrIds, WrapValidator(_prompt)]
 PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type=Prompt | PromptList)]
 

@@ -50,10 +50,11 @@ class Service:
         self.exit_code = 0
         self._created = int(time.time())
         self._loader = loader
+        self._limits = QueueLimits(settings.queue_size, settings.key_queue_size, settings.key_queue_tokens)
         config = BatchingConfig(
             max_batch_rows=settings.max_batch_size,
             window=settings.batch_window_ms / 1000,
-            queue=QueueLimits(settings.queue_size, settings.key_queue_size, settings.key_queue_tokens),
+            queue=self._limits,
         )
         self._observe = broadcast(observers)
         self.batcher = Batcher(loader.engine, config, [self._observe])
@@ -95,7 +96,9 @@ class Service:
         return self.text.stop_token_ids | self.info.stop_token_ids
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
-        """Queue the rows of one HTTP request. Raises `ApiError` 429 or 503."""
+        """Queue the rows of one HTTP request. Raises `ApiError` 429 or 503, or 400 if they never have room."""
+        if not self._limits.allow(requests):
+            raise bad_request("The queue can never hold this; ask for fewer choices or fewer tokens.", code="too_large")
         try:
             return self.batcher.submit_all(requests)
         except BatchingError as error:
@@ -127,14 +130,14 @@ class Service:
         card = {"id": name, "object": "model", "created": self._created, "owned_by": "microbatch"}
         return card | {"max_model_len": window, "context_length": window}
 
-    def room_for_output(self, prompt_tokens: int) -> int:
-        """How many tokens can follow the prompt. Raises `ApiError` 400 if none."""
+    def room_for_output(self, prompt_tokens: int, param: str) -> int:
+        """How many tokens can follow the prompt, which came in the field `param`. Raises `ApiError` 400 if none."""
         room = self.info.context_window - prompt_tokens
         if room < 1:
             raise bad_request(
                 f"The prompt has {thousands(prompt_tokens)} tokens, but with its answer it must fit in a context "
                 f"window of {thousands(self.info.context_window)}; shorten it.",
-                "messages",
+                param,
                 "context_length_exceeded",
             )
         return room

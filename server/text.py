@@ -75,9 +75,9 @@ class Text:
         """The source of the chat template."""
         return str(self._chat.chat_template)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of a text, with no special tokens put around it."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+        """The ids of a text. `special` puts the tokens around it that the model has for where a text begins or ends."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ids, special tokens included."""

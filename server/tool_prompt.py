@@ -3,10 +3,9 @@
 The conversation is rewritten so that only system, user and assistant turns with text are left.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
-
-import orjson
 
 from server.qwen import CLOSE, OPEN
 
@@ -23,7 +22,7 @@ def without_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, 
     turns = [_in_words(message) for message in messages]
     if not tools:
         return turns
-    how = HOW.format(tools="\n".join(orjson.dumps(tool["function"]).decode() for tool in tools))
+    how = HOW.format(tools="\n".join(_json(tool["function"]) for tool in tools))
     if turns[0]["role"] == "system":
         return [turns[0] | {"content": f"{turns[0]['content']}\n\n{how}"}, *turns[1:]]
     return [{"role": "system", "content": how}, *turns]
@@ -38,4 +37,9 @@ def _in_words(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(function: dict[str, Any]) -> str:
-    return orjson.dumps({"name": function["name"], "arguments": function["arguments"]}).decode()
+    return _json({"name": function["name"], "arguments": function["arguments"]})
+
+
+def _json(value: Any) -> str:
+    """Unlike orjson this has a form for integers of any size, which clients may send."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

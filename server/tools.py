@@ -201,6 +201,8 @@ def _arguments(text: str) -> dict[str, Any] | str:
         return {}
     try:
         value = json.loads(text, parse_constant=_refuse)
+        # Neither a lone surrogate nor a number beyond all floats can be shown to a model.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return text
     # What is nested deeper could be too deep for the template's own encoder.

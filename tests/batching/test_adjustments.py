@@ -41,6 +41,10 @@ def preferring(*tokens: int) -> Tensor:
 # Every row is as it is alone
 
 
+def asking(**settings: Any) -> Request:
+    return request((1, 2, 3), **settings)
+
+
 TOKENS = st.integers(0, VOCAB - 1)
 BIASES = st.dictionaries(TOKENS, st.floats(-100, 100), max_size=4).map(lambda found: tuple(found.items()))
 FORCED = st.builds(Forced, st.integers(1, STEPS), TOKENS, st.lists(TOKENS, min_size=1, max_size=3).map(tuple))
@@ -54,7 +58,7 @@ ADJUSTED = st.fixed_dictionaries(
         "presence_penalty": st.floats(-2, 2),
         "repetition_penalty": st.floats(0.5, 2),
     },
-).map(lambda settings: request((1, 2, 3), **settings))
+).map(lambda settings: asking(**settings))
 
 
 @given(st.lists(ADJUSTED, min_size=1, max_size=5), st.integers(0, 1000))

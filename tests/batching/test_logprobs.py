@@ -20,6 +20,11 @@ CPU = torch.device("cpu")
 VOCAB = 40
 CLOSE = 1e-5
 
+
+def asking(**settings: Any) -> Request:
+    return request((1, 2, 3), **settings)
+
+
 TOPS = st.none() | st.integers(0, 20)
 ASKING = st.fixed_dictionaries(
     {"top_logprobs": TOPS, "temperature": st.sampled_from([0.0, 0.3, 2.0]), "seed": st.integers(0, 2**63 - 1)},
@@ -33,7 +38,7 @@ ASKING = st.fixed_dictionaries(
         "stop_token_ids": st.just(frozenset({5, 6})),
         "forced": st.just(Forced(2, 7, (8, 9))),
     },
-).map(lambda settings: request((1, 2, 3), **settings))
+).map(lambda settings: asking(**settings))
 
 
 def noise(seed: int, *shape: int) -> Tensor:

@@ -20,7 +20,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("8000", 8000),
     "api_keys": ("a,b", ("a", "b")),
-    "api_keys_file": ("/dev/null", Path("/dev/null")),
+    "api_keys_file": ("keys", Path("keys")),
     "cors_origins": ("*", ("*",)),
     "max_batch_size": ("7", 7),
     "batch_window_ms": ("2.5", 2.5),
@@ -38,6 +38,12 @@ VALUES: dict[str, tuple[str, Any]] = {
     "log_level": ("warning", "warning"),
 }
 """For each setting a text that is not its default, and what it means."""
+
+
+@pytest.fixture(autouse=True)
+def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text("somebody secret")
+    monkeypatch.chdir(tmp_path)
 
 
 def flag(field: str) -> str:
