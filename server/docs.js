@@ -52,7 +52,9 @@ class Schemas {
 
   limitsOfForm(form) {
     const units = { Length: "characters", Items: "items", Properties: "entries" };
-    const found = Object.entries(units).flatMap(([suffix, unit]) => range(form[`min${suffix}`], form[`max${suffix}`], unit));
+    const found = Object.entries(units).flatMap(([suffix, unit]) =>
+      range(form[`min${suffix}`], form[`max${suffix}`], unit),
+    );
     found.push(...range(form.minimum, form.maximum, ""));
     if ("exclusiveMinimum" in form) found.push(`above ${number(form.exclusiveMinimum)}`);
     if ("exclusiveMaximum" in form) found.push(`below ${number(form.exclusiveMaximum)}`);
@@ -86,7 +88,8 @@ function number(value) {
 // What a client must know of a field's absence: in a request which fields it has to send, in an answer which may lack.
 function presence(schemas, schema, required, sent) {
   if (sent) return required ? element("span", { class: "must" }, "required") : null;
-  const found = [schemas.takesNull(schema) && schemas.forms(schema).length ? "or null" : "", required ? "" : "not always there"];
+  const nullable = schemas.takesNull(schema) && schemas.forms(schema).length;
+  const found = [nullable ? "or null" : "", required ? "" : "not always there"];
   return element("span", { class: "limits" }, found.filter(Boolean).join(", "));
 }
 
@@ -94,12 +97,13 @@ function fieldList(schemas, object, sent) {
   const required = object.required ?? [];
   const names = Object.keys(object.properties);
   names.sort((a, b) => required.includes(b) - required.includes(a));
-  return element("dl", {}, ...names.map((name) => field(schemas, name, object.properties[name], required.includes(name), sent)));
+  const made = names.map((name) => field(schemas, name, object.properties[name], required.includes(name), sent));
+  return element("dl", {}, ...made);
 }
 
 function field(schemas, name, schema, required, sent) {
-  const preset = "default" in schema && ![null, ""].includes(schema.default) ? [`default ${JSON.stringify(schema.default)}`] : [];
-  const limits = [schemas.limits(schema), ...preset].filter(Boolean).join("; ");
+  const preset = [undefined, null, ""].includes(schema.default) ? "" : `default ${JSON.stringify(schema.default)}`;
+  const limits = [schemas.limits(schema), preset].filter(Boolean).join("; ");
   const description = schema.description ?? schemas.resolve(schema).description;
   return element(
     "div",
@@ -142,7 +146,8 @@ function example(title, command) {
   const button = element("button", { type: "button", "aria-label": `Copy the command: ${title}` }, "Copy");
   const text = element("pre", {}, element("code", {}, command));
   button.addEventListener("click", () => copy(command, text));
-  return element("div", { class: "example" }, element("div", { class: "bar" }, element("span", {}, title), button), text);
+  const bar = element("div", { class: "bar" }, element("span", {}, title), button);
+  return element("div", { class: "example" }, bar, text);
 }
 
 async function copy(command, text) {
@@ -175,10 +180,14 @@ function anchor(method, path) {
   return method + path.replace(/\W+/g, "-");
 }
 
+function link(method, path) {
+  const badge = element("span", { class: `method ${method}` }, method.toUpperCase());
+  return element("a", { href: `#${anchor(method, path)}` }, badge, ` ${path}`);
+}
+
 function section(schemas, path, method, operation) {
-  const id = anchor(method, path);
-  const title = element("a", { href: `#${id}` }, element("span", { class: `method ${method}` }, method.toUpperCase()), ` ${path}`);
-  const made = element("section", { id }, element("h2", {}, title), element("p", {}, operation.summary + "."));
+  const title = element("h2", {}, link(method, path));
+  const made = element("section", { id: anchor(method, path) }, title, element("p", {}, operation.summary + "."));
   if (operation.description) made.append(element("p", {}, ...prose(operation.description)));
   const json = operation.requestBody?.content["application/json"];
   const bodies = Object.entries(json?.examples ?? { [operation.summary]: {} });
@@ -198,10 +207,7 @@ function draw(api) {
   const paragraphs = api.info.description.trim().split(/\n\n/);
   document.getElementById("about").append(...paragraphs.map((text) => element("p", {}, ...prose(text))));
   document.getElementById("index").append(
-    ...list.map(([path, method]) =>
-      element("li", {}, element("a", { href: `#${anchor(method, path)}` },
-        element("span", { class: `method ${method}` }, method.toUpperCase()), ` ${path}`)),
-    ),
+    ...list.map(([path, method]) => element("li", {}, link(method, path))),
   );
   document.getElementById("operations").replaceChildren(
     ...list.map(([path, method, operation]) => section(schemas, path, method, operation)),

@@ -196,20 +196,18 @@ APPLICATIONS: list[Case] = [
 ]
 """As applications and their libraries write them."""
 
+KINDS: dict[str, Any] = {
+    "null": None,
+    "boolean": True,
+    "integer": -3,
+    "number": 2.5e-3,
+    "string": 'a "b" \\ \n é 🙂',
+    "array": [1, "a", None],
+    "object": {"a": {"b": []}},
+}
 CONSTANTS: list[Any] = [None, False, 0, -1.5, "", "a\nb", [], [1, [2]], {}, {"a": {"b": [None]}}]
 SHAPES: list[Case] = [
-    *(
-        ({"type": kind}, value)
-        for kind, value in {
-            "null": None,
-            "boolean": True,
-            "integer": -3,
-            "number": 2.5e-3,
-            "string": 'a "b" \\ \n é 🙂',
-            "array": [1, "a", None],
-            "object": {"a": {"b": []}},
-        }.items()
-    ),
+    *(({"type": kind}, value) for kind, value in KINDS.items()),
     ({"type": ["integer", "string"]}, "x"),
     ({"type": ["array", "object", "null"]}, {}),
     *(({"const": value}, value) for value in CONSTANTS),

@@ -150,7 +150,8 @@ def test_without_a_key_of_the_file_nothing_is_answered(file: Path) -> None:
 def test_a_row_carries_its_key_s_name_and_share(file: Path) -> None:
     seen: list[Request] = []
     with live(scripted(remembering(seen)), api_keys_file=file, api_keys=(f"{SECRET}-x",)) as service:
-        for who, fields in [("a", {}), ("b", {}), ("b", {"priority": -1}), ("c", {"priority": 2}), ("x", {"n": 2})]:
+        asked: list[tuple[str, dict[str, Any]]] = [("a", {}), ("b", {}), ("b", {"priority": -1})]
+        for who, fields in [*asked, ("c", {"priority": 2}), ("x", {"n": 2})]:
             assert ask(service, who, **fields).status_code == 200
     assert [(request.client, request.weight) for request in seen] == [
         ("alice", 1.0),

@@ -58,9 +58,7 @@ def test_special_tokens_are_put_around_a_text_if_asked_for(monkeypatch: pytest.M
     )
     with live() as service:
         monkeypatch.setattr(service.service, "text", Text(tokenizer))
-        found = [
-            tokenize(service, prompt="a", **fields).json()["tokens"] for fields in ({}, {"add_special_tokens": True})
-        ]
+        found = [tokenize(service, prompt="a", add_special_tokens=add).json()["tokens"] for add in (False, True)]
     assert found == [tokens_of("a"), [END, *tokens_of("a")]]
 
 
