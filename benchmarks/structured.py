@@ -26,7 +26,8 @@ from batching.generate import GenerateEngine
 from batching.row import Row
 from batching.sampling import Sampler
 from batching.types import Request, Sampling, TokenLogprob
-from server.grammar import Grammars, Schema
+from server.grammar import Grammars
+from server.schema_check import Schema
 from server.settings import Settings
 
 VOCABULARY = 151_936  # Qwen3's logits; its tokenizer has 151,669 tokens

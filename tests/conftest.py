@@ -11,7 +11,7 @@ from server.settings import PREFIX
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-TEST_TOKENIZER = os.environ.get("MICROBATCH_TEST_TOKENIZER")
+TEST_TOKENIZER = os.environ.get("QWEN3_TOKENIZER")
 """A folder with a tokenizer whose chat template can think; read here because no test sees the variable."""
 
 
@@ -25,5 +25,5 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def thinking_tokenizer() -> str:
     if TEST_TOKENIZER is None:
-        pytest.skip("MICROBATCH_TEST_TOKENIZER names no folder")
+        pytest.skip("QWEN3_TOKENIZER names no folder")
     return TEST_TOKENIZER

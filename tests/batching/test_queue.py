@@ -193,7 +193,7 @@ COSTS = st.lists(st.integers(1, 40), min_size=30, max_size=30)
 
 @given(costs=st.tuples(COSTS, COSTS, COSTS), weights=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0, 4.0])] * 3))
 def test_clients_that_wait_share_by_weight(costs: tuple[list[int], ...], weights: tuple[float, ...]) -> None:
-    """The bound of start-time fair queueing, while all are waiting: work / weight differs by the largest request."""
+    """The bound of self-clocked fair queueing, while all are waiting: work / weight differs by the largest request."""
     queue = RowQueue(QueueLimits(1000))
     for client, (own, weight) in enumerate(zip(costs, weights, strict=True)):
         for cost in own:

@@ -234,12 +234,15 @@ def test_prompts_are_accepted_all_or_none(pool: ThreadPoolExecutor) -> None:
     with live(scripted(stepped=True), queue_size=3, max_batch_size=1) as service:
         running = pool.submit(complete, service)
         service.wait_running()
-        error_of(complete(service, ["a", "b"], n=2), 429, "queue_full")
-        assert service.sample("microbatch_queue_depth") == 0
-        fits = pool.submit(complete, service, ["a", "b", "c"])
+        waiting = pool.submit(complete, service)
+        service.wait_queued(1)
+        error_of(complete(service, ["a", "b", "c"]), 429, "queue_full")
+        error_of(complete(service, ["a", "b"], n=2), 400, "too_large")
+        assert service.sample("microbatch_queue_depth") == 1
+        fits = pool.submit(complete, service, ["a", "b"])
         service.wait_queued(3)
         service.engine.release(1000)
-        assert [answer.result().status_code for answer in (running, fits)] == [200, 200]
+        assert [answer.result().status_code for answer in (running, waiting, fits)] == [200] * 3
 
 
 # Log probabilities

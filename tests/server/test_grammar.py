@@ -23,7 +23,8 @@ from batching.constraint import Words
 from batching.sampling import Sampler
 from server import grammar as subject
 from server.errors import RETRIED, ApiError
-from server.grammar import MAX_BYTES, Grammars, Plan, TokenGrammar, TokenMatcher, terminates, written_out
+from server.grammar import Grammars, Plan, TokenGrammar, TokenMatcher
+from server.schema_check import MAX_BYTES, terminates, written_out
 from server.settings import parse
 from tests.batching.conftest import request
 from tests.conftest import TEST_TOKENIZER

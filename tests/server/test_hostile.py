@@ -1,6 +1,7 @@
 """Inputs that took other services down. Each has its answer here, and hurts neither those beside it nor those after."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,12 +12,15 @@ import pytest
 
 from batching.types import Request
 from server.errors import RETRIED
+from server.settings import PREFIX
+from tests.fakes import ScriptedEngine
 from tests.live import QUESTION, Live, eventually, live, raw_request, says, scripted
 from tests.server.test_app import babble
 
 HUGE = 10**6
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+GOOD = "Hello!"
 MATE = "I am unharmed."
 
 
@@ -31,21 +35,47 @@ def content_of(answer: httpx2.Response) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
-@contextlib.contextmanager
-def beside_a_mate(pool: ThreadPoolExecutor, **settings: Any) -> Iterator[Live]:
-    """A service in the midst of answering somebody, who gets all of the answer; a good request gets its own then.
+def stepped() -> ScriptedEngine:
+    return scripted(says(GOOD, mate=MATE), stepped=True)
 
-    The block happens after two steps of that answer. In it, nothing else is answered.
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Live]:
+    """One service for all that is refused, because nothing of that may change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.upper().startswith(PREFIX):
+                patch.delenv(name)
+        with live(stepped()) as service:
+            yield service
+
+
+@contextlib.contextmanager
+def beside_a_mate(service: Live, pool: ThreadPoolExecutor) -> Iterator[None]:
+    """The block happens in the midst of somebody's answer, who gets all of it. After that a good request gets its own.
+
+    In the block nothing else is answered, unless it releases steps itself.
     """
-    with live(scripted(says("Hello!", mate=MATE), stepped=True), **settings) as service:
-        mate = pool.submit(service.chat, headers={"x-request-id": "mate"})
-        service.wait_running()
-        service.engine.release(2)
-        eventually(lambda: service.engine.steps == 2, "two steps")
-        yield service
-        service.engine.release(100_000)
-        assert content_of(mate.result()) == MATE
-        assert content_of(service.chat()) == "Hello!"
+    engine = service.engine
+    before = engine.steps
+    mate = pool.submit(service.chat, headers={"x-request-id": "mate"})
+    service.wait_running(sum(map(len, engine.batches)) + 1)
+    engine.release(2)
+    eventually(lambda: engine.steps == before + 2, "two steps")
+    yield
+    engine.release(len(MATE) + 1 - 2)
+    assert content_of(mate.result()) == MATE
+    good = pool.submit(service.chat)
+    engine.release(len(GOOD) + 1)
+    assert content_of(good.result()) == GOOD
+
+
+@contextlib.contextmanager
+def alone_beside_a_mate(pool: ThreadPoolExecutor) -> Iterator[Live]:
+    """The same on a service of one's own, which holds nothing in the end."""
+    with live(stepped()) as service:
+        with beside_a_mate(service, pool):
+            yield service
         assert service.get("/health/ready").status_code == 200
         eventually(lambda: service.sample("microbatch_running_rows") == 0, "no row is left")
         assert service.sample("microbatch_queue_depth") == 0
@@ -198,7 +228,7 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "lists a thousand deep": (TEXT, prompt_of(DEEP)),
     "lists a hundred thousand deep": (CHAT, b"[" * 100_000),
     "lists a thousand deep to tokenize": ("/tokenize", prompt_of(DEEP)),
-    "arguments of a call a thousand deep": (
+    "arguments of a call that are no text": (
         CHAT,
         chat(messages=[{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {}}}]}]),
     ),
@@ -206,48 +236,46 @@ REFUSED: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_it_is_refused(what: str, pool: ThreadPoolExecutor) -> None:
+def test_it_is_refused(what: str, shared: Live, pool: ThreadPoolExecutor) -> None:
     path, body = REFUSED[what]
-    with beside_a_mate(pool) as service:
-        error = refused(service.post(body, path))
-        assert error["message"]
-        assert service.sample("microbatch_queue_depth") == 0
+    with beside_a_mate(shared, pool):
+        assert refused(shared.post(body, path))["message"]
 
 
 def test_what_is_larger_than_a_body_may_be_is_refused_by_its_announcement(pool: ThreadPoolExecutor) -> None:
-    with beside_a_mate(pool) as service, service.connect() as bare:
+    with alone_beside_a_mate(pool) as service, service.connect() as bare:
         bare.sendall(raw_request(b"{", length=100 * 2**20))
         assert bare.recv(65536).startswith(b"HTTP/1.1 413")
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize"])
 def test_a_text_of_10_mb_is_refused_before_it_is_tokenized(path: str, pool: ThreadPoolExecutor) -> None:
-    with beside_a_mate(pool) as service:
+    with alone_beside_a_mate(pool) as service:
         refused(service.post(prompt_of('"' + "x" * 10_000_000 + '"'), path), 413)
 
 
 ANSWERED: dict[str, tuple[bytes, str]] = {
-    "a length of 10**9": (chat(max_tokens=10**9), "Hello!"),
-    "a length of 2**64": (chat_with("max_tokens", str(2**64)), "Hello!"),
-    "a least length of 10**9": (chat(min_tokens=10**9), "Hello!"),
-    "a temperature of 1e-40": (chat(temperature=1e-40), "Hello!"),
-    "a top_p of 0": (chat(top_p=0), "Hello!"),
-    "every bias allowed": (chat(logit_bias={str(token): -100 for token in range(257)}), "Hello!"),
-    "all stop strings allowed": (chat(stop=[chr(0x4E00 + n) * 256 for n in range(16)]), "Hello!"),
-    "an escaped NUL": (of_content('"a\\u0000b"'), "Hello!"),
-    "keys twice": (b'{"messages": [], "n": 9, "n": 1, ' + chat()[1:], "Hello!"),
-    "text that looks like a call": (of_content('"' + "<tool_call>{" * 1000 + '"'), "Hello!"),
-    "text that looks like the end": (of_content('"' + "<|end|>" * 500 + '"'), "Hello!"),
-    "text that looks like a template": (of_content('"{{ 7 * 7 }}{% for x in range(10**9) %}"'), "Hello!"),
-    "text of one letter": (of_content('"' + "a" * 3000 + '"'), "Hello!"),
-    "text of marks that combine": (of_content('"' + "\u0301" * 1000 + '"'), "Hello!"),
+    "a length of 10**9": (chat(max_tokens=10**9), GOOD),
+    "a length of 2**64": (chat_with("max_tokens", str(2**64)), GOOD),
+    "a least length of 10**9": (chat(min_tokens=10**9), GOOD),
+    "a temperature of 1e-40": (chat(temperature=1e-40), GOOD),
+    "a top_p of 0": (chat(top_p=0), GOOD),
+    "every bias allowed": (chat(logit_bias={str(token): -100 for token in range(257)}), GOOD),
+    "all stop strings allowed": (chat(stop=[chr(0x4E00 + n) * 256 for n in range(16)]), GOOD),
+    "an escaped NUL": (of_content('"a\\u0000b"'), GOOD),
+    "keys twice": (b'{"messages": [], "n": 9, "n": 1, ' + chat()[1:], GOOD),
+    "text that looks like a call": (of_content('"' + "<tool_call>{" * 300 + '"'), GOOD),
+    "text that looks like the end": (of_content('"' + "<|end|>" * 500 + '"'), GOOD),
+    "text that looks like a template": (of_content('"{{ 7 * 7 }}{% for x in range(10**9) %}"'), GOOD),
+    "text of one letter": (of_content('"' + "a" * 3000 + '"'), GOOD),
+    "text of marks that combine": (of_content('"' + "\u0301" * 1000 + '"'), GOOD),
 }
 
 
 @pytest.mark.parametrize("what", ANSWERED)
 def test_it_is_answered(what: str, pool: ThreadPoolExecutor) -> None:
     body, text = ANSWERED[what]
-    with beside_a_mate(pool) as service:
+    with alone_beside_a_mate(pool) as service:
         answer = pool.submit(service.post, body)
         service.wait_queued(1)
         service.engine.release(100_000)
@@ -255,16 +283,16 @@ def test_it_is_answered(what: str, pool: ThreadPoolExecutor) -> None:
 
 
 def test_a_body_in_chunks_of_a_byte_is_put_together(pool: ThreadPoolExecutor) -> None:
-    with beside_a_mate(pool) as service:
+    with alone_beside_a_mate(pool) as service:
         answer = pool.submit(service.post, iter([bytes([byte]) for byte in chat()]))
         service.wait_queued(1)
         service.engine.release(100_000)
-        assert content_of(answer.result()) == "Hello!"
+        assert content_of(answer.result()) == GOOD
 
 
 CALLS = {
     "without an end": '<tool_call>{"name": "f", "arguments": {"x": "' + "a" * 2000,
-    "nested": "<tool_call>" * 200 + "</tool_call>" * 200,
+    "nested": "<tool_call>" * 50 + "</tool_call>" * 50,
     "of arguments a thousand deep": '<tool_call>{"name": "f", "arguments": {"x": ' + DEEP + "}}</tool_call>",
     "of another name": '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
     "of no JSON": "<tool_call>f(x)</tool_call>",
@@ -303,17 +331,16 @@ LYING: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("what", LYING)
 def test_a_request_that_is_no_good_http_hurts_nobody(what: str, pool: ThreadPoolExecutor) -> None:
-    with beside_a_mate(pool) as service, service.connect() as bare:
-        with contextlib.suppress(ConnectionError):  # the service may hang up in the midst of it
-            bare.sendall(LYING[what](chat(max_tokens=1)))
-            service.engine.release(100_000)
-            answer = bare.recv(65536)
-            assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 200"))
-            assert not answer.startswith(b"HTTP/1.1 5")
+    hung_up = contextlib.suppress(ConnectionError)  # as the service may do in the midst of it
+    with alone_beside_a_mate(pool) as service, service.connect() as bare, hung_up:
+        bare.sendall(LYING[what](chat(max_tokens=1)))
+        service.engine.release(100_000)
+        answer = bare.recv(65536)
+        assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 200"))
 
 
 def test_connections_that_say_nothing_keep_nobody_out(pool: ThreadPoolExecutor) -> None:
-    with beside_a_mate(pool) as service, contextlib.ExitStack() as stack:
+    with alone_beside_a_mate(pool) as service, contextlib.ExitStack() as stack:
         for n in range(200):
             bare = stack.enter_context(service.connect())
             if n % 2:
@@ -321,14 +348,14 @@ def test_connections_that_say_nothing_keep_nobody_out(pool: ThreadPoolExecutor) 
         answer = pool.submit(service.chat)
         service.wait_queued(1)
         service.engine.release(100_000)
-        assert content_of(answer.result()) == "Hello!"
+        assert content_of(answer.result()) == GOOD
 
 
 def test_a_client_that_reads_nothing_holds_up_nobody(pool: ThreadPoolExecutor) -> None:
     length = 20_000
 
     def script(request: Request, position: int) -> int:
-        return says("Hello!")(request, position) if request.id == "good" else babble(request, position)
+        return says(GOOD)(request, position) if request.id == "good" else babble(request, position)
 
     with live(scripted(script, context_window=HUGE), max_batch_size=2, max_output_tokens=HUGE) as service:
         with service.connect() as bare:
@@ -336,5 +363,5 @@ def test_a_client_that_reads_nothing_holds_up_nobody(pool: ThreadPoolExecutor) -
             # Its rows come to their end though nobody takes their tokens, of which a few large chunks are left.
             ended = service.wait_ended(2)
             assert [event.output_tokens for event in ended] == [length] * 2
-            assert content_of(service.chat(headers={"x-request-id": "good"})) == "Hello!"
+            assert content_of(service.chat(headers={"x-request-id": "good"})) == GOOD
         eventually(lambda: service.sample("microbatch_running_rows") == 0, "no row is left")
