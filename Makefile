@@ -50,7 +50,7 @@ check: install
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: install
-	$(BIN)/python -m benchmarks.load --url $(URL) --concurrency $(CONCURRENCY) $(ARGS)
+	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
