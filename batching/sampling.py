@@ -63,23 +63,32 @@ class Sampler:
         return tokens
 
     def _draw(self, logits: Tensor) -> Tensor:
+        """A race: the token whose exponential time over its probability is least wins, as often as it should.
+
+        Unlike a search in summed probabilities this compares tokens with each other, so that the rounding of logits,
+        which differs with the size of the batch, changes a winner only in a dead heat.
+        """
         probabilities = self._filter(logits)
-        # Summed in vocabulary order, so that how a cut-off was found cannot change which token a draw lands on.
-        cumulative = probabilities.cumsum(-1)
-        target = uniform(self._seeds, self._position)[:, None] * cumulative[:, -1:]
-        # The first token whose sum exceeds the target, hence never one of probability 0. Rounding can put the target
-        # on the last sum itself, which no token exceeds: the last token that adds to the sum is meant then.
-        last = (cumulative < cumulative[:, -1:]).sum(-1)
-        return torch.minimum(torch.searchsorted(cumulative, target, right=True).squeeze(-1), last)
+        return (probabilities / exponential(self._seeds, self._position, logits.shape[-1])).argmax(-1)
 
 
-def uniform(seeds: Tensor, position: int) -> Tensor:
-    """Numbers in [0, 1), multiples of 2**-24, that depend on seed [rows, int64] and position alone.
+def exponential(seeds: Tensor, position: int, tokens: int) -> Tensor:
+    """Exponential times [rows, tokens], mean 1, that depend on seed [rows, int64], position and token alone.
 
-    Two rounds of the splitmix64 mixer (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
+    A key of 32 bits from two rounds of the splitmix64 mixer (Steele, Lea and Flood 2014), then for each token the mixer
+    lowbias32 (Wellons 2018), whose lower 31 bits stand for a number between 0 and 1.
     """
-    bits = _mix(_mix(seeds) + position)
-    return (_shift(bits, 40)).to(torch.float32) * 2.0**-24
+    key = _mix(_mix(seeds) + position).to(torch.int32)  # its lower half
+    place = torch.arange(tokens, device=seeds.device, dtype=torch.int32) * (0x9E3779B9 - (1 << 32))
+    bits = _mix32(place + key[:, None]) & 0x7FFFFFFF
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-31
+    return -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))
+
+
+def _mix32(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def _mix(x: Tensor) -> Tensor:
