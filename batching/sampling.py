@@ -1,7 +1,8 @@
 """Choosing the next token of every row of a batch at once, each row by its own request's settings.
 
 Worker thread only. The law it keeps: a row's token depends on the row's own logits, settings and seed, and on nothing
-else in the batch. So a draw is a function of (seed, position), and every reduction runs along the vocabulary.
+else in the batch. So a draw is a function of seed, position and the row's own probabilities, and every reduction runs
+along the vocabulary.
 """
 
 from collections.abc import Mapping, Sequence

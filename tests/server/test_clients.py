@@ -1,6 +1,7 @@
 """Applications' own clients against the real service: a small question over a page, with a tool, through each."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ def service() -> Iterator[Process]:
 
 
 def test_langchain_answers_over_a_page_and_calls_a_tool(service: Process) -> None:
-    langchain: Any = pytest.importorskip("langchain_openai")
-    prompts: Any = pytest.importorskip("langchain_core.prompts")
+    langchain: Any = import_module("langchain_openai")
+    prompts: Any = import_module("langchain_core.prompts")
     model = langchain.ChatOpenAI(
         model=MODEL, base_url=f"{service.url}/v1", api_key="any", temperature=0, max_tokens=160
     )
@@ -39,15 +40,15 @@ def test_langchain_answers_over_a_page_and_calls_a_tool(service: Process) -> Non
     answer = caller.invoke(QUESTION)
     assert {call["name"] for call in answer.tool_calls} == {"height_of"}
     assert "building" in answer.tool_calls[0]["args"]
-    messages: Any = pytest.importorskip("langchain_core.messages")
+    messages: Any = import_module("langchain_core.messages")
     results = [messages.ToolMessage("31 metres", tool_call_id=call["id"]) for call in answer.tool_calls]
     assert isinstance(model.invoke([messages.HumanMessage(QUESTION), answer, *results]).content, str)
 
 
 def test_llamaindex_answers_over_a_page_and_calls_a_tool(service: Process) -> None:
-    llms: Any = pytest.importorskip("llama_index.llms.openai_like")
-    core: Any = pytest.importorskip("llama_index.core.llms")
-    tools: Any = pytest.importorskip("llama_index.core.tools")
+    llms: Any = import_module("llama_index.llms.openai_like")
+    core: Any = import_module("llama_index.core.llms")
+    tools: Any = import_module("llama_index.core.tools")
     model = llms.OpenAILike(
         model=MODEL,
         api_base=f"{service.url}/v1",
