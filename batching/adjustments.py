@@ -143,6 +143,10 @@ class Forcing:
         asked = {row: r.sampling.forced for row, r in enumerate(requests) if r.sampling.forced is not None}
         return cls(asked, device) if asked else None
 
+    def next_of(self, place: int) -> int | None:
+        """The token that is given to the row at `place` now, if one is."""
+        return self._given[place][0] if self._given[place] else None
+
     def apply(self, logits: Tensor) -> None:
         """See `Adjustment`."""
         rows = [row for row, given in zip(self._rows, self._given, strict=True) if given]

@@ -23,6 +23,7 @@ from batching.events import (
     QueueChanged,
     Rejected,
     RowEnded,
+    RowsJoined,
     State,
     StateChanged,
     Stepped,
@@ -57,6 +58,7 @@ class Batcher:
         self._observe = broadcast(observers)
         self._queue = RowQueue(config.queue)
         self._running: dict[Row, None] = {}
+        self._running_tokens = 0
         self._announced = 0
         self._rate = ServiceRate()
         self._decided = asyncio.Event()  # built, failed, or drained before either
@@ -81,7 +83,8 @@ class Batcher:
         if self.state is not State.STARTING:  # it failed or was drained
             self._worker.finish()
             raise self.error or NotReady(self.state)
-        self._limits = BatchLimits(self._config.max_batch_rows, self._info.token_budget)
+        info = self._info
+        self._limits = BatchLimits(self._config.max_batch_rows, info.token_budget, padded=not info.joins)
         self._collector = asyncio.create_task(self._collect(), name="collector")
         self._collector.add_done_callback(self._collector_ended)
         self._move(State.READY)
@@ -126,16 +129,21 @@ class Batcher:
             self._end(State.STOPPED, Drained("the service is stopping and the time to finish is over"))
 
     async def _collect(self) -> None:
-        """Form one batch after another. The next one fills while one runs."""
+        """Form one batch after another, and let rows join the one that runs if the engine can."""
         while True:
             while not self._queue:
                 await self._queue.change()
             opened = time.monotonic()
-            await self._window()
-            if rows := self._take(opened):
+            if not self._running:
+                await self._window()
+            rows = self._take(opened)
+            if rows:
                 self._batch_over = asyncio.get_running_loop().create_future()
                 self._worker.give(rows)
-                await self._batch_over
+            if not self._info.joins:
+                await self._batch_over  # the next one fills meanwhile
+            elif not rows and self._queue:
+                await self._queue.change()  # until a row ends and leaves its room
 
     @contextlib.contextmanager
     def announce(self) -> Iterator[None]:
@@ -159,26 +167,36 @@ class Batcher:
                     await self._queue.change()
 
     def _take(self, opened: float) -> list[Row]:
-        rows = self._queue.take(self._limits)
+        joining = len(self._running)
+        rows = self._queue.take(self._limits.less(joining, self._running_tokens))
         if not rows:
             return rows
         now = time.monotonic()
         self._running.update(dict.fromkeys(rows))
+        self._running_tokens += sum(row.request.total_tokens for row in rows)
         for row in rows:
-            row.stream.started(now, len(rows))
-        prompts = [len(row.request.prompt) for row in rows]
-        waits = tuple(now - row.arrived for row in rows)
+            row.stream.started(now, len(self._running))
         self._queue_changed()
-        self._observe(
-            BatchStarted(
-                rows=len(rows),
-                prompt_tokens=sum(prompts),
-                padded_tokens=len(rows) * max(prompts),
-                window_wait=now - opened,
-                queue_waits=waits,
-            )
-        )
+        self._observe(self._joined(rows, now) if joining else self._started(rows, now, opened))
         return rows
+
+    def _started(self, rows: Sequence[Row], now: float, opened: float) -> BatchStarted:
+        prompts = [len(row.request.prompt) for row in rows]
+        return BatchStarted(
+            rows=len(rows),
+            prompt_tokens=sum(prompts),
+            padded_tokens=len(rows) * max(prompts) if self._limits.padded else sum(prompts),
+            window_wait=now - opened,
+            queue_waits=tuple(now - row.arrived for row in rows),
+        )
+
+    def _joined(self, rows: Sequence[Row], now: float) -> RowsJoined:
+        return RowsJoined(
+            rows=len(rows),
+            running=len(self._running),
+            prompt_tokens=sum(len(row.request.prompt) for row in rows),
+            queue_waits=tuple(now - row.arrived for row in rows),
+        )
 
     def _queue_changed(self) -> None:
         self._observe(QueueChanged(len(self._queue), self._queue.prompt_tokens))
@@ -186,7 +204,10 @@ class Batcher:
     def _row_ended(self, row: Row, event: RowEnded) -> None:
         if self._queue.discard(row):
             self._queue_changed()
-        self._running.pop(row, None)
+        if row in self._running:
+            del self._running[row]
+            self._running_tokens -= row.request.total_tokens
+            self._queue.wake()
         self._rate.ended(event)
         self._observe(event)
         if not self._queue and not self._running:
@@ -227,7 +248,7 @@ class Batcher:
             row.stream.fail(error)
 
     def on_batch_over(self, rows: int, duration: float, memory: int) -> None:
-        self._observe(BatchEnded(rows, duration, memory))
+        self._observe(BatchEnded(rows, len(self._running), duration, memory))
         if not self._batch_over.done():
             self._batch_over.set_result(None)
 

@@ -66,7 +66,12 @@ class Constraints:
     """
 
     def __init__(
-        self, grammars: dict[int, Grammar], requests: Sequence[Request], vocab_size: int, device: torch.device
+        self,
+        grammars: dict[int, Grammar],
+        requests: Sequence[Request],
+        vocab_size: int,
+        device: torch.device,
+        helper: ThreadPoolExecutor | None = None,
     ) -> None:
         rows = list(grammars)
         self._ids = [requests[row].id for row in rows]
@@ -85,22 +90,33 @@ class Constraints:
         self._matchers: list[Matcher | None] = [None] * len(rows)
         self._time_left = [SLOW_START] * len(rows)
         self._free = 0
-        # It ends with the batch: an executor that nobody holds any more lets its thread go.
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        # One of its own ends with the batch: an executor that nobody holds any more lets its thread go.
+        self._helper = helper or ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._filled: Future[None] = self._helper.submit(self._begin, list(grammars.values()))
 
     @classmethod
-    def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> "Constraints | None":
-        """The constraints of a batch, or None if no row has a grammar."""
+    def of(
+        cls,
+        requests: Sequence[Request],
+        vocab_size: int,
+        device: torch.device,
+        helper: ThreadPoolExecutor | None = None,
+    ) -> "Constraints | None":
+        """The constraints of a batch, or None if no row has a grammar. `helper` is a thread to match them on."""
         grammars = {row: request.grammar for row, request in enumerate(requests) if request.grammar is not None}
-        return cls(grammars, requests, vocab_size, device) if grammars else None
+        return cls(grammars, requests, vocab_size, device, helper) if grammars else None
+
+    def words(self) -> Words:
+        """The tokens that may come next, [rows with a grammar, words]. Valid until `advance`."""
+        self._filled.result()
+        return self._allowed
 
     def apply(self, logits: Tensor) -> None:
         """Set the logits [all rows, vocabulary, float32] of what may not come next to -inf, in place.
 
         At least one logit of each row is finite afterwards, even if all that its grammar allows was ruled out before.
         """
-        self._filled.result()
+        self.words()
         if self._free == len(self._matchers):
             return
         octets = self._packed.to(logits.device, non_blocking=True).view(

@@ -18,8 +18,12 @@ class Steps(Protocol):
     ) -> list[bool]:
         """Hand over one new token a row, and the log probabilities of some by the row's place.
 
-        Answers, per row, whether it is over. Rows already over are ignored.
+        Answers, per row, whether it is over. Rows already over are ignored. A row may come twice, with two tokens.
         """
+        ...
+
+    def admit(self) -> list[Row]:
+        """Rows that join the running batch from now on. Only for an engine whose info says that rows can join."""
         ...
 
 

@@ -63,6 +63,16 @@ class BatchStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsJoined:
+    """Rows were handed to the worker while a batch runs, which has `running` rows with them."""
+
+    rows: int
+    running: int
+    prompt_tokens: int
+    queue_waits: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
     """One decode step of a batch is on the loop: `tokens` rows got a token each, `running` are not over."""
 
@@ -73,16 +83,20 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class BatchEnded:
-    """`memory` is what the device's allocator holds now, in bytes."""
+    """`memory` is what the device's allocator holds now, in bytes; `running` rows were given since it ended."""
 
     rows: int
+    running: int
     duration: float
     memory: int
 
 
 @dataclass(frozen=True, slots=True)
 class RowEnded:
-    """An accepted request reached its one outcome. `queue_wait` and `ttft` are None if it never got that far."""
+    """An accepted request reached its one outcome. `queue_wait` and `ttft` are None if it never got that far.
+
+    `reused_tokens` of the prompt had been computed for another request.
+    """
 
     id: str
     outcome: Outcome
@@ -93,9 +107,10 @@ class RowEnded:
     ttft: float | None
     duration: float
     batch_size: int
+    reused_tokens: int = 0
 
 
-Event = StateChanged | QueueChanged | Rejected | BatchStarted | Stepped | BatchEnded | RowEnded
+Event = StateChanged | QueueChanged | Rejected | BatchStarted | RowsJoined | Stepped | BatchEnded | RowEnded
 Observer = Callable[[Event], None]
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from batching.engine import Steps
-from batching.errors import ModelError, OutOfMemory
-from batching.memory import cache_bytes_per_token, free_bytes, peak_bytes, used_bytes
+from batching.errors import ModelError
+from batching.memory import cache_bytes_per_token, free_bytes, is_shortage, out_of_memory, peak_bytes, used_bytes
+from batching.model_info import describe, stop_token_ids, window_of
 from batching.row import Row
 from batching.sampling import Sampler
-from batching.types import ModelInfo, Request, Sampling
+from batching.types import Request, Sampling
 
 MEMORY_SHARE = 0.9
 """Share of the free memory that a batch may come to need; the rest is for fragments and for other users of it."""
@@ -37,22 +38,14 @@ class GenerateEngine:
     ) -> None:
         self._model = model
         self._vocab_size = model.config.get_text_config().vocab_size
-        stops = _stop_token_ids(model)
+        stops = stop_token_ids(model)
         # `generate` fills what a call leaves open from here, and a model's own file may set penalties or top_k there.
         model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, use_cache=True, pad_token_id=0
         )
-        window = _context_window(model, context_window)
+        window = window_of(model, context_window)
         budget = token_budget or self._measure_budget(window)
-        self.info = ModelInfo(
-            device=_describe(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            parameters=model.num_parameters(),
-            vocab_size=self._vocab_size,
-            context_window=min(window, budget),
-            token_budget=budget,
-            stop_token_ids=stops,
-        )
+        self.info = describe(model, window, budget, stops)
 
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
         """See `Engine`."""
@@ -61,10 +54,10 @@ class GenerateEngine:
             self._generate(requests, rows, steps)
             return
         except RuntimeError as error:
-            if not _is_shortage(error):
+            if not is_shortage(error):
                 raise
         # Only here, where the caught error is gone: its traceback kept the batch's tensors.
-        raise _out_of_memory(self._model.device)
+        raise out_of_memory(self._model.device)
 
     def memory(self) -> int:
         """See `Engine`."""
@@ -137,36 +130,3 @@ def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
         ids[1, row, longest - len(prompt) :] = 1
     ids, mask = ids.to(device)
     return ids, mask
-
-
-def _stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The end-of-text ids that the model's files name."""
-    for config in (model.generation_config, model.config.get_text_config()):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
-
-
-def _context_window(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens a row may have: what was asked for, at most what the model was made for."""
-    made_for = int(model.config.get_text_config().max_position_embeddings)
-    if wanted is not None and wanted > made_for:
-        raise ModelError(f"a context window of {wanted} was asked for, but the model was made for {made_for}")
-    return wanted or made_for
-
-
-def _describe(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def _is_shortage(error: RuntimeError) -> bool:
-    # The CPU's allocator has no exception of its own.
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
-
-
-def _out_of_memory(device: torch.device) -> OutOfMemory:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return OutOfMemory(f"{device} ran out of memory")

@@ -13,6 +13,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import PreTrainedConfig
 
+from batching.errors import OutOfMemory
+
 SAMPLE_SECONDS = 0.002
 
 _STATUS = Path("/proc/self/status")
@@ -63,6 +65,20 @@ def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * head_size * dtype.itemsize)
+
+
+def is_shortage(error: RuntimeError) -> bool:
+    """Whether it says that the device has no memory left."""
+    # The CPU's allocator has no exception of its own.
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
+
+
+def out_of_memory(device: torch.device) -> OutOfMemory:
+    """The error to raise once the failed work's tensors are gone."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return OutOfMemory(f"{device} ran out of memory")
 
 
 def _cuda_peak(device: torch.device, run: Callable[[], object]) -> int:

@@ -3,19 +3,19 @@
 Lives on the event loop's thread. The policy:
 
 1. Rows stand in line by turn (`FairTurns`): clients share by weight, and one client's rows stand as they came. The
-   head of the line is always taken.
-2. The rest of the batch prefers the rows whose prompts are nearest in length to the head's, the ones that waste the
-   least padding beside it.
+   head of the line is always taken if there is room for it.
+2. Where batches are padded, the rest of the batch prefers the rows whose prompts are nearest in length to the head's,
+   the ones that waste the least padding beside it. Where they are not, it takes rows in line.
 3. A row may be passed over (a row behind it taken before it) `MAX_PASSED_OVER` times. After that nothing behind it is
    taken before it.
-4. A batch holds at most `max_rows` rows and costs at most `token_budget` padded tokens, where the cost is
-   rows x (longest prompt + longest allowed output): the memory that a padded batch can come to need.
+4. A batch holds at most `max_rows` rows and costs at most `token_budget` tokens: padded, rows x (longest prompt +
+   longest allowed output), the memory that such a batch can come to need; else the sum of prompts and allowed outputs.
 """
 
 import asyncio
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batching.row import Row
 from batching.types import Request
@@ -25,10 +25,15 @@ MAX_PASSED_OVER = 3
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """What one batch may hold: rows, and padded tokens (rows x (longest prompt + longest allowed output))."""
+    """What may be taken at once: rows, and tokens, counted with padding or without."""
 
     max_rows: int
     token_budget: int
+    padded: bool = True
+
+    def less(self, rows: int, tokens: int) -> "BatchLimits":
+        """What is left of them beside so many."""
+        return replace(self, max_rows=self.max_rows - rows, token_budget=self.token_budget - tokens)
 
 
 def padded_cost(rows: Iterable[Row]) -> int:
@@ -143,19 +148,21 @@ class FairTurns:
 
 def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:
     """The batch that the policy picks from `waiting` (in line); marks the rows it passes over."""
-    if not waiting:
-        return []
-    batch = Batch(waiting[0], limits)
-    rest = waiting[1:]
-    for place, row in enumerate(rest):
-        if row.passed_over >= MAX_PASSED_OVER and not batch.add(row):
-            rest = rest[:place]
+    batch = Batch(limits)
+    rest = waiting
+    for place, row in enumerate(waiting):
+        due = row.passed_over >= MAX_PASSED_OVER
+        if (due or place == 0) and not batch.add(row) and due:
+            rest = waiting[:place]
             break
-    head = len(waiting[0].request.prompt)
-    for row in sorted(rest, key=lambda row: abs(len(row.request.prompt) - head)):
-        if row.passed_over < MAX_PASSED_OVER:
+    if limits.padded:
+        rest = sorted(rest, key=lambda row: abs(len(row.request.prompt) - len(waiting[0].request.prompt)))
+    for row in rest:
+        if row.passed_over < MAX_PASSED_OVER and row not in batch.rows:
             batch.add(row)
     taken = [row for row in waiting if row in batch.rows]
+    if not taken:
+        return []
     for row in waiting[: waiting.index(taken[-1])]:
         row.passed_over += row not in batch.rows
     return taken
@@ -164,29 +171,21 @@ def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:
 class Batch:
     """A batch being filled: it knows its cost so that asking whether one more row fits is O(1)."""
 
-    def __init__(self, head: Row, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._longest_prompt = self._longest_output = 0
+        self._longest_prompt = self._longest_output = self._tokens = 0
         self.rows: set[Row] = set()
-        # The head is taken whatever it costs: `submit` refuses a row that does not fit a batch of its own.
-        self._admit(head)
 
     def add(self, row: Row) -> bool:
         """Take the row if the batch still keeps its limits with it."""
-        prompt, output = self._with(row)
-        size = len(self.rows) + 1
-        if size > self._limits.max_rows or size * (prompt + output) > self._limits.token_budget:
-            return False
-        self._admit(row)
-        return True
-
-    def _with(self, row: Row) -> tuple[int, int]:
         request = row.request
-        return (
-            max(self._longest_prompt, len(request.prompt)),
-            max(self._longest_output, request.sampling.max_tokens),
-        )
-
-    def _admit(self, row: Row) -> None:
-        self._longest_prompt, self._longest_output = self._with(row)
+        prompt = max(self._longest_prompt, len(request.prompt))
+        output = max(self._longest_output, request.sampling.max_tokens)
+        tokens = self._tokens + request.total_tokens
+        size = len(self.rows) + 1
+        cost = size * (prompt + output) if self._limits.padded else tokens
+        if size > self._limits.max_rows or cost > self._limits.token_budget:
+            return False
+        self._longest_prompt, self._longest_output, self._tokens = prompt, output, tokens
         self.rows.add(row)
+        return True

@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
 class Row:
     """`arrived` is monotonic seconds; `turn` is the row's place in the queue, `passed_over` counts batches that
-    took a row behind it instead."""
+    took a row behind it instead. `reused` is how many of the prompt's tokens had been computed for another row."""
 
-    __slots__ = ("arrived", "cancelled", "over", "passed_over", "request", "sent", "stream", "turn")
+    __slots__ = ("arrived", "cancelled", "over", "passed_over", "request", "reused", "sent", "stream", "turn")
 
     def __init__(self, request: Request, stream: Stream, arrived: float) -> None:
         self.request = request
         self.stream = stream
         self.arrived = arrived
         self.passed_over = 0
+        self.reused = 0
         self.turn = 0.0
         self.sent = 0
         self.over = False

@@ -46,7 +46,7 @@ class Stream:
         return self._finish is not None
 
     def started(self, at: float, batch_size: int) -> None:
-        """The row was handed to the worker in a batch of `batch_size` rows."""
+        """The row was handed to the worker, which runs `batch_size` rows with it."""
         self._queue_wait = at - self.row.arrived
         self._batch_size = batch_size
 
@@ -104,6 +104,7 @@ class Stream:
                 ttft=self._ttft,
                 duration=time.monotonic() - self.row.arrived,
                 batch_size=self._batch_size,
+                reused_tokens=self.row.reused,
             ),
         )
 

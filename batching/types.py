@@ -67,7 +67,8 @@ class Request:
     """One prompt to be continued. `time_limit` is in seconds from submission.
 
     Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart.
-    `grammar` is what the answer must be.
+    `grammar` is what the answer must be. What was computed for one prompt may serve another that begins alike if their
+    `salt` is the same.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Request:
     client: str = ""
     weight: float = 1.0
     grammar: Grammar | None = None
+    salt: str = ""
 
     @property
     def total_tokens(self) -> int:
@@ -107,7 +109,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the layers above need to know of a loaded model. Sizes in tokens, memory in bytes."""
+    """What the layers above need to know of a loaded model. Sizes in tokens, memory in bytes.
+
+    `joins`: rows can join a running batch, and cost the tokens they may come to have, without padding.
+    """
 
     device: str
     dtype: str
@@ -116,3 +121,4 @@ class ModelInfo:
     context_window: int
     token_budget: int
     stop_token_ids: frozenset[int]
+    joins: bool = False

@@ -67,29 +67,43 @@ class Worker:
             self._tell(self._listener.on_built, engine.info)
             while (rows := self._batches.get()) is not None:
                 started = time.monotonic()
-                self._run(engine, rows)
+                count = self._run(engine, rows)
                 duration = time.monotonic() - started
-                self._tell(self._listener.on_batch_over, len(rows), duration, engine.memory())
+                self._tell(self._listener.on_batch_over, count, duration, engine.memory())
         except BaseException as error:
             if not isinstance(error, BatchingError):
                 logger.exception("the worker thread died")
             self._tell(self._listener.on_worker_died, error)
 
-    def _run(self, engine: Engine, rows: Sequence[Row]) -> None:
+    def _run(self, engine: Engine, rows: Sequence[Row]) -> int:
+        """How many rows the batch had, those that joined it included."""
         rows = [row for row in rows if not row.cancelled]
         if not rows:
-            return
+            return 0
+        steps = BatchSteps(rows, self._report, self._joining)
         try:
-            engine.run(rows, BatchSteps(self._report))
-            return
+            engine.run(rows, steps)
+            return len(steps.rows)
         except OutOfMemory as error:
             shortage = OutOfMemory(*error.args)
         except Exception as error:
-            logger.exception("a batch of %d rows failed", len(rows))
-            self._fail(rows, EngineError(f"the batch failed with {type(error).__name__}"))
-            return
+            logger.exception("a batch of %d rows failed", len(steps.rows))
+            self._fail(steps.rows, EngineError(f"the batch failed with {type(error).__name__}"))
+            return len(steps.rows)
         # Only here, where the caught error is gone: its traceback kept what the batch had allocated.
-        self._split(engine, rows, shortage)
+        self._split(engine, [row for row in steps.rows if not row.over], shortage)
+        return len(steps.rows)
+
+    def _joining(self) -> list[Row]:
+        """Rows that were given while a batch runs."""
+        joining: list[Row] = []
+        while not self._batches.empty():
+            rows = self._batches.get()
+            if rows is None:
+                self._batches.put(None)  # the end comes after this batch
+                break
+            joining += rows
+        return joining
 
     def _split(self, engine: Engine, rows: Sequence[Row], error: OutOfMemory) -> None:
         """Try again in two halves with the rows that have sent nothing; the others cannot be started over."""
@@ -122,10 +136,25 @@ class Worker:
 
 
 class BatchSteps:
-    """`Steps` for one batch: counts each row's tokens, and sends one report a step."""
+    """`Steps` for one batch: counts each row's tokens, and sends one report a step.
 
-    def __init__(self, report: Callable[[News, int], None]) -> None:
+    `rows` are all rows of the batch that are not known to be over, those that `joining` brought included.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        report: Callable[[News, int], None],
+        joining: Callable[[], list[Row]] = list,
+    ) -> None:
+        self.rows = list(rows)
         self._report = report
+        self._joining = joining
+
+    def admit(self) -> list[Row]:
+        joined = self._joining()
+        self.rows += joined
+        return joined
 
     def emit(
         self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS

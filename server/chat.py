@@ -73,6 +73,7 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
             client=caller.name,
             weight=caller.weight(chat.priority),
             grammar=grammar,
+            salt=service.salt_of(caller),
         )
         for choice in range(chat.n or 1)
     ]

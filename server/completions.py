@@ -68,6 +68,7 @@ def rows(
             time_limit=service.settings.request_timeout_s,
             client=caller.name,
             weight=caller.weight(asked.priority),
+            salt=service.salt_of(caller),
         )
         for place, prompt in enumerate(prompts)
         for choice in range(count)

@@ -4,10 +4,15 @@ import logging
 import os
 import sys
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from batching.engine import Engine
+from batching.errors import ModelError
 from server.settings import Settings
 from server.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +49,6 @@ class ModelLoader:
         return Text.load(self._checkpoint, trust_remote_code=self._settings.trust_remote_code)
 
     def engine(self) -> Engine:
-        from batching.generate import GenerateEngine
         from batching.model import load
 
         settings = self._settings
@@ -55,6 +59,41 @@ class ModelLoader:
             load_format=settings.load_format,
             trust_remote_code=settings.trust_remote_code,
         )
+        return self._packed(model) if self._packs(model) else self._padded(model)
+
+    def _packs(self, model: "PreTrainedModel") -> bool:
+        """Whether the packed engine is the one to run this model. Raises `ModelError` if it was asked for and cannot."""
+        from batching.packed import unsupported
+
+        wanted = self._settings.engine
+        if wanted == "generate" or (wanted == "auto" and model.device.type != "cuda"):
+            return False
+        reason = unsupported(model)
+        if reason is not None and wanted == "packed":
+            raise ModelError(f"the packed engine cannot run this model: {reason}; use --engine generate")
+        if reason is not None:
+            logger.info("padded batches of stock generate, because for the packed engine %s", reason)
+        return reason is None
+
+    def _packed(self, model: "PreTrainedModel") -> Engine:
+        from batching.packed import PackedEngine
+
+        settings = self._settings
+        return PackedEngine(
+            model,
+            lanes=settings.max_batch_size,
+            context_window=settings.context_window,
+            token_budget=settings.token_budget,
+            share=settings.memory_share,
+            piece=settings.prompt_piece,
+            sharing=settings.prefix_sharing != "off",
+            batch_invariant=settings.batch_invariant,
+        )
+
+    def _padded(self, model: "PreTrainedModel") -> Engine:
+        from batching.generate import GenerateEngine
+
+        settings = self._settings
         return GenerateEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)
 
 

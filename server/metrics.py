@@ -21,6 +21,7 @@ from batching.events import (
     QueueChanged,
     Rejected,
     RowEnded,
+    RowsJoined,
     State,
     StateChanged,
     Stepped,
@@ -86,6 +87,8 @@ class Metrics:
         self._running = gauge("running_rows", "Requests in the batch that is running.")
         self._batches = counter("batches", "Batches started.")
         self._batch_size = histogram("batch_size_rows", "Requests in a batch at its start.", ROWS)
+        self._step_rows = histogram("step_size_rows", "Requests that got a token in one step.", ROWS)
+        self._joined = counter("joined_requests", "Requests that joined a running batch.")
         self._padding = histogram("batch_padding_ratio", "Share of a batch's prompt positions that is padding.", RATIO)
         self._window_wait = histogram(
             "batch_window_wait_seconds", "How long a batch was held open for more rows.", SECONDS_TO_FIRST
@@ -106,6 +109,9 @@ class Metrics:
         self._prompt_length = histogram("request_prompt_tokens", "Prompt length of requests that ended.", TOKENS)
         self._output_length = histogram("request_output_tokens", "Answer length of requests that ended.", TOKENS)
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose batch started.")
+        self._reused_tokens = counter(
+            "reused_prompt_tokens", "Prompt tokens that had been computed for another request."
+        )
         self._output_tokens = counter("output_tokens", "Tokens generated.")
         self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
         self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
@@ -124,14 +130,17 @@ class Metrics:
                 self._progress_at = at
                 self._output_tokens.inc(tokens)
                 self._running.set(running)
+                self._step_rows.observe(tokens)
             case QueueChanged(rows=rows, prompt_tokens=tokens):
                 self._queue_depth.set(rows)
                 self._queue_tokens.set(tokens)
             case BatchStarted():
                 self._batch_started(event)
-            case BatchEnded(duration=duration, memory=memory):
-                self._progress_at = None
-                self._running.set(0)
+            case RowsJoined():
+                self._rows_joined(event)
+            case BatchEnded(running=running, duration=duration, memory=memory):
+                self._progress_at = time.monotonic() if running else None
+                self._running.set(running)
                 self._batch_seconds.observe(duration)
                 self._memory.set(memory)
             case RowEnded():
@@ -167,7 +176,15 @@ class Metrics:
         for wait in event.queue_waits:
             self._queue_wait.observe(wait)
 
+    def _rows_joined(self, event: RowsJoined) -> None:
+        self._joined.inc(event.rows)
+        self._running.set(event.running)
+        self._prompt_tokens.inc(event.prompt_tokens)
+        for wait in event.queue_waits:
+            self._queue_wait.observe(wait)
+
     def _row_ended(self, event: RowEnded) -> None:
+        self._reused_tokens.inc(event.reused_tokens)
         self._duration.labels(event.outcome).observe(event.duration)
         self._prompt_length.observe(event.prompt_tokens)
         self._output_length.observe(event.output_tokens)

@@ -16,6 +16,7 @@ from batching.events import Observer, Rejected, State, broadcast
 from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import ModelInfo, Request
+from server.caller import Caller
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.grammar import Grammars
 from server.settings import Settings
@@ -103,6 +104,10 @@ class Service:
             return self.batcher.submit_all(requests)
         except BatchingError as error:
             raise from_batching(error) from None
+
+    def salt_of(self, caller: Caller) -> str:
+        """Requests of the same salt may begin with what was computed for each other."""
+        return caller.name if self.settings.prefix_sharing == "key" else ""
 
     def served_name(self, asked: str | None) -> str:
         """The name an answer carries. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""

@@ -80,7 +80,26 @@ class Settings(BaseSettings):
     token_budget: int | None = Field(
         None,
         ge=16,
-        description="most padded tokens in a batch, rows x (longest prompt + longest output); none: measured at start",
+        description="most tokens in a batch, prompts and allowed answers (with generate: as padded); none: measured",
+    )
+    engine: Literal["auto", "packed", "generate"] = Field(
+        "auto",
+        description="packed: rows without padding that join a running batch; generate: padded batches, one after the "
+        "other; auto: packed on CUDA where the model allows it",
+    )
+    memory_share: float = Field(
+        0.9, gt=0, le=0.98, description="share of a GPU's memory that the packed engine may come to use, model included"
+    )
+    prompt_piece: int = Field(
+        2048, ge=16, description="most prompt tokens that the packed engine processes between two steps of running rows"
+    )
+    prefix_sharing: Literal["all", "key", "off"] = Field(
+        "all",
+        description="who may begin with what was computed for an earlier prompt that begins alike: everyone, the same "
+        "API key only, or nobody",
+    )
+    batch_invariant: bool = Field(
+        False, description="packed engine: answers that do not depend on what else runs, bit by bit; slower"
     )
     queue_size: int = Field(256, ge=1, description="most requests that wait; more are answered 429")
     key_queue_size: int | None = Field(None, ge=1, description="most requests of one API key that wait; none: no limit")

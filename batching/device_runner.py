@@ -1,0 +1,219 @@
+"""`Runner` on a CUDA device: prompts packed into one pass, steps as captured graphs, tokens chosen on the device.
+
+Worker thread only. Nothing here waits for the device but `read`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, cycle
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from batching import draw
+from batching.attention import Piece, PromptAttention, Work
+from batching.engine import NO_LOGPROBS
+from batching.graphs import Capture, Step, step_for
+from batching.seat import Seat
+from batching.slots import Slots
+from batching.types import TokenLogprob
+from batching.watched import Watched
+
+IN_FLIGHT = 8
+"""Choices that can be unread at a time: at most two a round, and two rounds."""
+
+
+class Landing:
+    """Host memory for the tokens of one choice, and the moment when they are there."""
+
+    def __init__(self, lanes: int) -> None:
+        self._tokens = torch.empty(lanes, dtype=torch.int64, pin_memory=True)
+        self._there = torch.cuda.Event()
+
+    def take(self, tokens: Tensor) -> None:
+        """Begin to copy."""
+        self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+
+    def mark(self) -> None:
+        """All copies of this choice have been ordered."""
+        self._there.record()
+
+    def wait(self, count: int) -> list[int]:
+        self._there.synchronize()
+        found: list[int] = self._tokens[:count].tolist()
+        return found
+
+
+class Pending:
+    """`Choice` that the device is making."""
+
+    def __init__(self, seats: Sequence[Seat], landing: Landing, noted: "Noted | None") -> None:
+        self.seats = seats
+        self._landing = landing
+        self._noted = noted
+
+    def read(self) -> tuple[list[int], Mapping[int, TokenLogprob]]:
+        """See `Choice`."""
+        tokens = self._landing.wait(len(self.seats))
+        return tokens, self._noted.read(tokens) if self._noted else NO_LOGPROBS
+
+
+class Noted:
+    """Log probabilities of one choice, on their way to the host; of the model's own logits, as `logprobs.Logprobs`."""
+
+    def __init__(self, places: list[int], wanted: list[int], at: Tensor, logits: Tensor, tokens: Tensor) -> None:
+        self._places = places
+        self._wanted = wanted
+        every = logits[at].float().log_softmax(-1)
+        own = every.gather(-1, tokens[at][:, None])[:, 0]
+        values, ids = every.topk(max(wanted))
+        self._copies = [found.to("cpu", non_blocking=True) for found in (own, values, ids)]
+
+    def read(self, tokens: Sequence[int]) -> dict[int, TokenLogprob]:
+        """By place, once the choice's tokens are there."""
+        own, values, ids = (copy.tolist() for copy in self._copies)
+        return {
+            place: TokenLogprob(tokens[place], own[at], tuple(zip(ids[at][:top], values[at][:top], strict=True)))
+            for at, (place, top) in enumerate(zip(self._places, self._wanted, strict=True))
+        }
+
+
+class DeviceRunner:
+    """`memory` is the pool, as in `Work`, and has one slot that belongs to no row: its last."""
+
+    def __init__(self, model: PreTrainedModel, memory: Tensor, lanes: int) -> None:
+        self.lanes = lanes
+        self._model = model
+        self._memory = memory
+        self._vocab_size = model.config.get_text_config().vocab_size
+        self._slots = Slots(lanes, self._vocab_size, memory.shape[3] - 1, memory.device)
+        self._steps: list[Step] = []
+        self._in_step: dict[int, list[int]] = {}  # by a step's size: the lanes that it was last told
+        self._entering: list[Seat] = []
+        self._early: set[Seat] = set()
+        self._asking: set[Seat] = set()
+        self._watched: dict[Seat, Watched] = {}
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._landings = cycle([Landing(lanes) for _ in range(IN_FLIGHT)])
+        self._pass: tuple[Tensor, Tensor, Step | None]
+
+    def capture(self, sizes: Iterable[int]) -> None:
+        """Capture the steps of so many rows, largest first. Before this there are no steps."""
+        capture = Capture(self._model, self._memory, self._slots)
+        self._steps = [capture.step(rows) for rows in sizes][::-1]
+
+    def enter(self, seat: Seat) -> None:
+        """See `Runner`."""
+        request = seat.row.request
+        self._entering.append(seat)
+        if Watched.wants(request):
+            self._watched[seat] = Watched(request, self._vocab_size, self._helper)
+        if request.sampling.min_tokens:
+            self._early.add(seat)
+        if request.sampling.top_logprobs is not None:
+            self._asking.add(seat)
+
+    def leave(self, seat: Seat) -> None:
+        """See `Runner`."""
+        if seat in self._entering:
+            self._entering.remove(seat)
+        self._watched.pop(seat, None)
+        self._early.discard(seat)
+        self._asking.discard(seat)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Runner`."""
+        self._memory[:, :, :, target : target + count] = self._memory[:, :, :, source : source + count]
+
+    def prompts(self, work: Sequence[tuple[Seat, Piece]]) -> None:
+        """See `Runner`."""
+        if self._entering:
+            self._slots.enter(self._entering, [seat in self._watched for seat in self._entering])
+            self._entering = []
+        pieces = [piece for _, piece in work]
+        send = self._slots.send
+        ids, positions, slots = send(torch.from_numpy(_tokens(work)))
+        bounds = list(accumulate((piece.count for piece in pieces), initial=0))
+        starts, used = [piece.start for piece in pieces], [piece.used for piece in pieces]
+        where = send(torch.tensor([bounds, [*starts, 0], [*used, 0]], dtype=torch.int32))
+        ending = [at for at, (seat, piece) in enumerate(work) if seat.left == piece.count]
+        # A pass needs one row of logits at least: where no prompt ends, they are of no use.
+        kept = [bounds[at + 1] - 1 for at in ending or [0]]
+        lanes = send(torch.tensor([work[at][0].lane for at in ending], dtype=torch.int32))
+        logits = self._model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=send(torch.tensor(kept)),
+            work=Work(self._memory, slots, PromptAttention(where[0], where[1], where[2, :-1], pieces)),
+        ).logits[0]
+        self._pass = logits, lanes, None
+
+    def steps(self, seats: Sequence[Seat]) -> None:
+        """See `Runner`."""
+        step = step_for(self._steps, len(seats))
+        size = len(step.lanes)
+        lanes = [seat.lane for seat in seats] + [self.lanes] * (size - len(seats))
+        if self._in_step.get(size) != lanes:
+            step.lanes.copy_(torch.tensor(lanes, dtype=torch.int32).pin_memory(), non_blocking=True)
+            self._in_step[size] = lanes
+        step.forward.replay()
+        self._pass = step.logits, step.lanes, step
+
+    def waits(self, seats: Sequence[Seat]) -> bool:
+        """See `Runner`."""
+        return bool(self._watched) and any(seat in self._watched for seat in seats)
+
+    def told(self, seat: Seat, token: int) -> None:
+        """See `Runner`."""
+        if self._watched and seat in self._watched:
+            self._watched[seat].told(token)
+
+    def choose(self, seats: Sequence[Seat]) -> Pending:
+        """See `Runner`."""
+        logits, lanes, step = self._pass
+        self._rule_out(seats)
+        if step is not None:
+            step.choose.replay()
+            tokens = step.tokens[: len(seats)]
+        else:
+            slots, tokens = self._slots, torch.empty(len(seats), dtype=torch.int64, device=logits.device)
+            draw.draw(logits, lanes, slots.ints, slots.floats, slots.counts, slots.bias, slots.allowed, tokens)
+        landing = next(self._landings)
+        landing.take(tokens)
+        noted = self._note(seats, logits, tokens) if self._asking else None
+        landing.mark()
+        return Pending(seats, landing, noted)
+
+    def _rule_out(self, seats: Sequence[Seat]) -> None:
+        """Send what the host alone knows of the next tokens: which a grammar allows, and from when on a row may stop."""
+        if self._watched:
+            held = [seat for seat in seats if seat in self._watched]
+            if held:
+                words = torch.from_numpy(np.stack([self._watched[seat].allowed() for seat in held]))
+                at = self._slots.send(torch.tensor([seat.lane for seat in held]))
+                self._slots.allowed.index_copy_(0, at, self._slots.send(words))
+        if self._early:
+            for seat in self._early.intersection(seats):
+                if seat.begun >= seat.row.request.sampling.min_tokens:
+                    self._slots.set_bias(seat, early=False)
+                    self._early.discard(seat)
+
+    def _note(self, seats: Sequence[Seat], logits: Tensor, tokens: Tensor) -> Noted | None:
+        places = [place for place, seat in enumerate(seats) if seat in self._asking]
+        wanted = [seats[place].row.request.sampling.top_logprobs or 0 for place in places]
+        return Noted(places, wanted, self._slots.send(torch.tensor(places)), logits, tokens) if places else None
+
+
+def _tokens(work: Sequence[tuple[Seat, Piece]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """Ids, positions and slots of a pass's tokens, [3, tokens]."""
+    block = np.empty((3, sum(piece.count for _, piece in work)), dtype=np.int64)
+    end = 0
+    for seat, piece in work:
+        here = slice(end, end := end + piece.count)
+        block[0, here] = seat.row.request.prompt[piece.done : piece.used]
+        block[1, here] = np.arange(piece.done, piece.used)
+        block[2, here] = np.arange(piece.start + piece.done, piece.start + piece.used)
+    return block

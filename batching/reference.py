@@ -1,0 +1,43 @@
+"""The twins of `batching/kernels.py` in torch: what each computes, and what runs where there is no GPU."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm (Zhang and Sennrich 2019) of x [..., size], computed in float32."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype)
+
+
+def silu_product(pair: Tensor) -> Tensor:
+    """silu(gate) x up of [tokens, 2 x size], which holds gate and up side by side."""
+    gate, up = pair.chunk(2, -1)
+    return silu(gate) * up
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+) -> Tensor:
+    """See `kernels.rotate_and_store`."""
+    kv_heads, _, size = k_pool.shape
+    heads = qkv.view(len(qkv), -1, size)
+    q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    if norms:
+        q, k = norm(q, norms[0], norms[2]), norm(k, norms[1], norms[2])
+    k_pool[:, slots] = _turn(k, cos, sin).transpose(0, 1)
+    v_pool[:, slots] = v.transpose(0, 1)
+    return _turn(q, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None]
