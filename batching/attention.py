@@ -45,7 +45,7 @@ def packed_attention(
     return out[None], None
 
 
-AttentionInterface.register(NAME, packed_attention)  # type: ignore[no-untyped-call]
+AttentionInterface.register(NAME, packed_attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,9 @@ class RowAttention:
 
     def __call__(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float) -> Tensor:
         """See `Attend`."""
-        parts = zip(self._pieces, q.split([piece.count for piece in self._pieces]), strict=True)
-        return torch.cat([self._one(piece, part, k_pool, v_pool, scale) for piece, part in parts])
+        parts = torch.split(q, [piece.count for piece in self._pieces])
+        pairs = zip(self._pieces, parts, strict=True)
+        return torch.cat([self._one(piece, part, k_pool, v_pool, scale) for piece, part in pairs])
 
     def _one(self, piece: Piece, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float) -> Tensor:
         extent = slice(piece.start, piece.start + piece.used)

@@ -30,7 +30,7 @@ class Landing:
 
     def __init__(self, lanes: int) -> None:
         self._tokens = torch.empty(lanes, dtype=torch.int64, pin_memory=True)
-        self._there = torch.cuda.Event()
+        self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def take(self, tokens: Tensor) -> None:
         """Begin to copy."""
@@ -186,6 +186,11 @@ class DeviceRunner:
         noted = self._note(seats, logits, tokens) if self._asking else None
         landing.mark()
         return Pending(seats, landing, noted)
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the last pass, [seats, vocabulary]; valid until the next one."""
+        return self._pass[0]
 
     def _rule_out(self, seats: Sequence[Seat]) -> None:
         """Send what the host alone knows of the next tokens: which a grammar allows, and from when on a row may stop."""

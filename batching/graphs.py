@@ -82,7 +82,7 @@ class Capture:
         draw.draw(logits, lanes, slots.ints, slots.floats, slots.counts, slots.bias, slots.allowed, tokens)
 
     def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        beside = torch.cuda.Stream()
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             run()  # what is loaded or compiled at first use must not be captured

@@ -39,7 +39,7 @@ class HostRunner:
         self._vocab_size = model.config.get_text_config().vocab_size
         self._samplers: dict[Seat, Sampler] = {}
         self._newest: dict[Seat, int] = {}
-        self._logits: Tensor
+        self.logits = torch.empty(0)
 
     def enter(self, seat: Seat) -> None:
         """See `Runner`."""
@@ -62,13 +62,15 @@ class HostRunner:
 
     def steps(self, seats: Sequence[Seat]) -> None:
         """See `Runner`."""
-        self._pass([self._newest[seat] for seat in seats], [seat.next_position() for seat in seats], [True] * len(seats))
+        self._pass(
+            [self._newest[seat] for seat in seats], [seat.next_position() for seat in seats], [True] * len(seats)
+        )
 
     def _pass(self, ids: list[int], pieces: list[Piece], kept: list[bool]) -> None:
         slots = torch.cat([torch.arange(piece.start + piece.done, piece.start + piece.used) for piece in pieces])
         positions = torch.cat([torch.arange(piece.done, piece.used) for piece in pieces])
         ends = torch.tensor([piece.count for piece in pieces]).cumsum(0) - 1
-        self._logits = self._model(
+        self.logits = self._model(
             input_ids=torch.tensor([ids]),
             position_ids=positions[None],
             use_cache=False,
@@ -85,7 +87,7 @@ class HostRunner:
 
     def choose(self, seats: Sequence[Seat]) -> Chosen:
         """See `Runner`."""
-        logits = self._logits.float()
+        logits = self.logits.float()
         tokens = logits.argmax(-1).tolist()
         logprobs: dict[int, TokenLogprob] = {}
         for place, seat in enumerate(seats):

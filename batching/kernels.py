@@ -208,7 +208,9 @@ class DecodeAttention:
     splits: int
 
     @classmethod
-    def of(cls, starts: Tensor, lengths: Tensor, kv_heads: int, group: int, size: int, splits: int | None = None) -> "DecodeAttention":
+    def of(
+        cls, starts: Tensor, lengths: Tensor, kv_heads: int, group: int, size: int, splits: int | None = None
+    ) -> "DecodeAttention":
         """Its scratch memory included. `splits` is how many programs share a row's keys; None: by the number of rows."""
         rows, device = len(starts), starts.device
         splits = splits or min(16, max(2, PROGRAMS // (rows * kv_heads)))

@@ -55,7 +55,7 @@ class FusedLayer(nn.Module):
 
 
 def _joined(*parts: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    weight = torch.cat([part.weight for part in parts])
+    weight = torch.cat([part.weight.data for part in parts])
     biases = [part.bias for part in parts if part.bias is not None]
     bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
     return nn.Parameter(weight, requires_grad=False), bias
@@ -69,7 +69,7 @@ def _add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def fuse(model: PreTrainedModel, ops: Any) -> bool:
     """Put fused layers in place of the model's own, if they are of the form; says whether it did."""
-    layers = model.base_model.layers
+    layers: Any = model.base_model.layers
     if not all(type(layer).__name__ in FUSABLE and isinstance(layer.mlp.act_fn, _SILU) for layer in layers):
         return False
     for place in range(len(layers)):

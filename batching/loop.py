@@ -85,7 +85,8 @@ class DecodeLoop:
         return seat
 
     def _process_prompts(self) -> None:
-        work = self._next_pieces(self._piece if self._running else self._burst)
+        held_up = any(seat.wants_step for seat in self._running)
+        work = self._next_pieces(self._piece if held_up else self._burst)
         if not work:
             return
         self._runner.prompts(work)

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
@@ -27,6 +27,9 @@ from batching.pool import Pool
 from batching.row import Row
 from batching.runner import Runner
 from batching.types import Request, Sampling
+
+if TYPE_CHECKING:
+    from batching.device_runner import DeviceRunner
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class PackedEngine:
         window = window_of(model, context_window)
         most = lanes * window if token_budget is None else min(token_budget, lanes * window)
         capacity = self._capacity(most, share)
-        self._runner = self._make_runner(lanes, capacity)
+        self.runner = self._make_runner(lanes, capacity)
         self._pool = Pool(capacity, sharing=self._sharing)
         self.info = describe(model, window, capacity, stops, joins=True)
 
@@ -95,7 +98,7 @@ class PackedEngine:
         # The loop has the rows from `batch`; `generate` sees a prompt of one token, so that it prepares next to nothing.
         first = torch.tensor([rows[0].request.prompt[:1]], device=self._model.device)
         batch = DecodeLoop(
-            self._runner, self._pool, steps, piece=self._piece, burst=self._burst, one_prompt_a_pass=self._invariant
+            self.runner, self._pool, steps, piece=self._piece, burst=self._burst, one_prompt_a_pass=self._invariant
         )
         self._model.generate(  # type: ignore[operator]
             first,
@@ -146,7 +149,7 @@ class PackedEngine:
             runner.capture(shown)
         return runner
 
-    def _device_runner(self, lanes: int, capacity: int) -> Any:
+    def _device_runner(self, lanes: int, capacity: int) -> "DeviceRunner":
         from batching.device_runner import DeviceRunner
 
         return DeviceRunner(self._model, self._memory(capacity), lanes)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from batching.attention import Piece
 from batching.seat import Seat
 from batching.types import TokenLogprob
@@ -11,7 +13,8 @@ from batching.types import TokenLogprob
 class Choice(Protocol):
     """Tokens that the device is choosing, one for each of `seats`."""
 
-    seats: Sequence[Seat]
+    @property
+    def seats(self) -> Sequence[Seat]: ...
 
     def read(self) -> tuple[list[int], Mapping[int, TokenLogprob]]:
         """Wait for them; and the log probabilities of those seats that asked, by place."""
@@ -26,6 +29,11 @@ class Runner(Protocol):
 
     lanes: int
     """How many seats there can be."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the last pass, a row for each of its seats; valid until the next pass."""
+        ...
 
     def enter(self, seat: Seat) -> None:
         """A row has got a lane and an extent."""

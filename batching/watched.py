@@ -43,5 +43,6 @@ class Watched:
             words.view(np.uint32)[forced // 32] = np.uint32(1) << np.uint32(forced % 32)
             return words
         if self._constraints:
-            return self._constraints.words()[0]
+            words: Words = self._constraints.words()[0]
+            return words
         return np.full(self._words, -1, dtype=np.int32)

@@ -80,7 +80,7 @@ class Worker:
         rows = [row for row in rows if not row.cancelled]
         if not rows:
             return 0
-        steps = BatchSteps(rows, self._report, self._joining)
+        steps = BatchSteps(self._report, rows, self._joining)
         try:
             engine.run(rows, steps)
             return len(steps.rows)
@@ -138,13 +138,13 @@ class Worker:
 class BatchSteps:
     """`Steps` for one batch: counts each row's tokens, and sends one report a step.
 
-    `rows` are all rows of the batch that are not known to be over, those that `joining` brought included.
+    `rows` are all rows of the batch, those that `joining` brought included.
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
         report: Callable[[News, int], None],
+        rows: Sequence[Row] = (),
         joining: Callable[[], list[Row]] = list,
     ) -> None:
         self.rows = list(rows)

@@ -1,133 +1,35 @@
 """The engines alone, without HTTP: how fast a step, a prompt and a whole workload are, and how far logits agree.
 
-python -m benchmarks.engine --model FOLDER --dummy
+python -m benchmarks.engine --model FOLDER --dummy --agreement --against generate,continuous
 
 One table on standard output. Everything runs in one process on one device, one engine after the other; ratios are of
 this run.
 """
 
 import argparse
-import math
+import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching import checkpoint, model
-from batching.engine import NO_LOGPROBS, Engine
+from batching.engine import Engine
 from batching.generate import GenerateEngine
 from batching.packed import PackedEngine
 from batching.row import Row
-from batching.types import Request, Sampling, TokenLogprob
+from benchmarks.agreement import Agreement
+from benchmarks.continuous import run_continuous
+from benchmarks.engine_rows import CONTEXT, Clock, Shape, Watch, mixed_64, rag_40, rows_of, timed
 from server.settings import Settings
-
-CONTEXT = 1536
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Lengths of one request, in tokens."""
-
-    prompt: int
-    output: int
-
-
-def mixed_64() -> list[Shape]:
-    """64 prompts, lognormal(ln 1400, 0.5) within 200..4000; outputs uniform 16..256."""
-    random = Random(0)
-    prompts = [min(4000, max(200, int(random.lognormvariate(math.log(1400), 0.5)))) for _ in range(64)]
-    return [Shape(prompt, random.randint(16, 256)) for prompt in prompts]
-
-
-def rag_40() -> list[Shape]:
-    """40 prompts of 4,853 tokens, outputs uniform 64..320."""
-    random = Random(0)
-    return [Shape(4853, random.randint(64, 320)) for _ in range(40)]
-
-
-def rows_of(shapes: Sequence[Shape], vocabulary: int, seed: int = 0, **settings: Any) -> list[Row]:
-    """Rows of random tokens that never stop early. No two prompts begin alike."""
-    random = Random(seed)
-    floor = min(1000, vocabulary // 2)
-    return [
-        Row(
-            Request(
-                id=str(number),
-                prompt=tuple(random.choices(range(floor, vocabulary), k=shape.prompt)),
-                sampling=Sampling(**{"max_tokens": shape.output, "seed": number, "temperature": 0.0, **settings}),
-                time_limit=600.0,
-            ),
-            stream=None,  # type: ignore[arg-type]
-            arrived=0.0,
-        )
-        for number, shape in enumerate(shapes)
-    ]
-
-
-class Clock:
-    """`Steps` that counts each row's tokens and notes when each step's came, and how many."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[float, int]] = []
-
-    def emit(
-        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
-    ) -> list[bool]:
-        self.steps.append((time.perf_counter(), len(rows)))
-        for row, token in zip(rows, tokens, strict=True):
-            if not row.over:
-                row.push(token)
-        return [row.over for row in rows]
-
-    def admit(self) -> list[Row]:
-        return []
-
-
-class Watch(Clock):
-    """A `Clock` that has torch's profiler look at the steps from `first` to `last`, and at nothing else."""
-
-    def __init__(self, first: int, last: int) -> None:
-        super().__init__()
-        self._first, self._last = first, last
-        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-
-    def emit(
-        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
-    ) -> list[bool]:
-        if len(self.steps) == self._first:
-            self.profile.start()
-        if len(self.steps) == self._last:
-            torch.cuda.synchronize()
-            self.profile.stop()
-        return super().emit(rows, tokens, logprobs)
-
-    def lines(self, steps: int) -> list[str]:
-        """Microseconds a step of each kernel, the longest first."""
-        found = sorted(self.profile.key_averages(), key=lambda kernel: -kernel.device_time_total)
-        return [
-            f"    {kernel.device_time_total / steps:9.1f} us  x{kernel.count / steps:<6.1f} {kernel.key[:100]}"
-            for kernel in found[:14]
-        ]
-
-
-def timed(engine: Engine, rows: list[Row]) -> tuple[float, Clock]:
-    """Seconds to run them to their ends. Raises AssertionError if a row has not the tokens asked for."""
-    clock = Clock()
-    started = time.perf_counter()
-    engine.run(rows, clock)
-    seconds = time.perf_counter() - started
-    assert all(row.sent == row.request.sampling.max_tokens for row in rows)
-    return seconds, clock
 
 
 class Bench:
@@ -148,7 +50,7 @@ class Bench:
         """Milliseconds a step of so many rows takes, through the whole loop: the median of full steps."""
         _, clock = timed(self._engine, self._rows([Shape(CONTEXT, steps)] * rows, **settings))
         full = [at for at, count in clock.steps if count == rows]
-        gaps = [later - earlier for earlier, later in zip(full, full[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in pairwise(full)]
         self.note(f"decode {rows} rows{name}, ms/step", 1000 * statistics.median(gaps[4:] or gaps))
 
     def profile_steps(self, rows: int) -> None:
@@ -188,6 +90,44 @@ class Bench:
         self._show(f"  {name}: {value:,.2f}")
 
 
+def padded_batches(engine: Engine, rows: Sequence[Row], size: int) -> float:
+    """Seconds for rows in batches of `size`, in their order, as an engine that cannot let rows join has to run them."""
+    return sum(timed(engine, list(rows[at : at + size]))[0] for at in range(0, len(rows), size))
+
+
+def against(names: Sequence[str], load: Callable[[], PreTrainedModel], shapes: Sequence[Shape]) -> dict[str, float]:
+    """Seconds for a workload on the other ways to run it, each on a model of its own."""
+    found = {}
+    for name in names:
+        other = load()
+        rows = rows_of(shapes, other.config.vocab_size)
+        if name == "generate":
+            found[name] = padded_batches(GenerateEngine(other, token_budget=10**6), rows, 16)
+        elif name == "continuous":
+            found[name] = min(run_continuous(other, rows) for _ in range(2))
+        else:
+            raise SystemExit(f"there is no contender {name}, only generate and continuous")
+        del other
+        free()
+    return found
+
+
+def free() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def table(figures: dict[str, float]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD)
+    shown.add_column("what")
+    shown.add_column("measured", justify="right")
+    for name, value in figures.items():
+        shown.add_row(name, f"{value:,.4f}" if abs(value) < 1 else f"{value:,.2f}")
+    return shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder or .gguf file; none: the demo model")
@@ -200,25 +140,54 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=2048)
     parser.add_argument("--invariant", action="store_true")
     parser.add_argument("--profile", action="store_true", help="show what each kernel takes")
+    parser.add_argument("--agreement", action="store_true", help="compare logits with transformers' own attention")
+    parser.add_argument("--against", default="", help="generate, continuous or both: run mixed-64 on them as well")
     asked = parser.parse_args()
-    console = Console()
-    started = time.perf_counter()
+    console = Console(width=160)
     load_format: checkpoint.LoadFormat = "dummy" if asked.dummy else "auto"
     folder = checkpoint.locate(asked.model, load_format, Path(str(Settings.model_fields["cache_dir"].default)))
-    loaded = model.load(folder, device=asked.device, dtype=asked.dtype, load_format=load_format)
-    console.print(f"model loaded after {time.perf_counter() - started:.1f} s")
-    engine = PackedEngine(loaded, lanes=asked.lanes, share=asked.share, piece=asked.piece, batch_invariant=asked.invariant)
-    console.print(f"engine ready after {time.perf_counter() - started:.1f} s, {engine.info}")
+
+    def load() -> PreTrainedModel:
+        return model.load(folder, device=asked.device, dtype=asked.dtype, load_format=load_format)
+
+    others = against([name for name in asked.against.split(",") if name], load, mixed_64())
+    agreement = Agreement(load()) if asked.agreement else None
+    started = time.perf_counter()
+    engine = PackedEngine(
+        load(), lanes=asked.lanes, share=asked.share, piece=asked.piece, batch_invariant=asked.invariant
+    )
     bench = Bench(engine, console.print)
+    bench.note("load and start, s", time.perf_counter() - started)
     for rows in (1, 16, 64):
         bench.decode(rows, asked.steps)
+    bench.decode(64, asked.steps, ", RAGFlow's sampling", **RAGFLOW)
+    bench.decode(1, asked.steps, ", RAGFlow's sampling", **RAGFLOW)
     bench.prompts(16)
     if asked.profile:
         for rows in (1, 16, 64):
             bench.profile_steps(rows)
         bench.profile_prompts(16)
-    bench.workload("mixed-64", mixed_64(), 2)
+    bench.workload("mixed-64", mixed_64(), 3)
     bench.workload("rag-40", rag_40(), 2)
+    if agreement:
+        for name, value in agreement.errors(engine).items():
+            bench.note(name, value)
+    for name, seconds in others.items():
+        bench.note(f"mixed-64 on {name}, s", seconds)
+        bench.note(f"mixed-64, times as fast as {name}", seconds / bench.figures["mixed-64, s"])
+    if torch.cuda.is_available():
+        free_bytes, total = torch.cuda.mem_get_info()
+        bench.note("share of the device's memory in use", 1 - free_bytes / total)
+    console.print(table(bench.figures))
+
+
+RAGFLOW: dict[str, Any] = {
+    "temperature": 0.1,
+    "top_p": 0.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.7,
+}
+"""What RAGFlow's dialogs send unless their owner changes it."""
 
 
 if __name__ == "__main__":

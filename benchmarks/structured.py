@@ -83,6 +83,9 @@ class Clock:
         self.at.append(time.perf_counter())
         return [len(self.at) >= row.request.sampling.max_tokens for row in rows]
 
+    def admit(self) -> list[Row]:
+        return []
+
 
 def model_step(engine: GenerateEngine, rows: int, steps: int, grammars: Sequence[Grammar | None]) -> float:
     """Seconds a decode step of the whole model takes, the prompt's left out."""

@@ -62,7 +62,7 @@ class ModelLoader:
         return self._packed(model) if self._packs(model) else self._padded(model)
 
     def _packs(self, model: "PreTrainedModel") -> bool:
-        """Whether the packed engine is the one to run this model. Raises `ModelError` if it was asked for and cannot."""
+        """Whether the packed engine is to run this model. Raises `ModelError` if it was asked for and cannot."""
         from batching.packed import unsupported
 
         wanted = self._settings.engine

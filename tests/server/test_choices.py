@@ -69,6 +69,9 @@ class TellingSteps:
         }
         return self._steps.emit(rows, tokens, told)
 
+    def admit(self) -> list[Row]:
+        return self._steps.admit()
+
 
 class TellingEngine(ScriptedEngine):
     """A scripted engine whose log probability of a token is minus an eighth of its id."""
