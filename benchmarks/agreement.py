@@ -1,0 +1,97 @@
+"""How far the packed engine's logits are from transformers' own, and those of its two attentions from each other.
+
+Teacher-forced: the reference is given the tokens that the engine chose, so that every position can be compared.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from batching.engine import NO_LOGPROBS
+from batching.packed import PackedEngine
+from batching.row import Row
+from batching.runner import Choice
+from batching.seat import Seat
+from batching.types import TokenLogprob
+from benchmarks.engine_rows import Clock, Shape, rows_of
+
+SHAPES = [Shape(512 + 37 * number, 24) for number in range(4)]
+
+
+class Told(Clock):
+    """A `Clock` that keeps each row's tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: dict[Row, list[int]] = {}
+
+    def emit(
+        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
+    ) -> list[bool]:
+        for row, token in zip(rows, tokens, strict=True):
+            if not row.over:
+                self.tokens.setdefault(row, []).append(token)
+        return super().emit(rows, tokens, logprobs)
+
+
+class Agreement:
+    """`reference` is the same model with its own layers. It stays in memory until `errors` was called."""
+
+    def __init__(self, reference: PreTrainedModel) -> None:
+        self._reference = reference
+
+    @torch.inference_mode()
+    def errors(self, engine: PackedEngine) -> dict[str, float]:
+        """Relative errors, norm of the difference over norm, the largest of all positions; and how many tokens agree."""
+        told, logits = Told(), Logits(engine)
+        rows = rows_of(SHAPES, engine.info.vocab_size, seed=99)
+        with logits:
+            engine.run(rows, told)
+        packed, eager, same = [0.0], [0.0], 0
+        for row in rows:
+            answer = told.tokens[row]
+            mine = torch.stack(logits.of[row][: len(answer)]).float()
+            sdpa = self._logits(row, answer, "sdpa")
+            packed += relative(mine, sdpa)
+            eager += relative(self._logits(row, answer, "eager"), sdpa)
+            same += int((mine.argmax(-1) == sdpa.argmax(-1)).sum())
+        total = sum(len(answer) for answer in told.tokens.values())
+        return {
+            "logits, packed against SDPA, largest relative error": max(packed),
+            "logits, eager against SDPA, largest relative error": max(eager),
+            "tokens on which packed and SDPA agree, share": same / total,
+        }
+
+    def _logits(self, row: Row, answer: Sequence[int], attention: str) -> Tensor:
+        self._reference.set_attn_implementation(attention)
+        ids = torch.tensor([[*row.request.prompt, *answer[:-1]]], device=self._reference.device)
+        found: Tensor = self._reference(ids, use_cache=False, logits_to_keep=len(answer)).logits[0].float()
+        return found
+
+
+def relative(found: Tensor, reference: Tensor) -> list[float]:
+    """By position."""
+    errors: list[float] = ((found - reference).norm(dim=-1) / reference.norm(dim=-1)).tolist()
+    return errors
+
+
+class Logits:
+    """While it is entered: keeps, `of` each row, the logits that each of its tokens was chosen from."""
+
+    def __init__(self, engine: PackedEngine) -> None:
+        self._runner = engine.runner
+        self._choose = self._runner.choose
+        self.of: dict[Row, list[Tensor]] = {}
+
+    def __enter__(self) -> None:
+        self._runner.choose = self._listening  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.choose = self._choose  # type: ignore[method-assign]
+
+    def _listening(self, seats: Sequence[Seat]) -> Choice:
+        for place, seat in enumerate(seats):
+            self.of.setdefault(seat.row, []).append(self._runner.logits[place].clone())
+        return self._choose(seats)

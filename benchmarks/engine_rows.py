@@ -1,0 +1,112 @@
+"""Rows for the engine benchmark, and what watches them: no streams, no event loop."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+
+from batching.engine import NO_LOGPROBS, Engine
+from batching.row import Row
+from batching.types import Request, Sampling, TokenLogprob
+
+CONTEXT = 1536
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Lengths of one request, in tokens."""
+
+    prompt: int
+    output: int
+
+
+def mixed_64() -> list[Shape]:
+    """64 prompts, lognormal(ln 1400, 0.5) within 200..4000; outputs uniform 16..256."""
+    random = Random(0)
+    prompts = [min(4000, max(200, int(random.lognormvariate(math.log(1400), 0.5)))) for _ in range(64)]
+    return [Shape(prompt, random.randint(16, 256)) for prompt in prompts]
+
+
+def rag_40() -> list[Shape]:
+    """40 prompts of 4,853 tokens, outputs uniform 64..320."""
+    random = Random(0)
+    return [Shape(4853, random.randint(64, 320)) for _ in range(40)]
+
+
+def rows_of(shapes: Sequence[Shape], vocabulary: int, seed: int = 0, **settings: Any) -> list[Row]:
+    """Rows of random tokens that never stop early. No two prompts begin alike."""
+    random = Random(seed)
+    floor = min(1000, vocabulary // 2)
+    return [
+        Row(
+            Request(
+                id=str(number),
+                prompt=tuple(random.choices(range(floor, vocabulary), k=shape.prompt)),
+                sampling=Sampling(**{"max_tokens": shape.output, "seed": number, "temperature": 0.0, **settings}),
+                time_limit=600.0,
+            ),
+            stream=None,  # type: ignore[arg-type]
+            arrived=0.0,
+        )
+        for number, shape in enumerate(shapes)
+    ]
+
+
+class Clock:
+    """`Steps` that counts each row's tokens and notes when each step's came, and how many."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, int]] = []
+
+    def emit(
+        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
+    ) -> list[bool]:
+        self.steps.append((time.perf_counter(), len(rows)))
+        for row, token in zip(rows, tokens, strict=True):
+            if not row.over:
+                row.push(token)
+        return [row.over for row in rows]
+
+    def admit(self) -> list[Row]:
+        return []
+
+
+class Watch(Clock):
+    """A `Clock` that has torch's profiler look at the steps from `first` to `last`, and at nothing else."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self._first, self._last = first, last
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def emit(
+        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
+    ) -> list[bool]:
+        if len(self.steps) == self._first:
+            self.profile.start()
+        if len(self.steps) == self._last:
+            torch.cuda.synchronize()
+            self.profile.stop()
+        return super().emit(rows, tokens, logprobs)
+
+    def lines(self, steps: int) -> list[str]:
+        """Microseconds a step of each kernel, the longest first."""
+        found = sorted(self.profile.key_averages(), key=lambda kernel: -kernel.device_time_total)
+        return [
+            f"    {kernel.device_time_total / steps:9.1f} us  x{kernel.count / steps:<6.1f} {kernel.key[:100]}"
+            for kernel in found[:14]
+        ]
+
+
+def timed(engine: Engine, rows: list[Row]) -> tuple[float, Clock]:
+    """Seconds to run them to their ends. Raises AssertionError if a row has not the tokens asked for."""
+    clock = Clock()
+    started = time.perf_counter()
+    engine.run(rows, clock)
+    seconds = time.perf_counter() - started
+    assert all(row.sent == row.request.sampling.max_tokens for row in rows)
+    return seconds, clock
