@@ -11,7 +11,7 @@ Only READY accepts requests. STOPPED and FAILED are final.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from batching.engine import Engine
@@ -68,10 +68,10 @@ class Batcher:
         self.state = State.STARTING
         self.error: BaseException | None = None
 
-    async def start(self) -> ModelInfo:
-        """Start the worker and wait until the engine is built.
+    async def start(self, beside: Awaitable[object] | None = None) -> ModelInfo:
+        """Start the worker and wait until the engine is built, and for what goes on `beside` it.
 
-        Raises what building it raised, or `NotReady` if the batcher was drained meanwhile or before.
+        Raises what building it raised, or what that raised, or `NotReady` if the batcher was drained before.
         """
         if self.state is not State.STARTING:
             raise NotReady(self.state)
@@ -80,6 +80,8 @@ class Batcher:
         self._worker = Worker(self._build, self, loop.call_soon_threadsafe)
         self._worker.start()
         await self._decided.wait()
+        if self.state is State.STARTING and beside is not None:
+            await beside
         if self.state is not State.STARTING:  # it failed or was drained
             self._worker.finish()
             raise self.error or NotReady(self.state)
@@ -134,7 +136,7 @@ class Batcher:
             while not self._queue:
                 await self._queue.change()
             opened = time.monotonic()
-            if not self._running:
+            if not self._info.joins:
                 await self._window()
             rows = self._take(opened)
             if rows:

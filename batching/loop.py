@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class DecodeLoop:
     """One batch, from its first rows to the end of the last one that joined.
 
-    A round processes at most `piece` prompt tokens while rows are running, which is how long they can be held up, and
-    `burst` while none is. With `one_prompt_a_pass` no prompt shares a pass with another, so that what is computed for
+    A round processes at most `piece` prompt tokens, which is how long running rows are held up; but `burst` while more
+    rows wait for their prompts than run, for many are served sooner then and few are held up longer. With `one_prompt_a_pass` no prompt shares a pass with another, so that what is computed for
     it does not depend on which others wait.
     """
 
@@ -85,8 +85,8 @@ class DecodeLoop:
         return seat
 
     def _process_prompts(self) -> None:
-        held_up = any(seat.wants_step for seat in self._running)
-        work = self._next_pieces(self._piece if held_up else self._burst)
+        held_up = sum(seat.wants_step for seat in self._running)
+        work = self._next_pieces(self._burst if len(self._reading) > held_up else self._piece)
         if not work:
             return
         self._runner.prompts(work)

@@ -148,6 +148,8 @@ class FairTurns:
 
 def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:
     """The batch that the policy picks from `waiting` (in line); marks the rows it passes over."""
+    if not waiting:
+        return []
     batch = Batch(limits)
     rest = waiting
     for place, row in enumerate(waiting):
@@ -184,7 +186,9 @@ class Batch:
         tokens = self._tokens + request.total_tokens
         size = len(self.rows) + 1
         cost = size * (prompt + output) if self._limits.padded else tokens
-        if size > self._limits.max_rows or cost > self._limits.token_budget:
+        # A padded batch begins with its head whatever that costs: `submit` refuses a row that does not fit alone.
+        head = self._limits.padded and size == 1
+        if not head and (size > self._limits.max_rows or cost > self._limits.token_budget):
             return False
         self._longest_prompt, self._longest_output, self._tokens = prompt, output, tokens
         self.rows.add(row)

@@ -65,6 +65,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise SystemExit(1) from None
 
 
+def batches_of(service: Service) -> str:
+    """What a batch is made of, in words."""
+    if service.info.joins:
+        return "tokens, joined at any time"
+    return f"padded tokens, window {service.settings.batch_window_ms:g} ms"
+
+
 def announce(service: Service, port: int) -> None:
     """Tell a person where the service is and what its limits are, or a log of JSON the same in one line of its own."""
     settings, info = service.settings, service.info
@@ -74,8 +81,8 @@ def announce(service: Service, port: int) -> None:
         "device": f"{info.device}, {info.dtype}",
         "window": f"{info.context_window} tokens of prompt and answer",
         "answers": f"{settings.default_max_tokens} tokens by default, {settings.max_output_tokens} at most",
-        "batches": f"up to {settings.max_batch_size} requests or {info.token_budget} padded tokens, "
-        f"window {settings.batch_window_ms:g} ms, queue of {settings.queue_size}",
+        "batches": f"up to {settings.max_batch_size} requests or {info.token_budget} {batches_of(service)}, "
+        f"queue of {settings.queue_size}",
     }
     if settings.log_format == "json":
         logger.info("ready", extra={"facts": lines})
@@ -107,8 +114,14 @@ async def serve(settings: Settings) -> int:
     return service.exit_code
 
 
+SWITCH_SECONDS = 0.0005
+"""How long a thread may keep the interpreter while another waits for it. The usual 5 ms are half a decode step: so long
+the event loop could keep the worker from giving the device its next orders."""
+
+
 def main() -> None:
     settings = parse()
+    sys.setswitchinterval(SWITCH_SECONDS)
     configure(settings.log_format, settings.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(serve(settings))

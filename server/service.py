@@ -64,8 +64,9 @@ class Service:
         """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
         try:
             self.text = await to_thread.run_sync(self._loader.text)
-            self.grammars = await to_thread.run_sync(self.text.grammars)
-            self.info = await self.batcher.start()
+            grammars = asyncio.create_task(to_thread.run_sync(self.text.grammars))
+            self.info = await self.batcher.start(grammars)
+            self.grammars = grammars.result()
             when_ready()
             await self.batcher.ended.wait()
         except (ModelError, NotReady) as error:

@@ -75,7 +75,11 @@ class Settings(BaseSettings):
     # Batching
     max_batch_size: int = Field(32, ge=1, le=1024, description="most requests in one batch")
     batch_window_ms: float = Field(
-        5.0, ge=0, le=10_000, description="how long an idle device waits for more requests to join the first"
+        5.0,
+        ge=0,
+        le=10_000,
+        description="how long an idle device waits for more requests to join the first; the packed engine, whose "
+        "requests can join at any time, does not wait",
     )
     token_budget: int | None = Field(
         None,
@@ -137,6 +141,8 @@ class Settings(BaseSettings):
         load_keys(self.api_keys, self.api_keys_file)
         if self.load_format == "dummy" and self.model is None:
             raise ValueError("load-format dummy needs a model folder with a config.json")
+        if self.batch_invariant and self.engine == "generate":
+            raise ValueError("batch-invariant is a property of the packed engine, but engine is generate")
         if self.context_window and self.token_budget and self.context_window > self.token_budget:
             raise ValueError("context-window is larger than token-budget, so its longest request fits no batch")
         return self
