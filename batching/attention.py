@@ -91,17 +91,18 @@ class RowAttention:
         return out[0].transpose(0, 1)
 
 
+@dataclass(frozen=True, slots=True)
 class PromptAttention:
     """`Attend` for pieces of prompts on a GPU, all in one call of flash attention with variable lengths.
 
-    `bounds` [rows + 1], `starts` [rows + 1] and `used` [rows], all int32 on the device, say where each row's queries
-    begin in the pass, where its extent begins in the pool, and how many slots of that count.
+    `where` are bounds [rows + 1], starts [rows + 1] and used [rows], int32 on the device: where each row's queries
+    begin in the pass, where its extent begins in the pool, and how many slots of that count. `longest` are upper bounds
+    of a row's queries and of its slots.
     """
 
-    def __init__(self, bounds: Tensor, starts: Tensor, used: Tensor, pieces: Sequence[Piece]) -> None:
-        self._where = bounds, starts, used
-        self._longest = max(piece.count for piece in pieces), max(piece.used for piece in pieces)
+    where: tuple[Tensor, Tensor, Tensor]
+    longest: tuple[int, int]
 
     def __call__(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float) -> Tensor:
         """See `Attend`."""
-        return flash(q, k_pool.transpose(0, 1), v_pool.transpose(0, 1), self._where, self._longest, scale)
+        return flash(q, k_pool.transpose(0, 1), v_pool.transpose(0, 1), self.where, self.longest, scale)

@@ -1,9 +1,9 @@
-"""`Runner` on a CUDA device: prompts packed into one pass, steps as captured graphs, tokens chosen on the device.
+"""`Runner` on a CUDA device: passes that were captured, tokens chosen on the device.
 
 Worker thread only. Nothing here waits for the device but `read`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, cycle
 
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from batching import draw
-from batching.attention import Piece, PromptAttention, Work
+from batching.attention import Piece
 from batching.engine import NO_LOGPROBS
-from batching.graphs import Capture, Step, step_for
+from batching.graphs import Capture, Captured, PromptInputs, smallest
 from batching.seat import Seat
 from batching.slots import Slots
 from batching.types import TokenLogprob
@@ -89,7 +88,8 @@ class DeviceRunner:
         self._memory = memory
         self._vocab_size = model.config.get_text_config().vocab_size
         self._slots = Slots(lanes, self._vocab_size, memory.shape[3] - 1, memory.device)
-        self._steps: list[Step] = []
+        self._steps: list[Captured] = []
+        self._prompts: list[Captured] = []
         self._in_step: dict[int, list[int]] = {}  # by a step's size: the lanes that it was last told
         self._entering: list[Seat] = []
         self._early: set[Seat] = set()
@@ -97,12 +97,23 @@ class DeviceRunner:
         self._watched: dict[Seat, Watched] = {}
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._landings = cycle([Landing(lanes) for _ in range(IN_FLIGHT)])
-        self._pass: tuple[Tensor, Tensor, Step | None]
+        self._pass: Captured
 
-    def capture(self, sizes: Iterable[int]) -> None:
-        """Capture the steps of so many rows, largest first. Before this there are no steps."""
+    def capture(self, prompts: Sequence[int], steps: Sequence[int]) -> Iterator[None]:
+        """Capture passes over so many tokens of prompts and steps of so many rows, one whenever the next is asked for."""
         capture = Capture(self._model, self._memory, self._slots)
-        self._steps = [capture.step(rows) for rows in sizes][::-1]
+        for tokens in sorted(prompts, reverse=True):
+            inputs = PromptInputs(tokens, self.lanes, self._memory.device)
+            yield self._prompts.insert(0, capture.prompts(tokens, inputs))
+        for rows in sorted(steps, reverse=True):
+            yield self._steps.insert(0, capture.step(rows))
+
+    def rehearse(self, tokens: int) -> None:
+        """A pass over so many tokens of prompts, of no row, without capture: to see what memory it takes."""
+        inputs = PromptInputs(tokens, self.lanes, self._memory.device)
+        inputs.slots.fill_(self._memory.shape[3] - 1)
+        Capture(self._model, self._memory, self._slots).prompt_pass(inputs)
+        torch.cuda.synchronize(self._memory.device)
 
     def enter(self, seat: Seat) -> None:
         """See `Runner`."""
@@ -132,35 +143,24 @@ class DeviceRunner:
         if self._entering:
             self._slots.enter(self._entering, [seat in self._watched for seat in self._entering])
             self._entering = []
-        pieces = [piece for _, piece in work]
-        send = self._slots.send
-        ids, positions, slots = send(torch.from_numpy(_tokens(work)))
-        bounds = list(accumulate((piece.count for piece in pieces), initial=0))
-        starts, used = [piece.start for piece in pieces], [piece.used for piece in pieces]
-        where = send(torch.tensor([bounds, [*starts, 0], [*used, 0]], dtype=torch.int32))
-        ending = [at for at, (seat, piece) in enumerate(work) if seat.left == piece.count]
-        # A pass needs one row of logits at least: where no prompt ends, they are of no use.
-        kept = [bounds[at + 1] - 1 for at in ending or [0]]
-        lanes = send(torch.tensor([work[at][0].lane for at in ending], dtype=torch.int32))
-        logits = self._model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=send(torch.tensor(kept)),
-            work=Work(self._memory, slots, PromptAttention(where[0], where[1], where[2, :-1], pieces)),
-        ).logits[0]
-        self._pass = logits, lanes, None
+        prompts = smallest(self._prompts, sum(piece.count for _, piece in work))
+        inputs = prompts.held
+        assert isinstance(inputs, PromptInputs)
+        filled = PromptInputs(prompts.size, self.lanes, "cpu")
+        fill(filled, work, spare=self._memory.shape[3] - 1, no_lane=self.lanes)
+        inputs.all.copy_(filled.all.pin_memory(), non_blocking=True)
+        prompts.forward.replay()
+        self._pass = prompts
 
     def steps(self, seats: Sequence[Seat]) -> None:
         """See `Runner`."""
-        step = step_for(self._steps, len(seats))
-        size = len(step.lanes)
-        lanes = [seat.lane for seat in seats] + [self.lanes] * (size - len(seats))
-        if self._in_step.get(size) != lanes:
+        step = smallest(self._steps, len(seats))
+        lanes = [seat.lane for seat in seats] + [self.lanes] * (step.size - len(seats))
+        if self._in_step.get(step.size) != lanes:
             step.lanes.copy_(torch.tensor(lanes, dtype=torch.int32).pin_memory(), non_blocking=True)
-            self._in_step[size] = lanes
+            self._in_step[step.size] = lanes
         step.forward.replay()
-        self._pass = step.logits, step.lanes, step
+        self._pass = step
 
     def waits(self, seats: Sequence[Seat]) -> bool:
         """See `Runner`."""
@@ -173,24 +173,20 @@ class DeviceRunner:
 
     def choose(self, seats: Sequence[Seat]) -> Pending:
         """See `Runner`."""
-        logits, lanes, step = self._pass
+        captured = self._pass
         self._rule_out(seats)
-        if step is not None:
-            step.choose.replay()
-            tokens = step.tokens[: len(seats)]
-        else:
-            slots, tokens = self._slots, torch.empty(len(seats), dtype=torch.int64, device=logits.device)
-            draw.draw(logits, lanes, slots.ints, slots.floats, slots.counts, slots.bias, slots.allowed, tokens)
+        captured.choose.replay()
+        tokens = captured.tokens[: len(seats)]
         landing = next(self._landings)
         landing.take(tokens)
-        noted = self._note(seats, logits, tokens) if self._asking else None
+        noted = self._note(seats, captured.logits, tokens) if self._asking else None
         landing.mark()
         return Pending(seats, landing, noted)
 
     @property
     def logits(self) -> Tensor:
         """Of the last pass, [seats, vocabulary]; valid until the next one."""
-        return self._pass[0]
+        return self._pass.logits
 
     def _rule_out(self, seats: Sequence[Seat]) -> None:
         """Send what the host alone knows of the next tokens: which a grammar allows, and from when on a row may stop."""
@@ -212,13 +208,22 @@ class DeviceRunner:
         return Noted(places, wanted, self._slots.send(torch.tensor(places)), logits, tokens) if places else None
 
 
-def _tokens(work: Sequence[tuple[Seat, Piece]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Ids, positions and slots of a pass's tokens, [3, tokens]."""
-    block = np.empty((3, sum(piece.count for _, piece in work)), dtype=np.int64)
+def fill(inputs: PromptInputs, work: Sequence[tuple[Seat, Piece]], *, spare: int, no_lane: int) -> None:
+    """Write a pass's pieces. What is left over goes to the slot and the lane that belong to no row."""
     end = 0
     for seat, piece in work:
         here = slice(end, end := end + piece.count)
-        block[0, here] = seat.row.request.prompt[piece.done : piece.used]
-        block[1, here] = np.arange(piece.done, piece.used)
-        block[2, here] = np.arange(piece.start + piece.done, piece.start + piece.used)
-    return block
+        inputs.ids[here] = torch.tensor(seat.row.request.prompt[piece.done : piece.used])
+        torch.arange(piece.done, piece.used, out=inputs.positions[here])
+        torch.arange(piece.start + piece.done, piece.start + piece.used, out=inputs.slots[here])
+    inputs.slots[end:] = spare
+    pieces = [piece for _, piece in work]
+    bounds = list(accumulate((piece.count for piece in pieces), initial=0))
+    inputs.bounds[: len(bounds)] = torch.tensor(bounds)
+    inputs.bounds[len(bounds) :] = end
+    inputs.starts[: len(pieces)] = torch.tensor([piece.start for piece in pieces])
+    inputs.used[: len(pieces)] = torch.tensor([piece.used for piece in pieces])
+    ending = [at for at, (seat, piece) in enumerate(work) if seat.left == piece.count]
+    inputs.last[: len(ending)] = torch.tensor([bounds[at + 1] - 1 for at in ending])
+    inputs.lanes[: len(ending)] = torch.tensor([work[at][0].lane for at in ending])
+    inputs.lanes[len(ending) :] = no_lane

@@ -1,70 +1,114 @@
-"""A decode step as two captured CUDA graphs for each number of rows: the model's forward pass, and the choice of tokens.
+"""Passes through the model as captured CUDA graphs: pieces of prompts by how many tokens, steps by how many rows.
 
-Worker thread only. Two, because a row's grammar may be matched on the host while the model runs. All state is on the
-device and is advanced there, so a step is two launches and one copy of the tokens back.
+Worker thread only. A pass is two graphs, the model's forward pass and the choice of tokens, because a row's grammar may
+be matched on the host while the model runs. All state is on the device and is advanced there, so a step is two
+launches and a copy of the tokens back; a piece of prompts is one copy more. Launched one by one, the kernels of a pass
+would each have to get the interpreter back from the event loop first.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching import draw
-from batching.attention import Work
+from batching.attention import PromptAttention, Work
 from batching.kernels import DecodeAttention
 from batching.slots import Slots
 
+Graph = torch.cuda.CUDAGraph
 
-def sizes(lanes: int) -> list[int]:
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """`logits` and `tokens` are what comes out: of the row in each lane of `lanes` [rows, int32], in their order.
+
+    The graphs know addresses alone: `held` is all else that they read or write.
+    """
+
+    size: int
+    lanes: Tensor
+    logits: Tensor
+    tokens: Tensor
+    forward: Graph
+    choose: Graph
+    held: object
+
+
+class PromptInputs:
+    """What a pass over prompts reads, in one tensor that is written with one copy. Whole numbers all."""
+
+    def __init__(self, tokens: int, rows: int, device: torch.device | str) -> None:
+        sizes = [tokens, tokens, tokens, rows + 1, rows + 1, rows, rows, rows]
+        self.all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.ids, self.positions, self.slots, *rest = torch.split(self.all, sizes)
+        # By row: where its queries begin, where its extent begins, how many of its slots count; and by row whose prompt
+        # ends, which of the pass's tokens is its last, and its lane.
+        self.bounds, self.starts, self.used, self.last, self.lanes = rest
+
+
+def step_sizes(lanes: int) -> list[int]:
     """The numbers of rows that steps are captured for: each step has the next larger one."""
     return sorted({*(n for n in (1, 2, 4) if n < lanes), *range(8, lanes, 8 if lanes <= 128 else 32), lanes})
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """For up to `len(lanes)` rows. `lanes` [rows, int32] says whose; `logits` and `tokens` are what comes out.
-
-    The graphs know addresses alone: all that they read or write is held here.
-    """
-
-    lanes: Tensor
-    logits: Tensor
-    tokens: Tensor
-    attend: DecodeAttention
-    forward: torch.cuda.CUDAGraph
-    choose: torch.cuda.CUDAGraph
+def prompt_sizes(piece: int, burst: int) -> list[int]:
+    """The numbers of tokens that passes over prompts are captured for."""
+    steps = [*range(256, 2049, 256), *(n << power for power in range(10, 20) for n in (3, 4))]
+    return sorted({*(size for size in steps if size < burst), piece, burst})
 
 
 class Capture:
-    """Captures steps, the largest first, into memory that all share: only one of them runs at a time."""
+    """Captures passes, the largest first, into memory that all share: only one of them runs at a time."""
 
     def __init__(self, model: PreTrainedModel, memory: Tensor, slots: Slots) -> None:
         self._model = model
         self._memory = memory
         self._slots = slots
         self._shared = torch.cuda.graph_pool_handle()
+        self._no_lane = len(slots.ints) - 1
 
-    def step(self, rows: int) -> Step:
-        """The step of so many rows."""
-        device = self._memory.device
-        lanes = torch.full((rows,), len(self._slots.ints) - 1, dtype=torch.int32, device=device)
-        tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        attend = self._attention(rows)
-        logits: list[Tensor] = []
-        forward = self._captured(lambda: logits.append(self._forward(lanes, attend)))
-        choose = self._captured(lambda: self._choose(logits[-1], lanes, tokens))
-        return Step(lanes, logits[-1], tokens, attend, forward, choose)
+    def step(self, rows: int) -> Captured:
+        """A step of so many rows."""
+        lanes = torch.full((rows,), self._no_lane, dtype=torch.int32, device=self._memory.device)
+        attend = self._decode_attention(rows)
+        return self._captured(rows, lanes, lambda: self._step(lanes, attend), attend)
 
-    def _attention(self, rows: int) -> DecodeAttention:
-        device = self._memory.device
+    def prompts(self, tokens: int, inputs: PromptInputs) -> Captured:
+        """A pass over so many tokens of prompts."""
+        inputs.slots.fill_(self._memory.shape[3] - 1)
+        inputs.lanes.fill_(self._no_lane)
+        lanes = torch.empty(len(inputs.lanes), dtype=torch.int32, device=self._memory.device)
+
+        def forward() -> Tensor:
+            lanes.copy_(inputs.lanes)
+            return self.prompt_pass(inputs)
+
+        return self._captured(tokens, lanes, forward, inputs)
+
+    def prompt_pass(self, inputs: PromptInputs) -> Tensor:
+        """Logits [rows, vocabulary] of the tokens that are `last`. Tokens beyond the last of `bounds` come to nothing."""
+        where = inputs.bounds.int(), inputs.starts.int(), inputs.used.int()
+        longest = len(inputs.ids), self._memory.shape[3]
+        logits: Tensor = self._model(
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
+            use_cache=False,
+            logits_to_keep=inputs.last,
+            work=Work(self._memory, inputs.slots, PromptAttention(where, longest)),
+        ).logits
+        return logits[0]
+
+    def _decode_attention(self, rows: int) -> DecodeAttention:
         _, _, kv_heads, _, size = self._memory.shape
         heads = self._model.config.get_text_config().num_attention_heads
-        starts, lengths = torch.zeros(2, rows, dtype=torch.int32, device=device)
+        starts, lengths = torch.zeros(2, rows, dtype=torch.int32, device=self._memory.device)
         return DecodeAttention.of(starts, lengths, kv_heads, heads // kv_heads, size)
 
-    def _forward(self, lanes: Tensor, attend: DecodeAttention) -> Tensor:
+    def _step(self, lanes: Tensor, attend: DecodeAttention) -> Tensor:
         state = self._slots.ints[lanes.long()]
         position = state[:, draw.POSITION]
         attend.starts.copy_(state[:, draw.START])
@@ -77,22 +121,29 @@ class Capture:
         ).logits
         return logits[0]
 
-    def _choose(self, logits: Tensor, lanes: Tensor, tokens: Tensor) -> None:
+    def _captured(self, size: int, lanes: Tensor, run: Callable[[], Tensor], held: object) -> Captured:
         slots = self._slots
-        draw.draw(logits, lanes, slots.ints, slots.floats, slots.counts, slots.bias, slots.allowed, tokens)
+        tokens = torch.zeros(len(lanes), dtype=torch.int64, device=lanes.device)
+        logits, forward = self._graph(run)
+        state = slots.ints, slots.floats, slots.counts, slots.bias, slots.allowed
+        _, choose = self._graph(lambda: draw.draw(logits, lanes, *state, tokens))
+        return Captured(size, lanes, logits, tokens, forward, choose, held)
 
-    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _graph(self, run: Callable[[], "T"]) -> tuple["T", Graph]:
         beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             run()  # what is loaded or compiled at first use must not be captured
         torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
+        graph = Graph()
         with torch.cuda.graph(graph, pool=self._shared, stream=beside):
-            run()
-        return graph
+            result = run()
+        return result, graph
 
 
-def step_for(steps: Sequence[Step], rows: int) -> Step:
-    """The smallest captured step that has room for so many rows."""
-    return next(step for step in steps if len(step.lanes) >= rows)
+T = TypeVar("T")
+
+
+def smallest(passes: Sequence[Captured], size: int) -> Captured:
+    """The smallest of the passes, which are in order, that has room for so many."""
+    return next(captured for captured in passes if captured.size >= size)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from batching import attention, layer, reference
-from batching.engine import NO_LOGPROBS, Steps
+from batching.engine import Steps
 from batching.errors import ModelError
 from batching.host_runner import HostRunner
 from batching.loop import DecodeLoop
@@ -26,7 +26,6 @@ from batching.model_info import describe, stop_token_ids, window_of
 from batching.pool import Pool
 from batching.row import Row
 from batching.runner import Runner
-from batching.types import Request, Sampling
 
 if TYPE_CHECKING:
     from batching.device_runner import DeviceRunner
@@ -123,30 +122,26 @@ class PackedEngine:
 
     def _room_on_gpu(self, share: float) -> int:
         device = self._model.device
-        self._warm_up(64)  # first calls load kernels, which stay and must not count
-        passes = peak_bytes(device, lambda: self._warm_up(self._burst))
+        rehearsal = self._device_runner(1, 1)
+        with torch.inference_mode():
+            rehearsal.rehearse(64)  # first calls load kernels, which stay and must not count
+            passes = peak_bytes(device, lambda: rehearsal.rehearse(self._burst))
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         return int(share * total) - (total - free) - passes - CAPTURE_BYTES
 
-    @torch.inference_mode()
-    def _warm_up(self, tokens: int) -> None:
-        """Process one prompt of so many tokens, in a pool of its own."""
-        row = Row(Request("warm-up", (0,) * tokens, Sampling(1, 0), 0.0), stream=None, arrived=0.0)  # type: ignore[arg-type]
-        runner = self._device_runner(1, tokens + 1)
-        DecodeLoop(runner, Pool(tokens + 1), Unheard(), piece=tokens, burst=tokens).run([row])
-        torch.cuda.synchronize(self._model.device)
-
     def _make_runner(self, lanes: int, capacity: int) -> Runner:
         if self._model.device.type != "cuda":
             return HostRunner(self._model, self._memory(capacity), lanes)
-        from batching.graphs import sizes
+        from batching.graphs import prompt_sizes, step_sizes
 
         runner = self._device_runner(lanes, capacity)
-        wanted = [lanes] if self._invariant else sizes(lanes)
-        shown = track(wanted[::-1], "capturing steps", disable=not sys.stderr.isatty(), transient=True)
+        prompts, steps = prompt_sizes(self._piece, self._burst), [lanes] if self._invariant else step_sizes(lanes)
         with torch.inference_mode():
-            runner.capture(shown)
+            captured = runner.capture(prompts, steps)
+            shown = sys.stderr.isatty()
+            for _ in track(captured, "capturing", len(prompts) + len(steps), disable=not shown, transient=True):
+                pass
         return runner
 
     def _device_runner(self, lanes: int, capacity: int) -> "DeviceRunner":
@@ -161,16 +156,6 @@ class PackedEngine:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = config.num_hidden_layers, 2, heads, capacity + 1, size
         return torch.zeros(shape, dtype=self._model.dtype, device=self._model.device)
-
-
-class Unheard:
-    """`Steps` of a warm-up: every row is over with its first token."""
-
-    def emit(self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Any = NO_LOGPROBS) -> list[bool]:
-        return [True] * len(rows)
-
-    def admit(self) -> list[Row]:
-        return []
 
 
 def decode_loop(
