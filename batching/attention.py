@@ -62,6 +62,12 @@ class Piece:
         return self.done + self.count
 
 
+    def cut(self, most: int) -> "list[Piece]":
+        """The same tokens in pieces of at most so many."""
+        ends = [*range(most, self.count, most), self.count]
+        return [Piece(self.start, self.done + begin, end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
 class RowAttention:
     """`Attend` row by row with torch's own attention: what runs where there is no GPU."""
 

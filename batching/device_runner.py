@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from batching.attention import Piece
 from batching.engine import NO_LOGPROBS
-from batching.graphs import Capture, Captured, PromptInputs, smallest
+from batching.graphs import QUERIES, Capture, Captured, PromptInputs, smallest
 from batching.seat import Seat
 from batching.slots import Slots
 from batching.types import TokenLogprob
@@ -217,13 +217,14 @@ def fill(inputs: PromptInputs, work: Sequence[tuple[Seat, Piece]], *, spare: int
         torch.arange(piece.done, piece.used, out=inputs.positions[here])
         torch.arange(piece.start + piece.done, piece.start + piece.used, out=inputs.slots[here])
     inputs.slots[end:] = spare
-    pieces = [piece for _, piece in work]
-    bounds = list(accumulate((piece.count for piece in pieces), initial=0))
+    rows = [row for _, piece in work for row in piece.cut(QUERIES)]
+    bounds = list(accumulate((row.count for row in rows), initial=0))
     inputs.bounds[: len(bounds)] = torch.tensor(bounds)
     inputs.bounds[len(bounds) :] = end
-    inputs.starts[: len(pieces)] = torch.tensor([piece.start for piece in pieces])
-    inputs.used[: len(pieces)] = torch.tensor([piece.used for piece in pieces])
-    ending = [at for at, (seat, piece) in enumerate(work) if seat.left == piece.count]
-    inputs.last[: len(ending)] = torch.tensor([bounds[at + 1] - 1 for at in ending])
-    inputs.lanes[: len(ending)] = torch.tensor([work[at][0].lane for at in ending])
+    inputs.starts[: len(rows)] = torch.tensor([row.start for row in rows])
+    inputs.used[: len(rows)] = torch.tensor([row.used for row in rows])
+    ends = accumulate(piece.count for _, piece in work)
+    ending = [(end, seat.lane) for end, (seat, piece) in zip(ends, work, strict=True) if seat.left == piece.count]
+    inputs.last[: len(ending)] = torch.tensor([end - 1 for end, _ in ending])
+    inputs.lanes[: len(ending)] = torch.tensor([lane for _, lane in ending])
     inputs.lanes[len(ending) :] = no_lane

@@ -38,15 +38,21 @@ class Captured:
     held: object
 
 
+QUERIES = 256
+"""Most queries that attention sees as one row. Flash attention starts as many programs for each row as the longest has
+queries, and a captured pass has to be ready for one row with all of them: longer pieces are cut."""
+
+
 class PromptInputs:
     """What a pass over prompts reads, in one tensor that is written with one copy. Whole numbers all."""
 
-    def __init__(self, tokens: int, rows: int, device: torch.device | str) -> None:
-        sizes = [tokens, tokens, tokens, rows + 1, rows + 1, rows, rows, rows]
+    def __init__(self, tokens: int, lanes: int, device: torch.device | str) -> None:
+        rows = lanes + tokens // QUERIES
+        sizes = [tokens, tokens, tokens, rows + 1, rows + 1, rows, lanes, lanes]
         self.all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self.ids, self.positions, self.slots, *rest = torch.split(self.all, sizes)
-        # By row: where its queries begin, where its extent begins, how many of its slots count; and by row whose prompt
-        # ends, which of the pass's tokens is its last, and its lane.
+        # By row of at most QUERIES tokens: where these begin, where the extent begins, how many of its slots count; and
+        # by prompt that ends: which of the pass's tokens is its last, and its lane.
         self.bounds, self.starts, self.used, self.last, self.lanes = rest
 
 
@@ -92,7 +98,7 @@ class Capture:
     def prompt_pass(self, inputs: PromptInputs) -> Tensor:
         """Logits [rows, vocabulary] of the tokens that are `last`. Tokens beyond the last of `bounds` come to nothing."""
         where = inputs.bounds.int(), inputs.starts.int(), inputs.used.int()
-        longest = len(inputs.ids), self._memory.shape[3]
+        longest = min(QUERIES, len(inputs.ids)), self._memory.shape[3]
         logits: Tensor = self._model(
             input_ids=inputs.ids[None],
             position_ids=inputs.positions[None],

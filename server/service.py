@@ -1,6 +1,7 @@
 """What lives as long as the process: settings, the loaded model's text side, the batcher, and how they come up."""
 
 import asyncio
+import os
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -45,8 +46,8 @@ class Service:
     def __init__(self, settings: Settings, loader: Loader, observers: Iterable[Observer] = ()) -> None:
         self.settings = settings
         self.max_body_bytes = int(settings.max_body_mib * 2**20)
-        # Encoding is pure CPU work in Rust: two at a time leave the event loop and the worker their cores.
-        self.encoders = anyio.CapacityLimiter(2)
+        # Encoding is pure CPU work in Rust: so few at a time leave the event loop and the worker their cores.
+        self.encoders = anyio.CapacityLimiter(max(2, (os.cpu_count() or 1) // 4))
         self.stopped = asyncio.Event()
         self.exit_code = 0
         self._created = int(time.time())

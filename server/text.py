@@ -77,7 +77,9 @@ class Text:
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """The ids of a text. `special` puts the tokens around it that the model has for where a text begins or ends."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        # Of its methods those for batches alone let go of the interpreter, which the worker and the event loop need.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return tuple(encoding.ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
