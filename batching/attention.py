@@ -61,7 +61,6 @@ class Piece:
         """Slots of the extent that count for the last of these tokens."""
         return self.done + self.count
 
-
     def cut(self, most: int) -> "list[Piece]":
         """The same tokens in pieces of at most so many."""
         ends = [*range(most, self.count, most), self.count]

@@ -11,7 +11,7 @@ Only READY accepts requests. STOPPED and FAILED are final.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from batching.engine import Engine
@@ -68,10 +68,10 @@ class Batcher:
         self.state = State.STARTING
         self.error: BaseException | None = None
 
-    async def start(self, beside: Awaitable[object] | None = None) -> ModelInfo:
+    async def start(self, beside: asyncio.Future[None] | None = None) -> ModelInfo:
         """Start the worker and wait until the engine is built, and for what goes on `beside` it.
 
-        Raises what building it raised, or what that raised, or `NotReady` if the batcher was drained before.
+        Raises what building it raised; what the other raised, at once; or `NotReady` if the batcher was drained before.
         """
         if self.state is not State.STARTING:
             raise NotReady(self.state)
@@ -79,9 +79,10 @@ class Batcher:
         self._batch_over: asyncio.Future[None] = loop.create_future()
         self._worker = Worker(self._build, self, loop.call_soon_threadsafe)
         self._worker.start()
-        await self._decided.wait()
-        if self.state is State.STARTING and beside is not None:
-            await beside
+        decided = asyncio.ensure_future(self._decided.wait())
+        done, _ = await asyncio.wait([decided, beside or decided], return_when=asyncio.FIRST_EXCEPTION)
+        for future in done:
+            future.result()
         if self.state is not State.STARTING:  # it failed or was drained
             self._worker.finish()
             raise self.error or NotReady(self.state)

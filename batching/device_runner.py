@@ -100,7 +100,7 @@ class DeviceRunner:
         self._pass: Captured
 
     def capture(self, prompts: Sequence[int], steps: Sequence[int]) -> Iterator[None]:
-        """Capture passes over so many tokens of prompts and steps of so many rows, one whenever the next is asked for."""
+        """Capture passes over so many tokens and steps of so many rows, one whenever the next is asked for."""
         capture = Capture(self._model, self._memory, self._slots)
         for tokens in sorted(prompts, reverse=True):
             inputs = PromptInputs(tokens, self.lanes, self._memory.device)
@@ -189,7 +189,7 @@ class DeviceRunner:
         return self._pass.logits
 
     def _rule_out(self, seats: Sequence[Seat]) -> None:
-        """Send what the host alone knows of the next tokens: which a grammar allows, and from when on a row may stop."""
+        """Send what the host alone knows of the next tokens: which a grammar allows, and whether a row may stop."""
         if self._watched:
             held = [seat for seat in seats if seat in self._watched]
             if held:

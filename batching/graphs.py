@@ -96,7 +96,7 @@ class Capture:
         return self._captured(tokens, lanes, forward, inputs)
 
     def prompt_pass(self, inputs: PromptInputs) -> Tensor:
-        """Logits [rows, vocabulary] of the tokens that are `last`. Tokens beyond the last of `bounds` come to nothing."""
+        """Logits [lanes, vocabulary] of the `last` tokens. Tokens beyond the end of `bounds` come to nothing."""
         where = inputs.bounds.int(), inputs.starts.int(), inputs.used.int()
         longest = min(QUERIES, len(inputs.ids)), self._memory.shape[3]
         logits: Tensor = self._model(

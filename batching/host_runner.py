@@ -94,6 +94,7 @@ class HostRunner:
             sampler = self._samplers[seat]
             if not sampler.plain:
                 tokens[place] = int(sampler(logits[place : place + 1].clone()))
-                logprobs |= {place: noted for noted in sampler.logprobs.values()}
+                if 0 in sampler.logprobs:
+                    logprobs[place] = sampler.logprobs[0]
             self._newest[seat] = tokens[place]
         return Chosen(seats, tokens, logprobs)

@@ -122,7 +122,7 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    # One program: one row, the query heads of one KV head, one split of the row's keys (Dao et al. 2023, Flash-Decoding).
+    # One program: one row, the query heads of one KV head, one split of the keys (Dao et al. 2023, Flash-Decoding).
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -161,7 +161,7 @@ def _decode_kernel(
         result = (sums / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + heads[:, None] * SIZE + at[None, :], result, mask=valid)
     else:
-        # The program that arrives last adds up all splits, in their order, so that the sum does not depend on who it is.
+        # The program that arrives last adds up all splits, in their order: the sum does not depend on who it is.
         pair = row * KV_HEADS + kv_head
         mine = (pair * SPLITS + split) * ROWS + head
         tl.store(partial + mine[:, None] * BLOCK + at[None, :], sums)
@@ -190,7 +190,7 @@ def _decode_kernel(
 
 KEYS_A_BLOCK = 64
 PROGRAMS = 256
-"""How many programs decode attention is cut into where the rows are few: several for each of a GPU's ~130 processors."""
+"""How many programs decode attention is cut into where rows are few: two for each of a GPU's ~130 processors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ class DecodeAttention:
     def of(
         cls, starts: Tensor, lengths: Tensor, kv_heads: int, group: int, size: int, splits: int | None = None
     ) -> "DecodeAttention":
-        """Its scratch memory included. `splits` is how many programs share a row's keys; None: by the number of rows."""
+        """Its scratch memory included. `splits`: how many programs share a row's keys; None: by the number of rows."""
         rows, device = len(starts), starts.device
         splits = splits or min(16, max(2, PROGRAMS // (rows * kv_heads)))
         parts = rows * kv_heads * splits, max(16, triton.next_power_of_2(group))

@@ -24,8 +24,8 @@ class DecodeLoop:
     """One batch, from its first rows to the end of the last one that joined.
 
     A round processes at most `piece` prompt tokens, which is how long running rows are held up; but `burst` while more
-    rows wait for their prompts than run, for many are served sooner then and few are held up longer. With `one_prompt_a_pass` no prompt shares a pass with another, so that what is computed for
-    it does not depend on which others wait.
+    rows wait for their prompts than run, for many are served sooner then and few are held up longer. With
+    `one_prompt_a_pass` no prompt shares a pass with another: what is computed for it does not depend on who waits.
     """
 
     def __init__(

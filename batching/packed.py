@@ -94,7 +94,7 @@ class PackedEngine:
 
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row], steps: Steps) -> None:
-        # The loop has the rows from `batch`; `generate` sees a prompt of one token, so that it prepares next to nothing.
+        # The loop has the rows from `batch`; `generate` sees a prompt of one token, and prepares next to nothing.
         first = torch.tensor([rows[0].request.prompt[:1]], device=self._model.device)
         batch = DecodeLoop(
             self.runner, self._pool, steps, piece=self._piece, burst=self._burst, one_prompt_a_pass=self._invariant
@@ -150,7 +150,7 @@ class PackedEngine:
         return DeviceRunner(self._model, self._memory(capacity), lanes)
 
     def _memory(self, capacity: int) -> Tensor:
-        """The pool's tensor, and a slot more for what belongs to no row. Zeros, because what is there gets multiplied."""
+        """The pool's tensor, and a slot more for what belongs to no row. Zeros: what is there may be multiplied by zero."""
         config = self._model.config.get_text_config()
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -44,7 +44,7 @@ class Agreement:
 
     @torch.inference_mode()
     def errors(self, engine: PackedEngine) -> dict[str, float]:
-        """Relative errors, norm of the difference over norm, the largest of all positions; and how many tokens agree."""
+        """Relative errors (norm of the difference / norm), the largest of all; and the share of tokens that agree."""
         told, logits = Told(), Logits(engine)
         rows = rows_of(SHAPES, engine.info.vocab_size, seed=99)
         with logits:

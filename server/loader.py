@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from functools import cached_property
+import threading
 from typing import TYPE_CHECKING
 
 from batching.engine import Engine
@@ -34,15 +34,17 @@ class ModelLoader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._locating = threading.Lock()
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
 
-    @cached_property
+    @property
     def _checkpoint(self) -> str:
         from batching.checkpoint import locate
 
         settings = self._settings
-        return locate(settings.model, settings.load_format, settings.cache_dir)
+        with self._locating:  # a GGUF file is converted once, and two threads ask
+            return locate(settings.model, settings.load_format, settings.cache_dir)
 
     def text(self) -> Text:
         _show_progress(sys.stderr.isatty())

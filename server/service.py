@@ -1,8 +1,8 @@
 """What lives as long as the process: settings, the loaded model's text side, the batcher, and how they come up."""
 
 import asyncio
-import os
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Where text and engine come from. `text` is called on a helper thread first, `engine` on the worker thread."""
+    """Where text and engine come from. `text` is called on a helper thread, `engine` on the worker thread meanwhile."""
 
     def text(self) -> Text: ...
     def engine(self) -> Engine: ...
@@ -64,10 +64,9 @@ class Service:
     async def run(self, when_ready: Callable[[], None]) -> None:
         """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
         try:
-            self.text = await to_thread.run_sync(self._loader.text)
-            grammars = asyncio.create_task(to_thread.run_sync(self.text.grammars))
-            self.info = await self.batcher.start(grammars)
-            self.grammars = grammars.result()
+            # Side by side; the batcher is not ready before both are.
+            text = asyncio.create_task(self._load_text())
+            self.info = await self.batcher.start(text)
             when_ready()
             await self.batcher.ended.wait()
         except (ModelError, NotReady) as error:
@@ -78,6 +77,10 @@ class Service:
         if self.batcher.state is not State.STOPPED:
             self.exit_code = 1
         self.stopped.set()
+
+    async def _load_text(self) -> None:
+        self.text = await to_thread.run_sync(self._loader.text)
+        self.grammars = await to_thread.run_sync(self.text.grammars)
 
     async def drain(self) -> None:
         """Finish what was accepted, within the drain time, and stop."""

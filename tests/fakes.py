@@ -29,8 +29,8 @@ def counting(request: Request, position: int) -> int:
 class ScriptedEngine:
     """`Engine` whose tokens come from a script, and whose steps wait to be released one by one if `stepped`.
 
-    `batches` records the request ids of every batch. `before_step` is called with the step's number on the worker
-    thread; what it raises is raised by `run`.
+    `batches` records the request ids of every batch. Rows may join one at every step if `info` says so. `before_step`
+    is called with the step's number on the worker thread; what it raises is raised by `run`.
     """
 
     def __init__(
@@ -54,14 +54,18 @@ class ScriptedEngine:
         self._gate.release(steps)
 
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
+        rows = list(rows)
         self.batches.append([row.request.id for row in rows])
-        over = [False] * len(rows)
         position = 0
-        while not all(over):
+        while not all(row.over for row in rows):
             if self._gate is not None:
                 self._gate.acquire()
             self._before_step(position)
-            over = steps.emit(rows, [self._script(row.request, position) for row in rows])
+            steps.emit(rows, [self._script(row.request, row.sent) for row in rows])
+            if self.info.joins:
+                joined = steps.admit()
+                self.batches[-1] += [row.request.id for row in joined]
+                rows += joined
             position += 1
             self.steps += 1
 

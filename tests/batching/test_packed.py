@@ -1,0 +1,233 @@
+"""The packed engine on the CPU, against stock `generate` row by row: packing, joining, leaving, shared beginnings."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, PreTrainedModel
+
+from batching import layer
+from batching.errors import ModelError, OutOfMemory
+from batching.generate import GenerateEngine
+from batching.packed import PackedEngine, unsupported
+from batching.pool import BLOCK
+from batching.row import Row
+from batching.types import Request
+from batching.worker import BatchSteps, News
+from tests.batching.conftest import loose_row, request
+from tests.batching.test_generate import KINDS, some_prompt, some_request
+from tests.tiny import SHAPE, tiny_model
+
+VOCABULARY: int = SHAPE["vocab_size"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Run:
+    """Runs requests on an engine, `first` of them at once; `joining` says how many more join at each step."""
+
+    def __init__(
+        self,
+        engine: PackedEngine | GenerateEngine,
+        requests: Sequence[Request],
+        first: int | None = None,
+        joining: Callable[[], int] = lambda: 1,
+        after: Callable[["Run"], None] = lambda run: None,
+    ) -> None:
+        self.rows = [loose_row(request) for request in requests]
+        self.sent: dict[Row, list[int]] = {row: [] for row in self.rows}
+        self.logprobs: dict[Row, list[Any]] = {row: [] for row in self.rows}
+        self._later = self.rows[first:] if first else []
+        self._joining = joining
+        self._after = after
+        waiting = self.rows[:first]
+        while waiting:
+            engine.run(waiting, BatchSteps(self._report, waiting, self._join))
+            waiting = [self._later.pop(0)] if self._later else []
+
+    def _join(self) -> list[Row]:
+        return [self._later.pop(0) for _ in range(min(self._joining(), len(self._later)))]
+
+    def _report(self, news: News, running: int) -> None:
+        for row, token, _, logprob in news:
+            self.sent[row].append(token)
+            self.logprobs[row] += [logprob] if logprob else []
+        self._after(self)
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return list(self.sent.values())
+
+
+def alone(kind: str, requests: Sequence[Request]) -> list[list[int]]:
+    """What stock `generate` answers to each by itself."""
+    engine = GenerateEngine(tiny_model(kind), token_budget=4096)
+    return [Run(engine, [request]).answers[0] for request in requests]
+
+
+def long_requests(dice: random.Random, count: int) -> list[Request]:
+    """Greedy ones whose prompts begin alike, by twos and threes, for longer than a block."""
+    beginnings = [tuple(dice.choices(range(VOCABULARY), k=2 * BLOCK + 3)) for _ in range(2)]
+    return [
+        request((*dice.choice(beginnings), *some_prompt(dice)), max_tokens=dice.randint(1, 12)) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_as_it_is_alone(kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(layer, "FUSABLE", frozenset())
+    engine = PackedEngine(tiny_model(kind), lanes=4, token_budget=500, piece=32)
+    dice = random.Random(7)
+    for _ in range(2 if fused else 1):
+        mixed = [some_request(dice) for _ in range(6)] + long_requests(dice, 5)
+        dice.shuffle(mixed)
+        run = Run(engine, mixed, first=3, joining=lambda: dice.randint(0, 2))
+        assert run.answers == alone(kind, mixed)
+    assert any(row.reused for row in run.rows)
+
+
+def test_rows_that_leave_do_not_change_those_that_stay() -> None:
+    engine = PackedEngine(tiny_model(), lanes=4, token_budget=500, piece=32)
+    dice = random.Random(3)
+    mixed = [some_request(dice) for _ in range(8)] + long_requests(dice, 4)
+    leaving = set(dice.sample(range(len(mixed)), 5))
+
+    def leave(run: Run) -> None:
+        for number in leaving:
+            if len(run.sent[run.rows[number]]) == number % 4:
+                run.rows[number].cancelled = True
+
+    run = Run(engine, mixed, first=5, after=leave)
+    for number, (sent, wanted) in enumerate(zip(run.answers, alone("qwen3", mixed), strict=True)):
+        assert sent == wanted[: len(sent)]
+        assert number in leaving or sent == wanted
+    assert all(row.over for row in run.rows)
+
+
+def test_log_probabilities_go_with_their_tokens() -> None:
+    dice = random.Random(5)
+    asked = [some_request(dice) for _ in range(6)]
+    asked = [replace(r, sampling=replace(r.sampling, top_logprobs=2)) for r in asked]
+    run = Run(PackedEngine(tiny_model(), lanes=3, token_budget=500), asked, first=2)
+    stock = GenerateEngine(tiny_model(), token_budget=4096)
+    for row in run.rows:
+        mine = run.logprobs[row]
+        wanted = next(iter(Run(stock, [row.request]).logprobs.values()))
+        assert [noted.token for noted in mine] == [noted.token for noted in wanted] == run.sent[row]
+        assert [noted.logprob for noted in mine] == pytest.approx([noted.logprob for noted in wanted], abs=1e-4)
+
+
+def test_a_row_that_has_no_room_waits_until_it_has() -> None:
+    engine = PackedEngine(tiny_model(), lanes=8, token_budget=300)
+    asked = [request((1, 2, 3), max_tokens=200) for _ in range(3)]
+    run = Run(engine, asked)
+    assert [len(answer) for answer in run.answers] == [200, 200, 200]
+
+
+def test_a_batch_is_one_call_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    engine = PackedEngine(model, lanes=2, token_budget=500)
+    calls: list[object] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: (calls.append(k["custom_generate"]), generate(*a, **k))[1])  # type: ignore[operator]
+    Run(engine, [request((number, 2)) for number in range(5)], first=1)
+    assert len(calls) == 1
+
+
+def test_many_rows_take_fewer_passes_than_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = PackedEngine(tiny_model(), lanes=8, token_budget=2000)
+    passes: list[int] = []
+    steps = engine.runner.steps
+    monkeypatch.setattr(engine.runner, "steps", lambda seats: (passes.append(len(seats)), steps(seats)))
+    Run(engine, [request((number, 2), max_tokens=10) for number in range(8)])
+    assert passes == [8] * 9
+
+
+@pytest.mark.parametrize("prompt", [5, 32, 33, 100])
+def test_a_prompt_is_read_in_pieces_between_steps_of_other_rows(prompt: int) -> None:
+    engine = PackedEngine(tiny_model(), lanes=2, token_budget=500, piece=32)
+    order: list[str] = []
+    steps, prompts = engine.runner.steps, engine.runner.prompts
+    engine.runner.steps = lambda seats: (order.append("step"), steps(seats))  # type: ignore[assignment, method-assign, func-returns-value]
+    engine.runner.prompts = lambda work: (order.append("prompt"), prompts(work))  # type: ignore[assignment, method-assign, func-returns-value]
+    running = request((1,), max_tokens=60)
+    late = request(tuple(range(prompt)), max_tokens=1)
+    Run(engine, [running, running, late], first=2, joining=lambda: int(len(order) == 6))
+    between = "".join(name[0] for name in order).strip("s").split("p")
+    assert order.count("prompt") <= 1 + -(-prompt // 32) + 1
+    assert all(between[1:-1]), "a step of the running rows between any two pieces"
+
+
+class Broken(RuntimeError):
+    """What a test makes a pass raise."""
+
+
+@pytest.mark.parametrize(("error", "raised"), [(Broken(), Broken), (RuntimeError("not enough memory"), OutOfMemory)])
+def test_after_a_failed_batch_the_next_one_is_served(error: RuntimeError, raised: type[Exception]) -> None:
+    engine = PackedEngine(tiny_model(), lanes=2, token_budget=500)
+    asked = long_requests(random.Random(1), 3)
+    wanted = alone("qwen3", asked)
+    steps, count = engine.runner.steps, [0]
+
+    def failing(seats: Any) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise error
+        steps(seats)
+
+    engine.runner.steps = failing  # type: ignore[method-assign]
+    with pytest.raises(raised):
+        Run(engine, [replace(r, sampling=replace(r.sampling, max_tokens=9)) for r in asked])
+    assert Run(engine, asked).answers == wanted
+
+
+def test_a_beginning_is_shared_only_within_its_salt() -> None:
+    engine = PackedEngine(tiny_model(), lanes=1, token_budget=1000)
+    prompt = tuple(range(2 * BLOCK + 5))
+    asked = [replace(request(prompt), salt=salt) for salt in ("a", "b", "a")]
+    assert [row.reused for row in Run(engine, asked).rows] == [0, 0, 2 * BLOCK]
+
+
+@pytest.mark.parametrize("settings", [{"sharing": False}, {"batch_invariant": True}])
+def test_nothing_is_shared_where_that_is_off(settings: dict[str, bool]) -> None:
+    engine = PackedEngine(tiny_model(), lanes=1, token_budget=1000, **settings)  # type: ignore[arg-type]
+    asked = [request(tuple(range(2 * BLOCK + 5))) for _ in range(2)]
+    assert [row.reused for row in Run(engine, asked).rows] == [0, 0]
+
+
+def windowed() -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=16))
+    return model
+
+
+def stretched() -> PreTrainedModel:
+    model = tiny_model()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"), [(windowed, "attends to everything"), (stretched, "how long"), (tiny_model, None)]
+)
+def test_it_says_why_it_cannot_run_a_model(model: Callable[[], PreTrainedModel], reason: str | None) -> None:
+    found = unsupported(model())
+    assert (found is None) == (reason is None)
+    assert (reason or "") in (found or "")
+
+
+def test_there_must_be_room_for_a_pool() -> None:
+    with pytest.raises(ModelError, match="too few for a batch"):
+        PackedEngine(tiny_model(), lanes=1, token_budget=100)
