@@ -104,9 +104,11 @@ class DeviceRunner:
         capture = Capture(self._model, self._memory, self._slots)
         for tokens in sorted(prompts, reverse=True):
             inputs = PromptInputs(tokens, self.lanes, self._memory.device)
-            yield self._prompts.insert(0, capture.prompts(tokens, inputs))
+            self._prompts.insert(0, capture.prompts(tokens, inputs))
+            yield
         for rows in sorted(steps, reverse=True):
-            yield self._steps.insert(0, capture.step(rows))
+            self._steps.insert(0, capture.step(rows))
+            yield
 
     def rehearse(self, tokens: int) -> None:
         """A pass over so many tokens of prompts, of no row, without capture: to see what memory it takes."""

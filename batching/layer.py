@@ -55,10 +55,10 @@ class FusedLayer(nn.Module):
 
 
 def _joined(*parts: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    weight = torch.cat([part.weight.data for part in parts])
-    biases = [part.bias for part in parts if part.bias is not None]
+    weights: list[Tensor] = [part.weight for part in parts]
+    biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
     bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    return nn.Parameter(weight, requires_grad=False), bias
+    return nn.Parameter(torch.cat(weights), requires_grad=False), bias
 
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

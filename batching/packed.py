@@ -150,7 +150,7 @@ class PackedEngine:
         return DeviceRunner(self._model, self._memory(capacity), lanes)
 
     def _memory(self, capacity: int) -> Tensor:
-        """The pool's tensor, and a slot more for what belongs to no row. Zeros: what is there may be multiplied by zero."""
+        """The pool's tensor, and a slot more that belongs to no row. Zeros: what is there may be multiplied by 0."""
         config = self._model.config.get_text_config()
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

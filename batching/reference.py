@@ -30,7 +30,7 @@ def rotate_and_store(
     """See `kernels.rotate_and_store`."""
     kv_heads, _, size = k_pool.shape
     heads = qkv.view(len(qkv), -1, size)
-    q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     if norms:
         q, k = norm(q, norms[0], norms[2]), norm(k, norms[1], norms[2])
     k_pool[:, slots] = _turn(k, cos, sin).transpose(0, 1)

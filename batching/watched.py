@@ -43,6 +43,6 @@ class Watched:
             words.view(np.uint32)[forced // 32] = np.uint32(1) << np.uint32(forced % 32)
             return words
         if self._constraints:
-            words: Words = self._constraints.words()[0]
-            return words
+            mine: Words = self._constraints.words()[0]
+            return mine
         return np.full(self._words, -1, dtype=np.int32)

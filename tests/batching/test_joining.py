@@ -42,7 +42,8 @@ def test_rows_join_as_far_as_lanes_and_tokens_last(run_async: Runner) -> None:
             streams = [batcher.submit(request(3, id=str(n), max_tokens=27)) for n in range(4)]  # 30 tokens each
             engine.release()
             await log.count(Stepped, 1)
-            assert sum(event.rows for event in [*log.of(BatchStarted), *log.of(RowsJoined)]) == 3
+            taken = [event.rows for event in log.of(BatchStarted)] + [event.rows for event in log.of(RowsJoined)]
+            assert sum(taken) == 3
             streams[1].cancel()
             engine.release(60)
             answers = [await all_tokens(stream) for stream in streams if stream is not streams[1]]

@@ -109,10 +109,18 @@ class Lanes:
 
 def some_sampling(dice: random.Random) -> dict[str, Any]:
     settings: dict[str, Any] = {"seed": dice.getrandbits(64) - 2**63, "temperature": dice.choice([0.0, 0.1, 1.0, 2.0])}
-    cuts = [{}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {"top_p": 0.8, "top_k": 20}]
-    settings |= dice.choice([*cuts, {"top_p": 0.95, "top_k": 200, "min_p": 0.01}])
+    cuts: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.3},
+        {"top_p": 0.9},
+        {"top_k": 20},
+        {"min_p": 0.05},
+        {"top_p": 0.8, "top_k": 20},
+    ]
+    settings |= dice.choice([*cuts, {"top_p": 0.8, "top_k": 20}, {"top_p": 0.95, "top_k": 200, "min_p": 0.01}])
     settings |= dice.choice([{}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.4, "frequency_penalty": 0.7}])
-    return settings | dice.choice([{}, {"logit_bias": ((dice.randrange(VOCABULARY), 5.0), (3, -100.0))}])
+    biases: list[dict[str, Any]] = [{}, {"logit_bias": ((dice.randrange(VOCABULARY), 5.0), (3, -100.0))}]
+    return settings | dice.choice(biases)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -148,7 +156,7 @@ def test_what_is_ruled_out_is_not_drawn() -> None:
 
 
 def test_what_has_the_same_logit_stays_or_goes_together() -> None:
-    settings = [{"top_k": 3}, {"top_k": 3, "top_p": 0.99}, {"top_p": 0.01}]
+    settings: list[dict[str, Any]] = [{"top_k": 3}, {"top_k": 3, "top_p": 0.99}, {"top_p": 0.01}]
     lanes = Lanes([request(temperature=1.0, seed=seed, **cut) for seed in range(16) for cut in settings])
     logits = torch.zeros(48, VOCABULARY, device=DEVICE)
     logits[:, 100:108] = 5.0

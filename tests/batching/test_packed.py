@@ -15,6 +15,7 @@ from batching.generate import GenerateEngine
 from batching.packed import PackedEngine, unsupported
 from batching.pool import BLOCK
 from batching.row import Row
+from batching.seat import Seat
 from batching.types import Request
 from batching.worker import BatchSteps, News
 from tests.batching.conftest import loose_row, request
@@ -139,8 +140,13 @@ def test_a_batch_is_one_call_of_generate(monkeypatch: pytest.MonkeyPatch) -> Non
     model = tiny_model()
     engine = PackedEngine(model, lanes=2, token_budget=500)
     calls: list[object] = []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda *a, **k: (calls.append(k["custom_generate"]), generate(*a, **k))[1])  # type: ignore[operator]
+    generate: Any = model.generate
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(named["custom_generate"])
+        return generate(*arguments, **named)
+
+    monkeypatch.setattr(model, "generate", counted)
     Run(engine, [request((number, 2)) for number in range(5)], first=1)
     assert len(calls) == 1
 
@@ -149,23 +155,35 @@ def test_many_rows_take_fewer_passes_than_their_tokens(monkeypatch: pytest.Monke
     engine = PackedEngine(tiny_model(), lanes=8, token_budget=2000)
     passes: list[int] = []
     steps = engine.runner.steps
-    monkeypatch.setattr(engine.runner, "steps", lambda seats: (passes.append(len(seats)), steps(seats)))
+
+    def counted(seats: Sequence[Seat]) -> None:
+        passes.append(len(seats))
+        steps(seats)
+
+    monkeypatch.setattr(engine.runner, "steps", counted)
     Run(engine, [request((number, 2), max_tokens=10) for number in range(8)])
     assert passes == [8] * 9
 
 
 @pytest.mark.parametrize("prompt", [5, 32, 33, 100])
-def test_a_prompt_is_read_in_pieces_between_steps_of_other_rows(prompt: int) -> None:
+def test_a_prompt_is_read_in_pieces_between_steps_of_other_rows(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = PackedEngine(tiny_model(), lanes=2, token_budget=500, piece=32)
     order: list[str] = []
-    steps, prompts = engine.runner.steps, engine.runner.prompts
-    engine.runner.steps = lambda seats: (order.append("step"), steps(seats))  # type: ignore[assignment, method-assign, func-returns-value]
-    engine.runner.prompts = lambda work: (order.append("prompt"), prompts(work))  # type: ignore[assignment, method-assign, func-returns-value]
+
+    def noted(name: str, ordered: Callable[[Any], None]) -> Callable[[Any], None]:
+        def order_it(work: Any) -> None:
+            order.append(name)
+            ordered(work)
+
+        return order_it
+
+    for name in ("steps", "prompts"):
+        monkeypatch.setattr(engine.runner, name, noted(name, getattr(engine.runner, name)))
     running = request((1,), max_tokens=60)
     late = request(tuple(range(prompt)), max_tokens=1)
     Run(engine, [running, running, late], first=2, joining=lambda: int(len(order) == 6))
     between = "".join(name[0] for name in order).strip("s").split("p")
-    assert order.count("prompt") <= 1 + -(-prompt // 32) + 1
+    assert order.count("prompts") <= 1 + -(-prompt // 32) + 1
     assert all(between[1:-1]), "a step of the running rows between any two pieces"
 
 
@@ -174,7 +192,9 @@ class Broken(RuntimeError):
 
 
 @pytest.mark.parametrize(("error", "raised"), [(Broken(), Broken), (RuntimeError("not enough memory"), OutOfMemory)])
-def test_after_a_failed_batch_the_next_one_is_served(error: RuntimeError, raised: type[Exception]) -> None:
+def test_after_a_failed_batch_the_next_one_is_served(
+    error: RuntimeError, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = PackedEngine(tiny_model(), lanes=2, token_budget=500)
     asked = long_requests(random.Random(1), 3)
     wanted = alone("qwen3", asked)
@@ -186,7 +206,7 @@ def test_after_a_failed_batch_the_next_one_is_served(error: RuntimeError, raised
             raise error
         steps(seats)
 
-    engine.runner.steps = failing  # type: ignore[method-assign]
+    monkeypatch.setattr(engine.runner, "steps", failing)
     with pytest.raises(raised):
         Run(engine, [replace(r, sampling=replace(r.sampling, max_tokens=9)) for r in asked])
     assert Run(engine, asked).answers == wanted
@@ -201,7 +221,7 @@ def test_a_beginning_is_shared_only_within_its_salt() -> None:
 
 @pytest.mark.parametrize("settings", [{"sharing": False}, {"batch_invariant": True}])
 def test_nothing_is_shared_where_that_is_off(settings: dict[str, bool]) -> None:
-    engine = PackedEngine(tiny_model(), lanes=1, token_budget=1000, **settings)  # type: ignore[arg-type]
+    engine = PackedEngine(tiny_model(), lanes=1, token_budget=1000, **settings)
     asked = [request(tuple(range(2 * BLOCK + 5))) for _ in range(2)]
     assert [row.reused for row in Run(engine, asked).rows] == [0, 0]
 
