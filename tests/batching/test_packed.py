@@ -10,14 +10,17 @@ import torch
 from transformers import MistralConfig, PreTrainedModel
 
 from batching import layer
+from batching.checkpoint import locate
 from batching.errors import ModelError, OutOfMemory
 from batching.generate import GenerateEngine
+from batching.model import load
 from batching.packed import PackedEngine, unsupported
 from batching.pool import BLOCK
 from batching.row import Row
 from batching.seat import Seat
 from batching.types import Request
 from batching.worker import BatchSteps, News
+from server.settings import Settings
 from tests.batching.conftest import loose_row, request
 from tests.batching.test_generate import KINDS, some_prompt, some_request
 from tests.tiny import SHAPE, tiny_model
@@ -251,3 +254,14 @@ def test_it_says_why_it_cannot_run_a_model(model: Callable[[], PreTrainedModel],
 def test_there_must_be_room_for_a_pool() -> None:
     with pytest.raises(ModelError, match="too few for a batch"):
         PackedEngine(tiny_model(), lanes=1, token_budget=100)
+
+
+@pytest.mark.model
+def test_the_demo_models_answers_are_those_of_stock_generate() -> None:
+    folder = locate(None, "auto", Settings.model_fields["cache_dir"].default)
+    packed, stock = (load(folder, device="cpu", dtype="float32", load_format="auto") for _ in range(2))
+    dice = random.Random(11)
+    asked = [request(tuple(dice.choices(range(20, 40_000), k=dice.randint(3, 40))), max_tokens=8) for _ in range(6)]
+    run = Run(PackedEngine(packed, lanes=3, token_budget=400, piece=16), asked, first=2)
+    engine = GenerateEngine(stock, token_budget=4096)
+    assert run.answers == [Run(engine, [each]).answers[0] for each in asked]
