@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Self
 
@@ -44,6 +44,24 @@ class Stream:
     @property
     def over(self) -> bool:
         return self._finish is not None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` has anything to tell."""
+        return self._finish is not None or bool(self._tokens)
+
+    def take(self) -> Delta | None:
+        """All tokens that came since the last time; None once the row is over and all were taken.
+
+        Raises the row's error after the tokens that came before it.
+        """
+        if self._tokens:
+            delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))
+            self._tokens, self._logprobs = [], []
+            return delta
+        if self._error is not None:
+            raise self._error
+        return None
 
     def started(self, at: float, batch_size: int) -> None:
         """The row was handed to the worker in a batch of `batch_size` rows."""
@@ -107,6 +125,10 @@ class Stream:
             ),
         )
 
+    def wake_up(self, waiter: asyncio.Future[None]) -> None:
+        """Tell this one of the next news. A stream has one reader."""
+        self._waiter = waiter
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -115,16 +137,11 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._tokens and not self.over:
-            self._waiter = self._loop.create_future()
-            await self._waiter
-        if self._tokens:
-            delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))
-            self._tokens, self._logprobs = [], []
-            return delta
-        if self._error is not None:
-            raise self._error
-        raise StopAsyncIteration
+        await with_news([self])
+        delta = self.take()
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
 
     async def __aenter__(self) -> Self:
         return self
@@ -133,3 +150,13 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
+
+
+async def with_news(streams: Collection[Stream]) -> list[Stream]:
+    """Those of these that have news, as soon as one has."""
+    while not (found := [stream for stream in streams if stream.has_news]):
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for stream in streams:
+            stream.wake_up(waiter)
+        await waiter
+    return found

@@ -16,10 +16,10 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import orjson
-import psutil
+import psutil  # type: ignore[import-untyped]
 import uvicorn
 import uvloop
 from starlette.applications import Starlette
@@ -126,7 +126,7 @@ class BareAnswers:
         self._tokens = tokens
         self._at_once = at_once
         choice = {"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}
-        self._event = Completion(NAME, "chat.completion", "chatcmpl").chunk(choice)
+        self._event = Completion(NAME, "chat.completion", "chatcmpl").chunks([choice])
 
     async def answer(self, request: Request) -> Response:
         await request.body()
@@ -173,14 +173,7 @@ class Both:
         self._bare = BareAnswers(tokens, at_once=mode == "bare at once")
         self._usage = Usage()
         metrics = Metrics()
-        settings = Settings(
-            name=(NAME,),
-            batch_window_ms=10_000,
-            queue_size=streams,
-            max_output_tokens=tokens,
-            default_max_tokens=tokens,
-        ).model_copy(update={"max_batch_size": streams})  # more than an operator may ask for
-        service = Service(settings, self._loader, [metrics, log_event, self._loader.words])
+        service = Service(settings_of(streams, tokens), self._loader, [metrics, log_event, self._loader.words])
         self._service = create_app(service, metrics, lambda: None)
         routes = [
             Route("/bare", self._bare.answer, methods=["POST"]),
@@ -199,6 +192,13 @@ class Both:
         self._bare.go.set()
         self._watching = asyncio.create_task(self._usage.watch())
         return Response()
+
+
+def settings_of(streams: int, tokens: int) -> Settings:
+    """One batch of all streams: more than an operator may ask for, which is not checked in a copy."""
+    limits: dict[str, Any] = {"max_output_tokens": tokens, "default_max_tokens": 1, "queue_size": streams}
+    settings = Settings(name=(NAME,), batch_window_ms=10_000, **limits)
+    return settings.model_copy(update={"max_batch_size": streams})
 
 
 async def serve(streams: int, tokens: int, mode: Mode) -> None:
