@@ -45,11 +45,6 @@ class Stream:
     def over(self) -> bool:
         return self._finish is not None
 
-    @property
-    def has_news(self) -> bool:
-        """Whether `take` has anything to tell."""
-        return self._finish is not None or bool(self._tokens)
-
     def take(self) -> Delta | None:
         """All tokens that came since the last time; None once the row is over and all were taken.
 
@@ -70,7 +65,7 @@ class Stream:
 
     def feed(self, token: int, finish: Finish | None, at: float, logprob: TokenLogprob | None = None) -> None:
         """One token from the worker, produced at monotonic time `at`."""
-        if self.over:
+        if self._finish is not None:
             return
         if self._ttft is None:
             self._ttft = at - self.row.arrived
@@ -125,10 +120,6 @@ class Stream:
             ),
         )
 
-    def wake_up(self, waiter: asyncio.Future[None]) -> None:
-        """Tell this one of the next news. A stream has one reader."""
-        self._waiter = waiter
-
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -137,7 +128,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        await with_news([self])
+        await with_news((self,))
         delta = self.take()
         if delta is None:
             raise StopAsyncIteration
@@ -154,9 +145,9 @@ class Stream:
 
 async def with_news(streams: Collection[Stream]) -> list[Stream]:
     """Those of these that have news, as soon as one has."""
-    while not (found := [stream for stream in streams if stream.has_news]):
+    while not (found := [stream for stream in streams if stream._tokens or stream._finish is not None]):
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for stream in streams:
-            stream.wake_up(waiter)
+            stream._waiter = waiter
         await waiter
     return found

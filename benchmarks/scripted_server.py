@@ -38,6 +38,7 @@ from benchmarks.words import WORDS
 from server import sse
 from server.app import create_app
 from server.completion import Completion
+from server.garbage import spare_what_is_loaded
 from server.log import configure, log_event
 from server.metrics import Metrics
 from server.service import Service
@@ -174,7 +175,7 @@ class Both:
         self._usage = Usage()
         metrics = Metrics()
         service = Service(settings_of(streams, tokens), self._loader, [metrics, log_event, self._loader.words])
-        self._service = create_app(service, metrics, lambda: None)
+        self._service = create_app(service, metrics, spare_what_is_loaded)
         routes = [
             Route("/bare", self._bare.answer, methods=["POST"]),
             Route("/go", self._go, methods=["POST"]),

@@ -12,7 +12,6 @@ from batching.stream import Stream, with_news
 from batching.types import Delta
 from server import sse
 from server.completion import Completion
-from server.disconnect import while_connected
 from server.errors import from_batching
 
 T = TypeVar("T")
@@ -128,6 +127,6 @@ class RowsResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self.stream_response(send))
+            await super().__call__(scope, receive, send)
         finally:
             cancel(self._choices)

@@ -113,7 +113,10 @@ class Detokenizer:
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes nothing."""
-        return "".join([self._stream.step(self._tokenizer, token) or "" for token in tokens])
+        text = ""
+        for token in tokens:
+            text += self._stream.step(self._tokenizer, token) or ""
+        return text
 
 
 class StopScanner:
