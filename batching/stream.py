@@ -48,7 +48,7 @@ class Stream:
     def take(self) -> Delta | None:
         """All tokens that came since the last time; None once the row is over and all were taken.
 
-        Raises the row's error after the tokens that came before it.
+        For a stream that `with_news` has given. Raises the row's error after the tokens that came before it.
         """
         if self._tokens:
             delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))

@@ -109,11 +109,12 @@ class Reader(asyncio.Protocol):
         self.ended: asyncio.Future[None] = loop.create_future()
 
     def data_received(self, data: bytes) -> None:
-        self.events += data.count(b"data: ")  # of which none is cut: a whole event is one write
+        cut = self.end.endswith(b"\n") and data.startswith(b"\n")
+        self.events += data.count(b"\n\n") + cut
         self.end = self.end[-500:] + data
         if self.events and not self.begun.done():
             self.begun.set_result(None)
-        if data.endswith(LAST_CHUNK) and not self.ended.done():
+        if self.end.endswith(LAST_CHUNK) and not self.ended.done():
             self.ended.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
