@@ -14,7 +14,7 @@ import http.client
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from benchmarks.summary import percentile
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0
+SETTLING = 0.2
 MOST_TIMES_BARE = 3.0
 MOST_IDLE_BYTES = 300e6
 LEAST_ROWS = 64
@@ -107,6 +108,7 @@ class Reader(asyncio.Protocol):
         self.end = b""
         self.begun: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[None] = loop.create_future()
 
     def data_received(self, data: bytes) -> None:
         cut = self.end.endswith(b"\n") and data.startswith(b"\n")
@@ -118,6 +120,7 @@ class Reader(asyncio.Protocol):
             self.ended.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set_result(None)
         for waited in (self.begun, self.ended):
             if not waited.done():
                 waited.set_exception(ConnectionError("the server closed the connection in mid-answer"))
@@ -137,16 +140,24 @@ def request_of(mode: Mode, tokens: int) -> bytes:
     return b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(body)) + body
 
 
-async def opened(port: int, streams: int, request: bytes) -> list[Reader]:
-    """So many answers, each with its first event here."""
-    readers = []
+@contextlib.asynccontextmanager
+async def opened(port: int, streams: int, request: bytes) -> AsyncIterator[list[Reader]]:
+    """So many answers, each with its first event here; closed at the end."""
+    readers: list[Reader] = []
+    transports: list[asyncio.Transport] = []
     loop = asyncio.get_running_loop()
-    for _ in range(streams):
-        transport, reader = await loop.create_connection(Reader, "127.0.0.1", port)
-        transport.write(request)
-        readers.append(reader)
-    await asyncio.gather(*(reader.begun for reader in readers))
-    return readers
+    try:
+        for _ in range(streams):
+            transport, reader = await loop.create_connection(Reader, "127.0.0.1", port)
+            transports.append(transport)
+            readers.append(reader)
+            transport.write(request)
+        await asyncio.gather(*(reader.begun for reader in readers))
+        yield readers
+    finally:
+        for transport in transports:
+            transport.close()
+        await asyncio.gather(*(reader.closed for reader in readers))
 
 
 def check(reader: Reader, mode: Mode, tokens: int) -> None:
@@ -162,15 +173,15 @@ def check(reader: Reader, mode: Mode, tokens: int) -> None:
 async def measure(port: int, mode: Mode, streams: int, tokens: int) -> Measured:
     """Open the streams, let them go, and wait for their ends."""
     empty = await asyncio.to_thread(ask, port, "GET", "/usage")
-    readers = await opened(port, streams, request_of(mode, tokens))
-    await asyncio.sleep(0.2)
-    idle = await asyncio.to_thread(ask, port, "GET", "/usage")
-    before = sum(reader.events for reader in readers)
-    started = time.perf_counter()
-    await asyncio.to_thread(ask, port, "POST", "/go")
-    await asyncio.gather(*(reader.ended for reader in readers))
-    seconds = time.perf_counter() - started
-    done = await asyncio.to_thread(ask, port, "GET", "/usage")
+    async with opened(port, streams, request_of(mode, tokens)) as readers:
+        await asyncio.sleep(SETTLING)
+        idle = await asyncio.to_thread(ask, port, "GET", "/usage")
+        before = sum(reader.events for reader in readers)
+        started = time.perf_counter()
+        await asyncio.to_thread(ask, port, "POST", "/go")
+        await asyncio.gather(*(reader.ended for reader in readers))
+        seconds = time.perf_counter() - started
+        done = await asyncio.to_thread(ask, port, "GET", "/usage")
     for reader in readers:
         check(reader, mode, tokens)
     return Measured(
