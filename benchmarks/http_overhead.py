@@ -232,7 +232,9 @@ def compare(streams: int, tokens: int, repeats: int) -> list[Measured]:
         passes.append([])
         for mode in MODES:
             with server(mode, streams, tokens) as port:
-                passes[-1].append(uvloop.run(measure(port, mode, streams, tokens)))
+                measured = uvloop.run(measure(port, mode, streams, tokens))
+            passes[-1].append(measured)
+            print(f"{streams} streams, {mode}: {measured.cpu_per_token * 1e6:.1f} µs a token", file=sys.stderr)
     return [min(same, key=lambda one: one.cpu) for same in zip(*passes, strict=True)]
 
 
