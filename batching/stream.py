@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Self
 
@@ -45,6 +45,19 @@ class Stream:
     def over(self) -> bool:
         return self._finish is not None
 
+    def take(self) -> Delta | None:
+        """All tokens that came since the last time; None once the row is over and all were taken.
+
+        For a stream that `with_news` has given. Raises the row's error after the tokens that came before it.
+        """
+        if self._tokens:
+            delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))
+            self._tokens, self._logprobs = [], []
+            return delta
+        if self._error is not None:
+            raise self._error
+        return None
+
     def started(self, at: float, batch_size: int) -> None:
         """The row was handed to the worker, which runs `batch_size` rows with it."""
         self._queue_wait = at - self.row.arrived
@@ -52,7 +65,7 @@ class Stream:
 
     def feed(self, token: int, finish: Finish | None, at: float, logprob: TokenLogprob | None = None) -> None:
         """One token from the worker, produced at monotonic time `at`."""
-        if self.over:
+        if self._finish is not None:
             return
         if self._ttft is None:
             self._ttft = at - self.row.arrived
@@ -116,16 +129,11 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._tokens and not self.over:
-            self._waiter = self._loop.create_future()
-            await self._waiter
-        if self._tokens:
-            delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))
-            self._tokens, self._logprobs = [], []
-            return delta
-        if self._error is not None:
-            raise self._error
-        raise StopAsyncIteration
+        await with_news((self,))
+        delta = self.take()
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
 
     async def __aenter__(self) -> Self:
         return self
@@ -134,3 +142,13 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
+
+
+async def with_news(streams: Collection[Stream]) -> list[Stream]:
+    """Those of these that have news, as soon as one has."""
+    while not (found := [stream for stream in streams if stream._tokens or stream._finish is not None]):
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for stream in streams:
+            stream._waiter = waiter
+        await waiter
+    return found

@@ -12,6 +12,7 @@ import uvloop
 from rich.console import Console
 
 from server.app import create_app
+from server.garbage import spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
@@ -99,6 +100,7 @@ async def serve(settings: Settings) -> int:
     service = Service(settings, ModelLoader(settings), [metrics, log_event])
 
     def when_ready() -> None:
+        spare_what_is_loaded()
         metrics.model(service.info, settings.served_names[0], VERSION)
         announce(service, listener.getsockname()[1])
 

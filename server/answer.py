@@ -1,42 +1,29 @@
-"""The text of one row's answer, piece by piece: what streamed and plain responses both read."""
-
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+"""The text of one row's answer as it comes: what streamed and plain responses both read."""
 
 from batching.stream import Stream
-from batching.types import Delta, Finish, TokenLogprob
+from batching.types import Delta, Finish
 from server.text import Detokenizer, StopScanner
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some text, possibly none, and on the last piece why the answer is over: "stop" or "length".
+class AnswerReader:
+    """Makes text of a stream's tokens. A stop string ends the answer and its row."""
 
-    `logprobs` has an entry for each token of this piece, if the request asked for them.
-    """
+    def __init__(self, stream: Stream, detokenizer: Detokenizer, scanner: StopScanner) -> None:
+        self._stream = stream
+        self._detokenizer = detokenizer
+        self._scanner = scanner
 
-    text: str
-    finish: str | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-async def pieces(stream: Stream, detokenizer: Detokenizer, scanner: StopScanner) -> AsyncIterator[Piece]:
-    """Pieces as soon as they are known; the last one has `finish`. Raises what the stream raises.
-
-    A stop string ends the answer and its row.
-    """
-    async for delta in stream:
-        text, stopped = scanner.push(detokenizer.push(_visible(delta)))
+    def push(self, arrived: Delta) -> tuple[str, str | None]:
+        """The text that these tokens complete, possibly none, and why the answer is over if it is."""
+        text, stopped = self._scanner.push(self._detokenizer.push(_visible(arrived)))
         if stopped:
-            stream.stop()
-            yield Piece(text, Finish.STOP, delta.logprobs)
-            return
-        if delta.finish is not None:
-            yield Piece(text + scanner.flush(), delta.finish, delta.logprobs)
-        elif text or delta.logprobs:
-            yield Piece(text, None, delta.logprobs)
+            self._stream.stop()
+            return text, Finish.STOP
+        if arrived.finish is not None:
+            text += self._scanner.flush()
+        return text, arrived.finish
 
 
-def _visible(delta: Delta) -> tuple[int, ...]:
+def _visible(arrived: Delta) -> tuple[int, ...]:
     """The tokens without the stop token, which is not part of the answer even where it has a text."""
-    return delta.tokens[:-1] if delta.finish is Finish.STOP else delta.tokens
+    return arrived.tokens[:-1] if arrived.finish is Finish.STOP else arrived.tokens

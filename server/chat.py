@@ -1,7 +1,6 @@
 """`POST /v1/chat/completions`: the one path from a request's bytes to its answer, streamed or not."""
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +9,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.stream import Stream
-from batching.types import Finish, Forced, Request, TokenLogprob
-from server.answer import Piece, pieces
+from batching.types import Delta, Finish, Forced, Request, TokenLogprob
+from server.answer import AnswerReader
 from server.body import read_body
 from server.caller import Caller
 from server.completion import Completion
@@ -131,43 +130,49 @@ class ChatChoice:
         self._reader = reader
         self._one_call = chat.parallel_tool_calls is False
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
-        self._pieces = pieces(stream, text.detokenizer(), scanner)
+        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
+        self._role: dict[str, Any] = {"role": "assistant", "content": ""}
 
-    async def _events(self) -> AsyncIterator[tuple[list[Event], Piece]]:
-        """Each piece and the events that it completes. Where only one call is allowed the answer ends with it."""
-        async for piece in self._pieces:
-            events = self._reader.push(piece.text) + (self._reader.flush() if piece.finish else [])
+    def read(self, arrived: Delta) -> tuple[list[Event], str | None]:
+        """The events that these tokens complete, and why the answer is over if it is.
+
+        Where only one call is allowed the answer ends with it.
+        """
+        text, finish = self._answer.push(arrived)
+        events = self._reader.push(text)
+        if finish:
+            events += self._reader.flush()
+        if self._one_call:
             end = next((n for n, event in enumerate(events, 1) if isinstance(event, CallEnded)), None)
-            if self._one_call and end is not None:
+            if end is not None:
                 self.stream.stop()
-                yield events[:end], replace(piece, finish=Finish.STOP)
-                return
-            yield events, piece
+                return events[:end], Finish.STOP
+        return events, finish
 
     async def whole(self) -> dict[str, Any]:
         found: list[Event] = []
         logprobs: list[TokenLogprob] = []
         finish = None
-        async for events, piece in self._events():
+        async for arrived in self.stream:
+            events, finish = self.read(arrived)
             found += events
-            logprobs += piece.logprobs
-            finish = piece.finish
+            logprobs += arrived.logprobs
         message = {"refusal": None} | fold(found)
         return self._choice("message", message, chat_logprobs(self._text, logprobs), self._reader.finish(finish))
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        role: dict[str, Any] = {"role": "assistant", "content": ""}
-        finish = None
-        async for events, piece in self._events():
-            finish = piece.finish
-            deltas = [news for event in events if (news := delta(event)) is not None]
-            logprobs = chat_logprobs(self._text, piece.logprobs)
-            for news in deltas or ([{"content": ""}] if logprobs else []):
-                yield self._choice("delta", role | news, logprobs, None)
-                role, logprobs = {}, None
-        if role:
-            yield self._choice("delta", role, None, None)
-        yield self._choice("delta", {}, None, self._reader.finish(finish))
+    def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
+        events, finish = self.read(arrived)
+        logprobs = chat_logprobs(self._text, arrived.logprobs)
+        deltas = [news for event in events if (news := delta(event)) is not None]
+        if not deltas and (logprobs or (finish and self._role)):
+            deltas = [{"content": ""}]
+        chunks = []
+        for news in deltas:
+            chunks.append(self._choice("delta", self._role | news, logprobs, None))
+            self._role, logprobs = {}, None
+        if finish:
+            chunks.append(self._choice("delta", {}, None, self._reader.finish(finish)))
+        return chunks
 
     def _choice(self, kind: str, said: Any, logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {"index": self._index, kind: said, "logprobs": logprobs, "finish_reason": finish}

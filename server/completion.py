@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -30,9 +30,9 @@ class Completion:
         """A plain answer."""
         return self._envelope(self._kind, choices=choices, usage=usage)
 
-    def chunk(self, choice: Mapping[str, Any]) -> bytes:
-        """One event with news of one choice."""
-        return self._chunk_start + orjson.dumps(choice) + b"]}\n\n"
+    def chunks(self, news: Iterable[Mapping[str, Any]]) -> bytes:
+        """An event for each of these news of one choice."""
+        return b"".join([self._chunk_start + orjson.dumps(choice) + b"]}\n\n" for choice in news])
 
     def usage_chunk(self, usage: Mapping[str, int]) -> bytes:
         """The one trailing event with counts. It has no choice: clients sum the usage of chunks that have one."""

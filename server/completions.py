@@ -1,6 +1,6 @@
 """`POST /v1/completions`: prompts as they are, text or token ids, each with as many answers as asked for."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.stream import Stream
-from batching.types import Request, TokenLogprob
-from server.answer import pieces
+from batching.types import Delta, Request, TokenLogprob
+from server.answer import AnswerReader
 from server.body import read_body
 from server.caller import Caller
 from server.completion import Completion
@@ -84,19 +84,24 @@ class TextChoice:
         self._echo = text.decode(stream.row.request.prompt) if asked.echo else ""
         self._logprobs = CompletionLogprobs(text, len(self._echo))
         scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
-        self._pieces = pieces(stream, text.detokenizer(), scanner)
+        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
 
     async def whole(self) -> dict[str, Any]:
-        found = [piece async for piece in self._pieces]
-        logprobs = [entry for piece in found for entry in piece.logprobs]
-        said = self._echo + "".join(piece.text for piece in found)
-        return self._choice(said, logprobs, found[-1].finish)
+        said, finish = self._echo, None
+        logprobs: list[TokenLogprob] = []
+        async for arrived in self.stream:
+            text, finish = self._answer.push(arrived)
+            said += text
+            logprobs += arrived.logprobs
+        return self._choice(said, logprobs, finish)
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        if self._echo:
-            yield self._choice(self._echo, (), None)
-        async for piece in self._pieces:
-            yield self._choice(piece.text, piece.logprobs, piece.finish)
+    def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
+        echo, self._echo = self._echo, ""
+        text, finish = self._answer.push(arrived)
+        chunks = [self._choice(echo, (), None)] if echo else []
+        if text or arrived.logprobs or finish:
+            chunks.append(self._choice(text, arrived.logprobs, finish))
+        return chunks
 
     def _choice(self, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> dict[str, Any]:
         shown = self._logprobs.push(logprobs)

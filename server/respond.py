@@ -1,6 +1,5 @@
 """From the choices of an answer to its HTTP response, plain or streamed, whatever the endpoint."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Protocol, TypeVar
@@ -9,7 +8,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from batching.errors import BatchingError
-from batching.stream import Stream
+from batching.stream import Stream, with_news
+from batching.types import Delta
 from server import sse
 from server.completion import Completion
 from server.errors import from_batching
@@ -26,8 +26,8 @@ class Choice(Protocol):
         """The choice of a plain answer. Raises what the stream raises."""
         ...
 
-    def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The choice's news as they come; the last one has its finish reason. Raises what the stream raises."""
+    def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
+        """The choice's news that these tokens complete, often one, sometimes none; the last has its finish reason."""
         ...
 
 
@@ -46,19 +46,19 @@ async def plain(completion: Completion, choices: Sequence[Choice]) -> Response:
 
 async def streamed(completion: Completion, choices: Sequence[Choice], *, include_usage: bool) -> Response:
     """The answer as server-sent events."""
-    chunks = merged([choice.chunks() for choice in choices])
-    first = await begun(choices, chunks)
-    return RowsResponse(choices, events(completion, choices, first, chunks, include_usage))
+    news = news_of(choices)
+    first = await begun(choices, news)
+    return RowsResponse(choices, frames(completion, choices, first, news, include_usage))
 
 
-async def begun(choices: Sequence[Choice], chunks: AsyncIterator[T]) -> T:
-    """The first chunk. Raises `ApiError`.
+async def begun(choices: Sequence[Choice], news: AsyncIterator[T]) -> T:
+    """The first news. Raises `ApiError`.
 
     It is waited for before the status line is sent, so that all that can go wrong in the queue still has a status of
     its own.
     """
     try:
-        return await anext(chunks)
+        return await anext(news)
     except BaseException as error:
         cancel(choices)
         if isinstance(error, BatchingError):
@@ -66,53 +66,44 @@ async def begun(choices: Sequence[Choice], chunks: AsyncIterator[T]) -> T:
         raise
 
 
-async def events(
+async def news_of(choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
+    """The news of all choices as they come; those that came together are one list."""
+    going = {choice.stream: choice for choice in choices}
+    while going:
+        news = []
+        for stream in await with_news(going):
+            arrived = stream.take()
+            if arrived is None:
+                del going[stream]
+            else:
+                news += going[stream].chunks(arrived)
+        if news:
+            yield news
+
+
+async def frames(
     completion: Completion,
     choices: Sequence[Choice],
-    first: Mapping[str, Any],
-    rest: AsyncIterator[Mapping[str, Any]],
+    first: Sequence[Mapping[str, Any]],
+    rest: AsyncIterator[Sequence[Mapping[str, Any]]],
     include_usage: bool,
 ) -> AsyncIterator[bytes]:
-    """The frames of a streamed answer. An error after the first chunk becomes a last frame, without `[DONE]`."""
-    yield completion.chunk(first)
+    """The frames of a streamed answer, those that came together in one write.
+
+    An error after the first becomes a last frame, without `[DONE]`.
+    """
+    yield completion.chunks(first)
     try:
-        async for choice in rest:
-            yield completion.chunk(choice)
+        async for news in rest:
+            yield completion.chunks(news)
     except BatchingError as error:
         cancel(choices)
         yield sse.event(from_batching(error).body())
         return
     if include_usage:
-        yield completion.usage_chunk(usage(choices))
-    yield sse.DONE
-
-
-async def merged(sources: Sequence[AsyncIterator[T]]) -> AsyncIterator[T]:
-    """The items of several iterators as they come."""
-    if len(sources) == 1:
-        async for item in sources[0]:
-            yield item
-        return
-    waiting = {asyncio.ensure_future(_next(source)): source for source in sources}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                source = waiting.pop(task)
-                for item in task.result():
-                    yield item
-                    waiting[asyncio.ensure_future(_next(source))] = source
-    finally:
-        for task in waiting:
-            task.cancel()
-
-
-async def _next(source: AsyncIterator[T]) -> tuple[T, ...]:
-    """The next item; none at the end. A task may not raise StopAsyncIteration."""
-    try:
-        return (await anext(source),)
-    except StopAsyncIteration:
-        return ()
+        yield completion.usage_chunk(usage(choices)) + sse.DONE
+    else:
+        yield sse.DONE
 
 
 def cancel(choices: Iterable[Choice]) -> None:

@@ -196,7 +196,7 @@ def frame(event: Json) -> bytes:
 
 
 class ResponseChoice(ChatChoice):
-    """`Choice` of a response. Its chunks are typed events, and a plain answer is the response in the last of them.
+    """`Choice` of a response. Its news are typed events, and a plain answer is the response in the last of them.
 
     `head` is all of the response that is known from the start.
     """
@@ -210,40 +210,37 @@ class ResponseChoice(ChatChoice):
 
     async def whole(self) -> Json:
         response: Json = {}
-        async for event in self._news():
-            response = event.get("response", response)
+        async for news in self.news():
+            response = news[-1].get("response", response)
         return response
 
-    async def chunks(self) -> AsyncIterator[Json]:
-        async for event in self._news():
-            yield self._numbered(event)
+    async def frames(self, first: list[Json], rest: AsyncIterator[list[Json]]) -> AsyncIterator[bytes]:
+        """The frames of a streamed answer, those that came together in one write.
 
-    async def frames(self, first: Json, rest: AsyncIterator[Json]) -> AsyncIterator[bytes]:
-        """The frames of a streamed answer. An error after the first chunk becomes a last event, `response.failed`."""
-        yield frame(first)
+        An error after the first becomes a last event, `response.failed`.
+        """
+        yield self._frames(first)
         try:
-            async for event in rest:
-                yield frame(event)
+            async for news in rest:
+                yield self._frames(news)
         except BatchingError as error:
             self.stream.cancel()
             told = from_batching(error)
             self._output.end(cut=True)
             failed = self._as_event("failed", "failed", error={"code": told.type, "message": told.message})
-            yield frame(self._numbered(failed))
+            yield self._frames([failed])
 
-    async def _news(self) -> AsyncIterator[Json]:
-        finish, begun = None, False
-        async for events, piece in self._events():
-            if not begun:
-                yield self._as_event("created", "in_progress")
-                yield self._as_event("in_progress", "in_progress")
-            begun, finish = True, piece.finish
-            for event in events:
-                for told in self._output.push(event):
-                    yield told
-        for told in self._output.end(cut=finish == Finish.LENGTH):
-            yield told
-        yield await self._ended(finish)
+    async def news(self) -> AsyncIterator[list[Json]]:
+        """The events of each step that has some."""
+        finish = None
+        opening = [self._as_event(kind, "in_progress") for kind in ("created", "in_progress")]
+        async for arrived in self.stream:
+            events, finish = self.read(arrived)
+            news = opening + [told for event in events for told in self._output.push(event)]
+            opening = []
+            if news:
+                yield news
+        yield [*self._output.end(cut=finish == Finish.LENGTH), await self._ended(finish)]
 
     async def _ended(self, finish: str | None) -> Json:
         fields: Json = {"usage": await self._usage()}
@@ -273,5 +270,5 @@ class ResponseChoice(ChatChoice):
         response = self._head | {"status": status, "output": self._output.json()} | fields
         return {"type": f"response.{kind}", "response": response}
 
-    def _numbered(self, event: Json) -> Json:
-        return event | {"sequence_number": next(self._numbers)}
+    def _frames(self, events: list[Json]) -> bytes:
+        return b"".join(frame(event | {"sequence_number": next(self._numbers)}) for event in events)

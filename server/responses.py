@@ -66,9 +66,9 @@ async def plain(choice: ResponseChoice) -> Response:
 
 async def streamed(choice: ResponseChoice) -> Response:
     """The answer as server-sent events."""
-    chunks = choice.chunks()
-    first = await begun([choice], chunks)
-    return RowsResponse([choice], choice.frames(first, chunks))
+    news = choice.news()
+    first = await begun([choice], news)
+    return RowsResponse([choice], choice.frames(first, news))
 
 
 FIXED: Json = dict.fromkeys(["error", "incomplete_details", "completed_at", "usage"]) | {

@@ -115,7 +115,10 @@ class Detokenizer:
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes nothing."""
-        return "".join(self._stream.step(self._tokenizer, token) or "" for token in tokens)
+        text = ""
+        for token in tokens:
+            text += self._stream.step(self._tokenizer, token) or ""
+        return text
 
 
 class StopScanner:
@@ -129,6 +132,8 @@ class StopScanner:
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that is safe to send, and whether a stop string was found: it ends before that one, or if `inclusive`
         with it."""
+        if not self._stops:
+            return piece, False
         text = self._held + piece
         # The one that is complete first, so that nothing depends on how the text was cut into pieces.
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]

@@ -30,7 +30,7 @@ from batching.events import (
 )
 from batching.queue import QueueLimits
 from batching.row import Row
-from batching.stream import Stream
+from batching.stream import Stream, with_news
 from batching.types import Delta, Finish
 from tests.batching.conftest import PATIENCE, Runner, all_tokens, request, skip
 from tests.fakes import INFO, ScriptedEngine
@@ -291,6 +291,50 @@ def test_a_slow_reader_gets_several_tokens_at_once(run_async: Runner) -> None:
             engine.release(2)
             await log.count(Stepped, 5)
             assert await anext(stream) == Delta((4, 5), Finish.LENGTH)
+
+    run_async(main)
+
+
+def test_one_wait_for_several_streams_gives_those_that_have_news(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True)
+        async with serving(engine, rows=3, window=NEVER) as (batcher, log):
+            lengths = {"short": 1, "long": 3, "gone": 3}
+            streams = [batcher.submit(request(id=id, max_tokens=length)) for id, length in lengths.items()]
+            short, long, gone = streams
+            waiting = asyncio.ensure_future(with_news(streams))
+            await asyncio.sleep(0)
+            gone.cancel()
+            assert await waiting == [gone]
+            assert gone.take() is None
+            engine.release(1)
+            assert await with_news([short, long]) == [short, long]
+            assert (short.take(), long.take()) == (Delta((1,), Finish.LENGTH), Delta((1,)))
+            assert await with_news([short, long]) == [short]  # that it is over
+            assert short.take() is None
+            engine.release(1)
+            assert await with_news([long]) == [long]
+            engine.release(1)
+            await log.count(Stepped, 3)
+            assert long.take() == Delta((2, 3), Finish.LENGTH)
+
+    run_async(main)
+
+
+def test_what_came_before_an_error_is_taken_before_it_is_raised(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True)
+        async with serving(engine) as (batcher, log):
+            stream = batcher.submit(request(time_limit=30.0))
+            engine.release(1)
+            await log.count(Stepped, 1)
+            skip(31.0)
+            await log.count(RowEnded, 1)
+            assert await with_news([stream]) == [stream]
+            assert stream.take() == Delta((1,))
+            with pytest.raises(DeadlineExceeded):
+                stream.take()
+            engine.release(1)
 
     run_async(main)
 

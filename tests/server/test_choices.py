@@ -202,6 +202,26 @@ def test_a_client_that_leaves_cancels_all_of_its_choices(stream: bool, queued: b
         assert service.sample("microbatch_queue_depth") == service.sample("microbatch_running_rows") == 0
 
 
+def test_what_a_step_says_of_all_choices_is_one_write() -> None:
+    with live(scripted("ab", stepped=True)) as service, service.connect() as bare:
+        body = {"messages": QUESTION, "n": 3, "stream": True, "stream_options": {"include_usage": True}}
+        bare.sendall(raw_request(orjson.dumps(body)))
+        reader = bare.makefile("rb")
+        service.engine.release()
+        while reader.readline() != b"\r\n":
+            pass
+        writes = []
+        for _ in range(4):
+            writes.append(reader.read(int(reader.readline(), 16)))
+            assert reader.readline() == b"\r\n"
+            service.engine.release()
+    events = [write.count(b"data: ") for write in writes]
+    assert events == [3, 3, 3, 2]  # "a" of each, "b" of each, why each is over, counts and the end
+    assert writes[0].count(b'"content":"a"') == 3
+    assert writes[2].count(b'"finish_reason":"stop"') == 3
+    assert writes[3].endswith(b"data: [DONE]\n\n")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_that_fail_together_are_one_error(
     stream: bool, caplog: pytest.LogCaptureFixture, pool: ThreadPoolExecutor
