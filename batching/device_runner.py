@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from batching.attention import Piece
 from batching.engine import NO_LOGPROBS
-from batching.graphs import QUERIES, Capture, Captured, PromptInputs, smallest
+from batching.graphs import QUERIES, Capture, Captured, Outputs, PromptInputs, smallest
 from batching.seat import Seat
 from batching.slots import Slots
 from batching.types import TokenLogprob
@@ -97,7 +97,7 @@ class DeviceRunner:
         self._watched: dict[Seat, Watched] = {}
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._landings = cycle([Landing(lanes) for _ in range(IN_FLIGHT)])
-        self._pass: Captured
+        self._pass: Outputs
 
     def capture(self, prompts: Sequence[int], steps: Sequence[int]) -> Iterator[None]:
         """Capture passes over so many tokens and steps of so many rows, one whenever the next is asked for."""
@@ -152,17 +152,17 @@ class DeviceRunner:
         fill(filled, work, spare=self._memory.shape[3] - 1, no_lane=self.lanes)
         inputs.all.copy_(filled.all.pin_memory(), non_blocking=True)
         prompts.forward.replay()
-        self._pass = prompts
+        self._pass = prompts.out
 
     def steps(self, seats: Sequence[Seat]) -> None:
         """See `Runner`."""
         step = smallest(self._steps, len(seats))
         lanes = [seat.lane for seat in seats] + [self.lanes] * (step.size - len(seats))
         if self._in_step.get(step.size) != lanes:
-            step.lanes.copy_(torch.tensor(lanes, dtype=torch.int32).pin_memory(), non_blocking=True)
+            step.out.lanes.copy_(torch.tensor(lanes, dtype=torch.int32).pin_memory(), non_blocking=True)
             self._in_step[step.size] = lanes
         step.forward.replay()
-        self._pass = step
+        self._pass = step.out
 
     def waits(self, seats: Sequence[Seat]) -> bool:
         """See `Runner`."""
@@ -175,13 +175,13 @@ class DeviceRunner:
 
     def choose(self, seats: Sequence[Seat]) -> Pending:
         """See `Runner`."""
-        captured = self._pass
+        out = self._pass
         self._rule_out(seats)
-        captured.choose.replay()
-        tokens = captured.tokens[: len(seats)]
+        out.choose.replay()
+        tokens = out.tokens[: len(seats)]
         landing = next(self._landings)
         landing.take(tokens)
-        noted = self._note(seats, captured.logits, tokens) if self._asking else None
+        noted = self._note(seats, out.logits, tokens) if self._asking else None
         landing.mark()
         return Pending(seats, landing, noted)
 

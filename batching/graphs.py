@@ -8,7 +8,6 @@ would each have to get the interpreter back from the event loop first.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,18 +22,22 @@ Graph = torch.cuda.CUDAGraph
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
-    """`logits` and `tokens` are what comes out: of the row in each lane of `lanes` [rows, int32], in their order.
+class Outputs:
+    """What a pass leaves: `logits` of the row in each of `lanes` [rows, int32], and the `tokens` chosen of them."""
 
-    The graphs know addresses alone: `held` is all else that they read or write.
-    """
-
-    size: int
     lanes: Tensor
     logits: Tensor
     tokens: Tensor
-    forward: Graph
     choose: Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A pass of a size. Graphs know addresses alone: `held` is all that `forward` reads beside the model and `out`."""
+
+    size: int
+    out: Outputs
+    forward: Graph
     held: object
 
 
@@ -75,25 +78,27 @@ class Capture:
         self._memory = memory
         self._slots = slots
         self._shared = torch.cuda.graph_pool_handle()
+        self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: cuBLAS keeps memory for each
         self._no_lane = len(slots.ints) - 1
+        self._of_prompts = self._outputs(self._no_lane)
 
     def step(self, rows: int) -> Captured:
         """A step of so many rows."""
-        lanes = torch.full((rows,), self._no_lane, dtype=torch.int32, device=self._memory.device)
-        attend = self._decode_attention(rows)
-        return self._captured(rows, lanes, lambda: self._step(lanes, attend), attend)
+        out, attend = self._outputs(rows), self._decode_attention(rows)
+        forward = self._graph(lambda: out.logits.copy_(self._step(out.lanes, attend)))
+        return Captured(rows, out, forward, attend)
 
     def prompts(self, tokens: int, inputs: PromptInputs) -> Captured:
         """A pass over so many tokens of prompts."""
         inputs.slots.fill_(self._memory.shape[3] - 1)
         inputs.lanes.fill_(self._no_lane)
-        lanes = torch.empty(len(inputs.lanes), dtype=torch.int32, device=self._memory.device)
+        out = self._of_prompts
 
-        def forward() -> Tensor:
-            lanes.copy_(inputs.lanes)
-            return self.prompt_pass(inputs)
+        def run() -> None:
+            out.lanes.copy_(inputs.lanes)
+            out.logits.copy_(self.prompt_pass(inputs))
 
-        return self._captured(tokens, lanes, forward, inputs)
+        return Captured(tokens, out, self._graph(run), inputs)
 
     def prompt_pass(self, inputs: PromptInputs) -> Tensor:
         """Logits [lanes, vocabulary] of the `last` tokens. Tokens beyond the end of `bounds` come to nothing."""
@@ -127,27 +132,25 @@ class Capture:
         ).logits
         return logits[0]
 
-    def _captured(self, size: int, lanes: Tensor, run: Callable[[], Tensor], held: object) -> Captured:
-        slots = self._slots
-        tokens = torch.zeros(len(lanes), dtype=torch.int64, device=lanes.device)
-        logits, forward = self._graph(run)
+    def _outputs(self, rows: int) -> Outputs:
+        slots, device = self._slots, self._memory.device
+        lanes = torch.full((rows,), self._no_lane, dtype=torch.int32, device=device)
+        logits = torch.zeros(rows, slots.counts.shape[1], dtype=self._memory.dtype, device=device)
+        tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         state = slots.ints, slots.floats, slots.counts, slots.bias, slots.allowed
-        _, choose = self._graph(lambda: draw.draw(logits, lanes, *state, tokens))
-        return Captured(size, lanes, logits, tokens, forward, choose, held)
+        choose = self._graph(lambda: draw.draw(logits, lanes, *state, tokens))
+        return Outputs(lanes, logits, tokens, choose)
 
-    def _graph(self, run: Callable[[], "T"]) -> tuple["T", Graph]:
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def _graph(self, run: Callable[[], object]) -> Graph:
+        beside = self._beside
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             run()  # what is loaded or compiled at first use must not be captured
         torch.cuda.current_stream().wait_stream(beside)
         graph = Graph()
         with torch.cuda.graph(graph, pool=self._shared, stream=beside):
-            result = run()
-        return result, graph
-
-
-T = TypeVar("T")
+            run()
+        return graph
 
 
 def smallest(passes: Sequence[Captured], size: int) -> Captured:

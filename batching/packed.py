@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 BURST = 8192
 """Prompt tokens in one pass while no row is running: as many as keep the matrix units busy."""
 
-CAPTURE_BYTES = 512 * 2**20
+CAPTURE_BYTES = 768 * 2**20
 """What captured steps and what torch loads for them take on a GPU, beside the passes' own memory."""
 
 
