@@ -220,3 +220,18 @@ def test_a_wrong_flag_is_one_line_and_status_2() -> None:
         assert service.wait() == 2
     assert len(service.lines) == 1
     assert "--nope" in service.lines[0]
+
+
+def test_the_packed_engine_answers_the_same_and_lets_requests_join(service: Process, pool: ThreadPoolExecutor) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "blue"]}}}
+    seeded = [mixed(n) for n in range(9) if n % 4 != 3]
+    asked = [*seeded, mixed(0) | {"response_format": schema, "max_tokens": 12}]
+    with process(*SMALL, "--engine", "packed", "--max-batch-size", "8") as packed:
+        packed.wait_ready()
+        together = [pool.submit(packed.chat, **fields) for fields in asked]
+        texts = [content(answer.result()) for answer in together]
+        assert packed.sample("microbatch_joined_requests_total") > 0
+        packed.terminate()
+        assert packed.wait() == 0
+    assert texts[-1] in ('"red"', '"blue"')
+    assert texts == [content(service.chat(**fields)) for fields in asked]
