@@ -1,6 +1,7 @@
 # make run      install what is missing, then serve a small model on http://127.0.0.1:21010
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local     serve a model's folder under a name
 # make test     install what is missing, then run every test
+# make browser  install what the tests of the page need: Chromium and axe-core (Debian, as root)
 # make check    lint, types and tests
 # make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32)
 # make clean    remove .venv and caches
@@ -16,9 +17,10 @@ CONCURRENCY ?= 1,8,32
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+AXE := .browser/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench clean
+.PHONY: help install run test browser check bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -49,8 +51,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
+# Tests of the page are skipped without these, and fail where CI=true.
+browser:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update -qq \
+		&& apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
+	@test -f $(AXE) || npm install --silent --no-audit --no-fund --prefix .browser axe-core@4.10
+
 bench: install
 	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) $(ARGS)
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .browser .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

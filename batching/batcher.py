@@ -24,6 +24,7 @@ from batching.events import (
     Rejected,
     RowEnded,
     RowsJoined,
+    RowStarted,
     State,
     StateChanged,
     Stepped,
@@ -181,6 +182,8 @@ class Batcher:
             row.stream.started(now, len(self._running))
         self._queue_changed()
         self._observe(self._joined(rows, now) if joining else self._started(rows, now, opened))
+        for row in rows:
+            self._observe(RowStarted(row.request.id, now, now - row.arrived, len(self._running)))
         return rows
 
     def _started(self, rows: Sequence[Row], now: float, opened: float) -> BatchStarted:

@@ -73,6 +73,16 @@ class RowsJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class RowStarted:
+    """A row was handed to the worker at `at`, with `batch_size` rows in the batch, itself among them."""
+
+    id: str
+    at: float
+    queue_wait: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
     """One decode step of a batch is on the loop: `tokens` rows got a token each, `running` are not over."""
 
@@ -110,7 +120,9 @@ class RowEnded:
     reused_tokens: int = 0
 
 
-Event = StateChanged | QueueChanged | Rejected | BatchStarted | RowsJoined | Stepped | BatchEnded | RowEnded
+Event = (
+    StateChanged | QueueChanged | Rejected | BatchStarted | RowsJoined | RowStarted | Stepped | BatchEnded | RowEnded
+)
 Observer = Callable[[Event], None]
 
 

@@ -22,16 +22,20 @@ from server.completions import completions
 from server.disconnect import CLIENT_CLOSED
 from server.docs import ROUTES as DOCS
 from server.errors import ApiError, internal
+from server.internal import ROUTES as INTERNAL
 from server.keys import load_keys
 from server.log import log_refusal
 from server.metrics import CONTENT_TYPE, Metrics
 from server.middleware import ApiKey, RequestId
 from server.responses import responses, stored_response
 from server.service import Service
+from server.static import PAGE
 from server.tokens import detokenize, tokenize
 from server.version import VERSION
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", *(route.path for route in DOCS)})
+OPEN_PATHS = frozenset(
+    {"/health", "/health/live", "/health/ready", "/metrics", *(route.path for route in [*DOCS, *PAGE])}
+)
 """What needs no API key: probes and scrapers seldom have one, and documentation tells nothing secret."""
 
 
@@ -52,7 +56,7 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None
         Exception: on_bug,
     }
     app = Starlette(
-        routes=routes(),
+        routes=routes(page=service.settings.page),
         middleware=middleware(service),
         exception_handlers=handlers,
         lifespan=lifespan,
@@ -62,9 +66,10 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None
     return app
 
 
-def routes() -> list[Route]:
+def routes(*, page: bool = True) -> list[Route]:
     found = [
         *DOCS,
+        *([*PAGE, *INTERNAL] if page else []),
         Route("/health/live", live),
         Route("/health/ready", ready),
         Route("/health", ready),

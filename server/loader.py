@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from batching.engine import Engine
 from batching.errors import ModelError
+from server.progress import Progress, follow_bars
 from server.settings import Settings
 from server.text import Text
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
 
 LIBRARY_SETTINGS = {
     # The cache of a padded batch grows at every step, and the holes it leaves add up to an out-of-memory error.
@@ -35,6 +35,7 @@ class ModelLoader:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._locating = threading.Lock()
+        self.progress = Progress("Reading the model's files")
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
 
@@ -54,13 +55,17 @@ class ModelLoader:
         from batching.model import load
 
         settings = self._settings
+        follow_bars(self._tell)
+        checkpoint = self._checkpoint
+        self.progress = Progress("Loading the model")
         model = load(
-            self._checkpoint,
+            checkpoint,
             device=settings.device,
             dtype=settings.dtype,
             load_format=settings.load_format,
             trust_remote_code=settings.trust_remote_code,
         )
+        self.progress = Progress("Preparing the engine")
         return self._packed(model) if self._packs(model) else self._padded(model)
 
     def _packs(self, model: "PreTrainedModel") -> bool:
@@ -97,6 +102,9 @@ class ModelLoader:
 
         settings = self._settings
         return GenerateEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)
+
+    def _tell(self, progress: Progress) -> None:
+        self.progress = progress
 
 
 def _show_progress(shown: bool) -> None:

@@ -20,6 +20,8 @@ from batching.types import ModelInfo, Request
 from server.caller import Caller
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.grammar import Grammars
+from server.live import LiveFeed
+from server.progress import Progress
 from server.settings import Settings
 from server.text import Text
 
@@ -27,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Where text and engine come from. `text` is called on a helper thread, `engine` on the worker thread meanwhile."""
+    """Where text and engine come from. `text` is called on a helper thread, `engine` on the worker thread meanwhile.
+
+    `progress` is how far the engine is; any thread may read it.
+    """
+
+    progress: Progress
 
     def text(self) -> Text: ...
     def engine(self) -> Engine: ...
@@ -50,6 +57,8 @@ class Service:
         self.encoders = anyio.CapacityLimiter(max(2, (os.cpu_count() or 1) // 4))
         self.stopped = asyncio.Event()
         self.exit_code = 0
+        self.begun = time.monotonic()
+        self.live = LiveFeed()
         self._created = int(time.time())
         self._loader = loader
         self._limits = QueueLimits(settings.queue_size, settings.key_queue_size, settings.key_queue_tokens)
@@ -58,7 +67,7 @@ class Service:
             window=settings.batch_window_ms / 1000,
             queue=self._limits,
         )
-        self._observe = broadcast(observers)
+        self._observe = broadcast([*observers, self.live] if settings.page else observers)
         self.batcher = Batcher(loader.engine, config, [self._observe])
 
     async def run(self, when_ready: Callable[[], None]) -> None:
@@ -76,7 +85,7 @@ class Service:
             logger.exception("the service could not start")
         if self.batcher.state is not State.STOPPED:
             self.exit_code = 1
-        self.stopped.set()
+        self._end()
 
     async def _load_text(self) -> None:
         self.text = await to_thread.run_sync(self._loader.text)
@@ -85,7 +94,15 @@ class Service:
     async def drain(self) -> None:
         """Finish what was accepted, within the drain time, and stop."""
         await self.batcher.drain(self.settings.drain_timeout_s)
+        self._end()
+
+    def _end(self) -> None:
+        self.live.close()
         self.stopped.set()
+
+    @property
+    def progress(self) -> Progress:
+        return self._loader.progress
 
     @property
     def ready(self) -> bool:

@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="web origins allowed to call, separated by commas; * for all"
     )
+    page: bool = Field(True, description="serve the page at / and what it reads, /internal/live and /internal/state")
 
     # Batching
     max_batch_size: int = Field(32, ge=1, le=1024, description="most requests in one batch")

@@ -30,6 +30,7 @@ from batching.types import Request
 from server.app import create_app
 from server.log import log_event
 from server.metrics import Metrics
+from server.progress import Progress
 from server.service import Service
 from server.settings import PREFIX, Settings
 from server.text import Text
@@ -45,6 +46,7 @@ TEMPLATE = (
     "{% if messages[-1].content == 'refuse me' %}{{ raise_exception('refused') }}{% endif %}"
     "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}"
 )
+LOADING = Progress("Loading weights", 3, 12)
 QUESTION: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
@@ -118,6 +120,7 @@ class ScriptedLoader:
     made: ScriptedEngine
     may_load: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
+    progress: Progress = LOADING
 
     def text(self) -> Text:
         return Text(BYTES)
@@ -245,15 +248,20 @@ def settings_of(**values: Any) -> Settings:
 
 
 @contextlib.contextmanager
-def live(engine: ScriptedEngine | None = None, *, ready: bool = True, **settings: Any) -> Iterator[Live]:
-    """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set."""
+def live(
+    engine: ScriptedEngine | None = None, *, ready: bool = True, listen_on: int = 0, **settings: Any
+) -> Iterator[Live]:
+    """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set.
+
+    `listen_on` is its port, where it is to be that of a server before it.
+    """
     engine = engine or scripted()
     loader = ScriptedLoader(engine)
     events: list[Event] = []
     metrics = Metrics()
     service = Service(settings_of(**settings), loader, [metrics, log_event, events.append])
     app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings.served_names[0], "0"))
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+    with contextlib.closing(socket.create_server(("127.0.0.1", listen_on))) as listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         loops: list[asyncio.AbstractEventLoop] = []

@@ -24,6 +24,7 @@ from batching.events import (
     QueueChanged,
     Rejected,
     RowEnded,
+    RowStarted,
     State,
     StateChanged,
     Stepped,
@@ -908,11 +909,13 @@ def test_the_life_of_a_request_is_told_in_order(run_async: Runner) -> None:
             await all_tokens(batcher.submit(request((5, 6, 7), id="only", max_tokens=2)))
             await log.count(BatchEnded, 1)
         kinds = [type(event) for event in log.events]
-        queued, served = [StateChanged, QueueChanged], [QueueChanged, BatchStarted]
+        queued, served = [StateChanged, QueueChanged], [QueueChanged, BatchStarted, RowStarted]
         steps = [Stepped, RowEnded, Stepped, BatchEnded]
         assert kinds == [*queued, *served, *steps, StateChanged, StateChanged]
         assert log.of(QueueChanged) == [QueueChanged(1, 3), QueueChanged(0, 0)]
+        (started,) = log.of(RowStarted)
         (ended,) = log.of(RowEnded)
+        assert (started.id, started.batch_size, started.queue_wait) == ("only", 1, ended.queue_wait)
         assert (ended.id, ended.outcome, ended.finish) == ("only", Outcome.ANSWERED, Finish.LENGTH)
         assert (ended.prompt_tokens, ended.output_tokens, ended.batch_size) == (3, 2, 1)
         assert ended.queue_wait is not None

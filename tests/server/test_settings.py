@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "api_keys": ("a,b", ("a", "b")),
     "api_keys_file": ("keys", Path("keys")),
     "cors_origins": ("*", ("*",)),
+    "page": ("false", False),
     "max_batch_size": ("7", 7),
     "batch_window_ms": ("2.5", 2.5),
     "token_budget": ("4096", 4096),
@@ -77,7 +78,8 @@ def test_this_file_knows_every_setting() -> None:
 @pytest.mark.parametrize("field", VALUES)
 def test_a_setting_has_a_flag(field: str) -> None:
     text, value = VALUES[field]
-    arguments = [flag(field)] if value is True else [flag(field), text]
+    switches = {True: flag(field), False: flag(f"no_{field}")}
+    arguments = [switches[value]] if isinstance(value, bool) else [flag(field), text]
     assert getattr(parse(arguments), field) == value != getattr(parse([]), field)
 
 

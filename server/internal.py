@@ -1,0 +1,49 @@
+"""What the page at `/` reads beside the API: `/internal/live`, the batcher's life as it happens, and `/internal/state`.
+
+Any key may read them. They tell request ids, times and counts of tokens of all keys, never a prompt or an answer.
+"""
+
+import time
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from server import sse
+from server.service import Service
+from server.version import VERSION
+
+MODEL = ("device", "dtype", "parameters", "context_window", "token_budget")
+LIMITS = (
+    *("default_max_tokens", "max_output_tokens", "max_batch_size", "batch_window_ms", "queue_size", "key_queue_size"),
+    *("key_queue_tokens", "request_timeout_s", "drain_timeout_s", "max_body_mib", "thinking"),
+)
+"""Settings that say what a client may expect."""
+
+
+async def live(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return StreamingResponse(service.live.listen(), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+
+
+async def state(request: Request) -> Response:
+    return Response(orjson.dumps(describe(request.app.state.service)), media_type="application/json")
+
+
+def describe(service: Service) -> dict[str, Any]:
+    """What runs. `model` is None until the model is loaded, and `loading` from then on."""
+    settings, info = service.settings, getattr(service, "info", None)
+    return {
+        "state": service.batcher.state,
+        "version": VERSION,
+        "names": settings.served_names,
+        "uptime": round(time.monotonic() - service.begun),
+        "model": {name: getattr(info, name) for name in MODEL} if info else None,
+        "loading": None if info else service.progress,
+        "limits": {name: getattr(settings, name) for name in LIMITS},
+    }
+
+
+ROUTES = [Route("/internal/live", live), Route("/internal/state", state)]

@@ -1,0 +1,148 @@
+"""What `/internal/live` tells: ticks and rows as they happen, to whoever listens. On the event loop's thread.
+
+The last minutes are kept in any case, so that a listener starts with them; nothing is encoded while nobody listens.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import fields
+from typing import Any
+
+import orjson
+
+from batching.events import BatchStarted, Event, RowEnded, RowStarted, State, StateChanged
+from server import sse
+from server.errors import ApiError
+from server.meter import PERIOD, Meter, Tick
+
+TICKS_KEPT = 600  # five minutes
+ROWS_KEPT = 256  # starts and ends of rows
+MOST_LISTENERS = 32
+MOST_WAITING = 1024
+"""Messages that wait for a listener that reads slowly; then its stream ends, and it may come back for the history."""
+
+FINAL = (State.STOPPED, State.FAILED)
+
+Message = dict[str, Any]
+
+
+class Listener:
+    """What one client has still to be sent."""
+
+    def __init__(self) -> None:
+        self._waiting: list[bytes] = []
+        self._news = asyncio.Event()
+        self.over = False
+
+    def tell(self, message: bytes) -> None:
+        if len(self._waiting) == MOST_WAITING:
+            self.end()
+        else:
+            self._waiting.append(message)
+            self._news.set()
+
+    def end(self) -> None:
+        self.over = True
+        self._news.set()
+
+    async def take(self) -> bytes:
+        """All that waits, once something does; nothing at the end."""
+        if not self.over:
+            await self._news.wait()
+            self._news.clear()
+        taken = b"".join(self._waiting)
+        self._waiting.clear()
+        return taken
+
+
+class LiveFeed:
+    """An observer of the batcher."""
+
+    def __init__(self) -> None:
+        self._meter = Meter(time.monotonic())
+        self._ticks: deque[Tick] = deque(maxlen=TICKS_KEPT)
+        self._rows: deque[Message] = deque(maxlen=ROWS_KEPT)
+        self._listeners: set[Listener] = set()
+        self._state = State.STARTING
+        self._timer: asyncio.TimerHandle | None = None
+        self._batch = 0
+
+    def __call__(self, event: Event) -> None:
+        """Take note of one event."""
+        now = time.monotonic()
+        self._advance(now)
+        self._meter.note(event, now)
+        match event:
+            case BatchStarted():
+                self._batch += 1
+            case RowStarted():
+                self._tell_row({"started": event, "batch": self._batch})
+            case RowEnded():
+                self._tell_row({"ended": event, "at": now})
+            case StateChanged(state=state):
+                self._state = state
+                self._tell({"state": state})
+                if state in FINAL:
+                    self.close()
+
+    @property
+    def listeners(self) -> int:
+        return len(self._listeners)
+
+    def listen(self) -> AsyncIterator[bytes]:
+        """The frames for one more client. Raises `ApiError` 429 when there are too many."""
+        if len(self._listeners) == MOST_LISTENERS:
+            raise ApiError(
+                429, "As many watch already as may; close another page.", "rate_limit_error", "too_many_listeners"
+            )
+        return self._frames()
+
+    async def _frames(self) -> AsyncIterator[bytes]:
+        listener, history = Listener(), self._history()
+        self._listeners.add(listener)
+        if self._timer is None:
+            self._beat()
+        try:
+            yield frame(history)
+            while news := await listener.take():
+                yield news
+        finally:
+            self._listeners.discard(listener)
+
+    def close(self) -> None:
+        """End every stream: an open one would hold up the end of the process."""
+        for listener in self._listeners:
+            listener.end()
+
+    def _beat(self) -> None:
+        """Ticks go on while nothing happens, for as long as somebody listens."""
+        self._advance(time.monotonic())
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(PERIOD, self._beat) if self._listeners else None
+
+    def _advance(self, now: float) -> None:
+        for tick in self._meter.advance(now, TICKS_KEPT):
+            self._ticks.append(tick)
+            self._tell({"tick": tick})
+
+    def _tell_row(self, message: Message) -> None:
+        self._rows.append(message)
+        self._tell(message)
+
+    def _tell(self, message: Message) -> None:
+        if self._listeners:
+            encoded = frame(message)
+            for listener in self._listeners:
+                listener.tell(encoded)
+
+    def _history(self) -> Message:
+        now = time.monotonic()
+        self._advance(now)
+        columns = {field.name: [getattr(tick, field.name) for tick in self._ticks] for field in fields(Tick)}
+        return {"now": now, "period": PERIOD, "state": self._state, "ticks": columns, "rows": list(self._rows)}
+
+
+def frame(message: Message) -> bytes:
+    return sse.event(orjson.dumps(message))

@@ -1,0 +1,93 @@
+// Requests to the service: the API key, errors in words, streams of server-sent events.
+
+import { byId } from "./dom.js";
+
+const KEPT = "microbatch-key"; // in sessionStorage, which belongs to this tab and ends with it
+
+export class Refused extends Error {
+	constructor(status, message) {
+		super(message);
+		this.status = status;
+	}
+}
+
+export const hasKey = () => Boolean(sessionStorage.getItem(KEPT));
+
+function headers(more) {
+	const key = sessionStorage.getItem(KEPT);
+	return { ...(key ? { authorization: `Bearer ${key}` } : {}), ...more };
+}
+
+let asking = null;
+let declined = false; // then only what a person does asks again
+
+// Resolves to whether a key was given. All who wait share the dialog.
+export function askKey(why = "This service asks for a key.") {
+	asking ??= new Promise((resolve) => {
+		const dialog = byId("asks-key");
+		byId("key-why").textContent = why;
+		byId("key").value = "";
+		const end = (given) => {
+			asking = null;
+			dialog.onclose = null;
+			dialog.close();
+			resolve(given);
+		};
+		byId("key-form").onsubmit = (event) => {
+			event.preventDefault();
+			const key = byId("key").value.trim();
+			key ? sessionStorage.setItem(KEPT, key) : sessionStorage.removeItem(KEPT);
+			declined = false;
+			end(true);
+			document.dispatchEvent(new Event("key"));
+		};
+		byId("key-later").onclick = dialog.onclose = () => end(false);
+		dialog.showModal();
+	});
+	return asking;
+}
+
+// A response with a 2xx status. Raises `Refused`, or what fetch raises where nobody answers.
+export async function ask(path, { body, id, signal, quiet = false } = {}) {
+	const options = { signal, headers: headers(id ? { "x-request-id": id } : {}) };
+	if (body) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
+	if (body) options.headers["content-type"] = "application/json";
+	const response = await fetch(path, options);
+	if (response.ok) return response;
+	if (response.status === 401 && !(quiet && declined)) {
+		const why = hasKey() ? "The service does not know this key." : undefined;
+		if (await askKey(why)) return ask(path, { body, id, signal, quiet });
+		declined = true;
+	}
+	const error = await response.json().catch(() => ({}));
+	throw new Refused(response.status, error.error?.message ?? `The service answered ${response.status}.`);
+}
+
+// The JSON of each event of a stream. Raises `Refused` on an event that is an error.
+export async function* events(response) {
+	const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+	let rest = "";
+	try {
+		for (;;) {
+			const { value, done } = await reader.read();
+			if (done) return;
+			const frames = (rest + value).split("\n\n");
+			rest = frames.pop();
+			for (const frame of frames) {
+				const data = frame.replace(/^data: /, "");
+				if (data === "[DONE]") return;
+				const event = JSON.parse(data);
+				if (event.error) throw new Refused(response.status, event.error.message);
+				yield event;
+			}
+		}
+	} finally {
+		reader.cancel().catch(() => {});
+	}
+}
+
+// What to tell a person of any failure.
+export function inWords(error) {
+	if (error instanceof Refused) return error.message;
+	return "The service does not answer. It may be restarting; try again in a moment.";
+}

@@ -1,0 +1,57 @@
+// What the service says of itself, asked again and again: often while it is not ready, seldom while it is.
+
+import { ask, Refused } from "./api.js";
+import { note } from "./dom.js";
+
+export const WORDS = {
+	connecting: "Connecting.",
+	starting: "Starting. The model is loading; questions are taken when it is done.",
+	ready: "Ready. Questions are taken.",
+	draining: "Stopping. What was accepted is being finished, and nothing new is taken.",
+	stopped: "Stopped.",
+	failed: "Failed. The model is down and the service needs a restart; its log says why.",
+	unreachable: "No answer from the service. It is asked again every two seconds.",
+	locked: "The service wants an API key to tell more.",
+};
+
+export const status = { state: "connecting", info: null };
+const listeners = [];
+let timer;
+let asked = 0;
+
+export function onStatus(listener) {
+	listeners.push(listener);
+	listener(status);
+}
+
+// Says in the note `id` why questions are not taken, and leaves it empty while they are.
+export const explainIn = (id) => onStatus(({ state }) => note(id, ["ready", "connecting"].includes(state) ? "" : WORDS[state]));
+
+export const takes = () => ["ready", "locked"].includes(status.state);
+
+export async function refresh() {
+	clearTimeout(timer);
+	const turn = ++asked;
+	const found = await look();
+	if (turn !== asked) return; // a later question is on its way
+	Object.assign(status, found);
+	for (const listener of listeners) listener(status);
+	if (status.state !== "locked") timer = setTimeout(refresh, pause());
+}
+
+async function look() {
+	try {
+		const info = await (await ask("internal/state", { quiet: true, signal: AbortSignal.timeout(10000) })).json();
+		return { state: info.state, info };
+	} catch (error) {
+		return { state: error instanceof Refused && error.status === 401 ? "locked" : "unreachable" };
+	}
+}
+
+function pause() {
+	if (status.state === "ready") return 10000;
+	return status.state === "starting" ? 1000 : 2000;
+}
+
+document.addEventListener("key", refresh);
+document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : refresh()));

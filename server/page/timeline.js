@@ -1,0 +1,62 @@
+// Lanes of time, one a question: waiting, its prompt being read, its answer being written, and where batches begin.
+
+import { element } from "./dom.js";
+
+const STEPS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300];
+
+export function drawLanes(target, rows, begun, end) {
+	const whole = Math.max(end - begun, 0.05) * 1.02;
+	const at = (moment) => `${Math.min(100, Math.max(0, ((moment - begun) / whole) * 100))}%`;
+	target.replaceChildren(
+		heads(rows, at),
+		...rows.map((row) => lane(row, end, at)),
+		axis(whole, (moment) => at(begun + moment)),
+	);
+}
+
+function lane(row, end, at) {
+	const track = element("div.track");
+	const bar = (kind, from, to) => {
+		if (from === null || from > to) return;
+		const made = element("i", { class: kind });
+		made.style.left = at(from);
+		made.style.right = `calc(100% - ${at(to)})`;
+		track.append(made);
+	};
+	const over = row.ended ?? end;
+	bar("wait", row.queued, row.started ?? row.first ?? over);
+	bar("read", row.started, row.first ?? over);
+	bar("write", row.first, over);
+	return element("div.lane", {}, who(`${row.place + 1}.`, row.question), track);
+}
+
+function who(number, question) {
+	return element("span.who", {}, number, element("span", {}, ` ${question}`));
+}
+
+// A mark where each batch begins, with its number and how many of these rows it has.
+function heads(rows, at) {
+	const track = element("div.track");
+	const batches = new Map();
+	for (const row of rows.filter((each) => each.batch)) {
+		if (!batches.has(row.batch)) batches.set(row.batch, { started: row.started, rows: 0 });
+		batches.get(row.batch).rows += 1;
+	}
+	for (const [number, batch] of batches) {
+		const mark = element("span.mark", {}, `batch ${number}: ${batch.rows}`);
+		mark.style.left = at(batch.started);
+		track.append(mark);
+	}
+	return element("div", { class: "lane heads" }, element("span.who"), track);
+}
+
+function axis(whole, at) {
+	const track = element("div.track");
+	const step = STEPS.find((each) => whole / each <= 6) ?? 600;
+	for (let moment = 0; moment < whole * 0.95; moment += step) {
+		const mark = element("span.tick", {}, step < 1 ? `${moment.toFixed(step < 0.1 ? 2 : 1)} s` : `${moment} s`);
+		mark.style.left = at(moment);
+		track.append(mark);
+	}
+	return element("div", { class: "lane axis" }, element("span.who"), track);
+}

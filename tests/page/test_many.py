@@ -1,0 +1,110 @@
+"""Laws of the page's "Ask many": questions asked together share a batch, and the timeline says so."""
+
+import pytest
+
+from batching.events import Outcome, RowEnded
+from batching.types import Request
+from tests.live import END, Live, live, scripted, tokens_of
+from tests.page.browser import Browser
+from tests.server.test_app import babble
+
+pytestmark = pytest.mark.browser
+
+
+def numbered(request: Request, position: int) -> int:
+    """Each row says its number, and as often as it says: 1, 22, 333."""
+    number = int(request.id.rpartition(".")[2]) if "." in request.id else 0
+    text = tokens_of(f"row {number}" + "!" * number)
+    return text[position] if position < len(text) else END
+
+
+def ask(page: Browser, service: Live) -> None:
+    page.open(service.url, "many")
+    page.id("ask").click()
+
+
+def column(page: Browser, number: int) -> list[str]:
+    return page.texts(f"#times tbody td:nth-child({number})")
+
+
+def test_twelve_questions_at_once_share_one_batch(page: Browser) -> None:
+    with live(scripted(numbered, stepped=True)) as service:
+        ask(page, service)
+        service.wait_running(12)
+        page.wait(lambda: page.texts(".mark") == ["batch 1: 12"], "the batch is in the timeline")
+        assert len(page.all(".lane .read")) == 12
+        assert page.all(".lane .write") == []
+        service.engine.release(3)
+        page.wait(lambda: page.texts(".card .said") == ["row"] * 12, "each card has its first letters")
+        page.wait(lambda: len(page.all(".lane .write")) == 12, "each answer is being written")
+        page.all("#shown summary")[0].click()
+        assert column(page, 4) == column(page, 4)[:1] * 12
+        service.engine.release(100)
+        page.wait(lambda: "12 of 12 answered, one batch" in page.text("#summary"), "all are complete")
+        [batch] = service.engine.batches
+        assert len(batch) == 12
+        answers = [f"row {number}{'!' * number}" for number in range(12)]
+        page.wait(lambda: page.texts(".card .said") == answers, "each card has its own answer")
+        assert column(page, 6) == ["1 (12 rows)"] * 12
+        assert column(page, 5) == [str(len(answer) + 1) for answer in answers]
+        assert all(" · batch of 12" in foot for foot in page.texts(".card .foot"))
+        assert page.axe() == []
+
+
+def test_the_timeline_shows_the_times_that_the_server_measured(page: Browser) -> None:
+    with live(scripted(numbered, stepped=True), max_batch_size=2) as service:
+        page.open(service.url, "many")
+        page.id("questions").clear()
+        page.id("questions").send_keys("a\nb\nc\n\n")
+        assert page.id("ask").text == "Ask 3 questions at once"
+        page.id("ask").click()
+        service.wait_running(2)
+        service.wait_queued(1)
+        page.wait(lambda: page.texts(".mark") == ["batch 1: 2"], "the first batch is in the timeline")
+        page.wait(lambda: len(page.all(".lane .read")) == 2, "two are read")
+        service.engine.release(100)
+        page.wait(lambda: "3 of 3 answered, 2 batches" in page.text("#summary"), "all are complete")
+        page.all("#shown summary")[0].click()
+        assert column(page, 6) == ["1 (2 rows)", "1 (2 rows)", "2 (1 row)"]
+        for shown, measured in zip(column(page, 3), [row.ttft for row in by_id(service)], strict=True):
+            assert measured is not None
+            assert milliseconds(shown) == pytest.approx(measured * 1000, abs=11)
+        for shown, row in zip(column(page, 4), by_id(service), strict=True):
+            assert milliseconds(shown) == pytest.approx(row.duration * 1000, abs=11)
+
+
+def by_id(service: Live) -> list[RowEnded]:
+    return sorted(service.ended(), key=lambda row: row.id)
+
+
+def milliseconds(shown: str) -> float:
+    number, unit = shown.split()
+    return float(number) * {"ms": 1, "s": 1000}[unit]
+
+
+def test_stop_cancels_all_of_them(page: Browser) -> None:
+    with live(scripted(babble, stepped=True)) as service:
+        ask(page, service)
+        service.wait_running(12)
+        service.engine.release(2)
+        page.wait(lambda: page.texts(".card .said") == ["xx"] * 12, "each card has two letters")
+        page.id("ask-stop").click()
+        assert {row.outcome for row in service.wait_ended(12)} == {Outcome.CANCELLED}
+        page.wait(lambda: page.id("ask").is_enabled(), "one may ask again")
+
+
+def test_no_questions_or_too_many_are_told_before_they_are_sent(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url, "many")
+        for lines in ("\n", "a\n" * 65):
+            page.js("document.getElementById('questions').value = arguments[0]", lines)
+            page.id("ask").click()
+            assert "1 to 64" in page.text("#many-note")
+        assert service.events[1:] == []
+
+
+def test_a_refusal_is_told(page: Browser) -> None:
+    with live(queue_size=11) as service:
+        ask(page, service)
+        page.wait(lambda: "can never hold" in page.text("#many-note"), "the refusal is told")
+        assert any("400" in complaint for complaint in page.complaints())

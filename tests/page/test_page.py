@@ -1,0 +1,244 @@
+"""Laws of the page around its parts: state, key, restart, live charts, and that everyone can use it."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
+
+from batching.events import State
+from tests.live import Live, live, scripted
+from tests.page.browser import DESK, PHONE, Browser
+from tests.server.test_app import babble
+
+pytestmark = pytest.mark.browser
+
+PARTS = ("chat", "many", "live", "state")
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+def port(service: Live) -> int:
+    return int(service.url.rpartition(":")[2])
+
+
+def value(page: Browser, title: str) -> list[str]:
+    """The numbers of the chart with this title."""
+    script = """
+    const chart = [...document.querySelectorAll(".chart")].find((each) => each.innerText.startsWith(arguments[0]));
+    return [...chart.querySelectorAll(".values b")].map((each) => each.innerText);
+    """
+    found: list[str] = page.js(script, title)
+    return found
+
+
+# State
+
+
+def test_it_says_how_far_loading_is_and_then_takes_questions(page: Browser) -> None:
+    with live(ready=False) as service:
+        page.open(service.url, "state")
+        assert page.state() == "starting"
+        assert "The model is loading" in page.text("#words")
+        assert page.text("#loading-step") == "Loading weights: 3 of 12"
+        assert page.js("return document.getElementById('progress').position") == 0.25
+        assert page.axe() == []
+        page.go("chat")
+        assert "The model is loading" in page.text("#chat-note")
+        assert not page.id("send").is_enabled()
+        service.loader.may_load.set()
+        page.wait(lambda: page.state() == "ready", "it is ready")
+        assert page.id("send").is_enabled()
+        assert page.text("#chat-note") == ""
+        page.go("state")
+        assert not page.id("loading").is_displayed()
+
+
+def test_it_says_what_runs_and_within_which_limits(page: Browser) -> None:
+    with live(default_max_tokens=99, queue_size=77, request_timeout_s=600, name=("one", "two")) as service:
+        page.open(service.url, "state")
+        runs, limits = page.text("#runs"), page.text("#limits")
+        for fact in ("one, two", "scripted", "none"):
+            assert fact in runs
+        for fact in ("4,096 tokens of prompt and answer", "99 tokens by default", "77 rows", "10 minutes"):
+            assert fact in limits
+
+
+def test_it_says_that_the_service_stops_and_that_it_is_gone(page: Browser) -> None:
+    with live(scripted(babble, stepped=True)) as service:
+        page.open(service.url)
+        page.say("Hi")
+        service.wait_running()
+        service.engine.release()
+        page.wait(lambda: page.text(".said") == "x", "it answers")
+        page.go("live")
+        page.wait(lambda: value(page, "Requests") == ["1", "0"], "the row is in the chart")
+        service.drain()
+        page.wait(lambda: page.state() == "draining", "it drains")
+        page.go("state")
+        assert "What was accepted is being finished" in page.text("#words")
+    page.wait(lambda: page.state() == "unreachable", "it is gone")
+    assert "No answer from the service" in page.text("#words")
+    page.complaints()
+
+
+def test_it_survives_a_restart_of_the_server(page: Browser) -> None:
+    with live(scripted(babble, stepped=True)) as service:
+        page.open(service.url)
+        page.say("Hi")
+        service.wait_running()
+        service.engine.release(3)
+        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+        service.drain()
+        page.go("live")
+        service.wait_state(State.DRAINING)
+    page.answered()
+    page.wait(lambda: page.state() == "unreachable", "the page sees that it is gone")
+    with live(scripted("Here again."), listen_on=port(service)) as service:
+        page.wait(lambda: page.state() == "ready", "the page sees that it is back")
+        page.wait(lambda: not page.id("live-note").is_displayed(), "its events come again")
+        page.go("chat")
+        page.say("Still there?")
+        page.answered(2)
+        assert page.texts(".said")[-1] == "Here again."
+        page.go("live")
+        page.wait(lambda: "answered" in page.text("#latest tbody"), "the live part tells of it")
+        page.complaints()  # of the connections that were refused meanwhile
+
+
+# The key
+
+
+def test_it_asks_for_the_key_and_keeps_it_in_the_tab(page: Browser) -> None:
+    with live(api_keys=("sesame",)) as service:
+        page.driver.get(service.url)
+        page.wait(lambda: page.id("asks-key").is_displayed(), "it asks for the key")
+        assert page.axe() == []
+        page.id("key").send_keys("wrong", Keys.ENTER)
+        page.wait(lambda: "does not know this key" in page.text("#key-why"), "it asks again")
+        page.id("key").send_keys("sesame", Keys.ENTER)
+        page.wait(lambda: page.state() == "ready", "the key is right")
+        page.say("Hi")
+        page.answered()
+        assert page.text(".said") == "Hello!"
+        page.go("live")
+        page.wait(lambda: "answered" in page.text("#latest tbody"), "the live part has the key too")
+        assert page.js("return [localStorage.length, document.cookie]") == [0, ""]
+        assert "sesame" not in str(page.asked())
+        page.driver.refresh()
+        page.wait(lambda: page.state() == "ready", "the tab still has it")
+        assert not page.id("asks-key").is_displayed()
+        tab = page.driver.current_window_handle
+        page.driver.switch_to.new_window("tab")
+        page.driver.get(service.url)
+        page.wait(lambda: page.id("asks-key").is_displayed(), "another tab does not")
+        page.id("key-later").click()
+        page.wait(lambda: page.state() == "locked", "it goes on without")
+        page.driver.close()
+        page.driver.switch_to.window(tab)
+        assert all("401" in complaint for complaint in page.complaints())
+
+
+# Live
+
+
+def test_live_shows_what_the_batcher_does(page: Browser, pool: ThreadPoolExecutor) -> None:
+    with live(scripted("Hello!", stepped=True), max_batch_size=3) as service:
+        page.open(service.url, "live")
+        asked = [pool.submit(service.chat, headers={"x-request-id": f"r{n}"}) for n in range(5)]
+        service.wait_running()
+        waiting = 5 - len(service.engine.batches[0])
+        service.wait_queued(waiting)
+        running = str(len(service.engine.batches[0]))
+        page.wait(lambda: value(page, "Requests") == [running, str(waiting)], "both numbers are shown")
+        service.engine.release(1000)
+        assert all(answer.result().status_code == 200 for answer in asked)
+        page.wait(lambda: value(page, "Requests") == ["0", "0"], "all is quiet")
+        page.wait(lambda: len(page.texts("#latest tbody tr")) == 5, "each request is in the table")
+        assert sorted(page.texts("#latest td:nth-child(2)")) == [f"r{n}" for n in range(5)]
+        assert set(page.texts("#latest td:nth-child(8)")) == {"7"}
+        assert value(page, "Time to first token")[0].endswith(" ms")
+        labels = page.js("return [...document.querySelectorAll('.chart svg')].map((each) => each.ariaLabel)")
+        assert [label.partition(" in ")[0] for label in labels][:2] == ["Requests", "Tokens generated"]
+        assert all("highest" in label for label in labels[:4])
+        page.driver.find_element("css selector", "#span option[value='300']").click()
+        page.wait(lambda: "5 min ago" in page.text(".chart"), "the longer time is shown")
+
+
+def test_only_the_live_part_listens(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url)
+        for part in PARTS:
+            page.go(part)
+            expected = int(part == "live")
+            page.wait(lambda expected=expected: service.service.live.listeners == expected, f"{expected} listen")  # type: ignore[misc]
+
+
+# Everyone
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_part_is_accessible_and_fits(page: Browser, size: tuple[int, int], scheme: str) -> None:
+    with live(scripted("Some *text*, `code` and a https://example.org/link.")) as service:
+        page.look(size, scheme)
+        page.open(service.url)
+        page.say("Hi")
+        page.answered()
+        page.go("many")
+        page.id("ask").click()
+        page.wait(lambda: "12 of 12 answered" in page.text("#summary"), "all are complete")
+        for part in PARTS:
+            page.go(part)
+            page.wait(lambda part=part: page.id(f"part-{part}").is_displayed(), part)  # type: ignore[misc]
+            assert page.axe() == [], (part, size, scheme)
+            assert page.js("return document.documentElement.scrollWidth <= innerWidth"), (part, size)
+
+
+def test_all_of_it_is_reached_by_keyboard(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url)
+        reached = set()
+        for _ in range(20):
+            ActionChains(page.driver).send_keys(Keys.TAB).perform()
+            reached.add(page.js("const now = document.activeElement; return now.id || now.hash || now.innerText"))
+        wanted = {
+            "#main",
+            "#chat",
+            "#many",
+            "#live",
+            "#state",
+            "question",
+            "send",
+            "system",
+            "seed",
+            "thinking",
+            "clear",
+        }
+        assert wanted <= reached
+        page.driver.refresh()
+        for _ in range(3):
+            ActionChains(page.driver).send_keys(Keys.TAB).perform()
+        ActionChains(page.driver).send_keys(Keys.ENTER).perform()
+        page.wait(lambda: page.id("part-many").is_displayed(), "the second part is shown")
+        assert page.js("return document.title").startswith("Ask many")
+        assert page.all("nav [aria-current=page]")[0].text == "Ask many"
+
+
+def test_a_new_conversation_forgets_the_old_one(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url)
+        page.say("Hi")
+        page.answered()
+        page.id("clear").click()
+        assert page.all(".answer") == []
+        assert page.id("empty").is_displayed()
+        page.say("Hi")
+        page.answered()
+        prompts = [event.prompt_tokens for event in service.ended()]
+        assert prompts[0] == prompts[1]
