@@ -31,10 +31,10 @@ Message = dict[str, Any]
 class Listener:
     """What one client has still to be sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, over: bool) -> None:
         self._waiting: list[bytes] = []
         self._news = asyncio.Event()
-        self.over = False
+        self.over = over
 
     def tell(self, message: bytes) -> None:
         if len(self._waiting) == MOST_WAITING:
@@ -66,6 +66,7 @@ class LiveFeed:
         self._rows: deque[Message] = deque(maxlen=ROWS_KEPT)
         self._listeners: set[Listener] = set()
         self._state = State.STARTING
+        self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._batch = 0
 
@@ -100,7 +101,7 @@ class LiveFeed:
         return self._frames()
 
     async def _frames(self) -> AsyncIterator[bytes]:
-        listener, history = Listener(), self._history()
+        listener, history = Listener(over=self._closed), self._history()
         self._listeners.add(listener)
         if self._timer is None:
             self._beat()
@@ -112,7 +113,8 @@ class LiveFeed:
             self._listeners.discard(listener)
 
     def close(self) -> None:
-        """End every stream: an open one would hold up the end of the process."""
+        """End every stream, and those to come at once: an open one would hold up the end of the process."""
+        self._closed = True
         for listener in self._listeners:
             listener.end()
 

@@ -268,6 +268,8 @@ def test_the_real_model_answers_in_the_page(page: Browser) -> None:
         page.say("What is the capital of France? Answer in one word.")
         page.answered()
         assert "Paris" in page.text(".said")
+        page.go("live")
+        page.wait(lambda: "answered" in page.text("#latest tbody"), "the live part tells of it")
         service.terminate()
         page.wait(lambda: page.state() == "unreachable", "the page sees that it is gone")
         assert service.wait() == 0

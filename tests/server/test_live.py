@@ -200,6 +200,16 @@ def test_a_listener_does_not_hold_up_the_end_of_the_service() -> None:
         assert ear.all("state") == ["ready", "draining", "stopped"]
 
 
+def test_one_that_comes_after_the_end_hears_of_it_and_no_more(run_async: Runner) -> None:
+    async def main() -> None:
+        feed = LiveFeed()
+        feed(StateChanged(State.STOPPED))
+        [history] = [frame async for frame in feed.listen()]
+        assert b'"state":"stopped"' in history
+
+    run_async(main)
+
+
 def test_the_stream_ends_when_the_model_cannot_be_loaded() -> None:
     with live(ready=False) as service, listening(service) as ear:
         assert ear.heard[0]["state"] == "starting"
@@ -211,7 +221,7 @@ def test_the_stream_ends_when_the_model_cannot_be_loaded() -> None:
 
 def test_a_listener_that_ended_still_gets_what_it_was_told(run_async: Runner) -> None:
     async def main() -> None:
-        listener = Listener()
+        listener = Listener(over=False)
         listener.tell(b"a")
         listener.tell(b"b")
         listener.end()

@@ -1,0 +1,57 @@
+"""Laws of the progress that is told while a model loads."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers.utils.logging import set_tqdm_hook, tqdm
+
+from server.loader import ModelLoader
+from server.progress import Progress, counted, follow_bars
+from server.settings import parse
+from tests.live import byte_tokenizer
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def bars() -> Iterator[None]:
+    yield
+    set_tqdm_hook(None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_parts_are_counted_as_they_are_taken() -> None:
+    told: list[Progress] = []
+    items = counted("ab", told.append, "Reading", 2)
+    assert (next(items), told) == ("a", [Progress("Reading", 0, 2)])
+    assert ([*items], told[1:]) == (["b"], [Progress("Reading", 1, 2)])
+
+
+@pytest.mark.usefixtures("bars")
+def test_the_loading_of_weights_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Progress] = []
+    loader = ModelLoader(parse(["--model", str(folder), "--device", "cpu", "--token-budget", "512"]))
+    monkeypatch.setattr(loader, "_tell", told.append)
+    loader.text()
+    assert loader.progress.step == "Reading the tokenizer"
+    loader.engine()
+    assert loader.progress.step == "Preparing the engine"
+    weights = [progress for progress in told if progress.step == "Loading weights"]
+    assert [progress.done for progress in weights] == list(range(weights[0].total))
+    assert len(weights) > 10
+
+
+@pytest.mark.usefixtures("bars")
+def test_what_cannot_be_counted_is_left_alone() -> None:
+    told: list[Progress] = []
+    follow_bars(told.append)
+    assert [*tqdm(iter("ab"), desc="endless")] == ["a", "b"]
+    with tqdm(total=3) as bar:
+        bar.update(1)
+    assert told == []
