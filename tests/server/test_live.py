@@ -11,7 +11,17 @@ import httpx2
 import orjson
 import pytest
 
-from batching.events import BatchStarted, Outcome, QueueChanged, RowEnded, RowStarted, State, StateChanged, Stepped
+from batching.events import (
+    BatchStarted,
+    Outcome,
+    QueueChanged,
+    RowEnded,
+    RowsJoined,
+    RowStarted,
+    State,
+    StateChanged,
+    Stepped,
+)
 from server.live import MOST_LISTENERS, MOST_WAITING, ROWS_KEPT, TICKS_KEPT, Listener, LiveFeed
 from tests.batching.conftest import Runner, run_async
 from tests.live import LOADING, PATIENCE, Live, eventually, live, scripted
@@ -101,6 +111,21 @@ def test_a_late_listener_gets_the_history() -> None:
             times = [*history["ticks"]["at"], *(tick["at"] for tick in ear.all("tick"))]
             assert times == sorted(set(times))
             assert history["now"] >= max(history["ticks"]["at"], default=0.0)
+
+
+def test_rows_that_join_a_batch_have_its_number() -> None:
+    feed = LiveFeed()
+    joined = RowsJoined(1, 2, 5, (0.0,))
+    for event in (
+        BatchStarted(1, 5, 5, 0.0, (0.0,)),
+        RowStarted("a", 1.0, 0.0, 1),
+        joined,
+        RowStarted("b", 2.0, 0.0, 2),
+        BatchStarted(1, 5, 5, 0.0, (0.0,)),
+        RowStarted("c", 3.0, 0.0, 1),
+    ):
+        feed(event)
+    assert [(row["started"].id, row["batch"]) for row in feed._history()["rows"]] == [("a", 1), ("b", 1), ("c", 2)]
 
 
 def test_what_is_kept_is_bounded() -> None:

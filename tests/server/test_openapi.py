@@ -59,7 +59,8 @@ def service() -> Iterator[Live]:
 
 
 def test_the_document_has_every_path_and_no_other() -> None:
-    served = {route.path.replace(":path", "") for route in routes(page=False)} - {route.path for route in ROUTES} - REFUSED
+    described = {route.path.replace(":path", "") for route in routes(page=False)} - {route.path for route in ROUTES}
+    served = described - REFUSED
     aliases = {path for path in served if f"/v1{path}" in served | REFUSED}
     assert served - aliases == set(DOCUMENT["paths"])
 
