@@ -101,7 +101,9 @@ class LiveFeed:
         return self._frames()
 
     async def _frames(self) -> AsyncIterator[bytes]:
-        listener, history = Listener(over=self._closed), self._history()
+        listener, history = Listener(over=self._closed), self.history()
+        if len(self._listeners) == MOST_LISTENERS:
+            return  # many came at the same moment
         self._listeners.add(listener)
         if self._timer is None:
             self._beat()
@@ -139,7 +141,8 @@ class LiveFeed:
             for listener in self._listeners:
                 listener.tell(encoded)
 
-    def _history(self) -> Message:
+    def history(self) -> Message:
+        """What a listener begins with: ticks by column, and what rows did."""
         now = time.monotonic()
         self._advance(now)
         columns = {field.name: [getattr(tick, field.name) for tick in self._ticks] for field in fields(Tick)}

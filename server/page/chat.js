@@ -98,8 +98,8 @@ async function say(text) {
 	answer.card.scrollIntoView({ block: "end" });
 	await answer.stream(running);
 	if (!answer.card.isConnected) turns.length = 0; // a new conversation was begun meanwhile
-	else if (answer.text) turns.push({ role: "assistant", content: answer.text });
-	else turns.pop(); // nothing came of it: the model need not know
+	else if (answer.failed || !answer.text) turns.pop(); // the model need not know
+	else turns.push({ role: "assistant", content: answer.text });
 	if (answer.failed) answer.foot.append(button("Try again", () => (mine.remove(), answer.card.remove(), say(text))));
 	running = null;
 	enable();

@@ -178,16 +178,24 @@ def test_a_thought_is_folded(page: Browser) -> None:
 
 
 def test_a_refusal_is_told_and_can_be_tried_again(page: Browser) -> None:
-    with live() as service:
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, "Hello!"))) as service:
         page.open(service.url)
         page.say("refuse me")
         page.answered()
         assert "chat template refuses the messages" in page.text(".answer .note")
-        assert page.text(".answer button").split("\n")[-1] == "Try again"
+        page.all(".answer button")[-1].click()
+        page.wait(
+            lambda: service.sample("microbatch_rejected_requests_total", reason="bad_request") == 2, "tried again"
+        )
+        page.answered()
+        assert page.texts(".mine") == ["refuse me"]
         assert any("400" in complaint for complaint in page.complaints())
         page.say("Hi")
         page.answered(2)
-        assert page.text(".said").strip() == "Hello!"
+        assert page.texts(".said") == ["", "Hello!"]
+    [request] = seen
+    assert prompt(request) == "<user>Hi<|end|><assistant>"
 
 
 def test_markdown_becomes_elements(page: Browser) -> None:

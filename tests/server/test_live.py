@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,13 +23,14 @@ from batching.events import (
     Stepped,
 )
 from server.live import MOST_LISTENERS, MOST_WAITING, ROWS_KEPT, TICKS_KEPT, Listener, LiveFeed
-from tests.batching.conftest import Runner, run_async
 from tests.live import LOADING, PATIENCE, Live, eventually, live, scripted
 from tests.server.test_app import babble, error_of
 
-__all__ = ["run_async"]
-
 SLOW = 3 * MOST_WAITING
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
 class Ear:
@@ -75,7 +76,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def test_a_listener_hears_of_each_row_and_of_every_half_second(pool: ThreadPoolExecutor) -> None:
     with live(scripted("Hello!", stepped=True), max_batch_size=2) as service, listening(service) as ear:
         asked = [pool.submit(service.chat, headers={"x-request-id": f"r{n}"}) for n in range(3)]
-        service.wait_queued(1) if len(service.engine.batches) else service.wait_running()
+        service.wait_running()
         service.engine.release(1000)
         assert all(answer.result().status_code == 200 for answer in asked)
         eventually(lambda: len(ear.all("ended")) == 3, "all ends were heard")
@@ -96,7 +97,7 @@ def test_a_listener_hears_of_each_row_and_of_every_half_second(pool: ThreadPoolE
         assert "Hello" not in str(ear.heard)
 
 
-def test_a_late_listener_gets_the_history() -> None:
+def test_a_late_listener_gets_thehistory() -> None:
     with live() as service:
         service.chat(headers={"x-request-id": "before"})
         service.wait_ended()
@@ -125,7 +126,7 @@ def test_rows_that_join_a_batch_have_its_number() -> None:
         RowStarted("c", 3.0, 0.0, 1),
     ):
         feed(event)
-    assert [(row["started"].id, row["batch"]) for row in feed._history()["rows"]] == [("a", 1), ("b", 1), ("c", 2)]
+    assert [(row["started"].id, row["batch"]) for row in feed.history()["rows"]] == [("a", 1), ("b", 1), ("c", 2)]
 
 
 def test_what_is_kept_is_bounded() -> None:
@@ -133,7 +134,7 @@ def test_what_is_kept_is_bounded() -> None:
     for number in range(10 * ROWS_KEPT):
         feed(RowStarted(f"r{number}", 0.0, 0.0, 1))
         feed(Stepped(0.0, 1, 1))
-    history = feed._history()
+    history = feed.history()
     assert len(history["rows"]) == ROWS_KEPT
     assert history["rows"][-1]["started"].id == f"r{10 * ROWS_KEPT - 1}"
     assert len(history["ticks"]["at"]) <= TICKS_KEPT
@@ -166,7 +167,7 @@ def test_there_are_only_so_many() -> None:
         assert service.chat().status_code == 200
 
 
-def test_one_that_does_not_read_is_let_go_and_hurts_nobody(run_async: Runner) -> None:
+def test_one_that_does_not_read_is_let_go_and_hurts_nobody() -> None:
     async def main() -> None:
         feed = LiveFeed()
         slow, quick = feed.listen(), feed.listen()
@@ -185,7 +186,7 @@ def test_one_that_does_not_read_is_let_go_and_hurts_nobody(run_async: Runner) ->
         await quick.aclose()  # type: ignore[attr-defined]
         assert feed.listeners == 0
 
-    run_async(main)
+    run(main)
 
 
 def test_nothing_is_encoded_while_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,7 @@ def test_nothing_is_encoded_while_nobody_listens(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("final", [State.STOPPED, State.FAILED])
-def test_a_final_state_is_told_and_ends_the_stream(run_async: Runner, final: State) -> None:
+def test_a_final_state_is_told_and_ends_the_stream(final: State) -> None:
     async def main() -> None:
         feed = LiveFeed()
         stream = feed.listen()
@@ -215,7 +216,7 @@ def test_a_final_state_is_told_and_ends_the_stream(run_async: Runner, final: Sta
         ]
         assert feed.listeners == 0
 
-    run_async(main)
+    run(main)
 
 
 def test_a_listener_does_not_hold_up_the_end_of_the_service() -> None:
@@ -225,14 +226,14 @@ def test_a_listener_does_not_hold_up_the_end_of_the_service() -> None:
         assert ear.all("state") == ["ready", "draining", "stopped"]
 
 
-def test_one_that_comes_after_the_end_hears_of_it_and_no_more(run_async: Runner) -> None:
+def test_one_that_comes_after_the_end_hears_of_it_and_no_more() -> None:
     async def main() -> None:
         feed = LiveFeed()
         feed(StateChanged(State.STOPPED))
         [history] = [frame async for frame in feed.listen()]
         assert b'"state":"stopped"' in history
 
-    run_async(main)
+    run(main)
 
 
 def test_the_stream_ends_when_the_model_cannot_be_loaded() -> None:
@@ -244,7 +245,7 @@ def test_the_stream_ends_when_the_model_cannot_be_loaded() -> None:
         assert ear.all("state")[-1] == "failed"
 
 
-def test_a_listener_that_ended_still_gets_what_it_was_told(run_async: Runner) -> None:
+def test_a_listener_that_ended_still_gets_what_it_was_told() -> None:
     async def main() -> None:
         listener = Listener(over=False)
         listener.tell(b"a")
@@ -252,7 +253,7 @@ def test_a_listener_that_ended_still_gets_what_it_was_told(run_async: Runner) ->
         listener.end()
         assert [await listener.take(), await listener.take()] == [b"ab", b""]
 
-    run_async(main)
+    run(main)
 
 
 # The state
@@ -286,5 +287,5 @@ def test_events_of_every_kind_are_taken() -> None:
         RowEnded("r", Outcome.ERROR, "error", 1, 0, None, None, 1.0, 0),
     ):
         feed(event)
-    [row] = feed._history()["rows"]
+    [row] = feed.history()["rows"]
     assert row["ended"].id == "r"

@@ -62,5 +62,5 @@ def test_where_it_is_off_nothing_of_it_is_there() -> None:
             error_of(service.get(path), 404, "unknown_url")
         assert service.chat().status_code == 200
         service.wait_ended()
-        assert list(service.service.live._rows) == []
+        assert service.service.live.history()["rows"] == []
         assert service.get("/docs").status_code == 200
