@@ -171,7 +171,7 @@ class Row {
 	text = "";
 	tokens = 0;
 	told = false; // whether the server said how it ended
-	queued = this.started = this.first = this.ended = this.batch = this.size = null;
+	queued = this.at = this.started = this.first = this.ended = this.batch = this.size = null;
 
 	constructor(question, place) {
 		this.question = question;
@@ -196,6 +196,7 @@ class Row {
 	}
 
 	start(event, batch) {
+		this.at = event.at;
 		this.started = toHere(event.at);
 		this.queued = this.started - event.queue_wait;
 		this.batch = batch;

@@ -34,18 +34,17 @@ function who(number, question) {
 	return element("span.who", {}, number, element("span", {}, ` ${question}`));
 }
 
-// A mark where each batch begins, with its number and how many of these rows it has.
+// A mark where each batch begins and where rows join it, with how many of these rows do.
 function heads(rows, at) {
 	const track = element("div.track");
-	const batches = new Map();
-	for (const row of rows.filter((each) => each.batch)) {
-		if (!batches.has(row.batch)) batches.set(row.batch, { started: row.started, rows: 0 });
-		batches.get(row.batch).rows += 1;
-	}
-	for (const [number, batch] of batches) {
-		const mark = element("span.mark", {}, `batch ${number}: ${batch.rows}`);
-		mark.style.left = at(batch.started);
+	const groups = Object.groupBy(rows.filter((row) => row.batch).sort((a, b) => a.at - b.at), (row) => row.at);
+	let batch;
+	for (const group of Object.values(groups)) {
+		const [first] = group;
+		const mark = element("span.mark", {}, first.batch === batch ? `+${group.length}` : `batch ${first.batch}: ${group.length}`);
+		mark.style.left = at(first.started);
 		track.append(mark);
+		batch = first.batch;
 	}
 	return element("div", { class: "lane heads" }, element("span.who"), track);
 }

@@ -1,9 +1,15 @@
 """Laws of the page's "Ask many": questions asked together share a batch, and the timeline says so."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 
+from batching.engine import Steps
 from batching.events import Outcome, RowEnded
+from batching.row import Row
 from batching.types import Request
+from tests.fakes import ScriptedEngine
 from tests.live import END, Live, live, scripted, tokens_of
 from tests.page.browser import Browser
 from tests.server.test_app import babble
@@ -16,6 +22,20 @@ def numbered(request: Request, position: int) -> int:
     number = int(request.id.rpartition(".")[2]) if "." in request.id else 0
     text = tokens_of(f"row {number}" + "!" * number)
     return text[position] if position < len(text) else END
+
+
+class JoiningEngine(ScriptedEngine):
+    """Lets rows join the batch that runs. Every step has to be released."""
+
+    def run(self, rows: Sequence[Row], steps: Steps) -> None:
+        self.batches.append([row.request.id for row in rows])
+        running = dict.fromkeys(rows, 0)
+        while running:
+            assert self._gate is not None
+            self._gate.acquire()
+            over = steps.emit(list(running), [self._script(row.request, at) for row, at in running.items()])
+            running = {row: at + 1 for (row, at), ended in zip(running.items(), over, strict=True) if not ended}
+            running |= dict.fromkeys(steps.admit(), 0)
 
 
 def ask(page: Browser, service: Live) -> None:
@@ -80,6 +100,22 @@ def by_id(service: Live) -> list[RowEnded]:
 def milliseconds(shown: str) -> float:
     number, unit = shown.split()
     return float(number) * {"ms": 1, "s": 1000}[unit]
+
+
+def test_rows_that_join_a_running_batch_are_marked(page: Browser) -> None:
+    engine = JoiningEngine(numbered, stepped=True, info=replace(scripted().info, joins=True))
+    with live(engine, max_batch_size=3) as service:
+        page.open(service.url, "many")
+        page.js("document.getElementById('questions').value = 'a\\nb\\nc\\nd'")
+        page.id("ask").click()
+        page.wait(lambda: page.texts(".mark") == ["batch 1: 3"], "the first three are in the timeline")
+        engine.release(len("row 0") + 1)
+        page.wait(lambda: page.texts(".mark") == ["batch 1: 3", "+1"], "the fourth has joined them")
+        engine.release(100)
+        page.wait(lambda: "4 of 4 answered, one batch" in page.text("#summary"), "all are complete")
+        page.all("#shown summary")[0].click()
+        assert column(page, 6) == ["1 (3 rows)"] * 4
+        assert len(engine.batches) == 1
 
 
 def test_stop_cancels_all_of_them(page: Browser) -> None:
