@@ -1,4 +1,4 @@
-// One small chart over time: a title, the latest value with its unit, an area, a line or bars for each series.
+// A small chart over time: title, latest values with their unit, an area, a line or bars for each series.
 
 import { element, svg } from "./dom.js";
 

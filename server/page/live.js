@@ -50,7 +50,7 @@ export function look(seen) {
 }
 
 function hear(message) {
-	if (message.lost) return note("live-note", "The stream of events broke off; it is opened again every two seconds.");
+	if (message.lost) return note("live-note", "The stream of events broke off and is opened again.");
 	if (message.ticks) begin(message);
 	if (message.tick) add(message.tick);
 	if (message.ended) ended = [message, ...ended].slice(0, ROWS);

@@ -190,7 +190,6 @@ class Row {
 		this.label();
 	}
 
-	// Without a thought.
 	shown() {
 		return this.text.replace(/^[^]*<\/think>\s*/, "");
 	}
@@ -208,8 +207,9 @@ class Row {
 		this.told = true;
 		this.tokens = event.output_tokens;
 		this.ended = toHere(at);
-		const arrived = this.ended - event.duration;
-		if (event.ttft !== null) this.first = arrived + event.ttft;
+		this.queued = this.ended - event.duration;
+		if (this.started) this.started = this.queued + event.queue_wait;
+		if (event.ttft !== null) this.first = this.queued + event.ttft;
 		this.label();
 	}
 

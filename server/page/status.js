@@ -10,7 +10,7 @@ export const WORDS = {
 	draining: "Stopping. What was accepted is being finished, and nothing new is taken.",
 	stopped: "Stopped.",
 	failed: "Failed. The model is down and the service needs a restart; its log says why.",
-	unreachable: "No answer from the service. It is asked again every two seconds.",
+	unreachable: "No answer from the service. It is asked again.",
 	locked: "The service wants an API key to tell more.",
 };
 

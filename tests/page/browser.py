@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 AXE = ROOT / ".browser" / "node_modules" / "axe-core" / "axe.min.js"
+GONE = re.compile(r"net::ERR_(CONNECTION_REFUSED|CONNECTION_RESET|EMPTY_RESPONSE|INCOMPLETE_CHUNKED_ENCODING)")
 PHONE, DESK = (390, 844), (1280, 860)
 RUN_AXE = "const [done] = arguments; axe.run().then((found) => done(found.violations), (error) => done(String(error)));"
 
@@ -98,9 +100,10 @@ class Browser:
         self.wait(lambda: len(self.all(".answer:not([aria-busy])")) >= count, f"{count} answers are complete")
 
     def complaints(self) -> list[str]:
-        """Errors in the console since the last call."""
+        """Errors in the console since the last call, but for those of asking a server that has stopped."""
         logs: list[dict[str, Any]] = self.driver.get_log("browser")
-        return [entry["message"] for entry in logs if entry["level"] == "SEVERE"]
+        errors = [entry["message"] for entry in logs if entry["level"] == "SEVERE"]
+        return [error for error in errors if not GONE.search(error)]
 
     def asked(self) -> list[str]:
         """Addresses of all that was asked for since the last call."""

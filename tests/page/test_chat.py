@@ -281,4 +281,3 @@ def test_the_real_model_answers_in_the_page(page: Browser) -> None:
         service.terminate()
         page.wait(lambda: page.state() == "unreachable", "the page sees that it is gone")
         assert service.wait() == 0
-        page.complaints()

@@ -1,5 +1,6 @@
 """Laws of the page around its parts: state, key, restart, live charts, and that everyone can use it."""
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -84,7 +85,6 @@ def test_it_says_that_the_service_stops_and_that_it_is_gone(page: Browser) -> No
         assert "What was accepted is being finished" in page.text("#words")
     page.wait(lambda: page.state() == "unreachable", "it is gone")
     assert "No answer from the service" in page.text("#words")
-    page.complaints()
 
 
 def test_it_survives_a_restart_of_the_server(page: Browser) -> None:
@@ -108,7 +108,6 @@ def test_it_survives_a_restart_of_the_server(page: Browser) -> None:
         assert page.texts(".said")[-1] == "Here again."
         page.go("live")
         page.wait(lambda: "answered" in page.text("#latest tbody"), "the live part tells of it")
-        page.complaints()  # of the connections that were refused meanwhile
 
 
 # The key
@@ -162,7 +161,7 @@ def test_live_shows_what_the_batcher_does(page: Browser, pool: ThreadPoolExecuto
         page.wait(lambda: len(page.texts("#latest tbody tr")) == 5, "each request is in the table")
         assert sorted(page.texts("#latest td:nth-child(2)")) == [f"r{n}" for n in range(5)]
         assert set(page.texts("#latest td:nth-child(8)")) == {"7"}
-        assert value(page, "Time to first token")[0].endswith(" ms")
+        assert all(re.fullmatch(r"[\d.]+ m?s", each) for each in value(page, "Time to first token"))
         labels = page.js("return [...document.querySelectorAll('.chart svg')].map((each) => each.ariaLabel)")
         assert [label.partition(" in ")[0] for label in labels][:2] == ["Requests", "Tokens generated"]
         assert all("highest" in label for label in labels[:4])
