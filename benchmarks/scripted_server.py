@@ -41,6 +41,7 @@ from server.completion import Completion
 from server.garbage import spare_what_is_loaded
 from server.log import configure, log_event
 from server.metrics import Metrics
+from server.progress import Progress
 from server.service import Service
 from server.settings import Settings
 from server.text import Text
@@ -111,6 +112,7 @@ class ScriptedLoader:
         info = ModelInfo(NAME, "none", 0, len(fast), window, streams * window, frozenset())
         self.words = WordsEngine(info, words, in_step=mode == "in step")
         self._fast = fast
+        self.progress = Progress("Loading")
 
     def text(self) -> Text:
         return Text(self._fast)

@@ -39,7 +39,7 @@ def test_the_loading_of_weights_is_counted(folder: Path, monkeypatch: pytest.Mon
     loader = ModelLoader(parse(["--model", str(folder), "--device", "cpu", "--token-budget", "512"]))
     monkeypatch.setattr(loader, "_tell", told.append)
     loader.text()
-    assert loader.progress.step == "Reading the tokenizer"
+    assert loader.progress.step == "Reading the model's files"
     loader.engine()
     assert loader.progress.step == "Preparing the engine"
     weights = [progress for progress in told if progress.step == "Loading weights"]
