@@ -181,8 +181,10 @@ def test_only_the_live_part_listens(page: Browser) -> None:
 # Everyone
 
 
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+LOOKS = {"desk": (DESK, "light"), "desk, dark": (DESK, "dark"), "phone": (PHONE, "light")}
+
+
+@pytest.mark.parametrize(("size", "scheme"), LOOKS.values(), ids=LOOKS)
 def test_every_part_is_accessible_and_fits(page: Browser, size: tuple[int, int], scheme: str) -> None:
     with live(scripted("Some *text*, `code` and a https://example.org/link.")) as service:
         page.look(size, scheme)
