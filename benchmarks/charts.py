@@ -122,6 +122,25 @@ def latency_lines(
         )
 
 
+def setting_chart(setting: str, values: Sequence[str], runs: Sequence[RunFigures]) -> Figure:
+    """What a setting's values come to: throughput, time to first token and whole answer, a line for each load."""
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    throughput, first, whole = figure.subplots(1, 3)
+    for place, colour in zip(range(len(runs[0].levels)), colours(), strict=False):
+        levels = [run.levels[place] for run in runs]
+        line = {"color": colour, "marker": "o", "label": levels[0].label}
+        throughput.plot(values, [level.summary.output_tokens_per_second for level in levels], **line)
+        first.plot(values, [level.summary.ttft.get("p95", math.nan) for level in levels], **line)
+        whole.plot(values, [level.summary.latency.get("p95", math.nan) for level in levels], **line)
+    names = {throughput: "output tokens/s", first: "time to first token p95, s", whole: "whole answer p95, s"}
+    for axes, name in names.items():
+        axes.set(title=name, xlabel=setting.replace("-", " "), ylabel=name)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+        axes.grid(alpha=0.3)
+    figure.legend(*throughput.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
 Draw = Callable[[Axes, LevelFigures, str, str], None]
 """Draws one level of one run, in a colour and under a name."""
 

@@ -13,13 +13,10 @@ failed or a contender did not start, with 2 if nothing can be compared.
 """
 
 import argparse
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import orjson
 from rich.console import Console
@@ -28,10 +25,8 @@ from rich.table import Table
 
 from benchmarks import flags
 from benchmarks.contenders import (
-    MODULE,
     Contender,
     ContenderError,
-    Model,
     check_model,
     engines,
     external,
@@ -39,10 +34,10 @@ from benchmarks.contenders import (
     serving,
 )
 from benchmarks.load import add_load, add_work, run_loop, wide_console
+from benchmarks.models import Model, ModelError, add_model, take_model
 from benchmarks.run import Run, Settings
 from benchmarks.table import failures, number, quantiles, table
 
-CACHE = Path.home() / ".cache" / "microbatch"
 COLUMNS = (
     "server",
     "failed",
@@ -62,7 +57,6 @@ class Plan:
     contenders: list[Contender]
     settings: Settings
     out: Path
-    patience: float
 
 
 def check_same(runs: dict[str, Run]) -> None:
@@ -122,18 +116,13 @@ def ratio_of(value: float, reference: float) -> float | None:
 async def run_one(plan: Plan, contender: Contender, bar: Progress) -> Run:
     """Start, measure and end one contender. Raises ContenderError as `serving`."""
     body = plan.settings.body | contender.fields
-    task = bar.add_task(contender.name, total=total(plan.settings))
-    async with serving(contender, plan.out / f"{contender.name}.log", plan.patience) as url:
+    task = bar.add_task(contender.name, total=plan.settings.total())
+    async with serving(contender, plan.out / f"{contender.name}.log") as url:
         settings = replace(plan.settings, url=url, model=contender.model, label=contender.name, body=body)
         run = Run(settings, lambda: bar.advance(task))
         await run.measure_all()
     (plan.out / f"{contender.name}.json").write_bytes(orjson.dumps(run.figures()))
     return run
-
-
-def total(settings: Settings) -> int:
-    """Requests that one contender gets."""
-    return sum(settings.warm_up + settings.requests(loop) for loop in settings.loops())
 
 
 async def run_all(plan: Plan, runs: dict[str, Run], problems: list[str]) -> None:
@@ -156,11 +145,7 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     """Exits with 2 and a sentence for flags that make no sense. Random weights are written here, if asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", help="folder, or GGUF file; the demo model if not given")
-    add("--name", help="what clients call it, external servers too (the folder's name)")
-    add("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights, written once")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the weights (auto)")
+    add_model(parser)
     add("--contenders", default="microbatch,serial,transformers,transformers-cb", help="in this order")
     add(
         "--external",
@@ -169,75 +154,35 @@ def parse(arguments: Sequence[str] | None) -> Plan:
         metavar="NAME=URL",
         help="a server that runs already; may be repeated",
     )
-    add("--server-args", type=shlex.split, default=[], help="more flags of this service, as one text")
-    add("--cache-dir", type=Path, default=CACHE, help="where converted and random models are kept")
     add("--out", type=Path, default=Path("out/compare"), help="folder for runs and logs (out/compare)")
-    add("--patience", type=flags.more_than_zero, default=900.0, help="seconds that a server may take to start (900)")
-    add("--timeout", type=flags.more_than_zero, default=600.0, help="seconds until a request counts as failed (600)")
     add_load(parser)
     add_work(parser)
     told = vars(parser.parse_args(arguments))
-    ours = {
-        name: told.pop(name)
-        for name in (
-            *("model", "name", "load_format", "device", "dtype", "contenders", "external", "server_args"),
-            *("cache_dir", "out", "patience"),
-        )
-    }
+    named = [name for name in told.pop("contenders").split(",") if name]
+    running, out = told.pop("external"), told.pop("out")
     try:
-        return plan_of(ours, Settings(url="", model="", full_length=True, **told))
-    except (ContenderError, OSError, ValueError) as error:
+        out.mkdir(parents=True, exist_ok=True)
+        model = take_model(told)
+        settings = Settings(url="", model=model.name, full_length=True, **told)
+        settings.source()
+        return Plan(chosen(model, named, running), settings, out)
+    except (ModelError, OSError, ValueError) as error:
         parser.error(str(error))
 
 
-def plan_of(ours: dict[str, Any], settings: Settings) -> Plan:
-    """Raises ContenderError or ValueError for what cannot be run."""
-    ours["out"].mkdir(parents=True, exist_ok=True)
-    model = model_of(ours)
-    names = [name for name in ours["contenders"].split(",") if name]
-    startable = known(model, engines() if any(name.startswith("microbatch-") for name in names) else [])
-    for name in names:
+def chosen(model: Model, named: Sequence[str], running: Sequence[str]) -> list[Contender]:
+    """The contenders of these names, then the servers that run already, as NAME=URL. Raises ValueError."""
+    startable = known(model, engines() if any(name.startswith("microbatch-") for name in named) else [])
+    for name in named:
         if name not in startable:
             raise ValueError(f"there is no contender {name}, only {', '.join(startable)}")
-    chosen = [startable[name] for name in names]
-    for text in ours["external"]:
+    found = [startable[name] for name in named]
+    for text in running:
         name, _, url = text.partition("=")
-        chosen.append(external(name, flags.url(url), model))
-    if len(chosen) < 2:
-        raise ValueError("a comparison needs two contenders")
-    settings.source()
-    return Plan(chosen, settings, ours["out"], ours["patience"])
-
-
-def model_of(ours: dict[str, Any]) -> Model:
-    """The folder that all serve, converted or filled with random weights first where need be. Raises as `locate`."""
-    folder = folder_of(ours["model"], ours["load_format"], ours["dtype"], ours["cache_dir"])
-    name = ours["name"] or (Path(ours["model"]).resolve().name if ours["model"] else "smollm2-135m-instruct")
-    return Model(folder, name, ours["device"], ours["dtype"], tuple(ours["server_args"]))
-
-
-def folder_of(model: str | None, load_format: str, dtype: str, cache: Path) -> str:
-    """Loading is left to processes of their own, so that this one holds no device and no memory."""
-    if load_format == "auto":
-        found = "from batching.checkpoint import locate; import sys, pathlib; "
-        found += "print(locate(sys.argv[1] or None, 'auto', pathlib.Path(sys.argv[2])))"
-        return said((sys.executable, "-c", found, model or "", str(cache)))
-    if model is None:
-        raise ValueError("load-format dummy needs a model folder with a config.json")
-    kind = "bfloat16" if dtype == "auto" else dtype
-    out = cache / f"random-{Path(model).resolve().name}-{kind}"
-    said((*MODULE, "benchmarks.random_weights", model, str(out), "--dtype", kind))
-    return str(out)
-
-
-def said(command: Sequence[str]) -> str:
-    """The last line of the command's output. Raises ContenderError with what it said if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ContenderError(
-            f"the model cannot be prepared: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
-        )
-    return done.stdout.strip().rpartition("\n")[2]
+        found.append(external(name, flags.url(url), model))
+    if len({contender.name for contender in found}) < max(2, len(found)):
+        raise ValueError("a comparison needs two contenders or more, each of another name")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

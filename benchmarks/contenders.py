@@ -17,11 +17,13 @@ from typing import Any, TextIO
 import orjson
 
 from benchmarks.connection import server_url
+from benchmarks.models import MODULE, Model
 from benchmarks.server_metrics import get
 from server.loader import LIBRARY_SETTINGS
 
+PATIENCE = 900.0
+"""Seconds that a server may take to load its model and compile."""
 STOP_SECONDS = 60
-MODULE = (sys.executable, "-m")
 IGNORE_EOS = {"ignore_eos": True}
 GENERATION_CONFIG_WITHOUT_END = {"generation_config": '{"eos_token_id": null}'}
 """How `transformers serve`, which refuses the field `ignore_eos`, is asked for answers of full length."""
@@ -29,17 +31,6 @@ GENERATION_CONFIG_WITHOUT_END = {"generation_config": '{"eos_token_id": null}'}
 
 class ContenderError(Exception):
     """A contender cannot be started, or is not what it should be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What every contender serves: the folder, what clients call it, where and how it runs, and more server flags."""
-
-    folder: str
-    name: str
-    device: str = "auto"
-    dtype: str = "auto"
-    server_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +101,10 @@ def engines_in(shown: str) -> list[str]:
 
 
 @asynccontextmanager
-async def serving(contender: Contender, log: Path, patience: float) -> AsyncIterator[str]:
+async def serving(contender: Contender, log: Path) -> AsyncIterator[str]:
     """The contender's URL while it runs; it is ended after. Its output goes to the file `log`.
 
-    Raises ContenderError if it is not ready within `patience` seconds.
+    Raises ContenderError if it is not ready within `PATIENCE` seconds.
     """
     if contender.url:
         yield contender.url
@@ -124,7 +115,7 @@ async def serving(contender: Contender, log: Path, patience: float) -> AsyncIter
         process = start(contender, command, out)
         try:
             url = f"http://127.0.0.1:{port}"
-            await wait_ready(contender, url, process, log, patience)
+            await wait_ready(contender, url, process, log)
             yield url
         finally:
             stop(process)
@@ -139,16 +130,14 @@ def start(contender: Contender, command: list[str], out: TextIO) -> "subprocess.
         raise ContenderError(f"{contender.name} cannot be started: {error}") from error
 
 
-async def wait_ready(
-    contender: Contender, url: str, process: "subprocess.Popen[bytes]", log: Path, patience: float
-) -> None:
+async def wait_ready(contender: Contender, url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     """Ask twice a second. Raises ContenderError as `serving`."""
-    end = time.monotonic() + patience
+    end = time.monotonic() + PATIENCE
     while await status(url, contender.ready_path) != 200:
         if process.poll() is not None:
             raise ContenderError(f"{contender.name} ended with {process.returncode} before it was ready; see {log}")
         if time.monotonic() > end:
-            raise ContenderError(f"{contender.name} was not ready within {patience:g} s; see {log}")
+            raise ContenderError(f"{contender.name} was not ready within {PATIENCE:g} s; see {log}")
         await asyncio.sleep(0.5)
 
 

@@ -70,7 +70,6 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     add("--api-key", help="sent as a bearer token")
     add("--ignore-eos", action="store_true", help="ask for full-length answers, and check that they are")
     add("--body", type=flags.json_object, default={}, metavar="JSON", help="more fields of every request")
-    add("--timeout", type=flags.more_than_zero, default=600.0, help="seconds until a request counts as failed (600)")
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +88,7 @@ def add_load(parser: argparse.ArgumentParser) -> None:
         type=flags.positive,
         help="default: two a client, or what comes in --duration; 8 or more",
     )
+    add("--timeout", type=flags.more_than_zero, default=600.0, help="seconds until a request counts as failed (600)")
     add("--warm-up", type=flags.natural, default=1, help="requests before each level that are not measured (1)")
 
 
@@ -136,9 +136,7 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
 def measure(run: Run, command: Command) -> None:
     """Measure with a bar of progress, whose end is unknown while the capacity is searched."""
     settings = run.settings
-    total = (
-        None if command.find_capacity else sum(settings.warm_up + settings.requests(loop) for loop in settings.loops())
-    )
+    total = None if command.find_capacity else settings.total()
     with Progress(console=Console(stderr=True), refresh_per_second=2) as bar:
         task = bar.add_task("requests", total=total)
         run.progress = lambda: bar.advance(task)

@@ -71,6 +71,10 @@ class Settings:
                 wanted = round(rate * self.duration)
         return self.requests_per_level or max(8, wanted)
 
+    def total(self) -> int:
+        """Requests of all levels, warm-up too."""
+        return sum(self.warm_up + self.requests(loop) for loop in self.loops())
+
     def source(self) -> Source:
         """The prompt file or the named workload, with the ranges that were given in place of its own laws.
 

@@ -11,18 +11,27 @@ import orjson
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 
 class ScriptedServer:
-    """Answers each chat as the script says: one word for each token, or the failure named next."""
+    """Answers each chat as the script says: one word for each token, or the failure named next.
 
-    def __init__(self, *failures: str) -> None:
+    It serves `model`, and counts `prompt_tokens` in every prompt.
+    """
+
+    def __init__(self, *failures: str, model: str = "tiny", prompt_tokens: int = 7) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.authorizations: list[str | None] = []
         self._failures = list(failures)
-        self.app = Starlette(routes=[Route("/v1/chat/completions", self.chat, methods=["POST"])])
+        self._model = model
+        self._prompt_tokens = prompt_tokens
+        chat = Route("/v1/chat/completions", self.chat, methods=["POST"])
+        self.app = Starlette(routes=[chat, Route("/v1/models", self.models)])
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"data": [{"id": self._model}]})
 
     async def chat(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
@@ -47,7 +56,8 @@ class ScriptedServer:
                 yield b"data: [DONE]\n\n"
             case _:
                 yield frame(choices=[{"index": 0, "delta": {}, "finish_reason": "length"}])
-                yield frame(choices=[], usage={"prompt_tokens": 7, "completion_tokens": tokens - (failure == "short")})
+                counted = {"prompt_tokens": self._prompt_tokens, "completion_tokens": tokens - (failure == "short")}
+                yield frame(choices=[], usage=counted)
                 yield b"data: [DONE]\n\n"
 
 
