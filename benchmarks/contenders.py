@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -111,7 +111,7 @@ async def serving(contender: Contender, log: Path) -> AsyncIterator[str]:
         return
     port = free_port()
     command = [str(port) if part == "PORT" else part for part in contender.command]
-    with log.open("w") as out:
+    with log.open("w") as out, ended_by_sigterm():
         process = start(contender, command, out)
         try:
             url = f"http://127.0.0.1:{port}"
@@ -119,6 +119,18 @@ async def serving(contender: Contender, log: Path) -> AsyncIterator[str]:
             yield url
         finally:
             stop(process)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the task, and so the server that it started, instead of this process alone."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None  # there always is one where this is called from a coroutine
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def start(contender: Contender, command: list[str], out: TextIO) -> "subprocess.Popen[bytes]":

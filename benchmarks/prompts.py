@@ -31,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """A `Source` of the file's prompts in a seeded order, from the start again when all were sent."""
+    """A `Source` of the file's prompts in their order, from the start again when all were sent."""
 
     prompts: tuple[Prompt, ...]
     output_tokens: Law
@@ -41,14 +41,12 @@ class PromptFile:
         """Every serial has a prompt of its own until the file is at its end. Lengths that the file does not say are
         drawn from the law.
         """
-        random, order = Random(seed), list(self.prompts)
+        random = Random(seed)
         outputs = [self.output_tokens(random) for _ in range(count)]
-        Random(seed).shuffle(order)
-        return [
-            self._job(serial, order[serial % len(order)], output) for serial, output in enumerate(outputs, start=first)
-        ]
+        return [self._job(serial, output) for serial, output in enumerate(outputs, start=first)]
 
-    def _job(self, serial: int, prompt: Prompt, output: int) -> Job:
+    def _job(self, serial: int, output: int) -> Job:
+        prompt = self.prompts[serial % len(self.prompts)]
         return Job(serial, prompt.messages, prompt.tokens, prompt.max_tokens or output)
 
 

@@ -130,6 +130,8 @@ class Message(ToolTurn):
 
 class StreamOptions(Body):
     include_usage: Flag = False
+    continuous_usage_stats: Literal[False] = False
+    """vLLM's counts in every event are not to be had: clients that add up what events say would count too much."""
 
 
 class TemplateOptions(Body):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -78,6 +79,31 @@ def test_a_server_that_ends_before_it_is_ready_is_told_with_its_log(tmp_path: Pa
     assert (tmp_path / "log").read_text() == "no weights\n"
 
 
+def test_a_comparison_that_is_ended_ends_the_server_it_started(tmp_path: Path) -> None:
+    """The server here never answers; it says that it runs by its line in the log."""
+    log = tmp_path / "log"
+    idle = "import signal; print('running', flush=True); signal.pause()"
+    silent = Contender("silent", "m", (sys.executable, "-c", idle, str(tmp_path)))
+
+    async def start() -> None:
+        async with serving(silent, log):
+            raise AssertionError("it never was ready")
+
+    async def end_it() -> None:
+        while not log.exists() or log.read_text() != "running\n":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def both() -> None:
+        starting = asyncio.create_task(start())
+        await end_it()
+        await starting
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(both())
+    assert not any(str(tmp_path) in command for command in commands())
+
+
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers that run already need no folder."""
@@ -101,7 +127,7 @@ def compare_external(out: Path, *servers: ScriptedServer, flags: tuple[str, ...]
 def test_servers_that_run_already_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = ScriptedServer(), ScriptedServer()
     assert compare_external(tmp_path, one, other) == 0
-    assert one.bodies == other.bodies
+    assert sorted(map(str, one.bodies)) == sorted(map(str, other.bodies))
     assert all(body["ignore_eos"] for body in one.bodies)
     shown = capsys.readouterr().out
     assert re.search(r"server0 +0 .* 1\.00 ", shown)

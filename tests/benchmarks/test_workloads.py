@@ -141,13 +141,13 @@ def test_share_gpt_asks_what_stands_before_the_first_answer_and_its_length(tmp_p
     assert read(file, uniform(9, 9), keep_lengths=False).draw(1, seed=0)[0].max_tokens == 9
 
 
-def test_a_prompt_file_is_sent_whole_before_any_prompt_comes_again(tmp_path: Path) -> None:
-    lines = "\n".join(orjson.dumps({"prompt": str(number)}).decode() for number in range(10))
-    source = read(write(tmp_path, lines), uniform(1, 5), keep_lengths=True)
-    jobs = source.draw(6, seed=2) + source.draw(4, seed=2, first=6)
-    assert {said(job) for job in jobs} == {str(number) for number in range(10)}
-    assert source.draw(6, seed=2) == jobs[:6]
-    assert [said(job) for job in source.draw(10, seed=3)] != [said(job) for job in jobs]
+def test_a_prompt_file_is_sent_in_its_order_and_then_again(tmp_path: Path) -> None:
+    lines = "\n".join(orjson.dumps({"prompt": str(number)}).decode() for number in range(4))
+    source = read(write(tmp_path, lines), uniform(1, 500), keep_lengths=True)
+    jobs = source.draw(3, seed=2) + source.draw(3, seed=2, first=3)
+    assert [said(job) for job in jobs] == ["0", "1", "2", "3", "0", "1"]
+    assert [job.serial for job in jobs] == list(range(6))
+    assert source.draw(3, seed=2) == jobs[:3] != source.draw(3, seed=3)
 
 
 @pytest.mark.parametrize(
