@@ -30,6 +30,10 @@ class Scrape:
     buckets: dict[str, Histogram]
     facts: dict[str, str]
 
+    def counted_since(self, earlier: "Scrape", counter: str) -> int:
+        """How far a counter went on between two scrapes."""
+        return int(self.values.get(counter, 0.0) - earlier.values.get(counter, 0.0))
+
     def mean_since(self, earlier: "Scrape", histogram: str) -> float | None:
         """The mean of what a histogram observed between two scrapes; None for nothing."""
         count, total = (
@@ -57,11 +61,13 @@ class Gauges:
 class ServerFigures:
     """A level's figures by the server's own count; None where nothing was observed. `queue_wait` is in seconds.
 
-    `batch_size` is the mean number of requests in a batch at its start, `running_rows` the mean of what was seen each
-    second while anything ran, `padding` the mean share of a batch's prompt positions that is padding.
+    `batch_size` is the mean number of requests in a batch at its start, `joined` how many came into one that ran,
+    `running_rows` the mean of what was seen each second while anything ran, `padding` the mean share of a batch's
+    prompt positions that is padding.
     """
 
     batches: int
+    joined: int
     batch_size: float | None
     running_rows: float | None
     padding: float | None
@@ -113,7 +119,8 @@ def figures(before: Scrape, after: Scrape, gauges: list[Gauges]) -> ServerFigure
     """What happened between two scrapes."""
     running = [sample.running_rows for sample in gauges if sample.running_rows]
     return ServerFigures(
-        batches=int(after.values.get("batches_total", 0) - before.values.get("batches_total", 0)),
+        batches=after.counted_since(before, "batches_total"),
+        joined=after.counted_since(before, "joined_requests_total"),
         batch_size=after.mean_since(before, "batch_size_rows"),
         running_rows=sum(running) / len(running) if running else None,
         padding=after.mean_since(before, "batch_padding_ratio"),

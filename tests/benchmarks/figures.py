@@ -10,6 +10,7 @@ from benchmarks.summary import Targets
 
 SERVER = ServerFigures(
     batches=3,
+    joined=1,
     batch_size=2.5,
     running_rows=2.0,
     padding=0.125,

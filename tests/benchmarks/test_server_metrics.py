@@ -16,6 +16,7 @@ class Registry:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.batches = Counter("microbatch_batches", "-", registry=self.registry)
+        self.joined = Counter("microbatch_joined_requests", "-", registry=self.registry)
         self.size = self.histogram("batch_size_rows", 1, 2, 4, 8)
         self.padding = self.histogram("batch_padding_ratio", 0.1, 0.5)
         self.wait = self.histogram("queue_wait_seconds", 0.1, 1, 10)
@@ -41,12 +42,14 @@ class Registry:
 def test_figures_are_of_what_happened_between_two_scrapes() -> None:
     server = Registry()
     server.batch(8, 0.9, 100.0)
+    server.joined.inc(5)
     before = server.scrape()
+    server.joined.inc(2)
     server.batch(1, 0.0, 0.25)
     server.batch(4, 0.5, 0.75, 0.5)
     samples = [Gauges(0.0, 3, 0), Gauges(1.0, 5, 2), Gauges(2.0, 0, 4)]
     found = figures(before, server.scrape(), samples)
-    assert (found.batches, found.batch_size) == (2, 2.5)
+    assert (found.batches, found.joined, found.batch_size) == (2, 2, 2.5)
     assert found.padding == pytest.approx(0.25)
     assert found.queue_wait == pytest.approx(0.5)
     assert found.queue_wait_p95 == pytest.approx(0.1 + 0.9 * 0.95)
