@@ -2,7 +2,8 @@
 
     python -m benchmarks.batching_sweep --setting batch-window-ms --values 0,5,50 --concurrency 1,4,16
 
-Other settings keep their defaults, or what `--server-args` says. Writes a chart and each run into `--out`.
+Any setting of the service can be varied; the others keep their defaults, or what `--server-args` says. Writes a chart
+and each run into `--out`.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from benchmarks.models import Model, ModelError, add_model, take_model
 from benchmarks.run import Run, RunFigures, Settings
 from benchmarks.table import SERVER_COLUMNS, server_cells, table
 
-SETTINGS = ("batch-window-ms", "max-batch-size", "token-budget")
 COLUMNS = (
     "setting",
     "output\ntok/s",
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> Sweep:
     """Exits with 2 and a sentence for flags that make no sense."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batching_sweep", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--setting", choices=SETTINGS, required=True, help="what is varied")
+    add("--setting", required=True, help="a setting of the service, as batch-window-ms, max-batch-size, token-budget")
     add("--values", type=lambda text: tuple(text.split(",")), required=True, help="what it gets, as 0,5,50")
     add("--out", type=Path, default=Path("out/sweep"), help="folder for runs, logs and chart (out/sweep)")
     add_model(parser)
