@@ -36,6 +36,7 @@ from benchmarks.contenders import (
 from benchmarks.load import add_load, add_work, run_loop, wide_console
 from benchmarks.models import Model, ModelError, add_model, take_model
 from benchmarks.run import Run, Settings
+from benchmarks.summary import Summary
 from benchmarks.table import failures, number, quantiles, table
 
 COLUMNS = (
@@ -87,30 +88,25 @@ def prompt_tokens(run: Run) -> dict[int, int]:
 def tables(runs: dict[str, Run]) -> Iterator[Table]:
     """One for each level: a row for each contender, with its throughput's ratio to the first one's."""
     kept = {name: run.figures().levels for name, run in runs.items()}
-    first = next(iter(kept.values()))
-    for place, level in enumerate(first):
-        rows = []
-        for name, levels in kept.items():
-            found = levels[place].summary
-            ratio = ratio_of(found.output_tokens_per_second, level.summary.output_tokens_per_second)
-            rows.append(
-                [
-                    name,
-                    str(sum(found.errors.values())),
-                    f"{found.requests_per_second:.2f}",
-                    f"{found.output_tokens_per_second:,.1f}",
-                    "-" if found.errors or level.summary.errors else number(ratio, "{:.2f}"),
-                    quantiles(found.ttft, scale=1000, digits=0),
-                    quantiles(found.per_token, scale=1000, digits=1),
-                    quantiles(found.latency, scale=1, digits=2),
-                ]
-            )
-        yield table(level.label, COLUMNS, rows)
+    for place, first in enumerate(next(iter(kept.values()))):
+        rows = [row(name, levels[place].summary, first.summary) for name, levels in kept.items()]
+        yield table(first.label, COLUMNS, rows)
 
 
-def ratio_of(value: float, reference: float) -> float | None:
-    """None where there is nothing to compare with."""
-    return value / reference if reference else None
+def row(name: str, found: Summary, first: Summary) -> list[str]:
+    """A cell for each of COLUMNS. There is no ratio between answers that are not all there."""
+    comparable = not found.errors and not first.errors
+    ratio = found.output_tokens_per_second / first.output_tokens_per_second if comparable else None
+    return [
+        name,
+        str(sum(found.errors.values())),
+        f"{found.requests_per_second:.2f}",
+        f"{found.output_tokens_per_second:,.1f}",
+        number(ratio, "{:.2f}"),
+        quantiles(found.ttft, scale=1000, digits=0),
+        quantiles(found.per_token, scale=1000, digits=1),
+        quantiles(found.latency, scale=1, digits=2),
+    ]
 
 
 async def run_one(plan: Plan, contender: Contender, bar: Progress) -> Run:
