@@ -198,17 +198,20 @@ def tokens_over_time(axes: Axes, level: LevelFigures, colour: str, name: str) ->
 def running_over_time(axes: Axes, level: LevelFigures, colour: str, name: str) -> None:
     """The samples, each holding until the next."""
     samples = level.server.gauges if level.server else []
-    axes.step(
-        [s.at for s in samples], [s.running_rows for s in samples], where="post", color=colour, label=name, alpha=0.8
-    )
+    steps(axes, [(sample.at, sample.running_rows) for sample in samples], colour, name)
 
 
 def queue_over_time(axes: Axes, level: LevelFigures, colour: str, name: str) -> None:
     """The samples, each holding until the next."""
     samples = level.server.gauges if level.server else []
-    axes.step(
-        [s.at for s in samples], [s.queue_depth for s in samples], where="post", color=colour, label=name, alpha=0.8
-    )
+    steps(axes, [(sample.at, sample.queue_depth) for sample in samples], colour, name)
+
+
+def steps(axes: Axes, points: Sequence[tuple[float, float]], colour: str, name: str) -> None:
+    """Nothing for no points, so that the legend names no run without a line."""
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.step(x, y, where="post", color=colour, label=name, alpha=0.8)
 
 
 def colours() -> Iterator[str]:

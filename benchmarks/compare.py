@@ -4,7 +4,7 @@ python -m benchmarks.compare --concurrency 1,8,32
 python -m benchmarks.compare --model FOLDER --load-format dummy --workload mixed-64 --concurrency 1,16,64
 
 Contenders: microbatch, microbatch-ENGINE for each of its engines, serial (one request at a time), transformers and
-transformers-cb (`transformers serve`, without and with continuous batching; `pip install 'microbatch[compare]'`), and
+transformers-cb (`transformers serve`, without and with continuous batching; `pip install -e '.[compare]'`), and
 `--external NAME=URL` for any server that runs already with the same model. Ratios are to the first contender.
 
 Every answer must have the tokens asked for, and every server must count the same tokens in a prompt: another model or

@@ -112,7 +112,12 @@ def add_goals(parser: argparse.ArgumentParser) -> None:
     add(
         "--first-rate", type=flags.more_than_zero, default=1.0, help="requests a second that the search begins with (1)"
     )
-    add("--share", type=flags.share, default=0.95, help="of requests that must meet the targets (0.95)")
+    add(
+        "--share",
+        type=flags.share,
+        default=0.95,
+        help="of requests that must meet the targets; of 20 requests, 0.95 lets one miss (0.95)",
+    )
     add("--precision", type=flags.more_than_zero, default=0.1, help="of the capacity, as a share of it (0.1)")
 
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.report run1.json run2.json --out out/report
 
-Runs are drawn side by side under their labels (`--label` of benchmarks.load). Needs `pip install 'microbatch[bench]'`.
+Runs are drawn side by side under their labels (`--label` of benchmarks.load). Needs `pip install -e '.[bench]'`.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m benchmarks.report: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"python -m benchmarks.report: {error}; pip install 'microbatch[bench]'", file=sys.stderr)
+        print(f"python -m benchmarks.report: {error}; pip install -e '.[bench]'", file=sys.stderr)
         return 2
     return 0
 

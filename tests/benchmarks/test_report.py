@@ -91,6 +91,12 @@ def test_each_level_has_a_panel_with_a_line_for_each_run() -> None:
         assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines] == [[1, 4], [1, 4]]
 
 
+def test_a_run_without_metrics_has_no_line_in_their_charts() -> None:
+    runs = [run_figures("a"), run_figures("b", server=None)]
+    for axes in panels(runs, queue_over_time, "seconds", "requests waiting").axes:
+        assert [line.get_label() for line in axes.lines] == ["a"]
+
+
 def test_a_sweep_shows_every_value_at_every_load() -> None:
     slow = run_figures("window 0")
     fast = replace(slow, label="window 5", levels=[replace(level, seconds=1.0) for level in slow.levels])
