@@ -169,13 +169,6 @@ def test_thinking_is_switched_in_any_of_three_spellings(fields: dict[str, Any], 
     assert accepted(**fields).thinks is thinks
 
 
-def test_usage_in_every_event_may_be_declined_but_not_asked_for() -> None:
-    options = {"include_usage": True, "continuous_usage_stats": False}
-    assert accepted(stream=True, stream_options=options).include_usage
-    asked = orjson.dumps({"messages": HI, "stream": True, "stream_options": options | {"continuous_usage_stats": True}})
-    assert refused(asked)["param"] == "stream_options.continuous_usage_stats"
-
-
 def test_stream_options_need_a_stream() -> None:
     options = {"include_usage": True}
     assert accepted(stream=True, stream_options=options).stream_options is not None
