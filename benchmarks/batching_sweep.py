@@ -28,7 +28,7 @@ COLUMNS = (
     "output\ntok/s",
     "first token ms\np50 / p95",
     "whole answer s\np50 / p95",
-    *SERVER_COLUMNS[2:7],
+    *SERVER_COLUMNS[2:8],
     "failed",
 )
 
@@ -75,7 +75,7 @@ def row(run: RunFigures, place: int) -> list[str]:
         f"{summary.output_tokens_per_second:,.1f}",
         " / ".join(f"{summary.ttft[name] * 1000:,.0f}" for name in ("p50", "p95") if summary.ttft),
         " / ".join(f"{summary.latency[name]:,.2f}" for name in ("p50", "p95") if summary.latency),
-        *(server_cells(level.label, level.server)[2:7] if level.server else ["-"] * 5),
+        *(server_cells(level.label, level.server)[2:8] if level.server else ["-"] * 6),
         str(sum(summary.errors.values())),
     ]
 

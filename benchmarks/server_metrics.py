@@ -62,15 +62,16 @@ class ServerFigures:
     """A level's figures by the server's own count; None where nothing was observed. `queue_wait` is in seconds.
 
     `batch_size` is the mean number of requests in a batch at its start, `joined` how many came into one that ran,
-    `running_rows` the mean of what was seen each second while anything ran, `padding` the mean share of a batch's
-    prompt positions that is padding.
+    `step_rows` the mean number that got a token in one step, `padding` the mean share of a batch's prompt positions
+    that is padding, `reused` the share of prompt tokens that had been computed for another request.
     """
 
     batches: int
     joined: int
     batch_size: float | None
-    running_rows: float | None
+    step_rows: float | None
     padding: float | None
+    reused: float | None
     queue_wait: float | None
     queue_wait_p95: float | None
     gauges: list[Gauges]
@@ -117,13 +118,14 @@ def quantile(histogram: Histogram, share: float) -> float | None:
 
 def figures(before: Scrape, after: Scrape, gauges: list[Gauges]) -> ServerFigures:
     """What happened between two scrapes."""
-    running = [sample.running_rows for sample in gauges if sample.running_rows]
+    prompts = after.counted_since(before, "prompt_tokens_total")
     return ServerFigures(
         batches=after.counted_since(before, "batches_total"),
         joined=after.counted_since(before, "joined_requests_total"),
         batch_size=after.mean_since(before, "batch_size_rows"),
-        running_rows=sum(running) / len(running) if running else None,
+        step_rows=after.mean_since(before, "step_size_rows"),
         padding=after.mean_since(before, "batch_padding_ratio"),
+        reused=after.counted_since(before, "reused_prompt_tokens_total") / prompts if prompts else None,
         queue_wait=after.mean_since(before, "queue_wait_seconds"),
         queue_wait_p95=quantile(after.buckets_since(before, "queue_wait_seconds"), 0.95),
         gauges=gauges,

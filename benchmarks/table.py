@@ -29,8 +29,9 @@ SERVER_COLUMNS = (
     "batches",
     "batch size\nmean",
     "joined\na batch",
-    "rows running\nmean",
+    "rows a step\nmean",
     "padding\nmean",
+    "prompts\nreused",
     "queue wait ms\nmean / p95",
     "queue depth\nmost",
 )
@@ -81,8 +82,9 @@ def server_cells(label: str, server: ServerFigures) -> list[str]:
         str(server.batches),
         number(server.batch_size, "{:.1f}"),
         str(server.joined),
-        number(server.running_rows, "{:.1f}"),
+        number(server.step_rows, "{:.1f}"),
         number(server.padding, "{:.0%}"),
+        number(server.reused, "{:.0%}"),
         " / ".join(number(wait and wait * 1000, "{:,.0f}") for wait in waits),
         number(max((sample.queue_depth for sample in server.gauges), default=None), "{:.0f}"),
     ]

@@ -17,6 +17,9 @@ class Registry:
         self.registry = CollectorRegistry()
         self.batches = Counter("microbatch_batches", "-", registry=self.registry)
         self.joined = Counter("microbatch_joined_requests", "-", registry=self.registry)
+        self.prompts = Counter("microbatch_prompt_tokens", "-", registry=self.registry)
+        self.reused = Counter("microbatch_reused_prompt_tokens", "-", registry=self.registry)
+        self.steps = self.histogram("step_size_rows", 1, 2, 4)
         self.size = self.histogram("batch_size_rows", 1, 2, 4, 8)
         self.padding = self.histogram("batch_padding_ratio", 0.1, 0.5)
         self.wait = self.histogram("queue_wait_seconds", 0.1, 1, 10)
@@ -45,6 +48,10 @@ def test_figures_are_of_what_happened_between_two_scrapes() -> None:
     server.joined.inc(5)
     before = server.scrape()
     server.joined.inc(2)
+    server.prompts.inc(80)
+    server.reused.inc(20)
+    server.steps.observe(1)
+    server.steps.observe(5)
     server.batch(1, 0.0, 0.25)
     server.batch(4, 0.5, 0.75, 0.5)
     samples = [Gauges(0.0, 3, 0), Gauges(1.0, 5, 2), Gauges(2.0, 0, 4)]
@@ -53,7 +60,7 @@ def test_figures_are_of_what_happened_between_two_scrapes() -> None:
     assert found.padding == pytest.approx(0.25)
     assert found.queue_wait == pytest.approx(0.5)
     assert found.queue_wait_p95 == pytest.approx(0.1 + 0.9 * 0.95)
-    assert found.running_rows == 3.0
+    assert (found.step_rows, found.reused) == (3.0, 0.25)
     assert before.facts == {"device": "cpu"}
 
 
@@ -63,7 +70,7 @@ def test_an_interval_without_batches_has_no_figures() -> None:
     assert (found.batches, found.batch_size, found.padding, found.queue_wait, found.queue_wait_p95) == (0,) + (
         None,
     ) * 4
-    assert found.running_rows is None
+    assert (found.step_rows, found.reused) == (None, None)
 
 
 @pytest.mark.parametrize("text", ["", "<html>not found</html>", 'vllm:num_requests_running{model="m"} 3.0\n'])
