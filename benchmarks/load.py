@@ -1,18 +1,19 @@
 """Load any OpenAI-compatible server with streamed chats and say how fast it answers.
 
 python -m benchmarks.load --url http://127.0.0.1:21010 --model NAME --concurrency 1,8,32
+python -m benchmarks.load --url http://127.0.0.1:21010 --model NAME --rate 0.5,1,2 --ttft-target-ms 1000
+python -m benchmarks.load --url http://127.0.0.1:21010 --model NAME --find-capacity --ttft-target-ms 1000
 
-One table row a level on standard output, progress on standard error, all records as JSON where `--json` says.
-Exits with 1 if any request failed.
+A table row a level on standard output, progress on standard error. `--json` writes what `benchmarks.report` draws,
+`--records` every request. Exits with 1 if any request failed, or no
+capacity was found where that was asked for.
 """
 
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,144 +21,114 @@ import orjson
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.client import ChatClient
-from benchmarks.closed_loop import measure
-from benchmarks.connection import server_url
-from benchmarks.machine import machine, versions
-from benchmarks.summary import Level, summarise
-from benchmarks.table import failures, table
-from benchmarks.workloads import WORKLOADS, Workload, draw, uniform
-
-Range = tuple[int, int]
+from benchmarks import flags
+from benchmarks.capacity import find
+from benchmarks.run import Run, Settings
+from benchmarks.summary import Targets
+from benchmarks.table import failures, tables
+from benchmarks.words import LANGUAGES
+from benchmarks.workloads import WORKLOADS
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run was told. Ranges are in tokens, both ends included; `timeout` is seconds a request."""
+class Command:
+    """What to do with a run: search for the capacity, and what to write where."""
 
-    url: str
-    model: str
-    concurrency: tuple[int, ...]
-    requests_per_level: int | None = None
-    workload: str = "short"
-    prompt_tokens: Range | None = None
-    output_tokens: Range | None = None
-    seed: int = 0
-    warm_up: int = 1
-    timeout: float = 600.0
-    ignore_eos: bool = False
-    api_key: str | None = field(default=None, repr=False)
-
-    def requests(self, concurrency: int) -> int:
-        """Requests at this level: as told, or two a client and at least 8."""
-        return self.requests_per_level or max(8, 2 * concurrency)
-
-    def lengths(self) -> Workload:
-        """The named workload, with the ranges that were given in place of its own laws."""
-        workload = WORKLOADS[self.workload]
-        if self.prompt_tokens:
-            workload = replace(workload, prompt_tokens=uniform(*self.prompt_tokens))
-        if self.output_tokens:
-            workload = replace(workload, output_tokens=uniform(*self.output_tokens))
-        return workload
+    find_capacity: bool
+    first_rate: float
+    share: float
+    precision: float
+    json: Path | None
+    records: Path | None
 
 
-async def run(settings: Settings, progress: Callable[[], None]) -> list[Level]:
-    """Measure every level, one after the other, each over connections of its own."""
-    levels, serial, lengths = [], 0, settings.lengths()
-    for concurrency in settings.concurrency:
-        warm_up = draw(lengths, settings.warm_up, seed=settings.seed, first=serial)
-        serial += len(warm_up)
-        jobs = draw(lengths, settings.requests(concurrency), seed=settings.seed, first=serial)
-        serial += len(jobs)
-        with closing(client(settings)) as chat:
-            levels.append(await measure(chat, jobs, warm_up, concurrency, progress))
-    return levels
-
-
-def client(settings: Settings) -> ChatClient:
-    """A client with no connections yet."""
-    return ChatClient(
-        settings.url,
-        settings.model,
-        timeout=settings.timeout,
-        ignore_eos=settings.ignore_eos,
-        api_key=settings.api_key,
-    )
-
-
-def report(settings: Settings, levels: list[Level], started: datetime) -> dict[str, Any]:
-    """Everything about a run as plain values; seconds and bytes throughout. The API key stays out.
-
-    A record's `chunks` are the arrivals of its pieces of text, so the first is its time to first token.
-    """
-    told = asdict(settings)
-    del told["api_key"]
-    return {
-        "started": started.isoformat(timespec="seconds"),
-        "settings": told,
-        "versions": versions(),
-        "machine": machine(),
-        "levels": [asdict(level) | {"summary": asdict(summarise(level))} for level in levels],
-    }
-
-
-def parse(arguments: Sequence[str] | None) -> tuple[Settings, Path | None]:
-    """Settings and the JSON file's path. Exits with 2 and a sentence for flags that make no sense."""
+def parse(arguments: Sequence[str] | None) -> tuple[Settings, Command]:
+    """Exits with 2 and a sentence for flags that make no sense."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--url", type=url_of, required=True, help="the server's root, such as http://127.0.0.1:21010")
-    add("--model", required=True, help="the model's name as the server knows it")
-    add("--concurrency", type=levels_of, default=(1, 8, 32), help="clients at each level (1,8,32)")
-    add("--requests-per-level", type=positive, help="twice the concurrency and at least 8 if not given")
-    add("--workload", choices=sorted(WORKLOADS), default="short", help="the lengths' laws (short)")
-    add("--prompt-tokens", type=range_of, metavar="LOW:HIGH", help="in place of the workload's own")
-    add("--output-tokens", type=range_of, metavar="LOW:HIGH", help="in place of the workload's own")
-    add("--seed", type=int, default=0, help="another seed asks for other texts and lengths (0)")
-    add("--warm-up", type=natural, default=1, help="requests before each level that are not measured (1)")
-    add("--timeout", type=float, default=600.0, help="seconds until a request counts as failed (600)")
-    add("--ignore-eos", action="store_true", help="ask for full-length answers, and check that they are")
-    add("--api-key", help="sent as a bearer token")
-    add("--json", type=Path, dest="out", help="write settings, figures and every request's record here")
+    add_server(parser)
+    add_load(parser)
+    add_work(parser)
+    add_goals(parser)
+    parser.add_argument("--json", type=Path, help="write settings, figures and time series here, for benchmarks.report")
+    parser.add_argument("--records", type=Path, help="write every request here, one line of JSON each")
     told = vars(parser.parse_args(arguments))
-    out: Path | None = told.pop("out")
-    return Settings(**told), out
+    command = Command(**{name: told.pop(name) for name in Command.__slots__})
+    settings = settings_of(told)
+    if command.find_capacity and not settings.targets:
+        parser.error("--find-capacity needs --ttft-target-ms or --tpot-target-ms")
+    if command.find_capacity and (settings.rate or settings.concurrency):
+        parser.error("--find-capacity chooses its own levels: leave --rate and --concurrency out")
+    return settings, command
 
 
-def url_of(text: str) -> str:
-    """The text itself; ValueError if it is not a server's URL."""
-    server_url(text)
-    return text
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Who is asked, and how."""
+    add = parser.add_argument_group("server").add_argument
+    add("--url", type=flags.url, required=True, help="the server's root, such as http://127.0.0.1:21010")
+    add("--model", required=True, help="the model's name as the server knows it")
+    add("--label", help="what a report calls this run (the model's name)")
+    add("--api-key", help="sent as a bearer token")
+    add("--ignore-eos", action="store_true", help="ask for full-length answers, and check that they are")
+    add("--body", type=flags.json_object, default={}, metavar="JSON", help="more fields of every request")
 
 
-def natural(text: str) -> int:
-    """A whole number from 0 on; ValueError otherwise."""
-    if (number := int(text)) < 0:
-        raise ValueError(text)
-    return number
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """How hard."""
+    add = parser.add_argument_group("load").add_argument
+    add(
+        "--concurrency",
+        type=flags.counts,
+        help="closed loop: clients at each level (the workload's own, mostly 1,8,32)",
+    )
+    add("--rate", type=flags.rates, default=(), help="open loop: requests a second at each level, as 0.5,1,2")
+    add("--burstiness", type=flags.more_than_zero, default=1.0, help="of arrivals: 1 Poisson's, 0.25 in bursts (1)")
+    add("--duration", type=flags.more_than_zero, default=30.0, help="seconds of arrivals a level of --rate (30)")
+    add(
+        "--requests-per-level",
+        type=flags.positive,
+        help="default: two a client, or what comes in --duration; 8 or more",
+    )
+    add("--timeout", type=flags.more_than_zero, default=600.0, help="seconds until a request counts as failed (600)")
+    add("--warm-up", type=flags.natural, default=1, help="requests before each level that are not measured (1)")
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on; ValueError otherwise."""
-    if (number := int(text)) < 1:
-        raise ValueError(text)
-    return number
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """What is asked."""
+    add = parser.add_argument_group("work").add_argument
+    add("--workload", choices=sorted(WORKLOADS), default="short", help="lengths and shape of prompts (short)")
+    add("--language", choices=sorted(LANGUAGES), default="en", help="of the workload's text (en)")
+    add("--prompts", type=Path, help="your own: JSON Lines with prompt or messages, or ShareGPT's array")
+    add("--prompt-tokens", type=flags.token_range, metavar="LOW:HIGH", help="in place of the workload's own")
+    add("--output-tokens", type=flags.token_range, metavar="LOW:HIGH", help="in place of the workload's or file's own")
+    add("--seed", type=int, default=0, help="another seed asks for other texts, lengths and arrivals (0)")
 
 
-def levels_of(text: str) -> tuple[int, ...]:
-    """ "1,8,32" as numbers of clients; ValueError otherwise."""
-    return tuple(positive(part) for part in text.split(","))
+def add_goals(parser: argparse.ArgumentParser) -> None:
+    """What is good enough."""
+    add = parser.add_argument_group("goals").add_argument
+    add("--ttft-target-ms", type=flags.milliseconds, help="a good answer's first token comes within this")
+    add("--tpot-target-ms", type=flags.milliseconds, help="a good answer's mean time per output token is within this")
+    add("--find-capacity", action="store_true", help="search the highest rate that meets the targets")
+    add(
+        "--first-rate", type=flags.more_than_zero, default=1.0, help="requests a second that the search begins with (1)"
+    )
+    add(
+        "--share",
+        type=flags.share,
+        default=0.95,
+        help="of requests that must meet the targets; of 20 requests, 0.95 lets one miss (0.95)",
+    )
+    add("--precision", type=flags.more_than_zero, default=0.1, help="of the capacity, as a share of it (0.1)")
 
 
-def range_of(text: str) -> Range:
-    """ "32:64" as its two ends; ValueError otherwise."""
-    low, high = map(positive, text.split(":"))
-    if low > high:
-        raise ValueError(text)
-    return low, high
+def settings_of(told: dict[str, Any]) -> Settings:
+    """Flags as settings: `--ignore-eos` is a field of the body and a check."""
+    targets = Targets(told.pop("ttft_target_ms"), told.pop("tpot_target_ms"))
+    settings = Settings(targets=targets, full_length=told.pop("ignore_eos"), **told)
+    return replace(settings, body={"ignore_eos": True} | settings.body) if settings.full_length else settings
 
 
-def run_loop(main: Coroutine[Any, Any, list[Level]]) -> list[Level]:
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
     """Run on uvloop where it is installed: it takes a third off what a chunk costs the client."""
     try:
         from uvloop import new_event_loop
@@ -167,28 +138,62 @@ def run_loop(main: Coroutine[Any, Any, list[Level]]) -> list[Level]:
         return runner.run(main)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, or 1 if any request failed."""
-    settings, out = parse(arguments)
-    started = datetime.now(UTC)
-    total = sum(settings.warm_up + settings.requests(level) for level in settings.concurrency)
+def measure(run: Run, command: Command) -> None:
+    """Measure with a bar of progress, whose end is unknown while the capacity is searched."""
+    settings = run.settings
+    total = None if command.find_capacity else settings.total()
     with Progress(console=Console(stderr=True), refresh_per_second=2) as bar:
         task = bar.add_task("requests", total=total)
-        levels = run_loop(run(settings, lambda: bar.advance(task)))
-    if out:
-        out.write_bytes(orjson.dumps(report(settings, levels, started)))
-    show(levels)
-    return 1 if any(level.failures() for level in levels) else 0
+        run.progress = lambda: bar.advance(task)
+        if command.find_capacity:
+            run_loop(find(run, command.first_rate, command.share, command.precision))
+        else:
+            run_loop(run.measure_all())
 
 
-def show(levels: list[Level]) -> None:
-    """Print the table, and under it what failed."""
+def write(run: Run, command: Command) -> None:
+    """Write the files that were asked for."""
+    if command.json:
+        command.json.write_bytes(orjson.dumps(run.figures()))
+    if command.records:
+        with command.records.open("wb") as lines:
+            lines.writelines(run.record_lines())
+
+
+def show(run: Run, command: Command) -> None:
+    """Print the tables, under them what failed, and the capacity if that was asked for."""
+    console = wide_console()
+    for table in tables(run.figures().levels):
+        console.print(table)
+    for line in failures(run.levels):
+        console.print(line, markup=False, highlight=False)
+    if command.find_capacity:
+        found = "none was found" if run.capacity is None else f"{run.capacity:.3g} requests/s"
+        console.print(f"capacity: {found}, with {command.share:.0%} of requests within the targets", highlight=False)
+
+
+def wide_console() -> Console:
+    """Standard output; a file has no edge to wrap at."""
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # a file has no edge to wrap at
-    console.print(table(levels))
-    for line in failures(levels):
-        console.print(line, markup=False, highlight=False)
+        console.width = 220
+    return console
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code: 0; 1 if any request failed or no capacity was found; 2 for a bad file."""
+    settings, command = parse(arguments)
+    try:
+        run = Run(settings)
+    except (OSError, ValueError) as error:
+        print(f"python -m benchmarks.load: {error}", file=sys.stderr)
+        return 2
+    measure(run, command)
+    write(run, command)
+    show(run, command)
+    if command.find_capacity:  # which goes where requests fail, to find the edge
+        return int(run.capacity is None)
+    return int(any(level.failures() for level in run.levels))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,22 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("microbatch", "httptools", "orjson", "uvloop")
+PACKAGES = ("microbatch", "httptools", "orjson", "uvloop", "torch", "transformers")
 
 
 def machine() -> dict[str, str | int]:
-    """Operating system, processor, number of processors and memory in bytes (0 where unknown)."""
+    """Operating system, processor, number of processors, memory in bytes (0 where unknown), and NVIDIA's GPUs."""
     return {
         "system": platform.platform(),
         "processor": processor(),
         "processors": os.cpu_count() or 0,
         "memory": memory(),
+        "gpu": gpu(),
     }
 
 
@@ -33,8 +36,17 @@ def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def gpu() -> str:
+    """Names of NVIDIA's GPUs, as their driver's tool says; nothing where there is no such tool."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return ""
+    asked = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    return ", ".join(told.stdout.splitlines()) if told.returncode == 0 else ""
+
+
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the client's speed depends on, where installed."""
+    """Versions of Python and of the packages that the client's speed, or a server's beside it, depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

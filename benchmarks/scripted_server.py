@@ -34,7 +34,7 @@ from batching.engine import Engine, Steps
 from batching.events import Event, Stepped
 from batching.row import Row
 from batching.types import ModelInfo
-from benchmarks.words import WORDS
+from benchmarks.words import LANGUAGES
 from server import sse
 from server.app import create_app
 from server.completion import Completion
@@ -67,7 +67,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    made.train_from_iterator([" " + " ".join(WORDS)] * 8, trainer)
+    made.train_from_iterator([" " + " ".join(LANGUAGES["en"].words)] * 8, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE)
 
 
@@ -108,7 +108,7 @@ class ScriptedLoader:
     def __init__(self, streams: int, tokens: int, mode: Mode) -> None:
         fast = tokenizer()
         window = tokens + 64
-        words: list[int] = fast.backend_tokenizer.encode(" " + " ".join(WORDS)).ids
+        words: list[int] = fast.backend_tokenizer.encode(" " + " ".join(LANGUAGES["en"].words)).ids
         info = ModelInfo(NAME, "none", 0, len(fast), window, streams * window, frozenset())
         self.words = WordsEngine(info, words, in_step=mode == "in step")
         self._fast = fast

@@ -1,35 +1,105 @@
 """What is asked: how long prompts and answers are, and the seeded text that fills the prompts.
 
-A prompt of N tokens is N words of the list: 1.0006 tokens a word, measured with Qwen3's and SmolLM2's
-tokenizers. The server's chat template comes on top.
+A prompt of N tokens is N words of the lists in `words.py`: 1.0006 tokens an English word, measured with Qwen3's and
+SmolLM2's tokenizers. The server's chat template comes on top.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from random import Random
+from typing import Protocol
 
-from benchmarks.words import WORDS
+import orjson
+
+from benchmarks.words import LANGUAGES, Language
 
 Law = Callable[[Random], int]
+Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to be sent. `serial` is unique in a run; lengths are in tokens."""
+    """One request to be sent. `serial` is unique in a run; lengths are in tokens, the prompt's by the law."""
 
     serial: int
-    prompt: str
+    messages: tuple[Message, ...]
     prompt_tokens: int
     max_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """How many tokens a prompt has and how many are asked for, each as a law to draw from."""
+class Source(Protocol):
+    """Where jobs come from."""
 
-    prompt_tokens: Law
-    output_tokens: Law
+    def draw(self, count: int, *, seed: int, first: int = 0) -> list[Job]:
+        """`count` jobs with serials from `first` on; the same for the same arguments."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Writes one job's text: all that it writes depends on the seed and the job's serial."""
+
+    language: Language
+    seed: int
+    serial: int
+
+    def distinct(self, words: int) -> str:
+        """The serial number, then so many words: no two jobs' texts begin alike, so a prefix cache finds nothing."""
+        return f"{self.serial}. {self._written(f'{self.seed}/{self.serial}', words)}"
+
+    def constant(self, title: str, words: int) -> str:
+        """So many words that are the same in every job with this seed."""
+        return self._written(f"{self.seed}/{title}", words)
+
+    def words(self, title: str, words: int) -> str:
+        """So many words of this job's own."""
+        return self._written(f"{self.seed}/{self.serial}/{title}", words)
+
+    def _written(self, seed: str, words: int) -> str:
+        return self.language.space.join(Random(seed).choices(self.language.words, k=words))
+
+
+Shape = Callable[[Writer, int], tuple[Message, ...]]
+
+
+def question(writer: Writer, words: int) -> tuple[Message, ...]:
+    """One message, distinct from its first word."""
+    return ({"role": "user", "content": writer.distinct(words)},)
+
+
+INSTRUCTION, CITATION_GUIDE, CHUNKS, CHUNK, ASKED = 75, 1543, 6, 526, 30
+
+
+def retrieval_chat(writer: Writer, words: int) -> tuple[Message, ...]:
+    """RAGFlow's chat: an instruction, six chunks of up to 512 words with id and title, the constant citation guide
+    after them, then history and question. Two prompts share the instruction alone.
+
+    Raises ValueError for fewer words than instruction, guide and question take.
+    """
+    room = words - INSTRUCTION - CITATION_GUIDE - ASKED
+    if room < CHUNKS:
+        raise ValueError(f"a retrieval chat has at least {words - room + CHUNKS} tokens of prompt, not {words}")
+    size = min(CHUNK, room // CHUNKS)
+    chunks = [writer.distinct(size), *(writer.words(f"chunk {number}", size) for number in range(1, CHUNKS))]
+    system = [writer.constant("instruction", INSTRUCTION), *chunks, writer.constant("citations", CITATION_GUIDE)]
+    asked = writer.words("question", ASKED + room - CHUNKS * size)
+    return ({"role": "system", "content": "\n\n".join(system)}, {"role": "user", "content": asked})
+
+
+EXTRACTION_GUIDE = 2226
+
+
+def extraction(writer: Writer, words: int) -> tuple[Message, ...]:
+    """GraphRAG's extraction: a long constant guide with examples, then one chunk of a document.
+
+    Raises ValueError for no words beyond the guide.
+    """
+    if words <= EXTRACTION_GUIDE:
+        raise ValueError(f"an extraction has more than {EXTRACTION_GUIDE} tokens of prompt, not {words}")
+    guide, chunk = writer.constant("extraction", EXTRACTION_GUIDE), writer.distinct(words - EXTRACTION_GUIDE)
+    return ({"role": "system", "content": guide}, {"role": "user", "content": chunk})
 
 
 def uniform(low: int, high: int) -> Law:
@@ -42,28 +112,44 @@ def lognormal(median: int, sigma: float, low: int, high: int) -> Law:
     return lambda random: min(high, max(low, int(random.lognormvariate(math.log(median), sigma))))
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """How many tokens a prompt has and how many are asked for, each as a law to draw from, and the prompt's shape.
+
+    `concurrency` is what a closed loop runs with where none is asked for.
+    """
+
+    prompt_tokens: Law
+    output_tokens: Law
+    shape: Shape = question
+    concurrency: tuple[int, ...] = (1, 8, 32)
+    language: Language = field(default=LANGUAGES["en"])
+
+    def draw(self, count: int, *, seed: int, first: int = 0) -> list[Job]:
+        """Lengths depend on the seed alone, so every level of a run asks for the same work: all prompts' lengths are
+        drawn, then all outputs'. Text depends on the seed and the serial.
+        """
+        random = Random(seed)
+        prompts = [self.prompt_tokens(random) for _ in range(count)]
+        outputs = [self.output_tokens(random) for _ in range(count)]
+        return [
+            Job(serial, self.shape(Writer(self.language, seed, serial), prompt), prompt, output)
+            for serial, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=first)
+        ]
+
+
 WORKLOADS = {
     "short": Workload(uniform(20, 60), uniform(32, 64)),
-    "mixed-64": Workload(lognormal(1400, 0.5, 200, 4000), uniform(16, 256)),
+    "long-output": Workload(uniform(20, 60), uniform(512, 1024)),
+    "mixed-64": Workload(lognormal(1400, 0.5, 200, 4000), uniform(16, 256), concurrency=(64,)),
+    "rag-40": Workload(uniform(4853, 4853), uniform(64, 320), concurrency=(40,)),
+    # RAGFlow's requests: the prompts as measured, their answers' lengths assumed.
+    "ragflow-chat": Workload(uniform(4700, 5006), uniform(64, 320), retrieval_chat),
+    "ragflow-ingest": Workload(uniform(2626, 2738), uniform(128, 512), extraction, concurrency=(10,)),
 }
 
 
-def draw(workload: Workload, count: int, *, seed: int, first: int = 0) -> list[Job]:
-    """`count` jobs with serials from `first` on.
-
-    Lengths depend on the seed alone, so every level of a run asks for the same work. Text depends on the seed
-    and the serial, so no two jobs of a run begin alike and a prefix cache finds nothing.
-    """
-    random = Random(seed)
-    prompts = [workload.prompt_tokens(random) for _ in range(count)]
-    outputs = [workload.output_tokens(random) for _ in range(count)]
-    return [
-        Job(serial, text(seed, serial, prompt), prompt, output)
-        for serial, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=first)
-    ]
-
-
-def text(seed: int, serial: int, words: int) -> str:
-    """The serial number, which makes the prompt distinct, then `words` random words."""
-    chosen = Random(f"{seed}/{serial}").choices(WORDS, k=words)
-    return f"{serial}. {' '.join(chosen)}"
+def digest(jobs: list[Job]) -> str:
+    """A name for exactly these requests in this order: two runs with the same one asked for the same."""
+    asked = [(job.messages, job.max_tokens) for job in jobs]
+    return sha256(orjson.dumps(asked)).hexdigest()[:16]

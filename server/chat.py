@@ -49,7 +49,7 @@ async def respond(service: Service, chat: ChatRequest, caller: Caller) -> Respon
         for index, stream in enumerate(streams)
     ]
     if chat.stream:
-        return await streamed(completion, choices, include_usage=chat.include_usage)
+        return await streamed(completion, choices, chat.include_usage, chat.continuous_usage)
     return await plain(completion, choices)
 
 

@@ -30,9 +30,10 @@ class Completion:
         """A plain answer."""
         return self._envelope(self._kind, choices=choices, usage=usage)
 
-    def chunks(self, news: Iterable[Mapping[str, Any]]) -> bytes:
-        """An event for each of these news of one choice."""
-        return b"".join([self._chunk_start + orjson.dumps(choice) + b"]}\n\n" for choice in news])
+    def chunks(self, news: Iterable[Mapping[str, Any]], usage: Mapping[str, int] | None = None) -> bytes:
+        """An event for each of these news of one choice, with the counts so far if there are any."""
+        end = b"]}\n\n" if usage is None else b'],"usage":' + orjson.dumps(usage) + b"}\n\n"
+        return b"".join([self._chunk_start + orjson.dumps(choice) + end for choice in news])
 
     def usage_chunk(self, usage: Mapping[str, int]) -> bytes:
         """The one trailing event with counts. It has no choice: clients sum the usage of chunks that have one."""

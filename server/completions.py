@@ -39,7 +39,7 @@ async def respond(service: Service, asked: CompletionRequest, caller: Caller) ->
         streams = service.submit(rows(service, asked, prompts, caller))
     choices = [TextChoice(index, stream, service.text, asked) for index, stream in enumerate(streams)]
     if asked.stream:
-        return await streamed(completion, choices, include_usage=asked.include_usage)
+        return await streamed(completion, choices, asked.include_usage, asked.continuous_usage)
     return await plain(completion, choices)
 
 

@@ -124,7 +124,8 @@ class ChunkChoice(Reply):
 
 
 class ChatChunk(Reply):
-    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last."""
+    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last; with
+    `continuous_usage_stats`, all have it."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -169,7 +170,8 @@ class TextChunkChoice(Reply):
 
 
 class TextChunk(Reply):
-    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last."""
+    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last; with
+    `continuous_usage_stats`, all have it."""
 
     id: str
     object: Literal["text_completion"]

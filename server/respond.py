@@ -44,11 +44,13 @@ async def plain(completion: Completion, choices: Sequence[Choice]) -> Response:
     return Response(completion.whole(done, usage(choices)), media_type="application/json")
 
 
-async def streamed(completion: Completion, choices: Sequence[Choice], *, include_usage: bool) -> Response:
-    """The answer as server-sent events."""
+async def streamed(
+    completion: Completion, choices: Sequence[Choice], include_usage: bool, continuous_usage: bool
+) -> Response:
+    """The answer as server-sent events; token counts in one of their own at the end, or so far in every one."""
     news = news_of(choices)
     first = await begun(choices, news)
-    return RowsResponse(choices, frames(completion, choices, first, news, include_usage))
+    return RowsResponse(choices, frames(completion, choices, first, news, include_usage, continuous_usage))
 
 
 async def begun(choices: Sequence[Choice], news: AsyncIterator[T]) -> T:
@@ -87,15 +89,16 @@ async def frames(
     first: Sequence[Mapping[str, Any]],
     rest: AsyncIterator[Sequence[Mapping[str, Any]]],
     include_usage: bool,
+    continuous_usage: bool,
 ) -> AsyncIterator[bytes]:
     """The frames of a streamed answer, those that came together in one write.
 
     An error after the first becomes a last frame, without `[DONE]`.
     """
-    yield completion.chunks(first)
+    yield completion.chunks(first, usage(choices) if continuous_usage else None)
     try:
         async for news in rest:
-            yield completion.chunks(news)
+            yield completion.chunks(news, usage(choices) if continuous_usage else None)
     except BatchingError as error:
         cancel(choices)
         yield sse.event(from_batching(error).body())

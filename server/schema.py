@@ -130,6 +130,9 @@ class Message(ToolTurn):
 
 class StreamOptions(Body):
     include_usage: Flag = False
+    """Counts in one event of their own, the last."""
+    continuous_usage_stats: Flag = False
+    """Counts so far in every event, as vLLM has it; not for clients that add up what events say."""
 
 
 class TemplateOptions(Body):
@@ -243,6 +246,10 @@ class Generation(Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def greedy(self) -> bool:

@@ -132,6 +132,19 @@ def test_usage_comes_in_one_trailing_chunk_if_it_was_asked_for() -> None:
     assert last.usage == plain.usage
 
 
+def test_usage_so_far_comes_in_every_chunk_if_it_was_asked_for() -> None:
+    with live(scripted("Hello!", stepped=True)) as service:
+        service.engine.release(100)
+        *chunks, last = frames(service.chat(stream=True, stream_options={"continuous_usage_stats": True}))
+        plain = service.chat().json()
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert last == "[DONE]"
+    assert all(chunk["choices"] for chunk in chunks)
+    assert counts == sorted(counts)
+    assert counts[0] >= 1
+    assert chunks[-1]["usage"] == plain["usage"]
+
+
 def test_a_stream_is_framed_for_proxies_and_ends_with_done() -> None:
     with live() as service:
         response = service.chat(stream=True)

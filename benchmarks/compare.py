@@ -1,0 +1,212 @@
+"""Compare servers on this machine: each is started on the same model, one after the other, and asked for the same work.
+
+python -m benchmarks.compare --concurrency 1,8,32
+python -m benchmarks.compare --model FOLDER --load-format dummy --workload mixed-64 --concurrency 1,16,64
+
+Contenders: microbatch, microbatch-ENGINE for each of its engines, serial (one request at a time), transformers and
+transformers-cb (`transformers serve`, without and with continuous batching; `pip install -e '.[compare]'`), and
+`--external NAME=URL` for any server that runs already with the same model. Ratios are to the first contender.
+
+Every answer must have the tokens asked for, and every server must count the same tokens in a prompt: another model or
+template is refused. Each contender's run is written into `--out`, for benchmarks.report. Exits with 1 if a request
+failed or a contender did not start, with 2 if nothing can be compared.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import orjson
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import flags
+from benchmarks.contenders import (
+    Contender,
+    ContenderError,
+    check_model,
+    engines,
+    external,
+    known,
+    serving,
+)
+from benchmarks.load import add_load, add_work, run_loop, wide_console
+from benchmarks.models import Model, ModelError, add_model, take_model
+from benchmarks.run import Run, Settings
+from benchmarks.summary import Summary
+from benchmarks.table import failures, number, quantiles, table
+
+COLUMNS = (
+    "server",
+    "failed",
+    "requests/s",
+    "output\ntok/s",
+    "ratio",
+    "first token ms\np50 / p90 / p95 / p99",
+    "per token ms\np50 / p90 / p95 / p99",
+    "whole answer s\np50 / p90 / p95 / p99",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who runs, with what asked of each, and where what they say goes."""
+
+    contenders: list[Contender]
+    settings: Settings
+    out: Path
+
+
+def check_same(runs: dict[str, Run]) -> None:
+    """Raises ValueError, in one sentence, for fewer than two runs or where two are not of the same model and work.
+
+    Two servers have the same model and template only if they count the same tokens in each prompt.
+    """
+    if len(runs) < 2:
+        raise ValueError("fewer than two servers were measured")
+    (first, reference), *others = runs.items()
+    for name, run in others:
+        if [level.jobs for level in run.levels] != [level.jobs for level in reference.levels]:
+            raise ValueError(f"{name} and {first} were asked for different work, which is not compared")
+        counted, expected = prompt_tokens(run), prompt_tokens(reference)
+        for serial in counted.keys() & expected.keys():
+            if counted[serial] != expected[serial]:
+                raise ValueError(
+                    f"{name} counts {counted[serial]} tokens in a prompt where {first} counts {expected[serial]}: "
+                    "another model or chat template, which is not compared"
+                )
+
+
+def prompt_tokens(run: Run) -> dict[int, int]:
+    """How many tokens the server counted in each answered request's prompt, by serial."""
+    return {record.serial: record.prompt_tokens for level in run.levels for record in level.records if not record.error}
+
+
+def tables(runs: dict[str, Run]) -> Iterator[Table]:
+    """One for each level: a row for each contender, with its throughput's ratio to the first one's."""
+    kept = {name: run.figures().levels for name, run in runs.items()}
+    for place, first in enumerate(next(iter(kept.values()))):
+        rows = [row(name, levels[place].summary, first.summary) for name, levels in kept.items()]
+        yield table(first.label, COLUMNS, rows)
+
+
+def row(name: str, found: Summary, first: Summary) -> list[str]:
+    """A cell for each of COLUMNS. There is no ratio between answers that are not all there."""
+    comparable = not found.errors and not first.errors
+    ratio = found.output_tokens_per_second / first.output_tokens_per_second if comparable else None
+    return [
+        name,
+        str(sum(found.errors.values())),
+        f"{found.requests_per_second:.2f}",
+        f"{found.output_tokens_per_second:,.1f}",
+        number(ratio, "{:.2f}"),
+        quantiles(found.ttft, scale=1000, digits=0),
+        quantiles(found.per_token, scale=1000, digits=1),
+        quantiles(found.latency, scale=1, digits=2),
+    ]
+
+
+async def run_one(plan: Plan, contender: Contender, bar: Progress) -> Run:
+    """Start, measure and end one contender. Raises ContenderError as `serving`."""
+    body = plan.settings.body | contender.fields
+    task = bar.add_task(contender.name, total=plan.settings.total())
+    async with serving(contender, plan.out / f"{contender.name}.log") as url:
+        settings = replace(plan.settings, url=url, model=contender.model, label=contender.name, body=body)
+        run = Run(settings, lambda: bar.advance(task))
+        await run.measure_all()
+    (plan.out / f"{contender.name}.json").write_bytes(orjson.dumps(run.figures()))
+    return run
+
+
+async def run_all(plan: Plan, runs: dict[str, Run], problems: list[str]) -> None:
+    """Fill `runs`, one contender after the other, and `problems` with those that could not run.
+
+    Raises ContenderError before anything is started if an external server does not serve the model.
+    """
+    for contender in plan.contenders:
+        if contender.url:
+            await check_model(contender)
+    with Progress(console=Console(stderr=True), refresh_per_second=2) as bar:
+        for contender in plan.contenders:
+            try:
+                runs[contender.name] = await run_one(plan, contender, bar)
+            except ContenderError as error:
+                problems.append(str(error))
+
+
+def parse(arguments: Sequence[str] | None) -> Plan:
+    """Exits with 2 and a sentence for flags that make no sense. Random weights are written here, if asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add_model(parser)
+    add("--contenders", default="microbatch,serial,transformers,transformers-cb", help="in this order")
+    add(
+        "--external",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="a server that runs already; may be repeated",
+    )
+    add("--out", type=Path, default=Path("out/compare"), help="folder for runs and logs (out/compare)")
+    add_load(parser)
+    add_work(parser)
+    told = vars(parser.parse_args(arguments))
+    named = [name for name in told.pop("contenders").split(",") if name]
+    running, out = told.pop("external"), told.pop("out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        model = take_model(told)
+        settings = Settings(url="", model=model.name, full_length=True, **told)
+        settings.source()
+        return Plan(chosen(model, named, running), settings, out)
+    except (ModelError, OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def chosen(model: Model, named: Sequence[str], running: Sequence[str]) -> list[Contender]:
+    """The contenders of these names, then the servers that run already, as NAME=URL. Raises ValueError."""
+    startable = known(model, engines() if any(name.startswith("microbatch-") for name in named) else [])
+    for name in named:
+        if name not in startable:
+            raise ValueError(f"there is no contender {name}, only {', '.join(startable)}")
+    found = [startable[name] for name in named]
+    for text in running:
+        name, _, url = text.partition("=")
+        found.append(external(name, flags.url(url), model))
+    if len({contender.name for contender in found}) < max(2, len(found)):
+        raise ValueError("a comparison needs two contenders or more, each of another name")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code, as above."""
+    plan = parse(arguments)
+    runs: dict[str, Run] = {}
+    problems: list[str] = []
+    try:
+        run_loop(run_all(plan, runs, problems))
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        check_same(runs)
+    except (ContenderError, ValueError) as error:
+        print(f"python -m benchmarks.compare: {error}", file=sys.stderr)
+        return 2
+    show(runs)
+    return int(bool(problems) or any(level.failures() for run in runs.values() for level in run.levels))
+
+
+def show(runs: dict[str, Run]) -> None:
+    """Print a table for each level, and what failed."""
+    console = wide_console()
+    for found in tables(runs):
+        console.print(found)
+    for name, run in runs.items():
+        for line in failures(run.levels):
+            console.print(f"{name}, {line}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""One run of the load tool: what it was told, its levels measured one after the other, and the file that keeps it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from benchmarks.client import ChatClient, Record
+from benchmarks.connection import server_url
+from benchmarks.loops import ClosedLoop, Loop, OpenLoop, Progress
+from benchmarks.machine import machine, versions
+from benchmarks.prompts import read
+from benchmarks.server_metrics import ServerFigures, Watch
+from benchmarks.summary import Summary, Targets, summarise, tokens_by_second
+from benchmarks.words import LANGUAGES
+from benchmarks.workloads import WORKLOADS, Job, Source, digest, uniform
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run was told. Ranges are in tokens, both ends included; `timeout` is seconds a request.
+
+    `duration` is for how many seconds requests arrive at a level of the open loop; `body` are further fields of every
+    request.
+    """
+
+    url: str
+    model: str
+    label: str | None = None
+    concurrency: tuple[int, ...] | None = None
+    rate: tuple[float, ...] = ()
+    burstiness: float = 1.0
+    duration: float = 30.0
+    requests_per_level: int | None = None
+    workload: str = "short"
+    prompts: Path | None = None
+    language: str = "en"
+    prompt_tokens: Range | None = None
+    output_tokens: Range | None = None
+    seed: int = 0
+    warm_up: int = 1
+    timeout: float = 600.0
+    full_length: bool = False
+    body: dict[str, Any] = field(default_factory=dict)
+    targets: Targets = field(default_factory=Targets)
+    api_key: str | None = field(default=None, repr=False)
+
+    def loops(self) -> list[Loop]:
+        """The levels, in order: the closed loop's, then the open loop's.
+
+        A closed loop has the workload's own concurrency where none was asked for; none if only rates were.
+        """
+        default = () if self.rate else WORKLOADS[self.workload].concurrency
+        concurrency = default if self.concurrency is None else self.concurrency
+        return [*map(ClosedLoop, concurrency), *(OpenLoop(rate, self.burstiness) for rate in self.rate)]
+
+    def requests(self, loop: Loop) -> int:
+        """Requests of a level: as told, or two a client, or as many as come in the duration; at least 8."""
+        match loop:
+            case ClosedLoop(concurrency=concurrency):
+                wanted = 2 * concurrency
+            case OpenLoop(rate=rate):
+                wanted = round(rate * self.duration)
+        return self.requests_per_level or max(8, wanted)
+
+    def total(self) -> int:
+        """Requests of all levels, warm-up too."""
+        return sum(self.warm_up + self.requests(loop) for loop in self.loops())
+
+    def source(self) -> Source:
+        """The prompt file or the named workload, with the ranges that were given in place of its own laws.
+
+        Raises ValueError and OSError as `prompts.read`.
+        """
+        named = replace(WORKLOADS[self.workload], language=LANGUAGES[self.language])
+        if self.prompt_tokens:
+            named = replace(named, prompt_tokens=uniform(*self.prompt_tokens))
+        if self.output_tokens:
+            named = replace(named, output_tokens=uniform(*self.output_tokens))
+        if self.prompts is None:
+            return named
+        return read(self.prompts, named.output_tokens, keep_lengths=self.output_tokens is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What was measured at one level: `seconds` from the first send to the last end, and every request.
+
+    `cpu_share` is the client's own CPU time over `seconds`: near 1, the client is what was measured. `jobs` names what
+    was asked (`workloads.digest`).
+    """
+
+    loop: Loop
+    jobs: str
+    seconds: float
+    cpu_share: float
+    records: list[Record]
+    warm_up: list[Record] = field(default_factory=list)
+    server: ServerFigures | None = None
+
+    def failures(self) -> list[Record]:
+        """Failed requests, those of the warm-up included."""
+        return [record for record in self.warm_up + self.records if record.error]
+
+
+@dataclass(frozen=True, slots=True)
+class LevelFigures:
+    """A level as a run's file keeps it. `load` is clients or requests a second; `ttft` has every answer's."""
+
+    label: str
+    kind: Literal["closed", "open"]
+    load: float
+    jobs: str
+    seconds: float
+    cpu_share: float
+    summary: Summary
+    server: ServerFigures | None
+    tokens_by_second: list[float]
+    ttft: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFigures:
+    """A run as its file keeps it, in seconds and bytes throughout. The API key stays out.
+
+    `server` is what the service says of itself in its metrics, empty for others; `capacity` is the rate that
+    `--find-capacity` found.
+    """
+
+    format: Literal["microbatch load 1"]
+    label: str
+    started: str
+    settings: dict[str, Any]
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    server: dict[str, str]
+    levels: list[LevelFigures]
+    capacity: float | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """Measures levels one after the other, each over connections of its own.
+
+    Made, it raises what `Settings.source` does.
+    """
+
+    settings: Settings
+    progress: Progress = lambda: None
+    levels: list[Level] = field(default_factory=list)
+    capacity: float | None = None
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    facts: dict[str, str] = field(default_factory=dict)
+    _source: Source = field(init=False)
+    _serial: int = 0
+
+    def __post_init__(self) -> None:
+        self._source = self.settings.source()
+
+    async def measure_all(self) -> None:
+        """Measure the levels that the settings name."""
+        for loop in self.settings.loops():
+            await self.measure(loop)
+
+    async def measure(self, loop: Loop) -> Level:
+        """Send the warm-up at once and wait for it, then the level's jobs.
+
+        The clock stops at the last answer's end, so the tail, when the load is less than asked for, counts.
+        """
+        settings, watch = self.settings, Watch(server_url(self.settings.url))
+        warm_up, jobs = self._draw(settings.warm_up), self._draw(settings.requests(loop))
+        with closing(client(settings)) as chat:
+            warmed = await ClosedLoop(len(warm_up)).send(chat, warm_up, settings.seed, self.progress)
+            async with watch.watching():
+                began, cpu = time.perf_counter(), time.process_time()
+                records = await loop.send(chat, jobs, settings.seed, self.progress)
+                seconds = time.perf_counter() - began
+                cpu_share = (time.process_time() - cpu) / seconds
+        self.facts = watch.facts
+        self.levels.append(Level(loop, digest(jobs), seconds, cpu_share, records, warmed, watch.figures))
+        return self.levels[-1]
+
+    def _draw(self, count: int) -> list[Job]:
+        jobs = self._source.draw(count, seed=self.settings.seed, first=self._serial)
+        self._serial += count
+        return jobs
+
+    def figures(self) -> RunFigures:
+        """Everything but the records."""
+        told = asdict(self.settings)
+        del told["api_key"]
+        return RunFigures(
+            format="microbatch load 1",
+            label=self.settings.label or self.settings.model,
+            started=self.started.isoformat(timespec="seconds"),
+            settings=orjson.loads(orjson.dumps(told, default=str)),
+            machine=machine(),
+            versions=versions(),
+            server=self.facts,
+            levels=[level_figures(level, self.settings.targets) for level in self.levels],
+            capacity=self.capacity,
+        )
+
+    def record_lines(self) -> Iterator[bytes]:
+        """Each request as a line of JSON, with its level and phase. `chunks` are the arrivals of its pieces of text."""
+        for level in self.levels:
+            for phase, records in (("warm-up", level.warm_up), ("measured", level.records)):
+                for record in records:
+                    yield orjson.dumps({"level": level.loop.label, "phase": phase} | asdict(record)) + b"\n"
+
+
+def client(settings: Settings) -> ChatClient:
+    """A client with no connections yet."""
+    return ChatClient(
+        settings.url,
+        settings.model,
+        timeout=settings.timeout,
+        fields=settings.body,
+        full_length=settings.full_length,
+        api_key=settings.api_key,
+    )
+
+
+def level_figures(level: Level, targets: Targets) -> LevelFigures:
+    """A level's figures, without its warm-up."""
+    match level.loop:
+        case ClosedLoop(concurrency=load):
+            kind: Literal["closed", "open"] = "closed"
+        case OpenLoop(rate=load):
+            kind = "open"
+    return LevelFigures(
+        label=level.loop.label,
+        kind=kind,
+        load=load,
+        jobs=level.jobs,
+        seconds=level.seconds,
+        cpu_share=level.cpu_share,
+        summary=summarise(level.records, level.seconds, targets),
+        server=level.server,
+        tokens_by_second=tokens_by_second(level.records, level.seconds),
+        ttft=sorted(record.ttft for record in level.records if record.ttft is not None),
+    )
+
+
+def load_run(path: Path) -> RunFigures:
+    """A run from its file. Raises ValueError, in one sentence, for any other file, and OSError."""
+    try:
+        return TypeAdapter(RunFigures).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path} is not a run that benchmarks.load wrote: {place}: {first['msg']}") from error
