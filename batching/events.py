@@ -108,6 +108,7 @@ class RowEnded:
     duration: float
     batch_size: int
     reused_tokens: int = 0
+    trace: tuple[tuple[str, str], ...] = ()
 
 
 Event = StateChanged | QueueChanged | Rejected | BatchStarted | RowsJoined | Stepped | BatchEnded | RowEnded

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from batching.engine import Engine
 from batching.errors import ModelError
+from batching.progress import Progress
 from server.settings import Settings
 from server.text import Text
 
@@ -32,9 +33,10 @@ LIBRARY_SETTINGS = {
 class ModelLoader:
     """`Loader` for a model's folder, GGUF file or hub id. All its methods may raise `ModelError`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, progress: Progress) -> None:
         self._settings = settings
         self._locating = threading.Lock()
+        self._progress = progress
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
 
@@ -61,6 +63,7 @@ class ModelLoader:
             load_format=settings.load_format,
             trust_remote_code=settings.trust_remote_code,
         )
+        self._progress.follow(model)
         return self._packed(model) if self._packs(model) else self._padded(model)
 
     def _packs(self, model: "PreTrainedModel") -> bool:

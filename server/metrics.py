@@ -1,7 +1,6 @@
 """Events -> Prometheus. Names, types and labels here are a contract with dashboards: see CHANGELOG before a change."""
 
 import platform
-import time
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,6 +25,7 @@ from batching.events import (
     StateChanged,
     Stepped,
 )
+from batching.progress import Progress
 from batching.types import ModelInfo
 
 SECONDS_TO_FIRST = (
@@ -62,12 +62,11 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
 class Metrics:
-    """An observer of the batcher, with a registry of its own."""
+    """An observer of the batcher, with a registry of its own. `progress` observes the same batcher."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per counter that says when it was made, which no dashboard reads
         self.registry = registry = CollectorRegistry()
-        self._progress_at: float | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"microbatch_{name}", text, labels, registry=registry)
@@ -120,14 +119,13 @@ class Metrics:
         self._idle_seconds = gauge(
             "worker_seconds_since_progress", "How long the worker has work and made no progress."
         )
-        self._idle_seconds.set_function(self._since_progress)
+        self._idle_seconds.set_function(progress.seconds)
         self._show_state(State.STARTING)
 
     def __call__(self, event: Event) -> None:
         """Take note of one event."""
         match event:
-            case Stepped(at=at, tokens=tokens, running=running):
-                self._progress_at = at
+            case Stepped(tokens=tokens, running=running):
                 self._output_tokens.inc(tokens)
                 self._running.set(running)
                 self._step_rows.observe(tokens)
@@ -139,7 +137,6 @@ class Metrics:
             case RowsJoined():
                 self._rows_joined(event)
             case BatchEnded(running=running, duration=duration, memory=memory):
-                self._progress_at = time.monotonic() if running else None
                 self._running.set(running)
                 self._batch_seconds.observe(duration)
                 self._memory.set(memory)
@@ -158,15 +155,11 @@ class Metrics:
         """The text format that Prometheus scrapes."""
         return generate_latest(self.registry)
 
-    def _since_progress(self) -> float:
-        return 0.0 if self._progress_at is None else time.monotonic() - self._progress_at
-
     def _show_state(self, now: State) -> None:
         for state in State:
             self._state.labels(state).set(state is now)
 
     def _batch_started(self, event: BatchStarted) -> None:
-        self._progress_at = time.monotonic()
         self._batches.inc()
         self._batch_size.observe(event.rows)
         self._running.set(event.rows)

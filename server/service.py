@@ -12,8 +12,9 @@ from anyio import to_thread
 
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
-from batching.errors import BatchingError, ModelError, NotReady
+from batching.errors import BatchingError, ModelError, NotReady, Stuck
 from batching.events import Observer, Rejected, State, broadcast
+from batching.progress import Progress
 from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import ModelInfo, Request
@@ -22,6 +23,7 @@ from server.errors import ApiError, bad_request, from_batching, not_ready, thous
 from server.grammar import Grammars
 from server.settings import Settings
 from server.text import Text
+from server.watchdog import stuck
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,9 @@ class Service:
     grammars: Grammars
     info: ModelInfo
 
-    def __init__(self, settings: Settings, loader: Loader, observers: Iterable[Observer] = ()) -> None:
+    def __init__(
+        self, settings: Settings, loader: Loader, progress: Progress, observers: Iterable[Observer] = ()
+    ) -> None:
         self.settings = settings
         self.max_body_bytes = int(settings.max_body_mib * 2**20)
         # Encoding is pure CPU work in Rust: so few at a time leave the event loop and the worker their cores.
@@ -58,7 +62,8 @@ class Service:
             window=settings.batch_window_ms / 1000,
             queue=self._limits,
         )
-        self._observe = broadcast(observers)
+        self._progress = progress
+        self._observe = broadcast([progress, *observers])
         self.batcher = Batcher(loader.engine, config, [self._observe])
 
     async def run(self, when_ready: Callable[[], None]) -> None:
@@ -68,7 +73,7 @@ class Service:
             text = asyncio.create_task(self._load_text())
             self.info = await self.batcher.start(text)
             when_ready()
-            await self.batcher.ended.wait()
+            await self._until_ended()
         except (ModelError, NotReady) as error:
             if self.batcher.state is not State.STOPPED:
                 logger.error("%s", error)
@@ -81,6 +86,20 @@ class Service:
     async def _load_text(self) -> None:
         self.text = await to_thread.run_sync(self._loader.text)
         self.grammars = await to_thread.run_sync(self.text.grammars)
+
+    async def _until_ended(self) -> None:
+        """Wait for the batcher's end, and bring it about if its worker is stuck."""
+        limit = self.settings.watchdog_s
+        watchdog = asyncio.create_task(stuck(self._progress, limit), name="watchdog")
+        ended = asyncio.create_task(self.batcher.ended.wait())
+        try:
+            await asyncio.wait([watchdog, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watchdog.cancel()
+            ended.cancel()
+        if not self.batcher.ended.is_set():
+            logger.critical("the model made no progress for %g s with a batch in hand: the process ends", limit)
+            self.batcher.on_worker_died(Stuck("the worker makes no progress"))
 
     async def drain(self) -> None:
         """Finish what was accepted, within the drain time, and stop."""

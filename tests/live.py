@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from batching.engine import Engine
 from batching.events import Event, RowEnded, State
+from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
 from server.log import log_event
@@ -250,8 +251,9 @@ def live(engine: ScriptedEngine | None = None, *, ready: bool = True, **settings
     engine = engine or scripted()
     loader = ScriptedLoader(engine)
     events: list[Event] = []
-    metrics = Metrics()
-    service = Service(settings_of(**settings), loader, [metrics, log_event, events.append])
+    progress = Progress()
+    metrics = Metrics(progress)
+    service = Service(settings_of(**settings), loader, progress, [metrics, log_event, events.append])
     app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings.served_names[0], "0"))
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
@@ -332,10 +334,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(*flags: str, **variables: str) -> Iterator[Process]:
-    """`python -m server` with these flags and variables, on a free port. Killed at the end if it still runs."""
+def process(*flags: str, module: str = "server", **variables: str) -> Iterator[Process]:
+    """`python -m server`, or a stand-in, with these settings, on a free port. Killed at the end if need be."""
     port = free_port()
-    command = [sys.executable, "-m", "server", "--port", str(port), *flags]
+    command = [sys.executable, "-m", module, "--port", str(port), *flags]
     with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stderr=subprocess.PIPE, text=True) as popen:
         found = Process(f"http://127.0.0.1:{port}", popen)
         assert popen.stderr is not None
