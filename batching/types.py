@@ -122,3 +122,4 @@ class ModelInfo:
     token_budget: int
     stop_token_ids: frozenset[int]
     joins: bool = False
+    device_memory: int = 0

@@ -120,7 +120,7 @@ async def serve(settings: Settings) -> int:
 
     def when_ready() -> None:
         spare_what_is_loaded()
-        metrics.model(service.info, settings.served_names[0], VERSION)
+        metrics.model(service.info, settings, VERSION)
         announce(service, listener.getsockname()[1])
 
     config = uvicorn.Config(

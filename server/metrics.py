@@ -7,6 +7,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -26,7 +27,8 @@ from batching.events import (
     Stepped,
 )
 from batching.progress import Progress
-from batching.types import ModelInfo
+from batching.types import Finish, ModelInfo
+from server.settings import Settings
 
 SECONDS_TO_FIRST = (
     0.001,
@@ -82,8 +84,10 @@ class Metrics:
             "build_info", "Always 1; what is running, as labels.", "version", "python", "model", "device", "dtype"
         )
         self._queue_depth = gauge("queue_depth", "Requests that wait for a batch.")
+        self._queue_limit = gauge("queue_limit", "Most requests that may wait.")
         self._queue_tokens = gauge("queue_prompt_tokens", "Prompt tokens of the requests that wait.")
         self._running = gauge("running_rows", "Requests in the batch that is running.")
+        self._batch_limit = gauge("batch_limit_rows", "Most requests in a batch.")
         self._batches = counter("batches", "Batches started.")
         self._batch_size = histogram("batch_size_rows", "Requests in a batch at its start.", ROWS)
         self._step_rows = histogram("step_size_rows", "Requests that got a token in one step.", ROWS)
@@ -116,11 +120,23 @@ class Metrics:
         self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
         self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
         self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
+        self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
         self._idle_seconds = gauge(
             "worker_seconds_since_progress", "How long the worker has work and made no progress."
         )
         self._idle_seconds.set_function(progress.seconds)
         self._show_state(State.STARTING)
+        self._start_series()
+        ProcessCollector(registry=registry)
+
+    def _start_series(self) -> None:
+        """Zeros for what has not happened yet: a series that begins at 1 hides its first event from rates."""
+        for outcome in Outcome:
+            self._duration.labels(outcome)
+        for finish in Finish:
+            self._finished.labels(finish)
+        for reason in ("queue_full", "not_ready", "bad_request"):
+            self._rejected.labels(reason)
 
     def __call__(self, event: Event) -> None:
         """Take note of one event."""
@@ -147,9 +163,12 @@ class Metrics:
             case StateChanged(state=state):
                 self._show_state(state)
 
-    def model(self, info: ModelInfo, name: str, version: str) -> None:
-        """Say what is running."""
-        self._info.labels(version, platform.python_version(), name, info.device, info.dtype).set(1)
+    def model(self, info: ModelInfo, settings: Settings, version: str) -> None:
+        """Say what is running, and within which limits."""
+        self._info.labels(version, platform.python_version(), settings.served_names[0], info.device, info.dtype).set(1)
+        self._queue_limit.set(settings.queue_size)
+        self._batch_limit.set(settings.max_batch_size)
+        self._memory_total.set(info.device_memory)
 
     def exposition(self) -> bytes:
         """The text format that Prometheus scrapes."""

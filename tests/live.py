@@ -254,7 +254,7 @@ def live(engine: ScriptedEngine | None = None, *, ready: bool = True, **settings
     progress = Progress()
     metrics = Metrics(progress)
     service = Service(settings_of(**settings), loader, progress, [metrics, log_event, events.append])
-    app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings.served_names[0], "0"))
+    app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings, "0"))
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)

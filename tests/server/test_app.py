@@ -734,8 +734,10 @@ CONTRACT = {
     "microbatch_state": "gauge",
     "microbatch_build_info": "gauge",
     "microbatch_queue_depth": "gauge",
+    "microbatch_queue_limit": "gauge",
     "microbatch_queue_prompt_tokens": "gauge",
     "microbatch_running_rows": "gauge",
+    "microbatch_batch_limit_rows": "gauge",
     "microbatch_batches": "counter",
     "microbatch_batch_size_rows": "histogram",
     "microbatch_batch_padding_ratio": "histogram",
@@ -753,7 +755,14 @@ CONTRACT = {
     "microbatch_cancelled_requests": "counter",
     "microbatch_rejected_requests": "counter",
     "microbatch_device_memory_bytes": "gauge",
+    "microbatch_device_memory_total_bytes": "gauge",
     "microbatch_worker_seconds_since_progress": "gauge",
+    "process_start_time_seconds": "gauge",
+    "process_cpu_seconds": "counter",
+    "process_resident_memory_bytes": "gauge",
+    "process_virtual_memory_bytes": "gauge",
+    "process_open_fds": "gauge",
+    "process_max_fds": "gauge",
 }
 """What dashboards and alerts rely on: a change here is a breaking one, and belongs in the CHANGELOG."""
 
