@@ -81,9 +81,10 @@ def draw_stat(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     """The last value in large print, on the colour of the threshold that it has passed."""
     defaults = panel["fieldConfig"]["defaults"]
     name, _, values = series[-1]
-    passed = [step["color"] for step in defaults["thresholds"]["steps"] if values[-1] >= (step["value"] or -math.inf)]
+    last = [value for value in values if math.isfinite(value)][-1]
+    passed = [step["color"] for step in defaults["thresholds"]["steps"] if last >= (step["value"] or -math.inf)]
     unit = defaults["unit"]
-    text = f"{values[-1] * SCALES.get(unit, 1):.3g} {UNITS[unit]}"
+    text = f"{last * SCALES.get(unit, 1):.3g} {UNITS[unit]}"
     if panel["options"]["textMode"] == "name":
         text = name
     axes.set_facecolor(COLORS[passed[-1]])

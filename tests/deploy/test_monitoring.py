@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ RULES: list[dict[str, Any]] = [
 ]
 SELECTOR = re.compile(r"(?:microbatch[\w:]*|process_\w+|ALERTS|up)(?:\{[^}]*\})?(?![\w(])")
 QUERIES = [target["expr"] for panel in panels() for target in panel["targets"]]
+
+
+def has_data(prometheus: Prometheus, query: str) -> bool:
+    """Whether a query answers with a number."""
+    return any(map(math.isfinite, prometheus.values(query)))
 
 
 def promtool(*arguments: str) -> str:
@@ -60,7 +66,7 @@ def test_rules_and_panels_use_no_metric_or_label_outside_the_contract() -> None:
 
 
 def test_every_panel_is_complete_and_has_its_own_place() -> None:
-    places = set()
+    places: set[tuple[int, int]] = set()
     for panel in panels():
         assert panel["title"]
         assert panel["description"].endswith(".")
@@ -100,7 +106,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 @pytest.mark.model
 @pytest.mark.parametrize("query", sorted(set(QUERIES)))
 def test_every_query_of_the_dashboard_finds_data(query: str, scraped: Prometheus) -> None:
-    eventually(lambda: any(map(math.isfinite, scraped.values(expression(query)))), f"data for {query}")
+    eventually(partial(has_data, scraped, expression(query)), f"data for {query}")
 
 
 @pytest.mark.deploy
@@ -128,7 +134,7 @@ def test_every_rule_works_on_data(rule: dict[str, Any], scraped: Prometheus) -> 
     wanted = [rule["record"]] if "record" in rule else SELECTOR.findall(rule["expr"])
     assert wanted
     for series in wanted:
-        eventually(lambda series=series: any(map(math.isfinite, scraped.values(series))), f"data for {series}")
+        eventually(partial(has_data, scraped, series), f"data for {series}")
 
 
 @pytest.mark.deploy
