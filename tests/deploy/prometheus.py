@@ -28,7 +28,7 @@ def prometheus(folder: Path, server: str) -> Iterator[Prometheus]:
     config: dict[str, Any] = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "1s"}
     config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [server.removeprefix("http://")]
+    (folder / "targets.yml").write_text(yaml.safe_dump([{"targets": [server.removeprefix("http://")]}]))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
     command = [
