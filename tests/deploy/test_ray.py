@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ CONFIG = ROOT / "deploy" / "ray" / "serve.yaml"
 LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 80}
 ROWS = 8
 """Of a batch in these tests."""
+TOKEN = secrets.token_hex(32)
 MODEL = "smollm2-135m-instruct"
 REPLICA = "ray::ServeReplica:microbatch"
 
@@ -81,7 +83,8 @@ class Cluster(Address):
         dashboard = re.search(r"View the dashboard at \S*?(http://[\d.:]+)", "".join(self.lines))
         assert dashboard
         command = [program("serve"), "deploy", "--address", dashboard[1], str(file)]
-        subprocess.run(command, cwd=ROOT, env=ray_environment(), check=True, capture_output=True)
+        done = subprocess.run(command, cwd=ROOT, env=ray_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def title(process: Any) -> str:
@@ -96,7 +99,8 @@ def program(name: str) -> str:
 
 
 def ray_environment() -> dict[str, str]:
-    return environment(PYTHONPATH=str(ROOT), RAY_USAGE_STATS_ENABLED="0", RAY_COLOR_PREFIX="0", NO_COLOR="1")
+    own = {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "NO_COLOR": "1"}
+    return environment(**own, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
 
 
 def wait(condition: Any, what: str, seconds: float = 240.0) -> None:
