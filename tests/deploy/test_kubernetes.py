@@ -18,7 +18,7 @@ from tests.live import ROOT
 FOLDER = ROOT / "deploy" / "kubernetes"
 KUBERNETES = ("1.30", "1.37")
 """The versions whose schemas the manifests must fit: the oldest and the newest that are asked for."""
-CUSTOM: dict[str, Any] = {"ScaledObject": ScaledObject, "ServiceMonitor": ServiceMonitor, "PrometheusRule": PrometheusRule}
+CUSTOM: dict[str, Any] = {kind.__name__: kind for kind in (ScaledObject, ServiceMonitor, PrometheusRule)}
 CLOSING_SECONDS = 5
 
 
