@@ -30,10 +30,10 @@ Series = list[tuple[str, list[float], list[float]]]
 """Name, times and values of each series."""
 
 
-def panels() -> list[dict[str, Any]]:
-    """The panels that show something."""
+def panels(*kinds: str) -> list[dict[str, Any]]:
+    """The panels of these kinds, all that show something unless told."""
     found: list[dict[str, Any]] = orjson.loads(DASHBOARD.read_bytes())["panels"]
-    return [panel for panel in found if panel["type"] != "row"]
+    return [panel for panel in found if panel["type"] in (kinds or DRAW)]
 
 
 def expression(query: str, interval: str = "1m") -> str:
@@ -120,11 +120,16 @@ DRAW = {"stat": draw_stat, "timeseries": draw_lines, "heatmap": draw_heat}
 def draw(prometheus: Prometheus, seconds: float, out: Path) -> None:
     found = panels()
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in found)
-    figure = pyplot.figure(figsize=(18, height * 0.42))
-    grid = GridSpec(height, 24, figure=figure, left=0.03, right=0.99, top=0.985, bottom=0.015, wspace=2.5, hspace=1.2)
+    figure = pyplot.figure(figsize=(18, height * 0.4))
+    grid = GridSpec(height, 24, figure=figure, left=0.03, right=0.99, top=1, bottom=0.02, wspace=2.5, hspace=0.1)
+    for row in panels("row"):
+        axes = figure.add_subplot(grid[row["gridPos"]["y"], :])
+        axes.text(-0.02, 0.4, row["title"], fontsize=11, fontweight="bold")
+        axes.axis("off")
     for panel in found:
         place = panel["gridPos"]
-        rows = slice(place["y"], place["y"] + place["h"] - 1)
+        # Its first row of cells is for the title, its last for the numbers of its axis.
+        rows = slice(place["y"] + 1, place["y"] + place["h"] - 1)
         axes = figure.add_subplot(grid[rows, place["x"] : place["x"] + place["w"]])
         axes.set_title(panel["title"], fontsize=8)
         if series := list(with_data(prometheus.series(panel, seconds))):

@@ -1,6 +1,6 @@
 """`/metrics` for all replicas: an application of its own, which answers at once however busy they are.
 
-Each replica tells it its metrics every few seconds. Every series has the name that it has in a single server, and a
+Each replica tells it its metrics every second. Every series has the name that it has in a single server, and a
 label `replica`.
 """
 
@@ -23,7 +23,7 @@ from starlette.responses import Response
 from server.metrics import CONTENT_TYPE, Metrics
 
 APPLICATION = "metrics"
-TELLING_SECONDS = 2.0
+TELLING_SECONDS = 1.0
 FORGOTTEN_SECONDS = 10.0
 """After which a replica that says nothing is one that has gone."""
 

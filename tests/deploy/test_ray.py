@@ -24,7 +24,7 @@ from server.settings import Settings
 from tests.live import QUESTION, ROOT, Address, environment, free_port
 
 CONFIG = ROOT / "deploy" / "ray" / "serve.yaml"
-LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 200}
+LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 100}
 ROWS = 4
 """Of a batch in these tests."""
 SLOW = 240.0
@@ -201,7 +201,7 @@ def test_a_replica_that_dies_takes_only_its_own_requests_along_and_comes_back(
 ) -> None:
     names = set(cluster.answered())
     lost, kept = cluster.replicas()
-    answers: list[Future[Any]] = [pool.submit(cluster.chat, **LONG) for _ in range(12)]
+    answers: list[Future[Any]] = [pool.submit(cluster.chat, **LONG) for _ in range(10)]
     with cluster.openai(max_retries=5, timeout=SLOW) as client:
         patient = [pool.submit(complete, client) for _ in range(3)]
         running = "microbatch_running_rows"
