@@ -73,8 +73,7 @@ class Cluster(Address):
 
     def replicas(self) -> list[Any]:
         """The processes of the replicas."""
-        found = psutil.Process(self.popen.pid).children(recursive=True)
-        return [each for each in found if title(each).startswith(REPLICA)]
+        return [each for each in descendants(self.popen.pid) if title(each).startswith(REPLICA)]
 
     def answered(self) -> dict[str, float]:
         """How many requests each replica has answered, by its name."""
@@ -93,6 +92,14 @@ class Cluster(Address):
         command = [program("serve"), "deploy", "--address", dashboard[1], str(file)]
         done = subprocess.run(command, cwd=ROOT, env=ray_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def descendants(pid: int) -> list[Any]:
+    """The processes that a process has started, and so on; none if it is gone."""
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def title(process: Any) -> str:
@@ -142,7 +149,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             wait(lambda: len(found.answered()) == 2, "both replicas are heard of")
             yield found
         finally:
-            processes = psutil.Process(popen.pid).children(recursive=True)
+            processes = descendants(popen.pid)
             popen.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 popen.wait(20)
