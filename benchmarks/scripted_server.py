@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from batching.engine import Engine, Steps
 from batching.events import Event, Stepped
+from batching.progress import Progress
 from batching.row import Row
 from batching.types import ModelInfo
 from benchmarks.words import WORDS
@@ -173,8 +174,10 @@ class Both:
         self._loader = ScriptedLoader(streams, tokens, mode)
         self._bare = BareAnswers(tokens, at_once=mode == "bare at once")
         self._usage = Usage()
-        metrics = Metrics()
-        service = Service(settings_of(streams, tokens), self._loader, [metrics, log_event, self._loader.words])
+        progress = Progress()
+        metrics = Metrics(progress)
+        settings = settings_of(streams, tokens)
+        service = Service(settings, self._loader, progress, [metrics, log_event, self._loader.words])
         self._service = create_app(service, metrics, spare_what_is_loaded)
         routes = [
             Route("/bare", self._bare.answer, methods=["POST"]),

@@ -18,6 +18,7 @@ from batching.events import State
 from batching.progress import Progress
 from deploy.ray.metrics import told
 from server.app import create_app
+from server.garbage import spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
@@ -38,6 +39,7 @@ def replica_app() -> Starlette:
     service = Service(settings, ModelLoader(settings, progress), progress, [metrics, log_event])
 
     def when_ready() -> None:
+        spare_what_is_loaded()
         metrics.model(service.info, settings, VERSION)
         ready.set()
 

@@ -34,10 +34,12 @@ MODEL = "smollm2-135m-instruct"
 REPLICA = "ray::ServeReplica:microbatch"
 
 
-def config(port: int, **settings: str) -> dict[str, Any]:
+def config(port: int, *, sessions: str = "", **settings: str) -> dict[str, Any]:
     """The deployed file, but for two replicas of the demo model on a CPU."""
     read: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     read["http_options"] |= {"host": "127.0.0.1", "port": port}
+    application = next(one for one in read["applications"] if one["name"] == "microbatch")
+    application["args"] = {"sessions": sessions} if sessions else {}
     deployment = deployment_of(read)
     del deployment["autoscaling_config"]
     settings |= {"max_batch_size": str(ROWS)}
@@ -77,10 +79,17 @@ class Cluster(Address):
 
     def answered(self) -> dict[str, float]:
         """How many requests each replica has answered, by its name."""
+        return self._by_replica("microbatch_request_duration_seconds_count", ("outcome", "answered"))
+
+    def refused(self) -> dict[str, float]:
+        """How many requests for an unknown model each replica has had that had any, by its name."""
+        return self._by_replica("microbatch_rejected_requests_total", ("reason", "model_not_found"))
+
+    def _by_replica(self, metric: str, label: tuple[str, str]) -> dict[str, float]:
         return {
             dict(labels)["replica"]: value
             for (name, labels), value in self.samples().items()
-            if name == "microbatch_request_duration_seconds_count" and ("outcome", "answered") in labels
+            if name == metric and label in labels
         }
 
     def deploy(self, configuration: dict[str, Any]) -> None:
@@ -152,7 +161,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             processes = descendants(popen.pid)
             popen.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                popen.wait(20)
+                popen.wait(10)
             for process in processes:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
@@ -236,7 +245,7 @@ def complete(client: OpenAI) -> int:
 
 @pytest.mark.deploy
 @pytest.mark.model
-def test_an_update_fails_no_request(cluster: Cluster, pool: ThreadPoolExecutor) -> None:
+def test_an_update_fails_no_request_and_can_keep_sessions_together(cluster: Cluster, pool: ThreadPoolExecutor) -> None:
     over = threading.Event()
     old = set(cluster.answered())
 
@@ -248,7 +257,7 @@ def test_an_update_fails_no_request(cluster: Cluster, pool: ThreadPoolExecutor) 
 
     clients = [pool.submit(ask) for _ in range(4)]
     try:
-        cluster.deploy(config(int(cluster.url.rpartition(":")[2]), default_max_tokens="7"))
+        cluster.deploy(config(int(cluster.url.rpartition(":")[2]), sessions="yes", default_max_tokens="7"))
         wait(lambda: len(set(cluster.answered()) - old) == 2, "both replicas are new ones")
         wait(lambda: not set(cluster.answered()) & old, "the old ones have gone")
     finally:
@@ -257,3 +266,9 @@ def test_an_update_fails_no_request(cluster: Cluster, pool: ThreadPoolExecutor) 
     assert len(statuses) > 8
     assert set(statuses) == {200}
     assert cluster.chat(ignore_eos=True).json()["usage"]["completion_tokens"] == 7
+
+    # Something that no new replica has seen yet, so that its count tells where it went.
+    for _ in range(8):
+        assert cluster.chat(model="other", headers={"x-session-id": "one"}).status_code == 404
+    wait(lambda: sum(cluster.refused().values()) == 8, "where they went is told")
+    assert len(cluster.refused()) == 1
