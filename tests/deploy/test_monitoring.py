@@ -13,6 +13,9 @@ from typing import Any
 import orjson
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.preview import DASHBOARD, Prometheus, draw, expression, panels
 from tests.deploy.prometheus import FOLDER, found, prometheus
@@ -79,6 +82,33 @@ def test_every_panel_is_complete_and_has_its_own_place() -> None:
     dashboard = orjson.loads(DASHBOARD.read_bytes())
     uid = dashboard["uid"]
     assert all(f"/d/{uid}?" in rule["annotations"]["dashboard"] for rule in RULES if "alert" in rule)
+
+
+UNTYPED = {"definition", "titleFormat", "textFormat", "mode"}
+"""Fields that Grafana itself reads and writes, and that its published types lack."""
+
+
+def lost(written: Any, read: Any, path: str = "") -> Iterator[str]:
+    """Where a document has what another one lacks or has otherwise."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        for key, value in written.items():
+            if value not in (None, {}, [], ""):
+                yield from lost(value, read.get(key), f"{path}.{key}")
+    elif isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        for place, pair in enumerate(zip(written, read, strict=True)):
+            yield from lost(*pair, f"{path}[{place}]")
+    elif written != read:
+        yield path
+
+
+def test_grafana_s_own_types_hold_the_whole_dashboard() -> None:
+    register_default_plugins()
+    written = orjson.loads(DASHBOARD.read_bytes())
+    read = orjson.loads(JSONEncoder().encode(Dashboard.from_json(written)))
+    assert {path.rpartition(".")[2] for path in lost(written, read)} <= UNTYPED
+    written["panels"][1]["nope"] = 1
+    read = orjson.loads(JSONEncoder().encode(Dashboard.from_json(written)))
+    assert ".panels[1].nope" in lost(written, read)
 
 
 @pytest.fixture(scope="module")
