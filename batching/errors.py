@@ -37,5 +37,9 @@ class EngineError(BatchingError):
     """The engine raised while this row was in its batch, or the worker thread died."""
 
 
+class Stuck(EngineError):
+    """The worker has a batch and makes no progress, so the process has to end."""
+
+
 class OutOfMemory(EngineError):
     """The device ran out of memory with this row alone in a batch, or after it had sent tokens."""

@@ -118,6 +118,7 @@ class RowEnded:
     duration: float
     batch_size: int
     reused_tokens: int = 0
+    trace: tuple[tuple[str, str], ...] = ()
 
 
 Event = (

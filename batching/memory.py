@@ -40,6 +40,15 @@ def used_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def total_bytes(device: torch.device) -> int:
+    """Bytes the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return int(psutil.virtual_memory().total)
+
+
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
     """Call `run` and answer how many bytes above the starting level it held at its highest moment.
 

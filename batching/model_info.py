@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from batching.errors import ModelError
+from batching.memory import total_bytes
 from batching.types import ModelInfo
 
 
@@ -20,6 +21,7 @@ def describe(
         token_budget=budget,
         stop_token_ids=stops,
         joins=joins,
+        device_memory=total_bytes(model.device),
     )
 
 

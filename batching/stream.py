@@ -118,6 +118,7 @@ class Stream:
                 duration=time.monotonic() - self.row.arrived,
                 batch_size=self._batch_size,
                 reused_tokens=self.row.reused,
+                trace=request.trace,
             ),
         )
 

@@ -68,7 +68,7 @@ class Request:
 
     Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart.
     `grammar` is what the answer must be. What was computed for one prompt may serve another that begins alike if their
-    `salt` is the same.
+    `salt` is the same. `trace` is the caller's place in a trace, for observers alone.
     """
 
     id: str
@@ -79,6 +79,7 @@ class Request:
     weight: float = 1.0
     grammar: Grammar | None = None
     salt: str = ""
+    trace: tuple[tuple[str, str], ...] = ()
 
     @property
     def total_tokens(self) -> int:
@@ -121,3 +122,4 @@ class ModelInfo:
     token_budget: int
     stop_token_ids: frozenset[int]
     joins: bool = False
+    device_memory: int = 0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from batching.device_errors import is_sticky
 from batching.engine import NO_LOGPROBS, Engine
 from batching.errors import BatchingError, EngineError, OutOfMemory
 from batching.row import Row
@@ -87,6 +88,8 @@ class Worker:
         except OutOfMemory as error:
             shortage = OutOfMemory(*error.args)
         except Exception as error:
+            if is_sticky(error):
+                raise  # no batch can succeed any more: the thread ends, and the process with it
             logger.exception("a batch of %d rows failed", len(steps.rows))
             self._fail(steps.rows, EngineError(f"the batch failed with {type(error).__name__}"))
             return len(steps.rows)

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from batching.engine import Engine, Steps
 from batching.events import Event, Stepped
+from batching.progress import Progress
 from batching.row import Row
 from batching.types import ModelInfo
 from benchmarks.words import LANGUAGES
@@ -39,9 +40,9 @@ from server import sse
 from server.app import create_app
 from server.completion import Completion
 from server.garbage import spare_what_is_loaded
+from server.loading import Loading
 from server.log import configure, log_event
 from server.metrics import Metrics
-from server.progress import Progress
 from server.service import Service
 from server.settings import Settings
 from server.text import Text
@@ -112,7 +113,7 @@ class ScriptedLoader:
         info = ModelInfo(NAME, "none", 0, len(fast), window, streams * window, frozenset())
         self.words = WordsEngine(info, words, in_step=mode == "in step")
         self._fast = fast
-        self.progress = Progress("Loading")
+        self.loading = Loading("Loading")
 
     def text(self) -> Text:
         return Text(self._fast)
@@ -175,8 +176,10 @@ class Both:
         self._loader = ScriptedLoader(streams, tokens, mode)
         self._bare = BareAnswers(tokens, at_once=mode == "bare at once")
         self._usage = Usage()
-        metrics = Metrics()
-        service = Service(settings_of(streams, tokens), self._loader, [metrics, log_event, self._loader.words])
+        progress = Progress()
+        metrics = Metrics(progress)
+        settings = settings_of(streams, tokens)
+        service = Service(settings, self._loader, progress, [metrics, log_event, self._loader.words])
         self._service = create_app(service, metrics, spare_what_is_loaded)
         routes = [
             Route("/bare", self._bare.answer, methods=["POST"]),

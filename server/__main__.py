@@ -6,11 +6,15 @@ import os
 import socket
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
+from anyio import to_thread
 from rich.console import Console
 
+from batching.events import Observer
+from batching.progress import Progress
 from server.app import create_app
 from server.garbage import spare_what_is_loaded
 from server.loader import ModelLoader
@@ -19,6 +23,9 @@ from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings, parse
 from server.version import VERSION
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 logger = logging.getLogger("microbatch")
 
@@ -94,14 +101,26 @@ def announce(service: Service, port: int) -> None:
         console.print(f"  {name:8} {value}", markup=False, soft_wrap=True)
 
 
+def tracing_of(settings: Settings) -> "Tracing | None":
+    """What sends traces, if the settings say where to. Its packages are optional."""
+    if settings.otlp_endpoint is None:
+        return None
+    from server.tracing import Tracing
+
+    return Tracing(settings.otlp_endpoint, settings.served_names[0])
+
+
 async def serve(settings: Settings) -> int:
     """Run until a signal or the model's end; the process's exit status."""
-    metrics = Metrics()
-    service = Service(settings, ModelLoader(settings), [metrics, log_event])
+    progress = Progress()
+    metrics = Metrics(progress)
+    tracing = tracing_of(settings)
+    observers: list[Observer] = [metrics, log_event, *([tracing] if tracing else [])]
+    service = Service(settings, ModelLoader(settings, progress), progress, observers)
 
     def when_ready() -> None:
         spare_what_is_loaded()
-        metrics.model(service.info, settings.served_names[0], VERSION)
+        metrics.model(service.info, settings, VERSION)
         announce(service, listener.getsockname()[1])
 
     config = uvicorn.Config(
@@ -113,6 +132,8 @@ async def serve(settings: Settings) -> int:
     )
     listener = listen(settings.host, settings.port)
     await Server(config, service).serve_until_stopped(listener)
+    if tracing:
+        await to_thread.run_sync(tracing.close)
     return service.exit_code
 
 

@@ -73,6 +73,7 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
             weight=caller.weight(chat.priority),
             grammar=grammar,
             salt=service.salt_of(caller),
+            trace=caller.trace,
         )
         for choice in range(chat.n or 1)
     ]

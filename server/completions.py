@@ -69,6 +69,7 @@ def rows(
             client=caller.name,
             weight=caller.weight(asked.priority),
             salt=service.salt_of(caller),
+            trace=caller.trace,
         )
         for place, prompt in enumerate(prompts)
         for choice in range(count)

@@ -41,7 +41,7 @@ def describe(service: Service) -> dict[str, Any]:
         "names": settings.served_names,
         "uptime": round(time.monotonic() - service.begun),
         "model": {name: getattr(info, name) for name in MODEL} if info else None,
-        "loading": None if info else service.progress,
+        "loading": None if info else service.loading,
         "limits": {name: getattr(settings, name) for name in LIMITS},
     }
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from batching.engine import Engine
 from batching.errors import ModelError
-from server.progress import Progress, follow_bars
+from batching.progress import Progress
+from server.loading import Loading, follow_bars
 from server.settings import Settings
 from server.text import Text
 
@@ -32,10 +33,11 @@ LIBRARY_SETTINGS = {
 class ModelLoader:
     """`Loader` for a model's folder, GGUF file or hub id. All its methods may raise `ModelError`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, progress: Progress) -> None:
         self._settings = settings
         self._locating = threading.Lock()
-        self.progress = Progress("Reading the model's files")
+        self.loading = Loading("Reading the model's files")
+        self._progress = progress
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
 
@@ -57,7 +59,7 @@ class ModelLoader:
         settings = self._settings
         follow_bars(self._tell)
         checkpoint = self._checkpoint
-        self.progress = Progress("Loading the model")
+        self.loading = Loading("Loading the model")
         model = load(
             checkpoint,
             device=settings.device,
@@ -65,8 +67,10 @@ class ModelLoader:
             load_format=settings.load_format,
             trust_remote_code=settings.trust_remote_code,
         )
-        self.progress = Progress("Preparing the engine")
-        return self._packed(model) if self._packs(model) else self._padded(model)
+        self.loading = Loading("Preparing the engine")
+        engine = self._packed(model) if self._packs(model) else self._padded(model)
+        self._progress.follow(model)
+        return engine
 
     def _packs(self, model: "PreTrainedModel") -> bool:
         """Whether the packed engine is to run this model. Raises `ModelError` if it was asked for and cannot."""
@@ -103,8 +107,8 @@ class ModelLoader:
         settings = self._settings
         return GenerateEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)
 
-    def _tell(self, progress: Progress) -> None:
-        self.progress = progress
+    def _tell(self, loading: Loading) -> None:
+        self.loading = loading
 
 
 def _show_progress(shown: bool) -> None:

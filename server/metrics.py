@@ -1,13 +1,13 @@
 """Events -> Prometheus. Names, types and labels here are a contract with dashboards: see CHANGELOG before a change."""
 
 import platform
-import time
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -26,7 +26,9 @@ from batching.events import (
     StateChanged,
     Stepped,
 )
-from batching.types import ModelInfo
+from batching.progress import Progress
+from batching.types import Finish, ModelInfo
+from server.settings import Settings
 
 SECONDS_TO_FIRST = (
     0.001,
@@ -62,12 +64,11 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
 class Metrics:
-    """An observer of the batcher, with a registry of its own."""
+    """An observer of the batcher, with a registry of its own. `progress` observes the same batcher."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per counter that says when it was made, which no dashboard reads
         self.registry = registry = CollectorRegistry()
-        self._progress_at: float | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"microbatch_{name}", text, labels, registry=registry)
@@ -83,8 +84,10 @@ class Metrics:
             "build_info", "Always 1; what is running, as labels.", "version", "python", "model", "device", "dtype"
         )
         self._queue_depth = gauge("queue_depth", "Requests that wait for a batch.")
+        self._queue_limit = gauge("queue_limit", "Most requests that may wait.")
         self._queue_tokens = gauge("queue_prompt_tokens", "Prompt tokens of the requests that wait.")
         self._running = gauge("running_rows", "Requests in the batch that is running.")
+        self._batch_limit = gauge("batch_limit_rows", "Most requests in a batch.")
         self._batches = counter("batches", "Batches started.")
         self._batch_size = histogram("batch_size_rows", "Requests in a batch at its start.", ROWS)
         self._step_rows = histogram("step_size_rows", "Requests that got a token in one step.", ROWS)
@@ -117,17 +120,28 @@ class Metrics:
         self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
         self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
         self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
+        self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
         self._idle_seconds = gauge(
             "worker_seconds_since_progress", "How long the worker has work and made no progress."
         )
-        self._idle_seconds.set_function(self._since_progress)
+        self._idle_seconds.set_function(progress.seconds)
         self._show_state(State.STARTING)
+        self._start_series()
+        ProcessCollector(registry=registry)
+
+    def _start_series(self) -> None:
+        """Zeros for what has not happened yet: a series that begins at 1 hides its first event from rates."""
+        for outcome in Outcome:
+            self._duration.labels(outcome)
+        for finish in Finish:
+            self._finished.labels(finish)
+        for reason in ("queue_full", "not_ready", "bad_request"):
+            self._rejected.labels(reason)
 
     def __call__(self, event: Event) -> None:
         """Take note of one event."""
         match event:
-            case Stepped(at=at, tokens=tokens, running=running):
-                self._progress_at = at
+            case Stepped(tokens=tokens, running=running):
                 self._output_tokens.inc(tokens)
                 self._running.set(running)
                 self._step_rows.observe(tokens)
@@ -139,7 +153,6 @@ class Metrics:
             case RowsJoined():
                 self._rows_joined(event)
             case BatchEnded(running=running, duration=duration, memory=memory):
-                self._progress_at = time.monotonic() if running else None
                 self._running.set(running)
                 self._batch_seconds.observe(duration)
                 self._memory.set(memory)
@@ -150,23 +163,22 @@ class Metrics:
             case StateChanged(state=state):
                 self._show_state(state)
 
-    def model(self, info: ModelInfo, name: str, version: str) -> None:
-        """Say what is running."""
-        self._info.labels(version, platform.python_version(), name, info.device, info.dtype).set(1)
+    def model(self, info: ModelInfo, settings: Settings, version: str) -> None:
+        """Say what is running, and within which limits."""
+        self._info.labels(version, platform.python_version(), settings.served_names[0], info.device, info.dtype).set(1)
+        self._queue_limit.set(settings.queue_size)
+        self._batch_limit.set(settings.max_batch_size)
+        self._memory_total.set(info.device_memory)
 
     def exposition(self) -> bytes:
         """The text format that Prometheus scrapes."""
         return generate_latest(self.registry)
-
-    def _since_progress(self) -> float:
-        return 0.0 if self._progress_at is None else time.monotonic() - self._progress_at
 
     def _show_state(self, now: State) -> None:
         for state in State:
             self._state.labels(state).set(state is now)
 
     def _batch_started(self, event: BatchStarted) -> None:
-        self._progress_at = time.monotonic()
         self._batches.inc()
         self._batch_size.observe(event.rows)
         self._running.set(event.rows)

@@ -3,6 +3,7 @@
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Container
+from dataclasses import replace
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -25,9 +26,10 @@ class RequestId:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        asked = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
-        scope.setdefault("state", {})["caller"] = Caller(request_id)
+        scope.setdefault("state", {})["caller"] = Caller(request_id, trace=trace_of(headers))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -35,6 +37,11 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+def trace_of(headers: Headers) -> tuple[tuple[str, str], ...]:
+    """The W3C Trace Context headers of a request."""
+    return tuple((name, headers[name]) for name in ("traceparent", "tracestate") if name in headers)
 
 
 class ApiKey:
@@ -62,7 +69,7 @@ class ApiKey:
         key = self._keys.find(secret.strip()) if scheme.lower() == b"bearer" else None
         if key is not None:
             state = scope["state"]
-            state["caller"] = Caller(state["caller"].request_id, key.name, key.share)
+            state["caller"] = replace(state["caller"], name=key.name, share=key.share)
             return await self._app(scope, receive, send)
         error = ApiError(
             401,

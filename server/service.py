@@ -12,8 +12,9 @@ from anyio import to_thread
 
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
-from batching.errors import BatchingError, ModelError, NotReady
+from batching.errors import BatchingError, ModelError, NotReady, Stuck
 from batching.events import Observer, Rejected, State, broadcast
+from batching.progress import Progress
 from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import ModelInfo, Request
@@ -21,9 +22,10 @@ from server.caller import Caller
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.grammar import Grammars
 from server.live import LiveFeed
-from server.progress import Progress
+from server.loading import Loading
 from server.settings import Settings
 from server.text import Text
+from server.watchdog import stuck
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,10 @@ logger = logging.getLogger(__name__)
 class Loader(Protocol):
     """Where text and engine come from. `text` is called on a helper thread, `engine` on the worker thread meanwhile.
 
-    `progress` is how far the engine is; any thread may read it.
+    `loading` is how far the engine is; any thread may read it.
     """
 
-    progress: Progress
+    loading: Loading
 
     def text(self) -> Text: ...
     def engine(self) -> Engine: ...
@@ -50,7 +52,9 @@ class Service:
     grammars: Grammars
     info: ModelInfo
 
-    def __init__(self, settings: Settings, loader: Loader, observers: Iterable[Observer] = ()) -> None:
+    def __init__(
+        self, settings: Settings, loader: Loader, progress: Progress, observers: Iterable[Observer] = ()
+    ) -> None:
         self.settings = settings
         self.max_body_bytes = int(settings.max_body_mib * 2**20)
         # Encoding is pure CPU work in Rust: so few at a time leave the event loop and the worker their cores.
@@ -67,7 +71,8 @@ class Service:
             window=settings.batch_window_ms / 1000,
             queue=self._limits,
         )
-        self._observe = broadcast([*observers, self.live] if settings.page else observers)
+        self._progress = progress
+        self._observe = broadcast([progress, *observers, *([self.live] if settings.page else [])])
         self.batcher = Batcher(loader.engine, config, [self._observe])
 
     async def run(self, when_ready: Callable[[], None]) -> None:
@@ -77,7 +82,7 @@ class Service:
             text = asyncio.create_task(self._load_text())
             self.info = await self.batcher.start(text)
             when_ready()
-            await self.batcher.ended.wait()
+            await self._until_ended()
         except (ModelError, NotReady) as error:
             if self.batcher.state is not State.STOPPED:
                 logger.error("%s", error)
@@ -91,6 +96,20 @@ class Service:
         self.text = await to_thread.run_sync(self._loader.text)
         self.grammars = await to_thread.run_sync(self.text.grammars)
 
+    async def _until_ended(self) -> None:
+        """Wait for the batcher's end, and bring it about if its worker is stuck."""
+        limit = self.settings.watchdog_s
+        watchdog = asyncio.create_task(stuck(self._progress, limit), name="watchdog")
+        ended = asyncio.create_task(self.batcher.ended.wait())
+        try:
+            await asyncio.wait([watchdog, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watchdog.cancel()
+            ended.cancel()
+        if not self.batcher.ended.is_set():
+            logger.critical("the model made no progress for %g s with a batch in hand: the process ends", limit)
+            self.batcher.on_worker_died(Stuck("the worker makes no progress"))
+
     async def drain(self) -> None:
         """Finish what was accepted, within the drain time, and stop."""
         await self.batcher.drain(self.settings.drain_timeout_s)
@@ -101,8 +120,8 @@ class Service:
         self.stopped.set()
 
     @property
-    def progress(self) -> Progress:
-        return self._loader.progress
+    def loading(self) -> Loading:
+        return self._loader.loading
 
     @property
     def ready(self) -> bool:

@@ -6,6 +6,7 @@ A flag wins over the variable of the same name. Anything unknown or contradictor
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, Never, Self
 
@@ -124,11 +125,17 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="how long accepted requests may go on after SIGTERM"
     )
+    watchdog_s: float = Field(
+        120.0, gt=0, allow_inf_nan=False, description="the process ends if the model makes no progress for so long"
+    )
     max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="largest request body")
 
-    # Logs
+    # Logs and traces
     log_format: Literal["text", "json"] = Field("text", description="one line a request, as text or JSON")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    otlp_endpoint: str | None = Field(
+        None, pattern="^https?://", description="URL that traces are sent to with OTLP over HTTP; needs the extra otel"
+    )
 
     @field_validator("name", "api_keys", "cors_origins", mode="before")
     @classmethod
@@ -140,6 +147,8 @@ class Settings(BaseSettings):
         if self.default_max_tokens > self.max_output_tokens:
             raise ValueError("default-max-tokens is larger than max-output-tokens")
         load_keys(self.api_keys, self.api_keys_file)
+        if self.otlp_endpoint and not _can_trace():
+            raise ValueError("otlp-endpoint needs the extra otel: pip install 'microbatch[otel]'")
         if self.load_format == "dummy" and self.model is None:
             raise ValueError("load-format dummy needs a model folder with a config.json")
         if self.batch_invariant and self.engine == "generate":
@@ -154,6 +163,13 @@ class Settings(BaseSettings):
         if self.name:
             return self.name
         return (Path(self.model).resolve().name if self.model else "smollm2-135m-instruct",)
+
+
+def _can_trace() -> bool:
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,11 +26,12 @@ from transformers import PreTrainedTokenizerFast
 
 from batching.engine import Engine
 from batching.events import Event, RowEnded, State
+from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
+from server.loading import Loading
 from server.log import log_event
 from server.metrics import Metrics
-from server.progress import Progress
 from server.service import Service
 from server.settings import PREFIX, Settings
 from server.text import Text
@@ -46,7 +47,7 @@ TEMPLATE = (
     "{% if messages[-1].content == 'refuse me' %}{{ raise_exception('refused') }}{% endif %}"
     "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}"
 )
-LOADING = Progress("Loading weights", 3, 12)
+LOADING = Loading("Loading weights", 3, 12)
 QUESTION: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
@@ -120,7 +121,7 @@ class ScriptedLoader:
     made: ScriptedEngine
     may_load: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
-    progress: Progress = LOADING
+    loading: Loading = LOADING
 
     def text(self) -> Text:
         return Text(BYTES)
@@ -258,9 +259,10 @@ def live(
     engine = engine or scripted()
     loader = ScriptedLoader(engine)
     events: list[Event] = []
-    metrics = Metrics()
-    service = Service(settings_of(**settings), loader, [metrics, log_event, events.append])
-    app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings.served_names[0], "0"))
+    progress = Progress()
+    metrics = Metrics(progress)
+    service = Service(settings_of(**settings), loader, progress, [metrics, log_event, events.append])
+    app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings, "0"))
     with contextlib.closing(socket.create_server(("127.0.0.1", listen_on))) as listener:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
@@ -340,10 +342,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(*flags: str, **variables: str) -> Iterator[Process]:
-    """`python -m server` with these flags and variables, on a free port. Killed at the end if it still runs."""
+def process(*flags: str, module: str = "server", **variables: str) -> Iterator[Process]:
+    """`python -m server`, or a stand-in, with these settings, on a free port. Killed at the end if need be."""
     port = free_port()
-    command = [sys.executable, "-m", "server", "--port", str(port), *flags]
+    command = [sys.executable, "-m", module, "--port", str(port), *flags]
     with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stderr=subprocess.PIPE, text=True) as popen:
         found = Process(f"http://127.0.0.1:{port}", popen)
         assert popen.stderr is not None

@@ -9,7 +9,7 @@ import torch
 from transformers import OPTConfig, Qwen3Config, Qwen3ForCausalLM
 
 from batching import memory
-from batching.memory import cache_bytes_per_token, free_bytes, peak_bytes, used_bytes
+from batching.memory import cache_bytes_per_token, free_bytes, peak_bytes, total_bytes, used_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -132,9 +132,16 @@ def test_cache_bytes_are_those_of_the_cache_the_model_builds() -> None:
     assert cache_bytes_per_token(config, torch.float32) * 5 == held
 
 
+def test_a_device_has_more_than_is_held_or_free() -> None:
+    cpu = torch.device("cpu")
+    assert 0 < used_bytes(cpu) < total_bytes(cpu)
+    assert 0 < free_bytes(cpu) < total_bytes(cpu)
+
+
 def test_mps_figures_come_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"recommended_max_memory": 100, "driver_allocated_memory": 30, "current_allocated_memory": 20}
     fake = SimpleNamespace(**{name: lambda value=value: value for name, value in figures.items()})
     monkeypatch.setattr(torch, "mps", fake)
     assert free_bytes(torch.device("mps")) == 70
     assert used_bytes(torch.device("mps")) == 20
+    assert total_bytes(torch.device("mps")) == 100

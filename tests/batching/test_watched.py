@@ -28,8 +28,8 @@ def tokens(words: Words) -> set[int]:
     return set(np.flatnonzero(bits).tolist())
 
 
-def held(grammar: Steps, **settings: object) -> Request:
-    return replace(request(stop_token_ids=frozenset({0}), **settings), grammar=grammar)
+def held(grammar: Steps) -> Request:
+    return replace(request(stop_token_ids=frozenset({0})), grammar=grammar)
 
 
 def test_a_grammar_says_what_may_come_next_and_then_the_stop_token(helper: ThreadPoolExecutor) -> None:

@@ -39,9 +39,11 @@ VALUES: dict[str, tuple[str, Any]] = {
     "thinking": ("true", True),
     "request_timeout_s": ("12.5", 12.5),
     "drain_timeout_s": ("0", 0.0),
+    "watchdog_s": ("20", 20.0),
     "max_body_mib": ("0.5", 0.5),
     "log_format": ("json", "json"),
     "log_level": ("warning", "warning"),
+    "otlp_endpoint": ("http://localhost:4318/v1/traces", "http://localhost:4318/v1/traces"),
 }
 """For each setting a text that is not its default, and what it means."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from batching.errors import ModelError
+from batching.progress import Progress
 from server.loader import ModelLoader
 from server.settings import parse
 from server.text import Detokenizer, StopScanner, TemplateError, Text
@@ -126,7 +127,7 @@ def test_a_piece_comes_with_the_token_that_completes_it() -> None:
 
 @cache
 def demo() -> Text:
-    return ModelLoader(parse([])).text()
+    return ModelLoader(parse([]), Progress()).text()
 
 
 @pytest.mark.model

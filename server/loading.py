@@ -1,4 +1,4 @@
-"""How far loading is, for whoever waits. Told on the thread that loads; a `Progress` may be read on any."""
+"""How far loading is, for whoever waits. Told on the thread that loads; a `Loading` may be read on any."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Loading:
     """A step in words and, where they can be counted, how many of its parts are done."""
 
     step: str
@@ -16,7 +16,7 @@ class Progress:
     total: int = 0
 
 
-def follow_bars(tell: Callable[[Progress], None]) -> None:
+def follow_bars(tell: Callable[[Loading], None]) -> None:
     """Count along with transformers' progress bars, shown or not: the loading of weights is the longest."""
     from transformers.utils import logging as transformers_logging
 
@@ -30,8 +30,8 @@ def follow_bars(tell: Callable[[Progress], None]) -> None:
     transformers_logging.set_tqdm_hook(made)
 
 
-def counted(items: Iterable[T], tell: Callable[[Progress], None], step: str, total: int) -> Iterator[T]:
+def counted(items: Iterable[T], tell: Callable[[Loading], None], step: str, total: int) -> Iterator[T]:
     """The items; with each it is told how many were taken before."""
     for done, item in enumerate(items):
-        tell(Progress(step, done, total))
+        tell(Loading(step, done, total))
         yield item

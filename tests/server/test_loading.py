@@ -7,7 +7,8 @@ import pytest
 from transformers.utils.logging import set_tqdm_hook, tqdm
 
 from server.loader import ModelLoader
-from server.progress import Progress, counted, follow_bars
+from batching.progress import Progress
+from server.loading import Loading, counted, follow_bars
 from server.settings import parse
 from tests.live import byte_tokenizer
 from tests.tiny import tiny_model
@@ -27,29 +28,29 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_parts_are_counted_as_they_are_taken() -> None:
-    told: list[Progress] = []
+    told: list[Loading] = []
     items = counted("ab", told.append, "Reading", 2)
-    assert (next(items), told) == ("a", [Progress("Reading", 0, 2)])
-    assert ([*items], told[1:]) == (["b"], [Progress("Reading", 1, 2)])
+    assert (next(items), told) == ("a", [Loading("Reading", 0, 2)])
+    assert ([*items], told[1:]) == (["b"], [Loading("Reading", 1, 2)])
 
 
 @pytest.mark.usefixtures("bars")
 def test_the_loading_of_weights_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Progress] = []
-    loader = ModelLoader(parse(["--model", str(folder), "--device", "cpu", "--token-budget", "512"]))
+    told: list[Loading] = []
+    loader = ModelLoader(parse(["--model", str(folder), "--device", "cpu", "--token-budget", "512"]), Progress())
     monkeypatch.setattr(loader, "_tell", told.append)
     loader.text()
-    assert loader.progress.step == "Reading the model's files"
+    assert loader.loading.step == "Reading the model's files"
     loader.engine()
-    assert loader.progress.step == "Preparing the engine"
-    weights = [progress for progress in told if progress.step == "Loading weights"]
-    assert [progress.done for progress in weights] == list(range(weights[0].total))
+    assert loader.loading.step == "Preparing the engine"
+    weights = [loading for loading in told if loading.step == "Loading weights"]
+    assert [loading.done for loading in weights] == list(range(weights[0].total))
     assert len(weights) > 10
 
 
 @pytest.mark.usefixtures("bars")
 def test_what_cannot_be_counted_is_left_alone() -> None:
-    told: list[Progress] = []
+    told: list[Loading] = []
     follow_bars(told.append)
     assert [*tqdm(iter("ab"), desc="endless")] == ["a", "b"]
     with tqdm(total=3) as bar:

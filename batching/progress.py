@@ -1,0 +1,48 @@
+"""How long the worker has had work and got nowhere: what a watchdog and a gauge read.
+
+An observer of the batcher. `mark` may be called on the worker thread too, by an engine that has got on inside a step.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from batching.events import BatchEnded, BatchStarted, Event, Stepped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Progress:
+    """`at` is the monotonic time of the last sign of progress, or None while the worker has no work."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Take note of one event."""
+        match event:
+            case BatchStarted() | Stepped():
+                self.at = time.monotonic()
+            case BatchEnded(running=running):
+                self.at = time.monotonic() if running else None
+
+    def mark(self) -> None:
+        """The worker got on with the batch it has. Without a batch this says nothing."""
+        if self.at is not None:
+            self.at = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last sign of progress; 0 while there is no work."""
+        at = self.at
+        return 0.0 if at is None else time.monotonic() - at
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Count each layer of a forward pass as progress where a long prompt's pass can take minutes: on a CPU.
+
+        On a GPU layers are only queued up, so that they would say nothing; there a pass takes seconds.
+        """
+        if model.device.type == "cpu":
+            for layer in getattr(model.get_decoder(), "layers", ()):  # type: ignore[no-untyped-call]
+                layer.register_forward_hook(lambda *_: self.mark())

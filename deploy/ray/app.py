@@ -1,0 +1,90 @@
+"""The service as a Ray Serve deployment: a replica for each GPU, of one machine or many, behind one address.
+
+`serve run deploy/ray/serve.yaml`; see README.md here. A replica is the very application of `python -m server`, with its
+own model, queue and batches; its settings come from MICROBATCH_* variables.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from starlette.applications import Starlette
+
+from batching.events import State
+from batching.progress import Progress
+from deploy.ray.metrics import told
+from server.app import create_app
+from server.garbage import spare_what_is_loaded
+from server.loader import ModelLoader
+from server.log import configure, log_event
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import parse
+from server.version import VERSION
+
+SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
+
+def replica_app() -> Starlette:
+    """The application of one replica. Ray calls this in the replica's process."""
+    settings = parse([])
+    configure(settings.log_format, settings.log_level)
+    progress, ready = Progress(), asyncio.Event()
+    metrics = Metrics(progress)
+    replica = serve.get_replica_context().replica_id.unique_id
+    service = Service(settings, ModelLoader(settings, progress), progress, [metrics, log_event])
+
+    def when_ready() -> None:
+        spare_what_is_loaded()
+        metrics.model(service.info, settings, VERSION)
+        ready.set()
+
+    app = create_app(service, metrics, when_ready)
+    loading = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        """The application's own, but started only once the model is loaded: before that a replica gets no requests."""
+        async with loading(app), told(metrics, replica):
+            await first_of(ready, service.stopped)
+            if not ready.is_set():
+                raise RuntimeError("the model could not be loaded; the replica's log says why")
+            yield
+            await service.drain()
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+async def first_of(*events: asyncio.Event) -> None:
+    """Wait until one of these is set."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+
+
+@serve.deployment(name="microbatch")
+@serve.ingress(replica_app)
+class Replica:
+    """Ray asks after its health, and replaces it if only a restart helps."""
+
+    app: Starlette
+
+    def check_health(self) -> None:
+        """Raises once the worker has died, is stuck or has lost its device."""
+        if self.app.state.service.batcher.state is State.FAILED:
+            raise RuntimeError("the model is down")
+
+
+def build(arguments: dict[str, str]) -> Application:
+    """What `serve run` starts. With `sessions` in the file's `args`, a session's requests go to one replica."""
+    deployment: Any = Replica
+    if arguments.get("sessions"):
+        router = RequestRouterConfig(request_router_class=SESSION_ROUTER)
+        deployment = deployment.options(request_router_config=router)
+    return deployment.bind()

@@ -1,0 +1,76 @@
+"""Which errors end the worker, and which only their batch."""
+
+import pytest
+import torch
+
+from batching.batcher import Batcher
+from batching.device_errors import is_sticky
+from batching.errors import EngineError
+from batching.events import Outcome, State
+from batching.progress import Progress
+from tests.batching.conftest import Runner, request
+from tests.batching.test_batcher import serving, start
+from tests.fakes import ScriptedEngine
+from tests.tiny import tiny_model
+
+STICKY = [
+    torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ..."),
+    torch.AcceleratorError("unspecified launch failure"),
+]
+PASSING = [
+    RuntimeError("shapes do not match"),
+    ValueError("scripted"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", STICKY, ids=str)
+def test_an_error_that_the_device_keeps_is_sticky(error: Exception) -> None:
+    assert is_sticky(error)
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_an_error_that_passes_is_not(error: Exception) -> None:
+    assert not is_sticky(error)
+
+
+def test_after_a_sticky_error_nothing_more_is_tried(run_async: Runner) -> None:
+    def fail(step: int) -> None:
+        raise STICKY[0]
+
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True, before_step=fail)
+        async with serving(engine) as (batcher, log):
+            running = await start(batcher, log)
+            waiting = batcher.submit(request(id="waiting"))
+            engine.release()
+            await failed(batcher)
+            for stream in (running, waiting):
+                with pytest.raises(EngineError):
+                    await anext(stream)
+            assert engine.batches == [["running"]]
+            assert log.outcomes() == {"running": Outcome.ERROR, "waiting": Outcome.ERROR}
+
+    async def failed(batcher: Batcher) -> None:
+        await batcher.ended.wait()
+        assert batcher.state is State.FAILED
+        assert batcher.error is STICKY[0]
+
+    run_async(main)
+
+
+def test_each_layer_of_a_forward_pass_on_a_cpu_is_progress() -> None:
+    class Counting(Progress):
+        marks = 0
+
+        def mark(self) -> None:
+            self.marks += 1
+
+    progress, model = Counting(), tiny_model()
+    before = model(torch.tensor([[1, 2, 3]])).logits
+    progress.follow(model)
+    assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
+    assert progress.marks == model.config.num_hidden_layers

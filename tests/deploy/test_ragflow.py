@@ -1,0 +1,122 @@
+"""RAGFlow's self-test against services that are as they should be, and against those that are not."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.ragflow import selftest
+from server.settings import parse
+from tests.live import ROOT, Live, free_port, live, scripted
+from tests.server.test_app import fails_at
+
+FOLDER = ROOT / "deploy" / "ragflow"
+GOOD: dict[str, Any] = {"default_max_tokens": 1024, "max_batch_size": 64}
+LONG = "one two three " * 100
+"""An answer of more tokens than RAGFlow wants at least."""
+
+
+def run(url: str, model: str = "scripted", *flags: str) -> tuple[int, list[str]]:
+    """The self-test as it is run inside a container: its exit status and lines."""
+    command = [sys.executable, "-", "--base-url", f"{url}/v1", "--model", model, *flags]
+    with (FOLDER / "selftest.py").open() as script:
+        done = subprocess.run(command, stdin=script, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def wrong(lines: list[str]) -> dict[str, str]:
+    """What is wrong, by the check that found it."""
+    return {line[7:17].strip(): line[18:] for line in lines if line.startswith("WRONG")}
+
+
+def test_a_service_as_it_should_be_passes_every_check() -> None:
+    with live(scripted(LONG, context_window=2**16), **GOOD) as service:
+        status, lines = run(service.url)
+        largest = max(map(len, service.engine.batches))
+    assert (status, wrong(lines)) == (0, {})
+    assert [line[7:17].strip() for line in lines] == list(selftest.CHECKS)
+    assert largest > 1  # the questions that came together
+
+
+@pytest.mark.parametrize(
+    ("service", "check", "words"),
+    [
+        (live(scripted(LONG, context_window=2**16)), "answers", "--default-max-tokens 1024"),
+        (live(scripted("<think>hm</think>Hi." + LONG, context_window=2**16), **GOOD), "a question", "thinks"),
+        (live(scripted(LONG, context_window=4096), **GOOD), "model", "--context-window"),
+        (live(scripted("", context_window=2**16), **GOOD), "adding it", "said nothing"),
+        (
+            live(scripted(before_step=fails_at(0, RuntimeError("kernel")), context_window=2**16), **GOOD),
+            "a question",
+            "500: The model failed",
+        ),
+    ],
+    ids=["short answers", "thinks", "small window", "silent", "fails"],
+)
+def test_each_fault_is_told_in_words(service: Any, check: str, words: str) -> None:
+    with service as running:
+        status, lines = run(running.url)
+    assert status == 1
+    assert words in wrong(lines)[check]
+
+
+@pytest.fixture
+def keyed() -> Iterator[Live]:
+    with live(scripted(LONG, context_window=2**16), api_keys=("secret",), **GOOD) as service:
+        yield service
+
+
+def test_a_wrong_key_is_told_and_the_right_one_passes(keyed: Live) -> None:
+    status, lines = run(keyed.url)
+    assert status == 1
+    assert "API key" in wrong(lines)["model"]
+    assert run(keyed.url, "scripted", "--api-key", "secret")[0] == 0
+
+
+def test_what_cannot_be_asked_at_all_ends_with_one_line() -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    with live(ready=False) as loading, live() as service:
+        cases = [
+            (run(nowhere), "--host 0.0.0.0"),
+            (run("http://name.invalid:1"), "unknown here"),
+            (run("ftp://127.0.0.1"), "is no URL"),
+            (run(loading.url), "still loading"),
+            (run(service.url, "other"), "only scripted"),
+            (run(f"{service.url}/nowhere"), "must end with /v1"),
+        ]
+    for (status, lines), words in cases:
+        assert status == 1
+        assert len(lines) == 1
+        assert words in lines[0]
+
+
+def test_a_first_word_that_comes_too_late_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(selftest, "FIRST_WORD_SECONDS", 0.0)
+    with live(scripted(LONG, context_window=2**16), **GOOD) as service:
+        assert not selftest.run(selftest.Service(f"{service.url}/v1", "scripted", "x"))
+    assert "RAGFlow waits" in wrong(capsys.readouterr().out.splitlines())["adding it"]
+
+
+def test_the_environment_file_holds_settings_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for line in (FOLDER / "ragflow.env").read_text().splitlines() if line and not line.startswith("#")]
+    for name, _, value in (line.partition("=") for line in lines):
+        monkeypatch.setenv(name, value)
+    settings = parse([])
+    assert (settings.default_max_tokens, settings.max_batch_size) == (1024, 64)
+    assert settings.served_names == ("qwen3-4b-local",)
+    assert not settings.thinking
+    assert settings.host == "0.0.0.0"
+    assert len(lines) == len(settings.model_fields_set)
+
+
+def test_the_guide_names_what_there_is() -> None:
+    guide = (FOLDER / "README.md").read_text()
+    for path in ("deploy/ragflow/ragflow.env", "deploy/ragflow/selftest.py", "deploy/tmux.sh", "deploy/grafana"):
+        assert path in guide
+        assert Path(ROOT, path).exists()

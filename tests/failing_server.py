@@ -1,0 +1,42 @@
+"""`python -m server`, but for its engine: a scripted one that fails at its second step as the variable FAIL says."""
+
+import os
+import runpy
+import threading
+from collections.abc import Callable
+
+import torch
+
+import server.loader
+from batching.engine import Engine
+from batching.progress import Progress
+from server.settings import Settings
+from server.text import Text
+from tests.live import BYTES, scripted
+
+
+def hang() -> None:
+    threading.Event().wait()
+
+
+def break_device() -> None:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_device, "nothing": lambda: None}
+
+
+class FailingLoader:
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self._fail = FAILURES[os.environ["FAIL"]]
+
+    def text(self) -> Text:
+        return Text(BYTES)
+
+    def engine(self) -> Engine:
+        return scripted("Hello!", before_step=lambda step: self._fail() if step else None)
+
+
+if __name__ == "__main__":
+    server.loader.ModelLoader = FailingLoader  # type: ignore[assignment,misc]
+    runpy.run_module("server", run_name="__main__")
