@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers.utils.logging import set_tqdm_hook, tqdm
 
-from server.loader import ModelLoader
 from batching.progress import Progress
+from server.loader import ModelLoader
 from server.loading import Loading, counted, follow_bars
 from server.settings import parse
 from tests.live import byte_tokenizer
