@@ -41,6 +41,13 @@ class ModelLoader:
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
 
+    def _import(self) -> None:
+        """What both threads use is imported by one: two that import transformers at once may find half of it."""
+        with self._locating:
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+            import batching.model  # noqa: F401
+
     @property
     def _checkpoint(self) -> str:
         from batching.checkpoint import locate
@@ -50,10 +57,12 @@ class ModelLoader:
             return locate(settings.model, settings.load_format, settings.cache_dir)
 
     def text(self) -> Text:
+        self._import()
         _show_progress(sys.stderr.isatty())
         return Text.load(self._checkpoint, trust_remote_code=self._settings.trust_remote_code)
 
     def engine(self) -> Engine:
+        self._import()
         from batching.model import load
 
         settings = self._settings
