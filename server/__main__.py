@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 from types import FrameType
@@ -12,11 +13,12 @@ import uvloop
 from rich.console import Console
 
 from server.app import create_app
+from server.connection import connections, listener
 from server.garbage import spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
-from server.service import Service
+from server.service import Loader, Service
 from server.settings import Settings, parse
 from server.version import VERSION
 
@@ -24,6 +26,9 @@ logger = logging.getLogger("microbatch")
 
 CLOSING_SECONDS = 5
 """How long connections may take to close once every request has its outcome."""
+
+DESCRIPTORS = 65_536
+"""File descriptors that the process asks for, if the system allows so many."""
 
 
 class Server(uvicorn.Server):
@@ -60,7 +65,7 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """Take the address before the model is loaded, so that a port in use is told at once."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return listener(host, port)
     except OSError as error:
         logger.error("cannot listen: %s", error.strerror)  # which ends with the address
         raise SystemExit(1) from None
@@ -94,25 +99,34 @@ def announce(service: Service, port: int) -> None:
         console.print(f"  {name:8} {value}", markup=False, soft_wrap=True)
 
 
-async def serve(settings: Settings) -> int:
+def allow_many_connections() -> None:
+    """Every connection is a file descriptor, and the limit that shells set is low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def serve(settings: Settings, loader: Loader) -> int:
     """Run until a signal or the model's end; the process's exit status."""
     metrics = Metrics()
-    service = Service(settings, ModelLoader(settings), [metrics, log_event])
+    service = Service(settings, loader, [metrics, log_event])
 
     def when_ready() -> None:
         spare_what_is_loaded()
         metrics.model(service.info, settings.served_names[0], VERSION)
-        announce(service, listener.getsockname()[1])
+        announce(service, bound.getsockname()[1])
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),
+        http=connections(settings.send_timeout_s),
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    listener = listen(settings.host, settings.port)
-    await Server(config, service).serve_until_stopped(listener)
+    bound = listen(settings.host, settings.port)
+    await Server(config, service).serve_until_stopped(bound)
     return service.exit_code
 
 
@@ -121,15 +135,18 @@ SWITCH_SECONDS = 0.0005
 the event loop could keep the worker from giving the device its next orders."""
 
 
-def main() -> None:
-    settings = parse()
+def run(settings: Settings, loader: Loader) -> None:
+    """Serve until the end, and end the process."""
     sys.setswitchinterval(SWITCH_SECONDS)
     configure(settings.log_format, settings.log_level)
+    allow_many_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(serve(settings))
+        status = runner.run(serve(settings, loader))
         sys.stderr.flush()
         # A worker thread inside a kernel or a download cannot be joined, and must not keep the process alive.
         os._exit(status)
 
 
-main()
+if __name__ == "__main__":
+    wanted = parse()
+    run(wanted, ModelLoader(wanted))

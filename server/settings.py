@@ -123,6 +123,9 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="how long accepted requests may go on after SIGTERM"
     )
+    send_timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="how long a client may take nothing of its answer"
+    )
     max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="largest request body")
 
     # Logs

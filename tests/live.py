@@ -28,6 +28,7 @@ from batching.engine import Engine
 from batching.events import Event, RowEnded, State
 from batching.types import Request
 from server.app import create_app
+from server.connection import connections, listener
 from server.log import log_event
 from server.metrics import Metrics
 from server.service import Service
@@ -253,20 +254,21 @@ def live(engine: ScriptedEngine | None = None, *, ready: bool = True, **settings
     metrics = Metrics()
     service = Service(settings_of(**settings), loader, [metrics, log_event, events.append])
     app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings.served_names[0], "0"))
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    with contextlib.closing(listener("127.0.0.1", 0)) as bound:
+        http = connections(service.settings.send_timeout_s)
+        config = uvicorn.Config(app, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         loops: list[asyncio.AbstractEventLoop] = []
 
         async def serve() -> None:
             loops.append(asyncio.get_running_loop())
-            await server.serve([listener])
+            await server.serve([bound])
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="live-server")
         thread.start()
         try:
             eventually(lambda: server.started or not thread.is_alive(), "the server started")
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            url = f"http://127.0.0.1:{bound.getsockname()[1]}"
             found = Live(url, service, engine, loader, events, loops[0], server.server_state.connections)
             if ready:
                 loader.may_load.set()
@@ -326,8 +328,8 @@ class Process(Address):
 
 
 def free_port() -> int:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        port: int = listener.getsockname()[1]
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port: int = taken.getsockname()[1]
         return port
 
 
