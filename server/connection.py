@@ -23,7 +23,7 @@ REST_SECONDS = 5.0
 """How long what is left of a body may take that was answered before it was all here (nginx's lingering_timeout)."""
 
 SEND_BYTES = 65_536
-"""What the kernel keeps for a client that does not read, about 300 tokens of a stream; left alone it takes megabytes."""
+"""What the kernel keeps for a client that does not read: some 300 tokens of a stream. Left alone it takes megabytes."""
 
 
 class Connection(HttpToolsProtocol):
@@ -36,6 +36,7 @@ class Connection(HttpToolsProtocol):
         self._head: int | None = None  # bytes of the request's head so far; None between requests and in a body
         self._receiving: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
+        self._leaving = False
 
     # Receiving
 
@@ -49,6 +50,8 @@ class Connection(HttpToolsProtocol):
         self._receive_within(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
+        if self._leaving:
+            return
         super().data_received(data)
         if self._head is not None and not self.transport.is_closing():
             self._head += len(data)
@@ -62,6 +65,7 @@ class Connection(HttpToolsProtocol):
         self._head = None
         self._received()
         super().on_headers_complete()
+        self.cycle.transport = Lingering(self)  # type: ignore[assignment]  # all of it that a cycle uses
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -85,7 +89,15 @@ class Connection(HttpToolsProtocol):
         body = ApiError(int(status[:3]), message).body()
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Close, once the client has. One in the midst of sending would lose the answer with a connection that is
+        closed at once (RFC 9112, section 9.6)."""
+        if not self._leaving and not self.transport.is_closing():
+            self._leaving = True
+            self.transport.write_eof()
+            self._receive_within(REST_SECONDS)
 
     def _receive_within(self, seconds: float) -> None:
         self._received()
@@ -128,6 +140,21 @@ class Connection(HttpToolsProtocol):
         self._received()
         self._sent()
         super().connection_lost(exc)
+
+
+class Lingering:
+    """What uvicorn writes an answer to: a connection's transport, but one that lingers where not all was received."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        if self._connection.cycle.more_body:
+            self._connection.leave()
+        else:
+            self._connection.transport.close()
 
 
 def listener(host: str, port: int) -> socket.socket:

@@ -1,5 +1,6 @@
 """Events -> Prometheus. Names, types and labels here are a contract with dashboards: see CHANGELOG before a change."""
 
+import asyncio
 import platform
 import time
 
@@ -117,6 +118,8 @@ class Metrics:
         self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
         self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
         self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
+        tasks = gauge("tasks", "Tasks on the event loop, the scrape's own among them.")
+        tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._idle_seconds = gauge(
             "worker_seconds_since_progress", "How long the worker has work and made no progress."
         )

@@ -1,4 +1,4 @@
-"""Clients whose connections are at fault: half requests, floods of headers, bodies that trickle, readers that do not."""
+"""Clients whose connections are at fault: half a request, too large a head, a body that trickles, nothing read."""
 
 import contextlib
 import os
@@ -168,6 +168,18 @@ def test_what_is_left_of_a_refused_body_is_not_read_for_ever(monkeypatch: pytest
         wait_alone(service)
 
 
+@pytest.mark.parametrize("size", [300_000, 20_000_000])
+def test_who_is_refused_in_the_midst_of_sending_can_read_why(size: int) -> None:
+    """A connection that is closed with something unread in it is reset, and what was sent over it may be lost."""
+    with live(max_body_mib=0.1) as service, service.connect() as bare:
+        bare.sendall(raw_request(b"x" * size, "Connection: close"))
+        answer = read_all(bare)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"body_too_large" in answer
+        bare.close()
+        wait_alone(service)
+
+
 def test_a_refused_body_that_comes_in_time_leaves_the_connection_open() -> None:
     with live(max_body_mib=0.01) as service, service.http() as client:
         assert client.post("/v1/chat/completions", content=b"x" * 100_000).status_code == 413
@@ -209,16 +221,16 @@ def test_the_rows_of_a_client_that_stopped_reading_end() -> None:
 
 def test_a_slow_reader_gets_all_of_its_answer() -> None:
     tokens = 40_000
-    with live(scripted(babble, context_window=HUGE), max_output_tokens=HUGE, send_timeout_s=0.5) as service:
-        with narrow(service) as bare:
-            fields = {"messages": QUESTION, "max_tokens": tokens, "n": 2}
-            bare.sendall(raw_request(orjson.dumps(fields), "Connection: close"))
-            service.wait_ended(2)
-            found = b""
-            while data := bare.recv(4096):
-                found += data
-            answer = orjson.loads(found.partition(b"\r\n\r\n")[2])
-            assert [len(choice["message"]["content"]) for choice in answer["choices"]] == [tokens] * 2
+    engine = scripted(babble, context_window=HUGE)
+    with live(engine, max_output_tokens=HUGE, send_timeout_s=0.5) as service, narrow(service) as bare:
+        fields = {"messages": QUESTION, "max_tokens": tokens, "n": 2}
+        bare.sendall(raw_request(orjson.dumps(fields), "Connection: close"))
+        service.wait_ended(2)
+        found = b""
+        while data := bare.recv(4096):
+            found += data
+        answer = orjson.loads(found.partition(b"\r\n\r\n")[2])
+        assert [len(choice["message"]["content"]) for choice in answer["choices"]] == [tokens] * 2
 
 
 def test_clients_that_do_not_read_cost_bounded_memory() -> None:
@@ -231,6 +243,6 @@ def test_clients_that_do_not_read_cost_bounded_memory() -> None:
             bare = stack.enter_context(narrow(service))
             bare.sendall(raw_request(orjson.dumps(fields)))
         service.wait_ended(12)
-        # Of each answer, 4.5 MB in frames of a token, there is what its connection buffers, and the tokens that nobody asked for yet.
+        # Of each answer, 4.5 MB in frames of a token, there is what its connection buffers, and tokens not asked for.
         assert process.memory_info().rss - before < 24 * 2**20
         assert service.chat(max_tokens=1).status_code == 200

@@ -753,6 +753,7 @@ CONTRACT = {
     "microbatch_cancelled_requests": "counter",
     "microbatch_rejected_requests": "counter",
     "microbatch_device_memory_bytes": "gauge",
+    "microbatch_tasks": "gauge",
     "microbatch_worker_seconds_since_progress": "gauge",
 }
 """What dashboards and alerts rely on: a change here is a breaking one, and belongs in the CHANGELOG."""
