@@ -31,12 +31,17 @@ class ServiceRate:
         if event.outcome is Outcome.ANSWERED:
             self._ended.append(self._clock())
 
-    def seconds_for(self, requests: int) -> float:
-        """Seconds until about `requests` more are answered, from 1 to 60 (the most that OpenAI's client waits).
+    @property
+    def answers(self) -> int:
+        """How many answers the rate is taken from."""
+        return len(self._ended)
 
-        Before the second answer there is no rate to go by, and it is 1.
-        """
+    def expected(self, requests: int) -> float:
+        """Seconds until about `requests` more are answered; 0 before the second answer, when there is no rate yet."""
         if len(self._ended) < 2:
-            return 1.0
-        pace = (self._clock() - self._ended[0]) / (len(self._ended) - 1)
-        return min(60.0, max(1.0, requests * pace))
+            return 0.0
+        return requests * (self._clock() - self._ended[0]) / (len(self._ended) - 1)
+
+    def seconds_for(self, requests: int) -> float:
+        """The same from 1 to 60, the most that OpenAI's client waits."""
+        return min(60.0, max(1.0, self.expected(requests)))

@@ -152,6 +152,9 @@ class Metrics:
                 self._rejected.labels(reason).inc()
             case StateChanged(state=state):
                 self._show_state(state)
+                if state in (State.STOPPED, State.FAILED):  # no batch's end is told any more
+                    self._progress_at = None
+                    self._running.set(0)
 
     def model(self, info: ModelInfo, name: str, version: str) -> None:
         """Say what is running."""

@@ -58,8 +58,8 @@ class Service:
             window=settings.batch_window_ms / 1000,
             queue=self._limits,
         )
-        self._observe = broadcast(observers)
-        self.batcher = Batcher(loader.engine, config, [self._observe])
+        self.observe = broadcast(observers)
+        self.batcher = Batcher(loader.engine, config, [self.observe])
 
     async def run(self, when_ready: Callable[[], None]) -> None:
         """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
@@ -94,7 +94,7 @@ class Service:
     def check_ready(self) -> None:
         """Raises `ApiError` 503 unless requests are taken."""
         if not self.ready:
-            self._observe(Rejected("not_ready"))
+            self.observe(Rejected("not_ready"))
             raise not_ready(self.batcher.state)
 
     @property

@@ -49,9 +49,9 @@ TEMPLATE = (
 QUESTION: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
+def eventually(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
     """Wait until `condition` holds."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end, f"never came true: {what}"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Inputs that fuzzing found worth keeping, those that once broke a law among them, and some thousands of random ones."""
+"""Inputs that fuzzing found worth keeping, those that once broke a law among them, and hundreds of random ones."""
 
 from pathlib import Path
 
