@@ -59,7 +59,7 @@ def picture(samples: Sequence[Sample], file: Path) -> None:
     figure = Figure(figsize=(9, 12), layout="constrained")
     minutes = [one.at / 60 for one in samples]
     for place, (field, (name, unit)) in enumerate(SHOWN.items(), 1):
-        axes = figure.add_subplot(len(SHOWN), 1, place, title=name, ylim=(0, None))
+        axes = figure.add_subplot(len(SHOWN), 1, place, title=name)
         axes.plot(minutes, [getattr(one, field) / unit for one in samples], marker=".")
         axes.set_ylim(bottom=0)
         axes.axvline(minutes[-1] / 5, linestyle=":", color="gray")

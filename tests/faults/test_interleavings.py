@@ -117,7 +117,7 @@ class Interleavings(RuleBasedStateMachine):
         """Run it, and then all that follows from it until the engine waits for a command or has nothing to do."""
 
         async def settled() -> None:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(PATIENCE / 3):
                 await work
                 while not await self.is_still():
                     pass
