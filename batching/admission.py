@@ -8,6 +8,9 @@ from batching.types import Request
 FEWEST = 16
 """Answers that a pace is taken from at least. The first ones may have waited for a device that warmed up."""
 
+MARGIN = 0.9
+"""Share of a time limit that the expected wait may take: answers end in batches, not at an even pace."""
+
 
 def seconds_late(requests: Sequence[Request], ahead: int, running: int, rate: ServiceRate) -> float:
     """By how much these would likely miss their time limit; 0 if they would not.
@@ -18,5 +21,5 @@ def seconds_late(requests: Sequence[Request], ahead: int, running: int, rate: Se
     """
     if not ahead or rate.answers < FEWEST:
         return 0.0
-    limit = min(request.time_limit for request in requests)
+    limit = MARGIN * min(request.time_limit for request in requests)
     return max(0.0, rate.expected(ahead + running + len(requests)) - limit)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from batching.admission import FEWEST, seconds_late
+from batching.admission import FEWEST, MARGIN, seconds_late
 from batching.errors import TooBusy
 from batching.events import Outcome, Rejected, RowEnded
 from batching.rate import ServiceRate
@@ -27,14 +27,14 @@ def rate(monkeypatch: pytest.MonkeyPatch) -> ServiceRate:
 
 
 def test_a_request_is_late_by_what_the_pace_says(rate: ServiceRate) -> None:
-    ten_seconds = [request(time_limit=10.0)]
-    assert seconds_late(ten_seconds, ahead=15, running=4, rate=rate) == 0.0  # the 20th after 10 seconds
-    assert seconds_late(ten_seconds, ahead=16, running=4, rate=rate) == pytest.approx(0.5)
-    assert seconds_late(ten_seconds * 3, ahead=16, running=4, rate=rate) == pytest.approx(1.5)
+    limit = [request(time_limit=10.0 / MARGIN)]
+    assert seconds_late(limit, ahead=15, running=4, rate=rate) == 0.0  # the 20th after 10 seconds
+    assert seconds_late(limit, ahead=16, running=4, rate=rate) == pytest.approx(0.5)
+    assert seconds_late(limit * 3, ahead=16, running=4, rate=rate) == pytest.approx(1.5)
 
 
 def test_the_shortest_limit_of_several_counts(rate: ServiceRate) -> None:
-    several = [request(time_limit=limit) for limit in (100.0, 1.0, 10.0)]
+    several = [request(time_limit=limit / MARGIN) for limit in (100.0, 1.0, 10.0)]
     assert seconds_late(several, ahead=1, running=0, rate=rate) == pytest.approx(1.0)
 
 
