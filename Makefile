@@ -3,6 +3,10 @@
 # make test     install what is missing, then run every test
 # make check    lint, types and tests
 # make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32)
+# make fuzz     fuzz every parser (CPU=600 seconds of CPU time each), see tests/fuzz
+# make soak     mixed load with faults for MINUTES=30, see benchmarks/soak.py
+# make overload ten times the capacity for SECONDS=120, see benchmarks/overload.py
+# make audit    ask for known vulnerabilities of what is installed
 # make clean    remove .venv and caches
 
 PYTHON ?= python3
@@ -13,12 +17,15 @@ ARGS ?=
 TORCH ?= $(shell sed -n "s/^torch==//p" constraints.txt)
 URL ?= http://127.0.0.1:$(PORT)
 CONCURRENCY ?= 1,8,32
+CPU ?= 600
+MINUTES ?= 30
+SECONDS ?= 120
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench clean
+.PHONY: help install run test check bench fuzz soak overload audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -51,6 +58,23 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) $(ARGS)
+
+# Each in turn, until so much of its own CPU time is spent; what breaks a law is written to out/fuzz and ends it.
+fuzz: install
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt '.[fuzz]'
+	for target in request stop detokenize tools sse; do \
+		$(BIN)/python -m tests.fuzz $$target --cpu-seconds $(CPU) || exit 1; done
+
+soak: install
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt '.[bench]'
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
+
+overload: install
+	$(BIN)/python -m benchmarks.overload --seconds $(SECONDS) $(ARGS)
+
+audit: install
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
