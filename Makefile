@@ -5,7 +5,7 @@
 # make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32)
 # make fuzz     fuzz every parser (CPU=600 seconds of CPU time each), see tests/fuzz
 # make soak     mixed load with faults for MINUTES=30, see benchmarks/soak.py
-# make overload ten times the capacity for SECONDS=120, see benchmarks/overload.py
+# make overload ten times the capacity for FLOOD=120, see benchmarks/overload.py
 # make audit    ask for known vulnerabilities of what is installed
 # make clean    remove .venv and caches
 
@@ -19,7 +19,7 @@ URL ?= http://127.0.0.1:$(PORT)
 CONCURRENCY ?= 1,8,32
 CPU ?= 600
 MINUTES ?= 30
-SECONDS ?= 120
+FLOOD ?= 120
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -70,7 +70,7 @@ soak: install
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
 
 overload: install
-	$(BIN)/python -m benchmarks.overload --seconds $(SECONDS) $(ARGS)
+	$(BIN)/python -m benchmarks.overload --seconds $(FLOOD) $(ARGS)
 
 audit: install
 	$(BIN)/python -m pip install --quiet pip-audit

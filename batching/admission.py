@@ -8,7 +8,7 @@ from batching.types import Request
 FEWEST = 16
 """Answers that a pace is taken from at least. The first ones may have waited for a device that warmed up."""
 
-MARGIN = 0.9
+MARGIN = 0.8
 """Share of a time limit that the expected wait may take: answers end in batches, not at an even pace."""
 
 
