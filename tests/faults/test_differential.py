@@ -20,6 +20,7 @@ from batching.batcher import Batcher, BatchingConfig
 from batching.constraint import Grammar
 from batching.engine import Engine
 from batching.generate import GenerateEngine
+from batching.packed import PackedEngine
 from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import Forced, Request, TokenLogprob
@@ -32,7 +33,10 @@ ROWS = int(os.environ.get("DIFFERENTIAL", "240"))
 CROWD = 40
 """Rows that are under way in one go."""
 
-ENGINES: dict[str, Callable[[], Engine]] = {"generate": lambda: GenerateEngine(tiny_model(), token_budget=8192)}
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "generate": lambda: GenerateEngine(tiny_model(), token_budget=8192),
+    "packed": lambda: PackedEngine(tiny_model(), lanes=8, token_budget=1000, piece=32),
+}
 """Every engine there is, on the same tiny model."""
 
 SCHEMAS: list[dict[str, Any]] = [

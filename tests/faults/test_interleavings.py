@@ -9,7 +9,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ from batching.errors import (
     QueueFull,
     TooBusy,
 )
-from batching.events import BatchEnded, BatchStarted, Event, Outcome, RowEnded, State
+from batching.events import Event, Outcome, RowEnded, State
 from batching.queue import MAX_PASSED_OVER, QueueLimits
 from batching.row import Row
 from batching.stream import Stream
@@ -48,11 +48,11 @@ ERRORS: dict[Outcome, type[BatchingError]] = {
 class Commanded:
     """`Engine` that does one command a step: None is a token for each row, an error is raised.
 
-    `current` is the ids of the batch that runs, `waiting` whether it waits for a command.
+    `current` is the ids of the batch that runs but for those that are over, `waiting` whether it waits for a command.
     """
 
-    def __init__(self) -> None:
-        self.info = INFO
+    def __init__(self, joins: bool) -> None:
+        self.info = replace(INFO, joins=joins)
         self.batches: list[list[str]] = []
         self.current: list[str] = []
         self.waiting = False
@@ -63,17 +63,31 @@ class Commanded:
         self._commands.put(error)
 
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
-        self.current = [row.request.id for row in rows]
-        self.batches.append(self.current)
-        over = [False]
-        while not all(over):
+        rows = list(rows)
+        self.batches.append([row.request.id for row in rows])
+        while not all(row.over for row in rows):
+            self.current = [row.request.id for row in rows if not row.over]
             self.waiting = True
             if error := self._commands.get():
                 raise error
-            over = steps.emit(rows, [row.sent + 1 for row in rows])
+            steps.emit(rows, [row.sent + 1 for row in rows])
+            if self.info.joins:
+                rows += steps.admit()
 
     def memory(self) -> int:
         return 0
+
+
+class Watched(queue.SimpleQueue[list[Row] | None]):
+    """The worker's queue, which knows whether the worker waits at it."""
+
+    idle = False
+
+    def get(self, block: bool = True, timeout: float | None = None) -> list[Row] | None:
+        self.idle = True
+        found = super().get(block, timeout)
+        self.idle = False
+        return found
 
 
 @dataclass
@@ -94,14 +108,14 @@ class Asked:
 
 
 class Interleavings(RuleBasedStateMachine):
-    @initialize(rows=st.integers(1, 3), room=st.integers(1, 8))
-    def begin(self, rows: int, room: int) -> None:
+    @initialize(rows=st.integers(1, 3), room=st.integers(1, 8), joins=st.booleans())
+    def begin(self, rows: int, room: int, joins: bool) -> None:
         self.descriptors = len(os.listdir("/proc/self/fd"))
         self.threads = set(threading.enumerate())
         self.loop = SkippingLoop()
         self.unheard: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda loop, context: self.unheard.append(context))
-        self.engine = Commanded()
+        self.engine = Commanded(joins)
         self.events: list[Event] = []
         self.metrics = Metrics()
         self.asked: dict[str, Asked] = {}
@@ -111,15 +125,17 @@ class Interleavings(RuleBasedStateMachine):
 
     async def start(self, config: BatchingConfig) -> None:
         self.batcher = Batcher(lambda: self.engine, config, [self.events.append, self.metrics])
-        await self.batcher.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("batching.worker.queue.SimpleQueue", Watched)
+            await self.batcher.start()
 
     def do(self, work: Coroutine[Any, Any, None]) -> None:
         """Run it, and then all that follows from it until the engine waits for a command or has nothing to do."""
 
         async def settled() -> None:
-            async with asyncio.timeout(PATIENCE / 3):
+            async with asyncio.timeout(PATIENCE / 2):
                 await work
-                while not await self.is_still():
+                while not (await self.is_still() and await self.is_still()):
                     pass
 
         self.loop.run_until_complete(settled())
@@ -130,19 +146,22 @@ class Interleavings(RuleBasedStateMachine):
             await asyncio.sleep(0)
         if self.batcher.state in (State.FAILED, State.STOPPED):
             return True
-        if self.count(BatchStarted) > self.count(BatchEnded):
-            return self.engine.waiting
-        return not self.batcher._queue
+        return self.engine.waiting or (self.idle and not self.batcher._queue)
 
-    def count(self, kind: type[Event]) -> int:
-        return sum(isinstance(event, kind) for event in self.events)
+    @property
+    def idle(self) -> bool:
+        """Whether the worker has nothing to do."""
+        batches = self.batcher._worker._batches
+        assert isinstance(batches, Watched)
+        return batches.idle and batches.empty()
 
     def note_batches(self) -> None:
         """Rows that waited while ones behind them were taken were passed over."""
         for batch in self.engine.batches[self.started :]:
             taken = [self.asked[id].row.turn for id in batch]
             for one in self.asked.values():
-                one.passed_over += one.row in self.batcher._queue and one.row.turn < max(taken)
+                behind = one.row in self.batcher._queue and one.row.turn < max(taken)
+                one.passed_over += behind and not self.engine.info.joins
         self.started = len(self.engine.batches)
 
     def living(self) -> list[Asked]:
@@ -283,7 +302,7 @@ class Interleavings(RuleBasedStateMachine):
     def rows_stand_in_line_and_are_not_passed_over_too_often(self) -> None:
         turns = [row.turn for row in self.batcher._queue]
         assert turns == sorted(turns)
-        assert all(one.passed_over <= MAX_PASSED_OVER for one in self.asked.values())
+        assert all(max(one.passed_over, one.row.passed_over) <= MAX_PASSED_OVER for one in self.asked.values())
         flows: dict[tuple[str, float], list[str]] = {}
         for row in self.batcher._queue:
             flows.setdefault((row.request.client, row.request.weight), []).append(row.request.id)

@@ -215,7 +215,7 @@ def fuzz_sse(data: bytes) -> None:
     texts = pieces_of(data)
     completion = Completion("model", "chat.completion", "chatcmpl")
     choices = [{"index": 0, "delta": {"content": text}} for text in texts]
-    stream = b"".join([*map(completion.chunk, choices), sse.DONE])
+    stream = completion.chunks(choices) + sse.DONE
     *chunks, done = _events(stream)
     assert done == ("message", "[DONE]")
     assert [orjson.loads(payload)["choices"] for _, payload in chunks] == [[choice] for choice in choices]
