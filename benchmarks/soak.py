@@ -11,7 +11,6 @@ fifth, if an answer was wrong, or if something is left of the requests in the en
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ SETTLED = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The quiet service. `at` in seconds since the start, memory in bytes, `latency` in seconds (median of probes)."""
+    """The quiet service. `at` in seconds since the start, memory in bytes, `latency` in seconds (least of the probes)."""
 
     at: float
     rss: int
@@ -50,7 +49,8 @@ class Sample:
 
 
 async def probe(child: Child) -> float:
-    """Median time of a short answer of fixed length, one at a time. A request that the engine fails is not counted."""
+    """Least time of a short answer of fixed length, one at a time, in which other processes show least. A request that
+    the engine fails is not counted."""
     times: list[float] = []
     messages = [{"role": "user", "content": "Tell me of the lamp."}]
     fields = {"messages": messages, "temperature": 0, "max_tokens": 32, "ignore_eos": True}
@@ -58,7 +58,7 @@ async def probe(child: Child) -> float:
         began = time.perf_counter()
         if (await post(child.url, CHAT, fields)).status == 200:
             times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return min(times)
 
 
 async def settle(child: Child) -> None:

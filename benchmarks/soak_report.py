@@ -60,8 +60,9 @@ def picture(samples: Sequence[Sample], file: Path) -> None:
     minutes = [one.at / 60 for one in samples]
     for place, (field, (name, unit)) in enumerate(SHOWN.items(), 1):
         axes = figure.add_subplot(len(SHOWN), 1, place, title=name)
-        axes.plot(minutes, [getattr(one, field) / unit for one in samples], marker=".")
-        axes.set_ylim(bottom=0)
+        values = [getattr(one, field) / unit for one in samples]
+        axes.plot(minutes, values, marker=".")
+        axes.set_ylim(0, 1.1 * max(values))
         axes.axvline(minutes[-1] / 5, linestyle=":", color="gray")
     axes.set_xlabel("minutes")
     figure.savefig(file, dpi=100)

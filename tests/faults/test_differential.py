@@ -29,7 +29,7 @@ from tests.batching.conftest import PATIENCE, request
 from tests.tiny import SHAPE, tiny_model
 
 VOCABULARY: int = SHAPE["vocab_size"]
-ROWS = int(os.environ.get("DIFFERENTIAL", "240"))
+ROWS = int(os.environ.get("DIFFERENTIAL", "160"))
 CROWD = 40
 """Rows that are under way in one go."""
 
