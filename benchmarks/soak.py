@@ -35,7 +35,7 @@ SETTLED = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The quiet service. `at` in seconds since the start, memory in bytes, `latency` in seconds (least of the probes)."""
+    """The quiet service. `at` in seconds since the start, memory in bytes, `latency` (the least) in seconds."""
 
     at: float
     rss: int
