@@ -120,6 +120,7 @@ async def serve(settings: Settings, loader: Loader) -> int:
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),
         http=connections(settings.send_timeout_s),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -256,7 +256,9 @@ def live(engine: ScriptedEngine | None = None, *, ready: bool = True, **settings
     app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings.served_names[0], "0"))
     with contextlib.closing(listener("127.0.0.1", 0)) as bound:
         http = connections(service.settings.send_timeout_s)
-        config = uvicorn.Config(app, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app, http=http, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5
+        )
         server = uvicorn.Server(config)
         loops: list[asyncio.AbstractEventLoop] = []
 

@@ -126,6 +126,19 @@ def test_what_is_no_http_is_told_so_in_openai_s_shape() -> None:
         assert orjson.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+def test_a_web_socket_is_an_http_request_like_any_other() -> None:
+    upgrade = {
+        "connection": "upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "eA==",
+    }
+    with live() as service, service.http() as client:
+        assert client.get("/health/ready").status_code == 200
+        assert client.get("/v1/chat/completions", headers=upgrade).status_code == 405
+        assert client.get("/health/ready", headers=upgrade).status_code == 200
+
+
 @pytest.mark.parametrize("half", HALVES)
 def test_a_crowd_that_sends_half_a_request_keeps_nobody_out(half: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(scripted(stepped=True)) as service, contextlib.ExitStack() as stack:
