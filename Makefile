@@ -5,6 +5,10 @@
 # make test-deploy    run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
 # make check    lint, types and tests
 # make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32), and draw the result
+# make fuzz     fuzz every parser (CPU=600 seconds of CPU time each), see tests/fuzz
+# make soak     mixed load with faults for MINUTES=30, see benchmarks/soak.py
+# make overload ten times the capacity for FLOOD=120, see benchmarks/overload.py
+# make audit    ask for known vulnerabilities of what is installed
 # make clean    remove .venv and caches
 
 PYTHON ?= python3
@@ -15,13 +19,16 @@ ARGS ?=
 TORCH ?= $(shell sed -n "s/^torch==//p" constraints.txt)
 URL ?= http://127.0.0.1:$(PORT)
 CONCURRENCY ?= 1,8,32
+CPU ?= 600
+MINUTES ?= 30
+FLOOD ?= 120
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 AXE := .browser/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-deploy browser check bench clean
+.PHONY: help install run test test-deploy browser check bench fuzz soak overload audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -66,6 +73,23 @@ bench: install
 	@mkdir -p out
 	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) --json out/load.json $(ARGS)
 	$(BIN)/python -m benchmarks.report out/load.json
+
+# Each in turn, until so much of its own CPU time is spent; what breaks a law is written to out/fuzz and ends it.
+fuzz: install
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt '.[fuzz]'
+	for target in request stop detokenize tools sse; do \
+		$(BIN)/python -m tests.fuzz $$target --cpu-seconds $(CPU) || exit 1; done
+
+soak: install
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt '.[bench]'
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(ARGS)
+
+overload: install
+	$(BIN)/python -m benchmarks.overload --seconds $(FLOOD) $(ARGS)
+
+audit: install
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf .venv .browser out .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from batching.admission import seconds_late
 from batching.engine import Engine
-from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull
+from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull, TooBusy
 from batching.events import (
     BatchEnded,
     BatchStarted,
@@ -99,7 +100,7 @@ class Batcher:
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
-        """Queue requests, all or none of them. Raises `NotReady` or `QueueFull`.
+        """Queue requests, all or none of them. Raises `NotReady`, `QueueFull` or `TooBusy`.
 
         The caller has checked them: prompt and output of each fit the context window and the token budget.
         """
@@ -109,6 +110,9 @@ class Batcher:
         if not self._queue.has_room(requests):
             self._observe(Rejected("queue_full"))
             raise QueueFull(self._rate.seconds_for(len(self._queue)))
+        if late := seconds_late(requests, self._queue.ahead_of(requests[0]), len(self._running), self._rate):
+            self._observe(Rejected("too_busy"))
+            raise TooBusy(min(60.0, max(1.0, late)))
         streams = [Stream(request, self._row_ended) for request in requests]
         for stream in streams:
             self._queue.push(stream.row)

@@ -25,6 +25,14 @@ class QueueFull(BatchingError):
         self.retry_after = retry_after
 
 
+class TooBusy(BatchingError):
+    """So many wait that the request would miss its time limit; `retry_after` is by how much, in seconds."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"no answer is likely in time, retry after {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
 class DeadlineExceeded(BatchingError):
     """The request's time limit passed before its answer was complete."""
 

@@ -46,7 +46,7 @@ class QueueChanged:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A request that was not accepted: `queue_full`, `not_ready`, or a reason of the layer above."""
+    """A request that was not accepted: `queue_full`, `too_busy`, `not_ready`, or a reason of the layer above."""
 
     reason: str
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from batching.events import BatchEnded, BatchStarted, Event, Stepped
+from batching.events import BatchEnded, BatchStarted, Event, State, StateChanged, Stepped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +27,8 @@ class Progress:
                 self.at = time.monotonic()
             case BatchEnded(running=running):
                 self.at = time.monotonic() if running else None
+            case StateChanged(state=State.STOPPED | State.FAILED):  # no batch's end is told any more
+                self.at = None
 
     def mark(self) -> None:
         """The worker got on with the batch it has. Without a batch this says nothing."""

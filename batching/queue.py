@@ -81,6 +81,11 @@ class RowQueue:
         own = [row.request for row in self._rows if row.request.client == client]
         return len(self._rows) + len(requests) <= self._limits.rows and self._limits.allow([*requests, *own])
 
+    def ahead_of(self, request: Request) -> int:
+        """How many rows would be served before this request."""
+        turn = self._turns.turn_of(request)
+        return bisect.bisect_right(self._rows, turn, key=lambda waiting: waiting.turn)
+
     @property
     def first_arrival(self) -> float:
         """When the row that waits longest came, in monotonic seconds."""
@@ -133,12 +138,15 @@ class FairTurns:
         self._now = 0.0
         self._ends: dict[tuple[str, float], float] = {}
 
+    def turn_of(self, request: Request) -> float:
+        """The turn that a client's next request would have."""
+        end = self._ends.get((request.client, request.weight), 0.0)
+        return max(self._now, end) + request.total_tokens / request.weight
+
     def next_of(self, request: Request) -> float:
         """The turn of a client's next request."""
-        flow = (request.client, request.weight)
-        end = max(self._now, self._ends.get(flow, 0.0)) + request.total_tokens / request.weight
-        self._ends[flow] = end
-        return end
+        turn = self._ends[request.client, request.weight] = self.turn_of(request)
+        return turn
 
     def served(self, turn: float) -> None:
         """The clock goes to the turn of the row that was served first."""

@@ -5,6 +5,9 @@ from collections import deque
 
 from batching.events import Outcome, RowEnded
 
+TOGETHER = 0.001
+"""Seconds within which answers end at the same step."""
+
 
 class ServiceRate:
     """Answers per second over the last 64 answers, on a clock that stands still while nobody asks. Loop only."""
@@ -31,12 +34,19 @@ class ServiceRate:
         if event.outcome is Outcome.ANSWERED:
             self._ended.append(self._clock())
 
-    def seconds_for(self, requests: int) -> float:
-        """Seconds until about `requests` more are answered, from 1 to 60 (the most that OpenAI's client waits).
+    @property
+    def answers(self) -> int:
+        """How many answers the rate is taken from."""
+        return len(self._ended)
 
-        Before the second answer there is no rate to go by, and it is 1.
+    def expected(self, requests: int) -> float:
+        """Seconds until about `requests` more are answered; 0 while there is no rate to go by.
+
+        Answers of one batch end together, so those at the window's first moment say nothing of the time after it.
         """
-        if len(self._ended) < 2:
-            return 1.0
-        pace = (self._clock() - self._ended[0]) / (len(self._ended) - 1)
-        return min(60.0, max(1.0, requests * pace))
+        later = sum(at - self._ended[0] > TOGETHER for at in self._ended)
+        return requests * (self._clock() - self._ended[0]) / later if later else 0.0
+
+    def seconds_for(self, requests: int) -> float:
+        """The same from 1 to 60, the most that OpenAI's client waits."""
+        return min(60.0, max(1.0, self.expected(requests)))

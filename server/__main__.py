@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 from types import FrameType
@@ -16,11 +17,12 @@ from rich.console import Console
 from batching.events import Observer
 from batching.progress import Progress
 from server.app import create_app
+from server.connection import connections, listener
 from server.garbage import spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
-from server.service import Service
+from server.service import Loader, Service
 from server.settings import Settings, parse
 from server.version import VERSION
 
@@ -31,6 +33,9 @@ logger = logging.getLogger("microbatch")
 
 CLOSING_SECONDS = 5
 """How long connections may take to close once every request has its outcome."""
+
+DESCRIPTORS = 65_536
+"""File descriptors that the process asks for, if the system allows so many."""
 
 
 class Server(uvicorn.Server):
@@ -67,7 +72,7 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """Take the address before the model is loaded, so that a port in use is told at once."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return listener(host, port)
     except OSError as error:
         logger.error("cannot listen: %s", error.strerror)  # which ends with the address
         raise SystemExit(1) from None
@@ -110,28 +115,37 @@ def tracing_of(settings: Settings) -> "Tracing | None":
     return Tracing(settings.otlp_endpoint, settings.served_names[0])
 
 
-async def serve(settings: Settings) -> int:
+def allow_many_connections() -> None:
+    """Every connection is a file descriptor, and the limit that shells set is low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
     """Run until a signal or the model's end; the process's exit status."""
-    progress = Progress()
     metrics = Metrics(progress)
     tracing = tracing_of(settings)
     observers: list[Observer] = [metrics, log_event, *([tracing] if tracing else [])]
-    service = Service(settings, ModelLoader(settings, progress), progress, observers)
+    service = Service(settings, loader, progress, observers)
 
     def when_ready() -> None:
         spare_what_is_loaded()
         metrics.model(service.info, settings, VERSION)
-        announce(service, listener.getsockname()[1])
+        announce(service, bound.getsockname()[1])
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),
+        http=connections(settings.send_timeout_s),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    listener = listen(settings.host, settings.port)
-    await Server(config, service).serve_until_stopped(listener)
+    bound = listen(settings.host, settings.port)
+    await Server(config, service).serve_until_stopped(bound)
     if tracing:
         await to_thread.run_sync(tracing.close)
     return service.exit_code
@@ -142,15 +156,19 @@ SWITCH_SECONDS = 0.0005
 the event loop could keep the worker from giving the device its next orders."""
 
 
-def main() -> None:
-    settings = parse()
+def run(settings: Settings, loader: Loader, progress: Progress) -> None:
+    """Serve until the end, and end the process."""
     sys.setswitchinterval(SWITCH_SECONDS)
     configure(settings.log_format, settings.log_level)
+    allow_many_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(serve(settings))
+        status = runner.run(serve(settings, loader, progress))
         sys.stderr.flush()
         # A worker thread inside a kernel or a download cannot be joined, and must not keep the process alive.
         os._exit(status)
 
 
-main()
+if __name__ == "__main__":
+    wanted = parse()
+    followed = Progress()
+    run(wanted, ModelLoader(wanted, followed), followed)

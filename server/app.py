@@ -156,7 +156,7 @@ def _json(content: object, status: int = 200, headers: dict[str, str] | None = N
 
 async def on_api_error(request: Request, error: ApiError) -> Response:
     if error.status < 429:
-        request.app.state.metrics(Rejected(error.code or "bad_request"))
+        request.app.state.service.observe(Rejected(error.code or "bad_request"))
     if error.refusal:
         log_refusal(request.state.caller.request_id, request.scope["path"], error.status, error.code)
     return error.response()

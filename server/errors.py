@@ -21,6 +21,7 @@ from batching.errors import (
     NotReady,
     OutOfMemory,
     QueueFull,
+    TooBusy,
 )
 
 RETRIED = re.compile(r"429|500|502|503|504|rate.?limit|server|time.?out|too many|retry|unavailable", re.IGNORECASE)
@@ -70,6 +71,10 @@ def from_batching(error: BatchingError) -> ApiError:
             seconds = str(round(error.retry_after))
             message = f"All places in the queue are taken; try again in {seconds} s."
             return ApiError(429, message, "rate_limit_error", "queue_full", headers={"retry-after": seconds})
+        case TooBusy():
+            seconds = str(round(error.retry_after))
+            message = f"More requests wait than can be answered in time; try again in {seconds} s."
+            return ApiError(429, message, "rate_limit_error", "too_busy", headers={"retry-after": seconds})
         case NotReady():
             return not_ready(error.state)
         case Drained():

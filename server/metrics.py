@@ -1,5 +1,6 @@
 """Events -> Prometheus. Names, types and labels here are a contract with dashboards: see CHANGELOG before a change."""
 
+import asyncio
 import platform
 
 from prometheus_client import (
@@ -121,6 +122,8 @@ class Metrics:
         self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
         self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
         self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
+        tasks = gauge("tasks", "Tasks on the event loop, the scrape's own among them.")
+        tasks.set_function(lambda: len(asyncio.all_tasks()))
         self._idle_seconds = gauge(
             "worker_seconds_since_progress", "How long the worker has work and made no progress."
         )
@@ -162,6 +165,8 @@ class Metrics:
                 self._rejected.labels(reason).inc()
             case StateChanged(state=state):
                 self._show_state(state)
+                if state in (State.STOPPED, State.FAILED):  # no batch's end is told any more
+                    self._running.set(0)
 
     def model(self, info: ModelInfo, settings: Settings, version: str) -> None:
         """Say what is running, and within which limits."""

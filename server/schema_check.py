@@ -92,7 +92,7 @@ def check(schema: Schema, strict: bool, param: str) -> None:
         match key, value:
             case "pattern", str() if written_out(value) > MAX_PATTERN:
                 raise refused("A pattern in the schema repeats too much.", param)
-            case "multipleOf", int() | float():
+            case "multipleOf", int() | float() if not isinstance(value, bool):
                 multiple = math.lcm(multiple, _digits(value))
             case "$ref", str():
                 references.add(value)

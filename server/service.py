@@ -36,7 +36,8 @@ class Loader(Protocol):
     `loading` is how far the engine is; any thread may read it.
     """
 
-    loading: Loading
+    @property
+    def loading(self) -> Loading: ...
 
     def text(self) -> Text: ...
     def engine(self) -> Engine: ...
@@ -72,8 +73,8 @@ class Service:
             queue=self._limits,
         )
         self._progress = progress
-        self._observe = broadcast([progress, *observers, *([self.live] if settings.page else [])])
-        self.batcher = Batcher(loader.engine, config, [self._observe])
+        self.observe = broadcast([progress, *observers, *([self.live] if settings.page else [])])
+        self.batcher = Batcher(loader.engine, config, [self.observe])
 
     async def run(self, when_ready: Callable[[], None]) -> None:
         """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
@@ -130,7 +131,7 @@ class Service:
     def check_ready(self) -> None:
         """Raises `ApiError` 503 unless requests are taken."""
         if not self.ready:
-            self._observe(Rejected("not_ready"))
+            self.observe(Rejected("not_ready"))
             raise not_ready(self.batcher.state)
 
     @property

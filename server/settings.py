@@ -128,6 +128,9 @@ class Settings(BaseSettings):
     watchdog_s: float = Field(
         120.0, gt=0, allow_inf_nan=False, description="the process ends if the model makes no progress for so long"
     )
+    send_timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="how long a client may take nothing of its answer"
+    )
     max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="largest request body")
 
     # Logs and traces

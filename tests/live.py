@@ -29,6 +29,7 @@ from batching.events import Event, RowEnded, State
 from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
+from server.connection import connections, listener
 from server.loading import Loading
 from server.log import log_event
 from server.metrics import Metrics
@@ -51,9 +52,9 @@ LOADING = Loading("Loading weights", 3, 12)
 QUESTION: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
+def eventually(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
     """Wait until `condition` holds."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end, f"never came true: {what}"
         time.sleep(0.01)
@@ -263,20 +264,23 @@ def live(
     metrics = Metrics(progress)
     service = Service(settings_of(**settings), loader, progress, [metrics, log_event, events.append])
     app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings, "0"))
-    with contextlib.closing(socket.create_server(("127.0.0.1", listen_on))) as listener:
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    with contextlib.closing(listener("127.0.0.1", listen_on)) as bound:
+        http = connections(service.settings.send_timeout_s)
+        config = uvicorn.Config(
+            app, http=http, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5
+        )
         server = uvicorn.Server(config)
         loops: list[asyncio.AbstractEventLoop] = []
 
         async def serve() -> None:
             loops.append(asyncio.get_running_loop())
-            await server.serve([listener])
+            await server.serve([bound])
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="live-server")
         thread.start()
         try:
             eventually(lambda: server.started or not thread.is_alive(), "the server started")
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            url = f"http://127.0.0.1:{bound.getsockname()[1]}"
             found = Live(url, service, engine, loader, events, loops[0], server.server_state.connections)
             if ready:
                 loader.may_load.set()
@@ -336,8 +340,8 @@ class Process(Address):
 
 
 def free_port() -> int:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        port: int = listener.getsockname()[1]
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port: int = taken.getsockname()[1]
         return port
 
 

@@ -49,6 +49,16 @@ def test_the_wait_is_requests_times_the_mean_pace(clock: Clock) -> None:
     assert rate.seconds_for(5) == pytest.approx(10.0)
 
 
+def test_answers_that_end_together_are_counted_over_the_time_between_them(clock: Clock) -> None:
+    rate = ServiceRate()
+    rate.resume()
+    for _ in range(20):
+        clock.now += 4.0
+        for _ in range(8):
+            rate.ended(ended())
+    assert rate.expected(8) == pytest.approx(4.0)
+
+
 def test_only_answers_count(clock: Clock) -> None:
     rate = ServiceRate()
     rate.resume()

@@ -181,6 +181,7 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "a priority of a million": (CHAT, chat(priority=-HUGE)),
     "a schema with a pattern that is none": (CHAT, of_schema({"type": "string", "pattern": "(["})),
     "a schema with a pattern that looks back": (CHAT, of_schema({"type": "string", "pattern": "(?<=a)b"})),
+    "a schema with a multiple of true": (CHAT, of_schema({"type": "number", "multipleOf": True})),
     "a schema with a type that is none": (CHAT, of_schema({"type": "stuff"})),
     "a schema that is only itself": (CHAT, of_schema(LOOP)),
     "a schema without an end": (CHAT, of_schema(ENDLESS)),

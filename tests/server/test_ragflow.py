@@ -24,6 +24,7 @@ from batching.errors import (
     NotReady,
     OutOfMemory,
     QueueFull,
+    TooBusy,
 )
 from batching.events import Outcome, State
 from batching.types import Request
@@ -279,6 +280,7 @@ def told_well(error: ApiError) -> None:
 
 BATCHING: st.SearchStrategy[BatchingError] = st.one_of(
     st.builds(QueueFull, st.floats(1, 10_000)),
+    st.builds(TooBusy, st.floats(1, 60)),
     st.builds(NotReady, st.sampled_from([state.value for state in State if state is not State.READY])),
     *(st.builds(kind, WORDS) for kind in (DeadlineExceeded, Drained, EngineError, OutOfMemory, BatchingError)),
 )

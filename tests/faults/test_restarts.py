@@ -1,0 +1,108 @@
+"""The process itself: killed under a supervisor with clients that try again, and stopped in the midst of answers."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+
+from tests.live import PATIENCE, ROOT, Address, Process, environment, eventually, free_port
+
+COMMAND = [sys.executable, "-m", "benchmarks.rigged_server", "--step-ms", "20", "--max-batch-size", "4"]
+CLIENTS = 8
+
+
+class Supervisor(Address):
+    """Starts the service again whenever it ends, as systemd would, until it is told to stop."""
+
+    def __init__(self) -> None:
+        self._port = free_port()
+        super().__init__(f"http://127.0.0.1:{self._port}")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep)
+        self._asking = threading.Lock()
+        self.statuses: list[int] = []
+        self.running: subprocess.Popen[bytes] | None = None
+
+    def wait_ready(self) -> None:
+        """Until requests are taken. One thread at a time asks, so that the service's start has the cores."""
+        with self._asking:
+            eventually(self._answers, "the service is ready", 5 * PATIENCE)
+
+    def _answers(self) -> bool:
+        try:
+            return self.get("/health/ready").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def _keep(self) -> None:
+        while not self._over.is_set():
+            command = [*COMMAND, "--port", str(self._port), "--log-level", "error"]
+            with subprocess.Popen(command, cwd=ROOT, env=environment()) as self.running:
+                self.statuses.append(self.running.wait())
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        self._thread.start()
+        try:
+            self.wait_ready()
+            yield
+        finally:
+            self._over.set()
+            assert self.running is not None
+            self.running.terminate()
+            self._thread.join(PATIENCE)
+
+
+def ask_until_answered(service: Supervisor, number: int) -> tuple[str, int]:
+    """The answer to a question, and how many times it was asked for."""
+    messages = [{"role": "user", "content": "x" * number}]
+    attempts = 0
+    while True:
+        attempts += 1
+        with contextlib.suppress(httpx2.TransportError):
+            answer = service.chat(messages=messages, max_tokens=40, ignore_eos=True)
+            if answer.status_code == 200:
+                return str(answer.json()["choices"][0]["message"]["content"]), attempts
+        service.wait_ready()
+
+
+def test_after_a_kill_every_client_that_tries_again_is_answered() -> None:
+    supervisor = Supervisor()
+    with supervisor.keeping(), ThreadPoolExecutor(CLIENTS) as pool:
+        expected = [answer for answer, _ in pool.map(lambda n: ask_until_answered(supervisor, n), range(CLIENTS))]
+        asked = [pool.submit(ask_until_answered, supervisor, n) for n in range(CLIENTS)]
+        eventually(lambda: supervisor.sample("microbatch_running_rows") == 4, "a batch runs")
+        assert supervisor.running is not None
+        supervisor.running.send_signal(signal.SIGKILL)
+        found = [one.result() for one in asked]
+        assert [answer for answer, _ in found] == expected
+        assert all(attempts > 1 for _, attempts in found)
+    assert supervisor.statuses == [-signal.SIGKILL, 0]
+
+
+def test_a_signal_in_the_midst_of_answers_is_an_outcome_for_each() -> None:
+    port = free_port()
+    command = [*COMMAND, "--port", str(port), "--drain-timeout-s", "0"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as popen:
+        service = Process(f"http://127.0.0.1:{port}", popen)
+        service.wait_ready()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            messages = [{"role": "user", "content": "Hi"}]
+            asked = [
+                pool.submit(service.chat, messages=messages, max_tokens=60, ignore_eos=True, stream=bool(n % 2))
+                for n in range(CLIENTS)
+            ]
+            eventually(lambda: service.sample("microbatch_output_tokens_total") >= 40, "a batch is in its midst")
+            service.terminate()
+            answers = [one.result() for one in asked]
+        assert service.wait() == 0
+        assert popen.stderr is not None
+        lines = popen.stderr.read()
+    assert lines.count(" request ") == CLIENTS
+    assert all(answer.status_code == 503 or "stopping" in answer.text for answer in answers)
+    assert lines.count("outcome=drained") == CLIENTS

@@ -1,0 +1,254 @@
+"""What is fuzzed: functions of any bytes, each a law of one parser, scanner or writer. They raise where it is broken.
+
+Byte 0xFF, which no UTF-8 text has, cuts a text into the pieces that it comes in; 0xFE ends a first part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import orjson
+from pydantic import BaseModel
+
+from server import sse
+from server.completion import Completion
+from server.errors import RETRIED, ApiError
+from server.message import MessageReader, delta, fold
+from server.qwen import ToolCallParser
+from server.reasoning import ReasoningSplitter
+from server.response_events import frame
+from server.response_request import ResponseRequest, as_chat
+from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.schema_check import check, inline, parameters_of
+from server.text import Detokenizer, StopScanner, Text
+from tests.live import BYTES, END
+
+KINDS: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    CompletionRequest,
+    ResponseRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
+TEXT = Text(BYTES)
+GOOD: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Hi"}],
+    "input": "Hi",
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+}
+MEMBERS = (
+    *("role", "content", "tool_calls", "tool_call_id", "id", "index", "type", "text", "name", "arguments", "function"),
+    *("parameters", "description", "strict", "schema", "json_schema", "format", "call_id", "output", "summary"),
+    *("enable_thinking", "budget_tokens", "include_usage", "properties", "items", "required", "pattern", "multipleOf"),
+    *("$ref", "$defs", "anyOf", "allOf", "enum", "const", "minProperties", "additionalProperties", "1", "256", "a"),
+)
+SCALARS: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 16, 256, 257, 2**31, 2**63 - 1, 2**64 - 1, 0.0, 0.25, 1.0, 2.0, 1e-40, 1e300),
+    *("", "a", "f", "x" * 300, "\u0000", "\ufeff", "429 server timeout", "rate-limit", "{}", '{"a": [1]}', "not JSON"),
+    *(
+        "user",
+        "system",
+        "assistant",
+        "tool",
+        "function",
+        "text",
+        "input_text",
+        "output_text",
+        "object",
+        "string",
+        "array",
+    ),
+    *("json_schema", "json_object", "message", "function_call", "function_call_output", "reasoning", "none"),
+    *(
+        "auto",
+        "array",
+        "required",
+        "enabled",
+        "disabled",
+        "low",
+        "#",
+        "#/$defs/a",
+        "#/properties/a",
+        "^[^a]{2,3}$",
+        "(a{99}){9}",
+        "([",
+    ),
+)
+
+
+def pieces_of(data: bytes) -> list[str]:
+    return [piece.decode(errors="ignore") for piece in data.split(b"\xff")]
+
+
+def fuzz_request(data: bytes) -> None:
+    """A body is a request whose every part can be used, or a 400 in one sentence that no client takes for a passing
+    trouble."""
+    kind = KINDS[data[0] % len(KINDS)] if data else ChatRequest
+    body = built(kind, data[1:]) if data[:1] >= b"\x80" else data[1:]
+    if (error := _refusal(kind, body)) is None:
+        return
+    told = error.body()
+    assert error.status == 400
+    assert error.message.endswith(".")
+    assert not RETRIED.search(told.decode()), told
+    assert len(told) < 1000, told
+
+
+def _refusal(kind: type[BaseModel], body: bytes) -> ApiError | None:
+    try:
+        _use(parse(kind, body))
+    except ApiError as error:
+        return error
+    return None
+
+
+def built(kind: type[BaseModel], data: bytes) -> bytes:
+    """A body whose fields are known ones and whose values the bytes choose, because few bytes at random are JSON."""
+    choices = iter(data)
+    names = [*kind.model_fields, *MEMBERS]
+    fields = {name: GOOD[name] for name in kind.model_fields if name in GOOD}
+    while (choice := next(choices, None)) is not None:
+        fields[names[choice % len(names)]] = _value(choices, depth=0)
+    return orjson.dumps(fields)
+
+
+def _value(choices: Iterator[int], depth: int) -> Any:
+    choice = next(choices, 0)
+    kind, size = choice % 8, choice // 8 % 4 if depth < 6 else 0
+    if kind < 3:
+        return {MEMBERS[next(choices, 0) % len(MEMBERS)]: _value(choices, depth + 1) for _ in range(size)}
+    if kind == 3:
+        return [_value(choices, depth + 1) for _ in range(size)]
+    return SCALARS[next(choices, 0) % len(SCALARS)]
+
+
+def _use(asked: BaseModel) -> None:
+    """What the handlers do with a request before its tokens. Raises `ApiError`."""
+    if isinstance(asked, ResponseRequest):
+        asked = as_chat(asked)
+    if not isinstance(asked, ChatRequest):
+        return
+    orjson.dumps([message.for_template() for message in asked.messages])
+    for tool in asked.offered:
+        check(parameters_of(tool.function.parameters, "tools"), False, "tools")
+        orjson.dumps(tool.for_template())
+    wanted = asked.response_format and asked.response_format.json_schema
+    if wanted:
+        inline(wanted.schema_, bool(wanted.strict), "response_format")
+        check(wanted.schema_, bool(wanted.strict), "response_format")
+    assert asked.wanted_tokens is None or asked.wanted_tokens >= 1
+    assert asked.thinks in (None, True, False)
+
+
+def fuzz_stop(data: bytes) -> None:
+    """An answer ends where the first complete stop string starts, or with it, however its text was cut."""
+    head, _, tail = data.partition(b"\xfe")
+    stops = [stop[:256] for stop in pieces_of(head)[:16] if stop]
+    pieces = pieces_of(tail)
+    text = "".join(pieces)[:4096]
+    for inclusive in (False, True):
+        expected = _up_to_first_stop(text, stops, inclusive)
+        assert _scanned(pieces, stops, inclusive, len(text)) == expected
+        assert _scanned(list(text), stops, inclusive, len(text)) == expected
+
+
+def _up_to_first_stop(text: str, stops: Sequence[str], inclusive: bool) -> str:
+    ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    if not ends:
+        return text
+    end, start = min(ends)
+    return text[: end if inclusive else start]
+
+
+def _scanned(pieces: Sequence[str], stops: Sequence[str], inclusive: bool, length: int) -> str:
+    scanner, out, left = StopScanner(stops, inclusive=inclusive), "", length
+    for piece in pieces:
+        safe, stopped = scanner.push(piece[:left])
+        left -= len(piece[:left])
+        out += safe
+        if stopped:
+            return out
+    return out + scanner.flush()
+
+
+def fuzz_detokenize(data: bytes) -> None:
+    """Tokens, one by one, become the text that they decode to, but for an unfinished character at the end."""
+    ids = [byte if byte != 0xFE else END for byte in data]
+    whole = BYTES.backend_tokenizer.decode(ids, skip_special_tokens=True)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
+    out = "".join(detokenizer.push([token]) for token in ids)
+    assert whole.startswith(out)
+    assert out == whole or whole.endswith("\ufffd")
+    plain = [token for token in ids if token != END]
+    assert b"".join(map(TEXT.token_bytes, plain)).decode(errors="replace") == TEXT.decode(plain)
+
+
+def fuzz_tools(data: bytes) -> None:
+    """A message does not depend on how its text was cut; where no tool is known no character is lost."""
+    started, pieces = bool(data[:1] and data[0] & 1), pieces_of(data[1:])
+    text = "".join(pieces)
+    whole = _message([text], started)
+    assert _message(pieces, started) == whole
+    assert _message(list(text), started) == whole
+    reader = MessageReader(tools=ToolCallParser(()))
+    events = reader.push(text) + reader.flush()
+    assert fold(events)["content"] == text
+    for call in whole.get("tool_calls", ()):
+        assert call["function"]["name"] == "f"
+        assert call["function"]["arguments"].startswith("{")
+    orjson.dumps(whole)
+
+
+def _message(pieces: Sequence[str], started: bool) -> dict[str, Any]:
+    reader = MessageReader(ReasoningSplitter(started=started), ToolCallParser(("f",), lambda: "call"))
+    events = [event for piece in pieces for event in reader.push(piece)] + reader.flush()
+    message = fold(events)
+    shown = [news for event in events if (news := delta(event)) is not None]
+    assert "".join(news.get("content", "") for news in shown) == (message["content"] or "")
+    assert "".join(news.get("reasoning_content", "") for news in shown) == message.get("reasoning_content", "")
+    return message
+
+
+def fuzz_sse(data: bytes) -> None:
+    """Whatever the text, an event stream read by the standard's rules has the events that were written."""
+    texts = pieces_of(data)
+    completion = Completion("model", "chat.completion", "chatcmpl")
+    choices = [{"index": 0, "delta": {"content": text}} for text in texts]
+    stream = completion.chunks(choices) + sse.DONE
+    *chunks, done = _events(stream)
+    assert done == ("message", "[DONE]")
+    assert [orjson.loads(payload)["choices"] for _, payload in chunks] == [[choice] for choice in choices]
+    typed = [{"type": "response.output_text.delta", "delta": text} for text in texts]
+    found = _events(b"".join(map(frame, typed)))
+    assert [(kind, orjson.loads(payload)) for kind, payload in found] == [(one["type"], one) for one in typed]
+
+
+def _events(stream: bytes) -> list[tuple[str, str]]:
+    """Type and data of each event, by the rules of WHATWG HTML, section 9.2.6."""
+    text = stream.decode().replace("\r\n", "\n").replace("\r", "\n")
+    found, kind, payload = [], "message", list[str]()
+    for line in text.split("\n"):
+        if not line:
+            if payload:
+                found.append((kind, "\n".join(payload)))
+            kind, payload = "message", []
+            continue
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        match field:
+            case "data":
+                payload.append(value)
+            case "event":
+                kind = value
+    assert not payload, "the stream ends within an event"
+    return found
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "request": fuzz_request,
+    "stop": fuzz_stop,
+    "detokenize": fuzz_detokenize,
+    "tools": fuzz_tools,
+    "sse": fuzz_sse,
+}
