@@ -91,16 +91,16 @@ class RiggedLoader:
         self._fail_every = fail_every
 
     def text(self) -> Text:
-        self._text = self._loader.text()
-        return self._text
+        return self._loader.text()
 
     def engine(self) -> Engine:
         engine = self._paced() if self._step else self._loader.engine()
         return FailingEngine(engine, self._fail_every) if self._fail_every else engine
 
     def _paced(self) -> PacedEngine:
-        words = self._text.encode(WORDS)
-        info = ModelInfo("paced", "none", 0, max(words) + 1, 8192, 10**9, self._text.stop_token_ids)
+        text = self.text()
+        words = text.encode(WORDS)
+        info = ModelInfo("paced", "none", 0, max(words) + 1, 8192, 10**9, text.stop_token_ids)
         return PacedEngine(words, info, self._step)
 
 
