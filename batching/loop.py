@@ -103,6 +103,7 @@ class DecodeLoop:
         work = list[tuple[Seat, Piece]]()
         for seat in list(self._reading):
             if seat.row.cancelled:
+                seat.row.over = True
                 self._reading.remove(seat)
                 self._leave(seat, seat.row.request.prompt[: seat.done])
             elif most:

@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from batching.device_errors import is_sticky
@@ -84,18 +84,18 @@ class Worker:
         steps = BatchSteps(self._report, rows, self._joining)
         try:
             engine.run(rows, steps)
-            return len(steps.rows)
+            return steps.count
         except OutOfMemory as error:
             shortage = OutOfMemory(*error.args)
         except Exception as error:
             if is_sticky(error):
                 raise  # no batch can succeed any more: the thread ends, and the process with it
-            logger.exception("a batch of %d rows failed", len(steps.rows))
+            logger.exception("a batch of %d rows failed", steps.count)
             self._fail(steps.rows, EngineError(f"the batch failed with {type(error).__name__}"))
-            return len(steps.rows)
+            return steps.count
         # Only here, where the caught error is gone: its traceback kept what the batch had allocated.
-        self._split(engine, [row for row in steps.rows if not row.over], shortage)
-        return len(steps.rows)
+        self._split(engine, list(steps.rows), shortage)
+        return steps.count
 
     def _joining(self) -> list[Row]:
         """Rows that were given while a batch runs."""
@@ -120,7 +120,7 @@ class Worker:
         self._run(engine, again[:half])
         self._run(engine, again[half:])
 
-    def _fail(self, rows: Sequence[Row], error: BatchingError) -> None:
+    def _fail(self, rows: Iterable[Row], error: BatchingError) -> None:
         failed = [row for row in rows if not row.over]
         for row in failed:
             row.over = True
@@ -141,7 +141,7 @@ class Worker:
 class BatchSteps:
     """`Steps` for one batch: counts each row's tokens, and sends one report a step.
 
-    `rows` are all rows of the batch, those that `joining` brought included.
+    `rows` are those of the batch that are not over, those that `joining` brought included; `count` is how many it had.
     """
 
     def __init__(
@@ -150,13 +150,17 @@ class BatchSteps:
         rows: Sequence[Row] = (),
         joining: Callable[[], list[Row]] = list,
     ) -> None:
-        self.rows = list(rows)
+        self.rows = dict.fromkeys(rows)
+        self.count = len(rows)
         self._report = report
         self._joining = joining
 
     def admit(self) -> list[Row]:
         joined = self._joining()
-        self.rows += joined
+        if joined:
+            # A row cancelled before its turn is never emitted: a batch that goes on for days must forget it here.
+            self.rows = dict.fromkeys(row for row in [*self.rows, *joined] if not (row.over or row.cancelled))
+            self.count += len(joined)
         return joined
 
     def emit(
@@ -168,6 +172,7 @@ class BatchSteps:
                 row.over = True
             if not row.over:
                 news.append((row, token, row.push(token), logprobs.get(place)))
-        over = [row.over for row in rows]
-        self._report(news, len(over) - sum(over))
-        return over
+            if row.over:
+                self.rows.pop(row, None)
+        self._report(news, len(self.rows))
+        return [row.over for row in rows]

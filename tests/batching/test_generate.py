@@ -63,7 +63,7 @@ class Batch:
         self.finishes: dict[Row, Finish] = {}
         self.running: list[int] = []
         self._after = after
-        engine.run(self.rows, BatchSteps(self._report))
+        engine.run(self.rows, BatchSteps(self._report, self.rows))
 
     def _report(self, news: News, running: int) -> None:
         for row, token, finish, _ in news:
