@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
@@ -13,6 +15,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from batching.checkpoint import locate
 from server.settings import Settings
 from tests.deploy.dockerfile import Replay, Stage, command, stages
 from tests.live import PATIENCE, ROOT, SMALL, Process, environment, free_port
@@ -67,8 +70,8 @@ def test_the_image_runs_without_rights_and_holds_no_model() -> None:
 
 @pytest.mark.deploy
 @pytest.mark.model
-def test_its_steps_in_a_clean_environment_make_a_service_that_runs(tmp_path: Path) -> None:
-    places = {"/src": tmp_path / "src", "/opt/venv": tmp_path / "venv"}
+def test_its_steps_in_a_clean_environment_make_a_service_that_runs(folder: Path) -> None:
+    places = {"/src": folder / "src", "/opt/venv": folder / "venv"}
     places["/src"].mkdir()
     kept = {name: value for name, value in environment().items() if name.startswith(("PIP_", "HOME", "PATH"))}
     replay = Replay(ROOT, places, kept | {"PIP_NO_COMPILE": "1"})  # most of what is installed is never imported here
@@ -80,16 +83,17 @@ def test_its_steps_in_a_clean_environment_make_a_service_that_runs(tmp_path: Pat
         name: replay.here(value.replace("$PATH", os.environ["PATH"])) for name, value in runtime.environment().items()
     }
     variables |= {"MICROBATCH_HOST": "127.0.0.1", "MICROBATCH_PORT": port, "OMP_NUM_THREADS": "1"}
-    variables["MICROBATCH_CACHE_DIR"] = str(Settings.model_fields["cache_dir"].default)
     python = str(places["/opt/venv"] / "bin" / "python")
     entry = [python, *command(runtime.last("ENTRYPOINT"))[1:]]
     check = [python, *command(runtime.last("HEALTHCHECK"))[1:]]
+    subprocess.run([python, "-c", "import server.app, batching.generate"], cwd=folder, env=variables, check=True)
 
     def healthy() -> bool:
-        return subprocess.run(check, env=variables, cwd=tmp_path, capture_output=True).returncode == 0
+        return subprocess.run(check, env=variables, cwd=folder, capture_output=True).returncode == 0
 
     assert not healthy()
-    with subprocess.Popen([*entry, *SMALL], cwd=tmp_path, env=variables, text=True) as popen:
+    model = ["--model", locate(None, "auto", Settings.model_fields["cache_dir"].default)]
+    with subprocess.Popen([*entry, *model, *SMALL], cwd=folder, env=variables, text=True) as popen:
         try:
             service = Process(f"http://127.0.0.1:{port}", popen)
             service.wait_ready()
@@ -100,6 +104,13 @@ def test_its_steps_in_a_clean_environment_make_a_service_that_runs(tmp_path: Pat
             assert popen.wait(PATIENCE) == 0
         finally:
             popen.kill()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that is gone after the test, because what it holds is large."""
+    with TemporaryDirectory() as name:
+        yield Path(name)
 
 
 def test_compose_is_what_its_specification_allows() -> None:
