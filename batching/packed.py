@@ -6,6 +6,8 @@ needs of a model, `unsupported` tells; all else runs on `GenerateEngine`.
 
 import importlib.util
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 BURST = 8192
 """Prompt tokens in one pass while no row is running: as many as keep the matrix units busy."""
+
+COMPILERS = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+"""What Triton may build its kernels' launchers with."""
 
 CAPTURE_BYTES = 768 * 2**20
 """What captured steps and what torch loads for them take on a GPU, beside the passes' own memory."""
@@ -180,6 +185,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
     kinds = getattr(config, "layer_types", None) or ()
     if model.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if model.device.type == "cuda" and not any(map(shutil.which, COMPILERS)):
+        return "triton finds no C compiler (install gcc, or name one in CC)"
     if model.device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
         return "flash attention needs bfloat16 or float16"
     if model.device.type not in ("cuda", "cpu"):

@@ -1,5 +1,6 @@
 """The manifests as kustomize builds them, against the schemas of Kubernetes, Prometheus' operator and KEDA."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ CLOSING_SECONDS = 5
 def built(overlay: str) -> dict[str, Any]:
     """What is applied, by kind."""
     kubectl = shutil.which("kubectl")
+    if kubectl is None and not os.environ.get("CI"):
+        pytest.skip("kubectl is not installed")
     assert kubectl, "kubectl is not installed"
     done = subprocess.run([kubectl, "kustomize", FOLDER / overlay], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
