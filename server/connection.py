@@ -101,7 +101,8 @@ class Connection(HttpToolsProtocol):
 
     def _receive_within(self, seconds: float) -> None:
         self._received()
-        self._receiving = self.loop.call_later(seconds, self.transport.close)
+        # Not before an answer that is on its way is out.
+        self._receiving = self.loop.call_later(seconds, self.shutdown)
 
     def _received(self) -> None:
         if self._receiving is not None:

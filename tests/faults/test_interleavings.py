@@ -323,7 +323,8 @@ class Interleavings(RuleBasedStateMachine):
         self.do(self.batcher.drain(0))
         if self.drain is not None:
             self.loop.run_until_complete(self.drain)
-        self.engine.command()  # so that a batch that was given up ends
+        for _ in range(9):  # so that a batch that was given up ends, also one that rows were about to join
+            self.engine.command()
         for thread in set(threading.enumerate()) - self.threads:
             thread.join(PATIENCE)
             assert not thread.is_alive()
