@@ -122,14 +122,18 @@ class Batcher:
         return streams
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new requests, finish the accepted ones within `seconds`, fail the rest, stop the worker."""
+        """Refuse new requests, finish the accepted ones within `seconds`, fail the rest, stop the worker.
+
+        Of several drains the one that ends first counts.
+        """
         if self.state is State.STARTING:
             self._move(State.STOPPED)
             self._decided.set()
             self.ended.set()
-        if self.state is not State.READY:
+        if self.state is State.READY:
+            self._move(State.DRAINING)
+        if self.state is not State.DRAINING:
             return
-        self._move(State.DRAINING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()

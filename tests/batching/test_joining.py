@@ -3,10 +3,10 @@
 import asyncio
 from dataclasses import replace
 
-from batching.events import BatchEnded, BatchStarted, Outcome, RowEnded, RowsJoined, Stepped
+from batching.events import BatchEnded, BatchStarted, Outcome, RowEnded, RowsJoined, State, Stepped
 from batching.queue import MAX_PASSED_OVER, BatchLimits, select
 from tests.batching.conftest import Runner, all_tokens, loose_row, request
-from tests.batching.test_batcher import serving
+from tests.batching.test_batcher import NEVER, serving
 from tests.fakes import INFO, ScriptedEngine
 
 JOINS = replace(INFO, joins=True)
@@ -95,6 +95,23 @@ def test_a_drain_lets_rows_that_joined_finish(run_async: Runner) -> None:
             await draining
             assert len(await all_tokens(first)) == 5
             assert len(await all_tokens(second)) == 9
+
+    run_async(main)
+
+
+def test_of_two_drains_the_one_that_ends_first_counts(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True, info=JOINS)
+        async with serving(engine) as (batcher, log):
+            batcher.submit(request(id="long", max_tokens=50))
+            engine.release()
+            await log.count(Stepped, 1)
+            patient = asyncio.create_task(batcher.drain(NEVER))
+            await log.until(lambda: batcher.state is State.DRAINING)
+            await batcher.drain(0)
+            await patient
+            assert log.outcomes() == {"long": Outcome.DRAINED}
+            engine.release()
 
     run_async(main)
 
