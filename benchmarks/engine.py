@@ -28,7 +28,7 @@ from batching.packed import PackedEngine
 from batching.row import Row
 from benchmarks.agreement import Agreement
 from benchmarks.continuous import run_continuous
-from benchmarks.engine_rows import CONTEXT, Clock, Shape, Watch, mixed_64, rag_40, rows_of, timed
+from benchmarks.engine_rows import CONTEXT, Clock, Shape, Watch, rows_of, shapes_of, timed
 from server.settings import Settings
 
 
@@ -150,7 +150,8 @@ def main() -> None:
     def load() -> PreTrainedModel:
         return model.load(folder, device=asked.device, dtype=asked.dtype, load_format=load_format)
 
-    others = against([name for name in asked.against.split(",") if name], load, mixed_64())
+    mixed_64 = shapes_of("mixed-64", 64)
+    others = against([name for name in asked.against.split(",") if name], load, mixed_64)
     agreement = Agreement(load()) if asked.agreement else None
     started = time.perf_counter()
     engine = PackedEngine(
@@ -167,8 +168,8 @@ def main() -> None:
         for rows in (1, 16, 64):
             bench.profile_steps(rows)
         bench.profile_prompts(16)
-    bench.workload("mixed-64", mixed_64(), 3)
-    bench.workload("rag-40", rag_40(), 2)
+    bench.workload("mixed-64", mixed_64, 3)
+    bench.workload("rag-40", shapes_of("rag-40", 40), 2)
     if agreement:
         for name, value in agreement.errors(engine).items():
             bench.note(name, value)

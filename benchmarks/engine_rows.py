@@ -1,6 +1,5 @@
 """Rows for the engine benchmark, and what watches them: no streams, no event loop."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from batching.engine import NO_LOGPROBS, Engine
 from batching.row import Row
 from batching.types import Request, Sampling, TokenLogprob
+from benchmarks.workloads import WORKLOADS
 
 CONTEXT = 1536
 
@@ -24,17 +24,9 @@ class Shape:
     output: int
 
 
-def mixed_64() -> list[Shape]:
-    """64 prompts, lognormal(ln 1400, 0.5) within 200..4000; outputs uniform 16..256."""
-    random = Random(0)
-    prompts = [min(4000, max(200, int(random.lognormvariate(math.log(1400), 0.5)))) for _ in range(64)]
-    return [Shape(prompt, random.randint(16, 256)) for prompt in prompts]
-
-
-def rag_40() -> list[Shape]:
-    """40 prompts of 4,853 tokens, outputs uniform 64..320."""
-    random = Random(0)
-    return [Shape(4853, random.randint(64, 320)) for _ in range(40)]
+def shapes_of(workload: str, count: int) -> list[Shape]:
+    """The lengths that the load tools ask for, with their seed."""
+    return [Shape(prompt, output) for prompt, output in WORKLOADS[workload].lengths(count, seed=0)]
 
 
 def rows_of(shapes: Sequence[Shape], vocabulary: int, seed: int = 0, **settings: Any) -> list[Row]:

@@ -107,6 +107,11 @@ def uniform(low: int, high: int) -> Law:
     return lambda random: random.randint(low, high)
 
 
+def constant(value: int) -> Law:
+    """Always the same, without a draw."""
+    return lambda random: value
+
+
 def lognormal(median: int, sigma: float, low: int, high: int) -> Law:
     """exp(normal(ln median, sigma)), rounded down, then clipped to low..high."""
     return lambda random: min(high, max(low, int(random.lognormvariate(math.log(median), sigma))))
@@ -129,20 +134,24 @@ class Workload:
         """Lengths depend on the seed alone, so every level of a run asks for the same work: all prompts' lengths are
         drawn, then all outputs'. Text depends on the seed and the serial.
         """
+        return [
+            Job(serial, self.shape(Writer(self.language, seed, serial), prompt), prompt, output)
+            for serial, (prompt, output) in enumerate(self.lengths(count, seed=seed), start=first)
+        ]
+
+    def lengths(self, count: int, *, seed: int) -> list[tuple[int, int]]:
+        """Of `count` jobs: tokens of the prompt, and tokens asked for."""
         random = Random(seed)
         prompts = [self.prompt_tokens(random) for _ in range(count)]
         outputs = [self.output_tokens(random) for _ in range(count)]
-        return [
-            Job(serial, self.shape(Writer(self.language, seed, serial), prompt), prompt, output)
-            for serial, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=first)
-        ]
+        return list(zip(prompts, outputs, strict=True))
 
 
 WORKLOADS = {
     "short": Workload(uniform(20, 60), uniform(32, 64)),
     "long-output": Workload(uniform(20, 60), uniform(512, 1024)),
     "mixed-64": Workload(lognormal(1400, 0.5, 200, 4000), uniform(16, 256), concurrency=(64,)),
-    "rag-40": Workload(uniform(4853, 4853), uniform(64, 320), concurrency=(40,)),
+    "rag-40": Workload(constant(4853), uniform(64, 320), concurrency=(40,)),
     # RAGFlow's requests: the prompts as measured, their answers' lengths assumed.
     "ragflow-chat": Workload(uniform(4700, 5006), uniform(64, 320), retrieval_chat),
     "ragflow-ingest": Workload(uniform(2626, 2738), uniform(128, 512), extraction, concurrency=(10,)),
