@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import orjson
 
-from batching.events import Event, Outcome, RowEnded, StateChanged
+from batching.events import Event, Outcome, RowEnded, State, StateChanged
 
 logger = logging.getLogger("microbatch")
 
@@ -44,7 +44,7 @@ def log_event(event: Event) -> None:
     match event:
         case RowEnded():
             _log_row(event)
-        case StateChanged(state=state):
+        case StateChanged(state=state) if state is not State.FAILED:  # whoever finds the reason says that in a line
             logger.info("state %s", state)
 
 

@@ -3,9 +3,13 @@
 import os
 
 import pytest
+import torch
 from hypothesis import settings
 
 from server.settings import PREFIX
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test that is
 
 # No test asserts how fast it is.
 settings.register_profile("patient", deadline=None)

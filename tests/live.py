@@ -275,6 +275,9 @@ def live(
         async def serve() -> None:
             loops.append(asyncio.get_running_loop())
             await server.serve([bound])
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()  # what a browser kept open: the loop does not close it
+            await asyncio.sleep(0)
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="live-server")
         thread.start()

@@ -1,6 +1,5 @@
 """The Triton kernels in Triton's interpreter, against their twins in torch; on a GPU, the compiled ones."""
 
-import os
 import random
 from typing import Any
 
@@ -15,8 +14,6 @@ from batching.types import Request
 from tests.batching.conftest import request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
 from batching import draw, kernels  # noqa: E402
