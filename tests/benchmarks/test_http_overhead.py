@@ -110,5 +110,5 @@ def test_a_small_run(mode: Mode, last_events: int) -> None:
     assert measured.tokens == 3 * 19
     # Each token after the first in an event of its own; then the service's finish reason, usage and end of each stream.
     assert measured.events == 3 * (19 + last_events)
-    assert 0 < measured.loop_cpu <= measured.cpu
+    assert 0 < measured.loop_cpu <= measured.cpu + 0.001  # two clocks, read one after the other
     assert measured.idle_memory > 10_000_000
