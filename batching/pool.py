@@ -89,11 +89,6 @@ class Pool:
         extent.length = len(tokens)
         self._left[extent] = None
 
-    def forget(self) -> None:
-        """Drop all that finished rows left."""
-        for extent in list(self._left):
-            self._drop(extent)
-
     def _drop(self, extent: Extent) -> None:
         del self._left[extent]
         for key in extent.keys:
