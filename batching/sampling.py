@@ -145,12 +145,15 @@ class Filter:
 
         `total` [rows, 1] is the sum of the exponentials of all of a row's logits, the largest of which is 1.
         """
-        top_k = self._top_k[rows]
+        top_k, top_p = self._top_k[rows], self._top_p[rows]
+        all_of_k = top_k <= largest.shape[-1]
         within_k = torch.arange(largest.shape[-1], device=largest.device) < top_k
         weights = largest.exp() * within_k
-        total = torch.where(top_k <= largest.shape[-1], weights.sum(-1, keepdim=True), total)
+        total = torch.where(all_of_k, weights.sum(-1, keepdim=True), total)
         before = weights.cumsum(-1) - weights
-        kept = within_k & (before < self._top_p[rows] * total) & (weights >= self._min_p[rows])
+        kept = within_k & (before < top_p * total) & (weights >= self._min_p[rows])
         kept[:, 0] = True
         smallest = largest.gather(-1, kept.sum(-1, keepdim=True) - 1)
-        return smallest, (top_k <= largest.shape[-1]) | ~kept[:, -1:]
+        # top_p is a share of what top_k leaves, so all of that has to be there.
+        total_known = (top_k == OFF) | (top_p == OFF)
+        return smallest, all_of_k | (total_known & ~kept[:, -1:])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from batching import reference
+from batching.attention import Piece, RowAttention
 from batching.sampling import Sampler
 from batching.types import Request
 from tests.batching.conftest import request
@@ -16,7 +17,7 @@ from tests.batching.conftest import request
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
-from batching import draw, kernels  # noqa: E402
+from batching import draw, flash, kernels  # noqa: E402
 
 VOCABULARY = 500
 
@@ -40,9 +41,18 @@ def test_norm(size: int) -> None:
     assert_close(kernels.norm(x, weight, 1e-6), reference.norm(x, weight, 1e-6))
 
 
-def test_silu_product() -> None:
-    pair = noise(3, 2 * 1500)
-    assert_close(kernels.silu_product(pair), reference.silu_product(pair))
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("size", "width"), [(24, 512), (13, 700), (33, 40)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_products(tokens: int, size: int, width: int, biased: bool) -> None:
+    x, pair = noise(tokens, width), noise(2 * size, width) / 8
+    bias = noise(2 * size) if biased else None
+    assert_close(kernels.product(x, pair, bias), reference.product(x, pair, bias))
+    assert_close(kernels.gated_product(x, pair, bias), reference.gated_product(x, pair, bias))
+    totals = [torch.ones(tokens, 2 * size, device=DEVICE) for _ in range(2)]
+    for ops, total in zip([kernels, reference], totals, strict=True):
+        ops.add_product(total, x, pair, bias)
+    assert_close(*totals)
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -58,14 +68,28 @@ def test_rotate_and_store(kv_heads: int, group: int, size: int, normed: bool) ->
         assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5])
-def test_decode_attention_of_rows_of_any_length_anywhere_in_the_pool(splits: int) -> None:
+@pytest.mark.parametrize(("group", "size"), [(3, 16), (1, 24)])
+def test_prompt_attention_of_pieces_anywhere_in_the_pool(group: int, size: int) -> None:
+    kv_heads = 2
+    k_pool, v_pool = noise(kv_heads, 500, size), noise(kv_heads, 500, size)
+    v_pool[:, 480:] = float("nan")  # another row's, whose model went wrong
+    pieces = [Piece(5, 0, 64), Piece(5, 64, 41), Piece(400, 70, 10), Piece(200, 0, 1)]
+    bounds, starts, used = [0, 64, 105, 115, 116, 116, 116], [5, 5, 400, 200, 0, 0], [64, 105, 80, 1, 0, 0]
+    where = [torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in (bounds, starts, used)]
+    q = noise(116, kv_heads * group, size)
+    found = flash.PromptAttention(*where)(q, k_pool, v_pool, size**-0.5)
+    wanted = RowAttention(pieces)(q, k_pool, v_pool, size**-0.5)
+    torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("least", [10, 64, 1000])
+def test_decode_attention_of_rows_of_any_length_anywhere_in_the_pool(least: int) -> None:
     kv_heads, group, size = 2, 3, 16
     k_pool, v_pool = noise(kv_heads, 700, size), noise(kv_heads, 700, size)
     starts = torch.tensor([5, 300, 690, 40], dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([250, 321, 1, 65], dtype=torch.int32, device=DEVICE)
     q = noise(4, kv_heads * group, size)
-    attend = kernels.DecodeAttention.of(starts, lengths, kv_heads, group, size, splits)
+    attend = flash.DecodeAttention.of(starts, lengths, kv_heads, group, size, least)
     for _ in range(2):  # it leaves its scratch memory as it found it
         found = attend(q, k_pool, v_pool, size**-0.5)
         for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
@@ -115,6 +139,7 @@ def some_sampling(dice: random.Random) -> dict[str, Any]:
         {"top_p": 0.8, "top_k": 20},
     ]
     settings |= dice.choice([*cuts, {"top_p": 0.8, "top_k": 20}, {"top_p": 0.95, "top_k": 200, "min_p": 0.01}])
+    settings |= dice.choice([{}, {}, {}, {"top_p": 0.5, "top_k": 300}])  # more than the sampler's candidates
     settings |= dice.choice([{}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.4, "frequency_penalty": 0.7}])
     biases: list[dict[str, Any]] = [{}, {"logit_bias": ((dice.randrange(VOCABULARY), 5.0), (3, -100.0))}]
     return settings | dice.choice(biases)

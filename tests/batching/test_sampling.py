@@ -154,6 +154,15 @@ def test_limits_that_reach_beyond_the_candidates_are_found_all_the_same(cuts: di
     assert kept(logits[0].tolist(), row, -1e-5) <= left <= kept(logits[0].tolist(), row, 1e-5)
 
 
+@pytest.mark.parametrize("top_k", [CANDIDATES, CANDIDATES + 1, 3 * CANDIDATES])
+def test_top_p_is_a_share_of_what_a_wide_top_k_leaves(top_k: int) -> None:
+    logits = noise(1, 1, 4 * CANDIDATES, spread=0.05)
+    row = sampling(temperature=1.0, top_k=top_k, top_p=0.2)
+    left = set(Filter([row], CPU)(logits)[0].nonzero().flatten().tolist())
+    assert len(left) < CANDIDATES
+    assert kept(logits[0].tolist(), row, -1e-5) <= left <= kept(logits[0].tolist(), row, 1e-5)
+
+
 # Penalties and greedy rows
 
 
