@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from batching.flash import flash
-
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Queries [tokens, heads, head size], pools of keys and values [KV heads, slots, head size], scale -> like queries."""
 
@@ -94,20 +92,3 @@ class RowAttention:
             enable_gqa=True,
         )
         return out[0].transpose(0, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class PromptAttention:
-    """`Attend` for pieces of prompts on a GPU, all in one call of flash attention with variable lengths.
-
-    `where` are bounds [rows + 1], starts [rows + 1] and used [rows], int32 on the device: where each row's queries
-    begin in the pass, where its extent begins in the pool, and how many slots of that count. `longest` are upper bounds
-    of a row's queries and of its slots.
-    """
-
-    where: tuple[Tensor, Tensor, Tensor]
-    longest: tuple[int, int]
-
-    def __call__(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float) -> Tensor:
-        """See `Attend`."""
-        return flash(q, k_pool.transpose(0, 1), v_pool.transpose(0, 1), self.where, self.longest, scale)

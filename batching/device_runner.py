@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from batching.attention import Piece
 from batching.engine import NO_LOGPROBS
-from batching.graphs import QUERIES, Capture, Captured, Outputs, PromptInputs, smallest
+from batching.flash import QUERIES
+from batching.graphs import Capture, Captured, Outputs, PromptInputs, smallest
 from batching.seat import Seat
 from batching.slots import Slots
 from batching.types import TokenLogprob

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching import draw
-from batching.attention import PromptAttention, Work
-from batching.kernels import DecodeAttention
+from batching.attention import Work
+from batching.flash import QUERIES, DecodeAttention, PromptAttention
 from batching.slots import Slots
 
 Graph = torch.cuda.CUDAGraph
@@ -41,17 +41,12 @@ class Captured:
     held: object
 
 
-QUERIES = 256
-"""Most queries that attention sees as one row. Flash attention starts as many programs for each row as the longest has
-queries, and a captured pass has to be ready for one row with all of them: longer pieces are cut."""
-
-
 class PromptInputs:
     """What a pass over prompts reads, in one tensor that is written with one copy. Whole numbers all."""
 
     def __init__(self, tokens: int, lanes: int, device: torch.device | str) -> None:
         rows = lanes + tokens // QUERIES
-        sizes = [tokens, tokens, tokens, rows + 1, rows + 1, rows, lanes, lanes]
+        sizes = [tokens, tokens, tokens, rows + 1, rows, rows, lanes, lanes]
         self.all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self.ids, self.positions, self.slots, *rest = torch.split(self.all, sizes)
         # By row of at most QUERIES tokens: where these begin, where the extent begins, how many of its slots count; and
@@ -102,14 +97,13 @@ class Capture:
 
     def prompt_pass(self, inputs: PromptInputs) -> Tensor:
         """Logits [lanes, vocabulary] of the `last` tokens. Tokens beyond the end of `bounds` come to nothing."""
-        where = inputs.bounds.int(), inputs.starts.int(), inputs.used.int()
-        longest = min(QUERIES, len(inputs.ids)), self._memory.shape[3]
+        attend = PromptAttention(inputs.bounds.int(), inputs.starts.int(), inputs.used.int())
         logits: Tensor = self._model(
             input_ids=inputs.ids[None],
             position_ids=inputs.positions[None],
             use_cache=False,
             logits_to_keep=inputs.last,
-            work=Work(self._memory, inputs.slots, PromptAttention(where, longest)),
+            work=Work(self._memory, inputs.slots, attend),
         ).logits
         return logits[0]
 

@@ -1,15 +1,14 @@
-"""Triton kernels of the packed decode loop: what lies between a layer's matrix products, and decode attention.
+"""Triton kernels of a decoder layer: what lies between its matrix products, and the products of a single token.
 
 Worker thread only, CUDA only (or Triton's interpreter, in tests). Each has a twin in `batching/reference.py`, written
 with torch, that says what it computes.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 @triton.jit
@@ -27,26 +26,6 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm (Zhang and Sennrich 2019) of each row of x [tokens, size]."""
     out = torch.empty_like(x)
     _norm_kernel[(x.shape[0],)](x, weight, out, x.shape[1], eps, BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=4)
-    return out
-
-
-@triton.jit
-def _silu_kernel(pair, out, size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    gate = tl.load(pair + row * 2 * size + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(pair + row * 2 * size + size + at, mask=inside, other=0.0)
-    gated = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty)
-    tl.store(out + row * size + at, gated * up, mask=inside)
-
-
-def silu_product(pair: Tensor) -> Tensor:
-    """silu(gate) x up of [tokens, 2 x size], which holds gate and up side by side."""
-    tokens, size = pair.shape[0], pair.shape[1] // 2
-    out = pair.new_empty(tokens, size)
-    block = 1024
-    _silu_kernel[(tokens, triton.cdiv(size, block))](pair, out, size, BLOCK=block, num_warps=4)
     return out
 
 
@@ -117,122 +96,106 @@ def rotate_and_store(
 
 
 @triton.jit
-def _decode_kernel(
-    q, k_pool, v_pool, out, partial, stats, arrived, starts, lengths, head_stride, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    # One program: one row, the query heads of one KV head, one split of the keys (Dao et al. 2023, Flash-Decoding).
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(lengths + row)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
-    first = split * share
-    if first >= length:
-        return
-    last = tl.minimum(first + share, length)
-    head = tl.arange(0, ROWS)
-    at = tl.arange(0, BLOCK)
-    key = tl.arange(0, KEYS)
-    valid = (head < GROUP)[:, None] & (at < SIZE)[None, :]
-    heads = (row * KV_HEADS + kv_head) * GROUP + head
-    queries = tl.load(q + heads[:, None] * SIZE + at[None, :], mask=valid, other=0.0)
-    base = kv_head.to(tl.int64) * head_stride + tl.load(starts + row).to(tl.int64) * SIZE
-    most = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for begin in range(first, last, KEYS):
-        present = begin + key < last
-        place = base + (begin + key)[:, None] * SIZE + at[None, :]
-        wanted = present[:, None] & (at < SIZE)[None, :]
-        keys = tl.load(k_pool + place, mask=wanted, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * 1.4426950408889634)
-        scores = tl.where(present[None, :], scores, -float("inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(most - higher)
-        values = tl.load(v_pool + place, mask=wanted, other=0.0)
-        sums = sums * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        total = total * fade + tl.sum(weights, 1)
-        most = higher
-    used = tl.cdiv(length, share)
-    if used == 1:
-        result = (sums / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + heads[:, None] * SIZE + at[None, :], result, mask=valid)
+def _silu_kernel(pair, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    gate = tl.load(pair + row * 2 * size + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(pair + row * 2 * size + size + at, mask=inside, other=0.0)
+    gated = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty)
+    tl.store(out + row * size + at, gated * up, mask=inside)
+
+
+def _silu_product(pair: Tensor) -> Tensor:
+    """silu(gate) x up of [tokens, 2 x size], which holds gate and up side by side."""
+    tokens, size = pair.shape[0], pair.shape[1] // 2
+    out = pair.new_empty(tokens, size)
+    block = 1024
+    _silu_kernel[(tokens, triton.cdiv(size, block))](pair, out, size, BLOCK=block, num_warps=4)
+    return out
+
+
+@triton.jit
+def _load(at, mask, ALL: tl.constexpr):
+    # Weights are read once a step: they shall not drive out what is read again.
+    if ALL:
+        return tl.load(at, eviction_policy="evict_first").to(tl.float32)
     else:
-        # The program that arrives last adds up all splits, in their order: the sum does not depend on who it is.
-        pair = row * KV_HEADS + kv_head
-        mine = (pair * SPLITS + split) * ROWS + head
-        tl.store(partial + mine[:, None] * BLOCK + at[None, :], sums)
-        tl.store(stats + mine * 2, most)
-        tl.store(stats + mine * 2 + 1, total)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == used - 1:
-            tl.debug_barrier()
-            most = tl.full([ROWS], -float("inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            sums = tl.zeros([ROWS, BLOCK], tl.float32)
-            for other in range(0, used):
-                theirs = (pair * SPLITS + other) * ROWS + head
-                their_most = tl.load(stats + theirs * 2, cache_modifier=".cg")
-                higher = tl.maximum(most, their_most)
-                fade = tl.exp2(most - higher)
-                weight = tl.exp2(their_most - higher)
-                part = tl.load(partial + theirs[:, None] * BLOCK + at[None, :], cache_modifier=".cg")
-                sums = sums * fade[:, None] + part * weight[:, None]
-                total = total * fade + tl.load(stats + theirs * 2 + 1, cache_modifier=".cg") * weight
-                most = higher
-            result = (sums / total[:, None]).to(out.dtype.element_ty)
-            tl.store(out + heads[:, None] * SIZE + at[None, :], result, mask=valid)
-            tl.store(arrived + pair, 0)
+        return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
-KEYS_A_BLOCK = 64
-PROGRAMS = 256
-"""How many programs decode attention is cut into where rows are few: two for each of a GPU's ~130 processors."""
+@triton.jit
+def _row_kernel(
+    x, weight, bias, out, size, width,
+    GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program: some of the outputs, each the product of a row of the weight with x.
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    at = tl.arange(0, BLOCK)
+    there = output < size
+    row = weight + output.to(tl.int64)[:, None] * width + at[None, :]
+    up_row = row + size.to(tl.int64) * width
+    total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
+    up_total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
+    for begin in range(0, width, BLOCK):
+        inside = begin + at < width
+        value = _load(x + begin + at, inside, EVEN)[None, :]
+        total += _load(row + begin, there[:, None] & inside[None, :], EVEN) * value
+        if GATED:
+            up_total += _load(up_row + begin, there[:, None] & inside[None, :], EVEN) * value
+    result = tl.sum(total, 1)
+    if BIAS:
+        result += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
+    if ADD:
+        result += tl.load(out + output, mask=there, other=0.0).to(tl.float32)
+    if GATED:
+        gate = result.to(out.dtype.element_ty).to(tl.float32)
+        result = tl.sum(up_total, 1)
+        if BIAS:
+            result += tl.load(bias + size + output, mask=there, other=0.0).to(tl.float32)
+        result = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty) * result.to(out.dtype.element_ty)
+    tl.store(out + output, result.to(out.dtype.element_ty), mask=there)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeAttention:
-    """Attention of one query token a row over the row's extent of the pools. Made once a number of rows.
+OUTPUTS = 2
+"""How many outputs of a single token's product one program has."""
 
-    `starts` and `lengths` [rows, int32] are read at each call: the row's first slot, and how many slots count.
-    """
+WIDTH = 512
+"""How many of the inputs it reads at a time."""
 
-    starts: Tensor
-    lengths: Tensor
-    partial: Tensor
-    stats: Tensor
-    arrived: Tensor
-    splits: int
 
-    @classmethod
-    def of(
-        cls, starts: Tensor, lengths: Tensor, kv_heads: int, group: int, size: int, splits: int | None = None
-    ) -> "DecodeAttention":
-        """Its scratch memory included. `splits`: how many programs share a row's keys; None: by the number of rows."""
-        rows, device = len(starts), starts.device
-        splits = splits or min(16, max(2, PROGRAMS // (rows * kv_heads)))
-        parts = rows * kv_heads * splits, max(16, triton.next_power_of_2(group))
-        return cls(
-            starts,
-            lengths,
-            torch.empty(*parts, triton.next_power_of_2(size), device=device, dtype=torch.float32),
-            torch.empty(*parts, 2, device=device, dtype=torch.float32),
-            torch.zeros(rows * kv_heads, device=device, dtype=torch.int32),
-            splits,
-        )
+def _row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool = False, add: bool = False
+) -> Tensor:
+    size, width = out.shape[1], x.shape[1]
+    _row_kernel[(triton.cdiv(size, OUTPUTS),)](
+        x, weight, weight if bias is None else bias, out, size, width,
+        GATED=gated, ADD=add, BIAS=bias is not None, EVEN=size % OUTPUTS == 0 and width % WIDTH == 0, OUTPUTS=OUTPUTS,
+        BLOCK=WIDTH, num_warps=2,
+    )  # fmt: skip
+    return out
 
-    def __call__(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float) -> Tensor:
-        """Queries [rows, heads, head size], pools [KV heads, slots, head size] -> [rows, heads, head size]."""
-        rows, heads, size = q.shape
-        kv_heads = k_pool.shape[0]
-        out = torch.empty_like(q)
-        _decode_kernel[(rows, kv_heads, self.splits)](
-            q, k_pool, v_pool, out, self.partial, self.stats, self.arrived, self.starts, self.lengths,
-            k_pool.stride(0), scale,
-            KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, ROWS=self.partial.shape[1],
-            BLOCK=self.partial.shape[2], KEYS=KEYS_A_BLOCK, SPLITS=self.splits, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        return out
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [tokens, width] times the rows of weight [size, width], plus bias [size]."""
+    if len(x) > 1:
+        return linear(x, weight, bias)
+    return _row(x, weight, bias, x.new_empty(1, len(weight)))
+
+
+def add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Add the product to `total` [tokens, size]."""
+    if len(x) == 1:
+        _row(x, weight, bias, total, add=True)
+        return
+    total.addmm_(x, weight.t())
+    if bias is not None:
+        total.add_(bias)
+
+
+def gated_product(x: Tensor, pair: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) x up, of the products of x with the two halves of pair [2 x size, width]."""
+    if len(x) > 1:
+        return _silu_product(linear(x, pair, bias))
+    return _row(x, pair, bias, x.new_empty(1, len(pair) // 2), gated=True)

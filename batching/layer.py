@@ -1,7 +1,8 @@
 """A decoder layer in nine kernels: the one of Llama, Mistral, Qwen2 and Qwen3, with its products fused.
 
 Takes the place of transformers' own layer, whose weights it takes over. What queries, keys and values need, and what
-gate and up need, is one matrix product each; both sums with the residual are part of a product. Other architectures
+gate and up need, is one matrix product each; both sums with the residual are part of a product. For a single token
+the products are kernels of our own, for which the library's are not made (silu is part of one then). Other architectures
 keep their own layers and come to the pool through `attention.packed_attention`.
 """
 
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from batching.attention import Work
@@ -44,13 +44,13 @@ class FusedLayer(nn.Module):
         cos, sin = position_embeddings
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm, self._eps)
         x = self._ops.norm(residual, self.before, self._eps)
-        qkv = linear(x, self.qkv, self.qkv_bias)
+        qkv = self._ops.product(x, self.qkv, self.qkv_bias)
         q = self._ops.rotate_and_store(qkv, cos[0], sin[0], norms, work.slots, k_pool, v_pool)
         attended = work.attend(q, k_pool, v_pool, self._scale)
-        _add_product(residual, attended.flatten(1), self.o, self.o_bias)
+        self._ops.add_product(residual, attended.flatten(1), self.o, self.o_bias)
         x = self._ops.norm(residual, self.between, self._eps)
-        x = self._ops.silu_product(linear(x, self.pair, self.pair_bias))
-        _add_product(residual, x, self.down, self.down_bias)
+        x = self._ops.gated_product(x, self.pair, self.pair_bias)
+        self._ops.add_product(residual, x, self.down, self.down_bias)
         return hidden
 
 
@@ -59,12 +59,6 @@ def _joined(*parts: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
     biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
     bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
     return nn.Parameter(torch.cat(weights), requires_grad=False), bias
-
-
-def _add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    total.addmm_(x, weight.t())
-    if bias is not None:
-        total.add_(bias)
 
 
 def fuse(model: PreTrainedModel, ops: Any) -> bool:

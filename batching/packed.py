@@ -187,8 +187,6 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return "triton is not installed"
     if model.device.type == "cuda" and not any(map(shutil.which, COMPILERS)):
         return "triton finds no C compiler (install gcc, or name one in CC)"
-    if model.device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
-        return "flash attention needs bfloat16 or float16"
     if model.device.type not in ("cuda", "cpu"):
         return f"it does not run on {model.device.type}"
     if not getattr(model, "_supports_attention_backend", False):

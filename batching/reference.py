@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -12,9 +12,21 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * scaled.to(x.dtype)
 
 
-def silu_product(pair: Tensor) -> Tensor:
-    """silu(gate) x up of [tokens, 2 x size], which holds gate and up side by side."""
-    gate, up = pair.chunk(2, -1)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [tokens, width] times the rows of weight [size, width], plus bias [size]."""
+    return linear(x, weight, bias)
+
+
+def add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Add the product to `total` [tokens, size]."""
+    total.addmm_(x, weight.t())
+    if bias is not None:
+        total.add_(bias)
+
+
+def gated_product(x: Tensor, pair: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) x up, of the products of x with the two halves of pair [2 x size, width]."""
+    gate, up = linear(x, pair, bias).chunk(2, -1)
     return silu(gate) * up
 
 

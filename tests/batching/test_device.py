@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from batching import layer
+from batching.generate import GenerateEngine
 from batching.packed import PackedEngine, unsupported
 from batching.types import Request
 from tests.batching.conftest import request
@@ -37,6 +39,19 @@ def with_extras(dice: random.Random, asked: Request) -> Request:
     bias = dice.choice([(), ((5, 3.0), (9, -100.0))])
     noted = dice.choice([None, None, 3])
     return replace(asked, sampling=replace(sampling, min_tokens=least, logit_bias=bias, top_logprobs=noted))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float32_every_row_is_as_on_stock_generate(kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(layer, "FUSABLE", frozenset())
+    dice = random.Random(1)
+    mixed = [some_request(dice) for _ in range(12)] + long_requests(dice, 4)
+    stock = GenerateEngine(tiny_model(kind).to("cuda"), token_budget=4096)  # type: ignore[arg-type]
+    wanted = [Run(stock, [each]).answers[0] for each in mixed]
+    engine = PackedEngine(tiny_model(kind).to("cuda"), lanes=8, token_budget=1500, piece=64)  # type: ignore[arg-type]
+    assert Run(engine, mixed, first=6, joining=lambda: dice.randint(0, 2)).answers == wanted
 
 
 @pytest.mark.parametrize("invariant", [False, True])
