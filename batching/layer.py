@@ -1,9 +1,9 @@
 """A decoder layer in nine kernels: the one of Llama, Mistral, Qwen2 and Qwen3, with its products fused.
 
 Takes the place of transformers' own layer, whose weights it takes over. What queries, keys and values need, and what
-gate and up need, is one matrix product each; both sums with the residual are part of a product. For a single token
-the products are kernels of our own, for which the library's are not made (silu is part of one then). Other architectures
-keep their own layers and come to the pool through `attention.packed_attention`.
+gate and up need, is one matrix product each; both sums with the residual are part of a product, and so is silu where
+there is a single token. Other architectures keep their own layers and come to the pool through
+`attention.packed_attention`.
 """
 
 from typing import Any
