@@ -118,11 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(sweep: Sweep, figures: Sequence[RunFigures]) -> None:
     """Print the tables and write the chart."""
-    from benchmarks.charts import png, setting_chart
-
     console = wide_console()
     for found in tables(figures):
         console.print(found)
+    from benchmarks.charts import png, setting_chart
+
     picture = sweep.out / f"{sweep.setting}.png"
     picture.write_bytes(png(setting_chart(sweep.setting, sweep.values, figures)))
     console.print(str(picture), highlight=False)

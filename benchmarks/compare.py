@@ -1,21 +1,24 @@
 """Compare servers on this machine: each is started on the same model, one after the other, and asked for the same work.
 
 python -m benchmarks.compare --concurrency 1,8,32
-python -m benchmarks.compare --model FOLDER --load-format dummy --workload mixed-64 --concurrency 1,16,64
+python -m benchmarks.compare --model FOLDER --load-format dummy --workload mixed-64 --concurrency 1,16,64 \
+    --requests-per-level 3,16,64 --levels serial=1
 
 Contenders: microbatch, microbatch-ENGINE for each of its engines, serial (one request at a time), transformers and
 transformers-cb (`transformers serve`, without and with continuous batching; `pip install -e '.[compare]'`), and
 `--external NAME=URL` for any server that runs already with the same model. Ratios are to the first contender.
 
 Every answer must have the tokens asked for, and every server must count the same tokens in a prompt: another model or
-template is refused. Each contender's run is written into `--out`, for benchmarks.report. Exits with 1 if a request
-failed or a contender did not start, with 2 if nothing can be compared.
+template is refused. `--levels` spares slow ones the levels that would take them too long. Each contender's run is
+written into `--out` after each of its levels, for benchmarks.report; SIGTERM ends the comparison with what was measured
+until then. Exits with 1 if a request failed or not all was measured, with 2 if nothing can be compared.
 """
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import orjson
@@ -34,6 +37,7 @@ from benchmarks.contenders import (
     serving,
 )
 from benchmarks.load import add_load, add_work, run_loop, wide_console
+from benchmarks.loops import ClosedLoop, Loop
 from benchmarks.models import Model, ModelError, add_model, take_model
 from benchmarks.run import Run, Settings
 from benchmarks.summary import Summary
@@ -53,23 +57,38 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who runs, with what asked of each, and where what they say goes."""
+    """Who runs, with what asked of each, and where what they say goes.
+
+    `clients` are the only closed loops of some contenders, by name.
+    """
 
     contenders: list[Contender]
     settings: Settings
     out: Path
+    clients: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def asks(self, contender: Contender, loop: Loop) -> bool:
+        """Whether the contender is measured at this level."""
+        only = self.clients.get(contender.name)
+        return only is None or not isinstance(loop, ClosedLoop) or loop.concurrency in only
+
+    def total(self, contender: Contender) -> int:
+        """Requests of all the contender's levels, warm-up too."""
+        asked = [loop for loop in self.settings.loops() if self.asks(contender, loop)]
+        return sum(self.settings.warm_up + self.settings.requests(loop) for loop in asked)
 
 
 def check_same(runs: dict[str, Run]) -> None:
     """Raises ValueError, in one sentence, for fewer than two runs or where two are not of the same model and work.
 
-    Two servers have the same model and template only if they count the same tokens in each prompt.
+    All levels must be among the first run's. Two servers have the same model and template only if they count the same
+    tokens in each prompt.
     """
     if len(runs) < 2:
         raise ValueError("fewer than two servers were measured")
     (first, reference), *others = runs.items()
     for name, run in others:
-        if [level.jobs for level in run.levels] != [level.jobs for level in reference.levels]:
+        if not run.levels or not jobs(run).items() <= jobs(reference).items():
             raise ValueError(f"{name} and {first} were asked for different work, which is not compared")
         counted, expected = prompt_tokens(run), prompt_tokens(reference)
         for serial in counted.keys() & expected.keys():
@@ -80,17 +99,22 @@ def check_same(runs: dict[str, Run]) -> None:
                 )
 
 
+def jobs(run: Run) -> dict[str, str]:
+    """What was asked at each level, by its label."""
+    return {level.loop.label: level.jobs for level in run.levels}
+
+
 def prompt_tokens(run: Run) -> dict[int, int]:
     """How many tokens the server counted in each answered request's prompt, by serial."""
     return {record.serial: record.prompt_tokens for level in run.levels for record in level.records if not record.error}
 
 
 def tables(runs: dict[str, Run]) -> Iterator[Table]:
-    """One for each level: a row for each contender, with its throughput's ratio to the first one's."""
-    kept = {name: run.figures().levels for name, run in runs.items()}
-    for place, first in enumerate(next(iter(kept.values()))):
-        rows = [row(name, levels[place].summary, first.summary) for name, levels in kept.items()]
-        yield table(first.label, COLUMNS, rows)
+    """One for each level: a row for each contender that has it, with its throughput's ratio to the first one's."""
+    kept = {name: {level.label: level.summary for level in run.figures().levels} for name, run in runs.items()}
+    for label, first in next(iter(kept.values())).items():
+        rows = [row(name, levels[label], first) for name, levels in kept.items() if label in levels]
+        yield table(label, COLUMNS, rows)
 
 
 def row(name: str, found: Summary, first: Summary) -> list[str]:
@@ -109,16 +133,21 @@ def row(name: str, found: Summary, first: Summary) -> list[str]:
     ]
 
 
-async def run_one(plan: Plan, contender: Contender, bar: Progress) -> Run:
-    """Start, measure and end one contender. Raises ContenderError as `serving`."""
+async def run_one(plan: Plan, contender: Contender, bar: Progress, runs: dict[str, Run]) -> None:
+    """Start, measure and end one contender, whose run is kept from its first level on. Raises ContenderError as
+    `serving`."""
     body = plan.settings.body | contender.fields
-    task = bar.add_task(contender.name, total=plan.settings.total())
+    task = bar.add_task(contender.name, total=plan.total(contender))
     async with serving(contender, plan.out / f"{contender.name}.log") as url:
         settings = replace(plan.settings, url=url, model=contender.model, label=contender.name, body=body)
         run = Run(settings, lambda: bar.advance(task))
-        await run.measure_all()
-    (plan.out / f"{contender.name}.json").write_bytes(orjson.dumps(run.figures()))
-    return run
+        for loop in settings.loops():
+            if not plan.asks(contender, loop):
+                run.skip(loop)
+                continue
+            await run.measure(loop)
+            runs[contender.name] = run
+            (plan.out / f"{contender.name}.json").write_bytes(orjson.dumps(run.figures()))
 
 
 async def run_all(plan: Plan, runs: dict[str, Run], problems: list[str]) -> None:
@@ -132,7 +161,7 @@ async def run_all(plan: Plan, runs: dict[str, Run], problems: list[str]) -> None
     with Progress(console=Console(stderr=True), refresh_per_second=2) as bar:
         for contender in plan.contenders:
             try:
-                runs[contender.name] = await run_one(plan, contender, bar)
+                await run_one(plan, contender, bar, runs)
             except ContenderError as error:
                 problems.append(str(error))
 
@@ -150,18 +179,28 @@ def parse(arguments: Sequence[str] | None) -> Plan:
         metavar="NAME=URL",
         help="a server that runs already; may be repeated",
     )
+    add(
+        "--levels",
+        action="append",
+        type=flags.named_counts,
+        default=[],
+        metavar="NAME=1,8",
+        help="of --concurrency, this contender's only levels; may be repeated (all, and always all of the first one)",
+    )
     add("--out", type=Path, default=Path("out/compare"), help="folder for runs and logs (out/compare)")
     add_load(parser)
     add_work(parser)
     told = vars(parser.parse_args(arguments))
     named = [name for name in told.pop("contenders").split(",") if name]
-    running, out = told.pop("external"), told.pop("out")
+    running, levels, out = told.pop("external"), told.pop("levels"), told.pop("out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         model = take_model(told)
         settings = Settings(url="", model=model.name, full_length=True, **told)
         settings.source()
-        return Plan(chosen(model, named, running), settings, out)
+        plan = Plan(chosen(model, named, running), settings, out, dict(levels))
+        check_levels(plan)
+        return plan
     except (ModelError, OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -181,13 +220,22 @@ def chosen(model: Model, named: Sequence[str], running: Sequence[str]) -> list[C
     return found
 
 
+def check_levels(plan: Plan) -> None:
+    """Raises ValueError unless `clients` names levels that there are, and contenders behind the first."""
+    known = {loop.concurrency for loop in plan.settings.loops() if isinstance(loop, ClosedLoop)}
+    behind = {contender.name for contender in plan.contenders[1:]}
+    for name, numbers in plan.clients.items():
+        if name not in behind or not known.issuperset(numbers):
+            raise ValueError(f"levels of {name}: name a contender behind the first, and numbers of --concurrency")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code, as above."""
     plan = parse(arguments)
     runs: dict[str, Run] = {}
     problems: list[str] = []
     try:
-        run_loop(run_all(plan, runs, problems))
+        measure(plan, runs, problems)
         for problem in problems:
             print(problem, file=sys.stderr)
         check_same(runs)
@@ -196,6 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     show(runs)
     return int(bool(problems) or any(level.failures() for run in runs.values() for level in run.levels))
+
+
+def measure(plan: Plan, runs: dict[str, Run], problems: list[str]) -> None:
+    """`run_all` to its end, or to SIGTERM, which is a problem."""
+    try:
+        run_loop(run_all(plan, runs, problems))
+    except asyncio.CancelledError:
+        problems.append("the comparison was ended before all was measured")
 
 
 def show(runs: dict[str, Run]) -> None:

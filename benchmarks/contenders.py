@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -64,8 +63,7 @@ def serial(model: Model) -> Contender:
 
 def transformers(name: str, model: Model, *flags: str) -> Contender:
     """`transformers serve` on one model, which it knows by its folder."""
-    tool = Path(sys.executable).parent / "transformers"
-    command = (str(tool), "serve", model.folder, "--host", "127.0.0.1", "--port", "PORT")
+    command = (*MODULE, "transformers.cli.transformers", "serve", model.folder, "--host", "127.0.0.1", "--port", "PORT")
     place = ("--device", model.device, "--dtype", model.dtype)
     fields = GENERATION_CONFIG_WITHOUT_END
     return Contender(name, model.folder, (*command, *place, *flags), ready_path="/health", fields=fields)

@@ -51,6 +51,12 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
+def named_counts(text: str) -> tuple[str, tuple[int, ...]]:
+    """ "serial=1,8" as a name and whole numbers from 1 on."""
+    name, _, numbers = text.partition("=")
+    return name, counts(numbers)
+
+
 def rates(text: str) -> tuple[float, ...]:
     """ "0.5,2" as numbers above 0."""
     return tuple(more_than_zero(part) for part in text.split(","))

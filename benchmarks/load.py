@@ -53,7 +53,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, Command]:
     parser.add_argument("--records", type=Path, help="write every request here, one line of JSON each")
     told = vars(parser.parse_args(arguments))
     command = Command(**{name: told.pop(name) for name in Command.__slots__})
-    settings = settings_of(told)
+    try:
+        settings = settings_of(told)
+    except ValueError as error:
+        parser.error(str(error))
     if command.find_capacity and not settings.targets:
         parser.error("--find-capacity needs --ttft-target-ms or --tpot-target-ms")
     if command.find_capacity and (settings.rate or settings.concurrency):
@@ -85,8 +88,10 @@ def add_load(parser: argparse.ArgumentParser) -> None:
     add("--duration", type=flags.more_than_zero, default=30.0, help="seconds of arrivals a level of --rate (30)")
     add(
         "--requests-per-level",
-        type=flags.positive,
-        help="default: two a client, or what comes in --duration; 8 or more",
+        type=flags.counts,
+        default=(),
+        metavar="N[,N...]",
+        help="one number, or one for each level; default: two a client, or what comes in --duration; 8 or more",
     )
     add("--timeout", type=flags.more_than_zero, default=600.0, help="seconds until a request counts as failed (600)")
     add("--warm-up", type=flags.natural, default=1, help="requests before each level that are not measured (1)")

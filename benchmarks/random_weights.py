@@ -2,7 +2,8 @@
 
     python -m benchmarks.random_weights FOLDER OUT --dtype bfloat16
 
-FOLDER holds a config.json and a tokenizer. Runs on the CPU, and writes nothing where OUT is there already.
+FOLDER holds a config.json and a tokenizer. Runs on the CPU, or sooner with `--device cuda`, and writes nothing where
+OUT is there already.
 """
 
 import argparse
@@ -14,14 +15,14 @@ from transformers import AutoTokenizer
 from batching.model import load
 
 
-def write(folder: Path, out: Path, dtype: str) -> None:
+def write(folder: Path, out: Path, dtype: str, device: str = "cpu") -> None:
     """Model and tokenizer, complete or not at all. Raises ModelError as `batching.model.load`."""
     if out.is_dir():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".writing-", dir=out.parent) as scratch:
         fresh = Path(scratch) / out.name
-        load(str(folder), device="cpu", dtype=dtype, load_format="dummy").save_pretrained(fresh)
+        load(str(folder), device=device, dtype=dtype, load_format="dummy").save_pretrained(fresh)
         AutoTokenizer.from_pretrained(str(folder)).save_pretrained(fresh)
         fresh.rename(out)
 
@@ -32,8 +33,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--device", default="cpu", help="where they are drawn: cpu, cuda or cuda:N (cpu)")
     told = parser.parse_args()
-    write(told.folder, told.out, told.dtype)
+    write(told.folder, told.out, told.dtype, told.device)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ class Settings:
     """What a run was told. Ranges are in tokens, both ends included; `timeout` is seconds a request.
 
     `duration` is for how many seconds requests arrive at a level of the open loop; `body` are further fields of every
-    request.
+    request; `requests_per_level` is one number for all levels, or one for each. Made, it raises ValueError for any
+    other count of numbers.
     """
 
     url: str
@@ -39,7 +40,7 @@ class Settings:
     rate: tuple[float, ...] = ()
     burstiness: float = 1.0
     duration: float = 30.0
-    requests_per_level: int | None = None
+    requests_per_level: tuple[int, ...] = ()
     workload: str = "short"
     prompts: Path | None = None
     language: str = "en"
@@ -53,6 +54,11 @@ class Settings:
     targets: Targets = field(default_factory=Targets)
     api_key: str | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        told, levels = len(self.requests_per_level), len(self.loops())
+        if told > 1 and told != levels:
+            raise ValueError(f"requests-per-level has {told} numbers for {levels} levels: name one, or one for each")
+
     def loops(self) -> list[Loop]:
         """The levels, in order: the closed loop's, then the open loop's.
 
@@ -64,12 +70,15 @@ class Settings:
 
     def requests(self, loop: Loop) -> int:
         """Requests of a level: as told, or two a client, or as many as come in the duration; at least 8."""
+        if len(self.requests_per_level) > 1:
+            return self.requests_per_level[self.loops().index(loop)]
+        if self.requests_per_level:
+            return self.requests_per_level[0]
         match loop:
             case ClosedLoop(concurrency=concurrency):
-                wanted = 2 * concurrency
+                return max(8, 2 * concurrency)
             case OpenLoop(rate=rate):
-                wanted = round(rate * self.duration)
-        return self.requests_per_level or max(8, wanted)
+                return max(8, round(rate * self.duration))
 
     def total(self) -> int:
         """Requests of all levels, warm-up too."""
@@ -187,6 +196,10 @@ class Run:
         self.facts = watch.facts
         self.levels.append(Level(loop, digest(jobs), seconds, cpu_share, records, warmed, watch.figures))
         return self.levels[-1]
+
+    def skip(self, loop: Loop) -> None:
+        """Leave a level out. The levels after it ask for what they would have asked for."""
+        self._serial += self.settings.warm_up + self.settings.requests(loop)
 
     def _draw(self, count: int) -> list[Job]:
         jobs = self._source.draw(count, seed=self.settings.seed, first=self._serial)

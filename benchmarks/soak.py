@@ -123,10 +123,10 @@ def run(options: argparse.Namespace) -> int:
         with serving("benchmarks.rigged_server", rigged, out / "server.log") as child:
             samples, words = asyncio.run(soak(child, options))
     (out / "series.json").write_text(json.dumps([asdict(one) for one in samples], indent=1))
-    picture(samples, out / "growth.png")
     text = report(samples, words)
     (out / "report.md").write_text(text)
-    print(text)
+    print(text, flush=True)
+    picture(samples, out / "growth.png")
     grew = any(growth > LIMIT for growth in growths(samples).values())
     wrong = any(word.startswith("WRONG") for word in words)
     return int(grew or wrong or samples[-1].running + samples[-1].queued > 0)

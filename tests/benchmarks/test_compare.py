@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import models
 from benchmarks.client import Record
-from benchmarks.compare import check_same, main
+from benchmarks.compare import check_same, chosen, main
 from benchmarks.contenders import Contender, ContenderError, engines_in, serving
 from benchmarks.loops import ClosedLoop
 from benchmarks.models import Model
@@ -39,6 +39,13 @@ def test_one_run_is_no_comparison() -> None:
 def test_runs_of_different_work_are_not_compared(other: list[object]) -> None:
     with pytest.raises(ValueError, match="b and a were asked for different work"):
         check_same({"a": run(level(ClosedLoop(2))), "b": run(*other)})  # type: ignore[arg-type]
+
+
+def test_a_run_may_lack_levels_of_the_first_one_but_not_the_other_way_round() -> None:
+    one, more = level(ClosedLoop(1)), level(ClosedLoop(8), jobs="more")
+    check_same({"a": run(one, more), "b": run(more), "c": run(one)})
+    with pytest.raises(ValueError, match="b and a were asked for different work"):
+        check_same({"a": run(one), "b": run(one, more)})
 
 
 def counting(record: Record, prompt_tokens: int) -> Record:
@@ -135,6 +142,36 @@ def test_servers_that_run_already_are_compared(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("no_model")
+def test_a_server_may_be_spared_levels_and_is_asked_the_same_at_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = ScriptedServer(), ScriptedServer()
+    flags = ("--concurrency", "1,3,2", "--requests-per-level", "2,3,4", "--levels", "server1=3,2")
+    assert compare_external(tmp_path, one, other, flags=flags) == 0
+    assert sorted(map(str, one.bodies[3:])) == sorted(map(str, other.bodies))
+    first, second = (load_run(tmp_path / f"server{number}.json").levels for number in (0, 1))
+    assert [level.summary.requests for level in first] == [2, 3, 4]
+    assert [level.jobs for level in first[1:]] == [level.jobs for level in second]
+    alone, *shared = re.split(r"\d clients? *\n", capsys.readouterr().out)[1:]
+    assert "server1" not in alone
+    assert all(re.search(r"server1 +0 .* \d+\.\d\d ", shown) for shown in shared)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_comparison_that_is_ended_shows_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third server is started here; it never is ready, and ends the comparison as `timeout` does."""
+    ends = f"import os, signal; os.kill({os.getpid()}, signal.SIGTERM); signal.pause()"
+    silent = Contender("silent", "tiny", (sys.executable, "-c", ends))
+    monkeypatch.setattr("benchmarks.compare.chosen", lambda *told: [*chosen(*told), silent])
+    assert compare_external(tmp_path, ScriptedServer(), ScriptedServer()) == 1
+    found = capsys.readouterr()
+    assert re.search(r"server1 +0 .* \d+\.\d\d ", found.out)
+    assert "ended before all was measured" in found.err
+
+
+@pytest.mark.usefixtures("no_model")
 def test_another_model_is_refused_before_anything_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = ScriptedServer(), ScriptedServer(model="large")
     assert compare_external(tmp_path, one, other) == 2
@@ -167,6 +204,13 @@ def test_a_server_with_incomplete_answers_has_no_ratio(tmp_path: Path, capsys: p
         (["--contenders", "serial,serial"], "two contenders"),
         (["--external", "a=nowhere"], "is not the URL"),
         (["--prompts", "/nowhere.json"], "/nowhere.json"),
+        (
+            ["--concurrency", "1,2", "--levels", "microbatch=1"],
+            "levels of microbatch: name a contender behind the first",
+        ),
+        (["--concurrency", "1,2", "--levels", "serial=3"], "levels of serial: name"),
+        (["--levels", "serial"], "invalid named_counts value: 'serial'"),
+        (["--concurrency", "1,2,3", "--requests-per-level", "4,5"], "requests-per-level has 2 numbers for 3 levels"),
     ],
 )
 def test_flags_that_make_no_comparison_end_with_2(
