@@ -53,7 +53,7 @@ class Connection(HttpToolsProtocol):
         if self._leaving:
             return
         super().data_received(data)
-        if self._head is not None and not self.transport.is_closing():
+        if self._head is not None and not self._leaving and not self.transport.is_closing():
             self._head += len(data)
             if self._head > HEAD_BYTES:
                 self.send_400_response("")
