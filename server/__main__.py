@@ -18,7 +18,7 @@ from batching.events import Observer
 from batching.progress import Progress
 from server.app import create_app
 from server.connection import connections, listener
-from server.garbage import spare_what_is_loaded
+from server.garbage import search_seldom, spare_imports, spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
@@ -158,6 +158,7 @@ the event loop could keep the worker from giving the device its next orders."""
 
 def run(settings: Settings, loader: Loader, progress: Progress) -> None:
     """Serve until the end, and end the process."""
+    search_seldom()
     sys.setswitchinterval(SWITCH_SECONDS)
     configure(settings.log_format, settings.log_level)
     allow_many_connections()
@@ -171,4 +172,4 @@ def run(settings: Settings, loader: Loader, progress: Progress) -> None:
 if __name__ == "__main__":
     wanted = parse()
     followed = Progress()
-    run(wanted, ModelLoader(wanted, followed), followed)
+    run(wanted, ModelLoader(wanted, followed, spare_imports), followed)

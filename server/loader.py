@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from batching.engine import Engine
@@ -31,13 +32,19 @@ LIBRARY_SETTINGS = {
 
 
 class ModelLoader:
-    """`Loader` for a model's folder, GGUF file or hub id. All its methods may raise `ModelError`."""
+    """`Loader` for a model's folder, GGUF file or hub id. All its methods may raise `ModelError`.
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    `when_imported` is called once the libraries are imported, before anything is loaded with them.
+    """
+
+    def __init__(
+        self, settings: Settings, progress: Progress, when_imported: Callable[[], None] = lambda: None
+    ) -> None:
         self._settings = settings
         self._locating = threading.Lock()
         self.loading = Loading("Reading the model's files")
         self._progress = progress
+        self._when_imported = when_imported
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
 
@@ -47,6 +54,8 @@ class ModelLoader:
             from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
             import batching.model  # noqa: F401
+
+            self._when_imported()
 
     @property
     def _checkpoint(self) -> str:

@@ -27,7 +27,7 @@ FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_d
 
 
 class FailingLoader:
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, settings: Settings, progress: Progress, when_imported: Callable[[], None]) -> None:
         self._fail = FAILURES[os.environ["FAIL"]]
 
     def text(self) -> Text:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.logging import set_tqdm_hook, tqdm
 
+from batching.errors import ModelError
 from batching.progress import Progress
 from server.loader import ModelLoader
 from server.loading import Loading, counted, follow_bars
@@ -46,6 +47,14 @@ def test_the_loading_of_weights_is_counted(folder: Path, monkeypatch: pytest.Mon
     weights = [loading for loading in told if loading.step == "Loading weights"]
     assert [loading.done for loading in weights] == list(range(weights[0].total))
     assert len(weights) > 10
+
+
+def test_imports_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    told: list[bool] = []
+    nothing = ModelLoader(parse(["--model", str(tmp_path)]), Progress(), lambda: told.append(True))
+    with pytest.raises(ModelError):
+        nothing.text()
+    assert told
 
 
 @pytest.mark.usefixtures("bars")
