@@ -38,6 +38,9 @@ class Text:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._chat = tokenizer
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        # A tokenizer's file may ask for both, and what a client sends is to be read whole and as it is.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         stop = tokenizer.eos_token_id
         self.stop_token_ids: frozenset[int] = frozenset() if stop is None else frozenset([stop])
 

@@ -15,7 +15,7 @@ from batching.progress import Progress
 from server.loader import ModelLoader
 from server.settings import parse
 from server.text import Detokenizer, StopScanner, TemplateError, Text
-from tests.live import BYTES, END, QUESTION
+from tests.live import BYTES, END, QUESTION, byte_tokenizer, tokens_of
 
 LETTERS = st.text("ab\n", max_size=20)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4)
@@ -162,6 +162,14 @@ def test_a_prompt_ends_where_the_answer_starts() -> None:
     assert decoded(prompt(text, messages, {})) == "<system>Be kind.<|end|><user>a\x00é😀<|end|><assistant>"
     assert decoded(prompt(text, messages, {"enable_thinking": True})).endswith("<assistant><think>")
     assert text.stop_token_ids == {END}
+
+
+def test_a_prompt_is_read_whole_whatever_its_tokenizer_was_last_used_for(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    tokenizer.save_pretrained(tmp_path)
+    assert Text.load(str(tmp_path)).encode("no more, no less") == tuple(tokens_of("no more, no less"))
 
 
 def test_what_the_template_refuses_has_its_own_words() -> None:
