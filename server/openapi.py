@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: what the service serves, from the types that check requests. Runs on the event loop.
+"""The document of /openapi.json, from the types that check requests. Made on a helper thread when first asked for.
 
 A new endpoint is one entry in `OPERATIONS`. The paths without /v1 are left out: they are the same handlers again.
 """
@@ -10,15 +10,11 @@ from typing import Any, TypeAlias
 import orjson
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
-from starlette.requests import Request
-from starlette.responses import Response
 
 from server import replies
 from server.metrics import CONTENT_TYPE
-from server.middleware import ApiKey
 from server.response_request import ResponseRequest
 from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from server.service import Service
 from server.sse import MEDIA_TYPE
 from server.version import VERSION
 
@@ -167,12 +163,6 @@ class Untitled(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
-
-
-async def openapi(request: Request) -> Response:
-    service: Service = request.app.state.service
-    keyed = any(layer.cls is ApiKey for layer in request.app.user_middleware)
-    return Response(encoded(service.settings.served_names[0], keyed), media_type="application/json")
 
 
 @cache

@@ -35,6 +35,12 @@ def packages(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_port_is_open_before_anything_large_is_imported() -> None:
+    late = ["torch", "transformers", "opentelemetry", "server.openapi", "server.replies"]
+    answer = told_by(f"import server.__main__\nprint([name for name in {late} if name in sys.modules])")
+    assert answer.stdout == "[]\n", answer.stderr
+
+
 def test_packages_that_the_service_never_uses_are_not_imported(packages: Path) -> None:
     answer = told_by(LOADED.format(flags=[]), packages)
     assert (answer.returncode, answer.stdout) == (0, "False False\n"), answer.stderr
