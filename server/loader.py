@@ -38,7 +38,7 @@ assisted generation, sounds and images. They take a tenth of the start."""
 class ModelLoader:
     """`Loader` for a model's folder, GGUF file or hub id. All its methods may raise `ModelError`.
 
-    `when_imported` is called once the libraries are imported, before anything is loaded with them.
+    `when_imported` is called one time, after the libraries are imported and before anything is loaded with them.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class ModelLoader:
         self.loading = Loading("Reading the model's files")
         self._progress = progress
         self._when_imported = when_imported
+        self._imported = False
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
         if not settings.trust_remote_code:  # a model's own code may want any package
@@ -57,11 +58,14 @@ class ModelLoader:
     def _import(self) -> None:
         """What both threads use is imported by one: two that import transformers at once may find half of it."""
         with self._locating:
+            if self._imported:
+                return
             from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
             import batching.model  # noqa: F401
 
             self._when_imported()
+            self._imported = True
 
     @property
     def _checkpoint(self) -> str:

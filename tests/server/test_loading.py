@@ -49,12 +49,14 @@ def test_the_loading_of_weights_is_counted(folder: Path, monkeypatch: pytest.Mon
     assert len(weights) > 10
 
 
-def test_imports_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
-    told: list[bool] = []
-    nothing = ModelLoader(parse(["--model", str(tmp_path)]), Progress(), lambda: told.append(True))
-    with pytest.raises(ModelError):
-        nothing.text()
-    assert told
+@pytest.mark.usefixtures("bars")
+def test_imports_are_told_once_before_anything_is_loaded(tmp_path: Path) -> None:
+    told: list[str] = []
+    loader = ModelLoader(parse(["--model", str(tmp_path)]), Progress(), lambda: told.append(loader.loading.step))
+    for part in (loader.text, loader.engine, loader.text):
+        with pytest.raises(ModelError):
+            part()
+    assert told == ["Reading the model's files"]
 
 
 @pytest.mark.usefixtures("bars")
