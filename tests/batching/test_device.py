@@ -54,11 +54,12 @@ def test_in_float32_every_row_is_as_on_stock_generate(kind: str, fused: bool, mo
     assert Run(engine, mixed, first=6, joining=lambda: dice.randint(0, 2)).answers == wanted
 
 
-@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize(("dtype", "invariant"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_row_is_as_it_is_alone(kind: str, invariant: bool) -> None:
+def test_every_row_is_as_it_is_alone(kind: str, dtype: torch.dtype, invariant: bool) -> None:
+    # In bfloat16 sums in another order are another number soon: what --batch-invariant is for.
     model = tiny_model(kind)
-    model.to(device="cuda", dtype=torch.bfloat16)  # type: ignore[call-arg]
+    model.to(device="cuda", dtype=dtype)  # type: ignore[call-arg]
     assert unsupported(model) is None
     engine = PackedEngine(model, lanes=12, token_budget=1500, piece=64, batch_invariant=invariant)
     dice = random.Random(0)
