@@ -89,7 +89,8 @@ def latency_against_throughput(runs: Sequence[RunFigures]) -> Figure:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(plain))
         axes.yaxis.set_minor_formatter(FuncFormatter(plain_where_few))
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
+        right = axes.get_xlim()[1]
+        axes.set_xlim(-0.06 * right, 1.08 * right)  # room for the names of points at either end
         axes.grid(alpha=0.3, which="both")
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
