@@ -27,6 +27,9 @@ LIBRARY_SETTINGS = {
     "GOMP_SPINCOUNT": "10000",
     # The tokenizer is used from several threads of this process, which forks nothing.
     "TOKENIZERS_PARALLELISM": "false",
+    # A product and the sum it goes into are one operation on a GPU, rounded once. Triton 3.9 warns that it will not be
+    # the default for ever.
+    "TRITON_DEFAULT_FP_FUSION": "1",
 }
 """What the libraries below read from the environment when they are first imported; one set by hand wins."""
 
