@@ -33,6 +33,16 @@ def _load(at, mask, ALL: tl.constexpr):
 
 
 @triton.jit
+def _add(scores, values, most, weight, sums):
+    # One more block of keys: the largest scores so far, what the others weigh beside them, and their values' sums.
+    higher = tl.maximum(most, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    fade = tl.exp2(most - higher)
+    sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
+    return higher, weight * fade + tl.sum(weights, 1), sums
+
+
+@triton.jit
 def _prompt_kernel(
     q, k_pool, v_pool, out, bounds, starts, used, head_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
@@ -65,25 +75,15 @@ def _prompt_kernel(
     for begin in range(0, seen_by_all, KEYS):
         keys = _load(k_block + begin * SIZE, inside[:, None], SIZE == BLOCK)
         scores = tl.dot(queries, keys, input_precision="ieee") * factor
-        higher = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(most - higher)
-        weight = weight * fade + tl.sum(weights, 1)
         values = _load(v_block + begin * SIZE, inside[None, :], SIZE == BLOCK)
-        sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
-        most = higher
+        most, weight, sums = _add(scores, values, most, weight, sums)
     for begin in range(seen_by_all, total, KEYS):
         there = begin + key < total
         keys = tl.load(k_block + begin * SIZE, mask=there[None, :] & inside[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision="ieee") * factor
         scores = tl.where((begin + key)[None, :] <= (before + query)[:, None], scores, -float("inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(most - higher)
-        weight = weight * fade + tl.sum(weights, 1)
         values = tl.load(v_block + begin * SIZE, mask=there[:, None] & inside[None, :], other=0.0)
-        sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
-        most = higher
+        most, weight, sums = _add(scores, values, most, weight, sums)
     tl.store(out + mine, (sums / weight[:, None]).to(out.dtype.element_ty), mask=real)
 
 
@@ -157,13 +157,8 @@ def _decode_kernel(
         keys = tl.load(k_pool + place, mask=wanted, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
         scores = tl.where(there[None, :], scores, -float("inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(most - higher)
         values = tl.load(v_pool + place, mask=wanted, other=0.0)
-        sums = sums * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        weight = weight * fade + tl.sum(weights, 1)
-        most = higher
+        most, weight, sums = _add(scores, values, most, weight, sums)
     used = tl.cdiv(length, share)
     if used == 1:
         tl.store(out + mine, (sums / weight[:, None]).to(out.dtype.element_ty), mask=real)
