@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from batching.errors import ModelError
@@ -22,6 +23,10 @@ from batching.errors import ModelError
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
 logger = logging.getLogger(__name__)
+
+READS_GGUF = "5.18"
+"""The first transformers that reads a GGUF file's tokenizer right: the one before gave SmolLM2's a wrong end of the
+answer, and pieces that are no bytes."""
 
 
 def locate(model: str | None, load_format: LoadFormat, cache: Path) -> str:
@@ -134,6 +139,8 @@ def _announce(message: str) -> None:
 def _convert(file: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading {file.name} needs the package gguf: pip install gguf")
+    if Version(transformers.__version__) < Version(READS_GGUF):
+        raise ModelError(f"reading {file.name} needs transformers {READS_GGUF} or newer: pip install -U transformers")
     with explained(f"{file} cannot be converted to safetensors"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:

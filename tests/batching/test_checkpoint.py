@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from batching import checkpoint
@@ -111,6 +112,14 @@ def test_several_gguf_files_in_a_folder_are_ambiguous(load_format: LoadFormat, g
     empty(gguf.with_name("other.gguf"))
     with pytest.raises(ModelError, match=r"2 \.gguf files"):
         locate(str(gguf.parent), load_format, cache)
+
+
+def test_a_transformers_that_reads_gguf_wrongly_is_told(
+    gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ModelError, match=r"tiny.gguf needs transformers 5.18 or newer"):
+        locate(str(gguf), "auto", cache)
 
 
 def test_a_gguf_file_is_not_safetensors(gguf: Path, cache: Path) -> None:
