@@ -121,6 +121,32 @@ def _stages(q: Tensor) -> int:
 
 
 @triton.jit
+def _joined(
+    partial, stats, pair, used, at, few,
+    SPLITS: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    # The splits of one row and KV head put together, in their order, whoever does it: [FEW, BLOCK].
+    top = tl.full([FEW], -float("inf"), tl.float32)
+    whole = tl.zeros([FEW], tl.float32)
+    result = tl.zeros([FEW, BLOCK], tl.float32)
+    for begin in range(0, used, AT_ONCE):
+        other = begin + tl.arange(0, AT_ONCE)
+        theirs = (pair * SPLITS + other[:, None]) * FEW + few[None, :]
+        known = (other < used)[:, None]
+        tops = tl.load(stats + theirs * 2, mask=known, other=-float("inf"), cache_modifier=".cg")
+        wholes = tl.load(stats + theirs * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
+        place = theirs[:, :, None] * BLOCK + at[None, None, :]
+        parts = tl.load(partial + place, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
+        above = tl.maximum(top, tl.max(tops, 0))
+        shares = tl.exp2(tops - above[None, :])
+        fades = tl.exp2(top - above)
+        whole = whole * fades + tl.sum(wholes * shares, 0)
+        result = result * fades[:, None] + tl.sum(parts * shares[:, :, None], 0)
+        top = above
+    return result / whole[:, None]
+
+
+@triton.jit
 def _decode_kernel(
     q, k_pool, v_pool, out, partial, stats, arrived, starts, lengths, head_stride, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr,
@@ -168,28 +194,11 @@ def _decode_kernel(
         tl.store(stats + kept * 2, most, mask=head < FEW)
         tl.store(stats + kept * 2 + 1, weight, mask=head < FEW)
         tl.debug_barrier()
-        # The program that arrives last adds up all splits, in their order: the sum does not depend on who it is.
+        # The program that arrives last puts all splits together.
         if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == used - 1:
             tl.debug_barrier()
             few = tl.arange(0, FEW)
-            top = tl.full([FEW], -float("inf"), tl.float32)
-            whole = tl.zeros([FEW], tl.float32)
-            result = tl.zeros([FEW, BLOCK], tl.float32)
-            for begin in range(0, used, AT_ONCE):
-                other = begin + tl.arange(0, AT_ONCE)
-                theirs = (pair * SPLITS + other[:, None]) * FEW + few[None, :]
-                known = (other < used)[:, None]
-                tops = tl.load(stats + theirs * 2, mask=known, other=-float("inf"), cache_modifier=".cg")
-                wholes = tl.load(stats + theirs * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
-                place = theirs[:, :, None] * BLOCK + at[None, None, :]
-                parts = tl.load(partial + place, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
-                above = tl.maximum(top, tl.max(tops, 0))
-                shares = tl.exp2(tops - above[None, :])
-                fades = tl.exp2(top - above)
-                whole = whole * fades + tl.sum(wholes * shares, 0)
-                result = result * fades[:, None] + tl.sum(parts * shares[:, :, None], 0)
-                top = above
-            result = (result / whole[:, None]).to(out.dtype.element_ty)
+            result = _joined(partial, stats, pair, used, at, few, SPLITS, FEW, BLOCK, AT_ONCE).to(out.dtype.element_ty)
             target = out + (pair * GROUP + few)[:, None] * SIZE + at[None, :]
             tl.store(target, result, mask=(few < GROUP)[:, None] & inside[None, :])
             tl.store(arrived + pair, 0)
