@@ -100,6 +100,48 @@ def _scan_kernel(
 
 
 @triton.jit
+def _mass_of_top_k(
+    row, counts, bias, allowed, found, size, flags, presence, frequency, repetition, largest, temperature, top_k,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Find a floor that `top_k` tokens are above, or their ties. It is looked for at -1, -2, -4 and so on, then halfway,
+    # until one value alone is left between low and high.
+    place = tl.arange(0, BLOCK)
+    low, high, least, bracket = -128.0, 0.0, -128.0, -1.0
+    seeking = True
+    while seeking:
+        middle = tl.where(bracket > -128.0, bracket, (low + high) / 2)
+        above = tl.zeros([BLOCK], tl.int32)
+        next_up = tl.full([BLOCK], float("inf"), tl.float32)
+        next_down = tl.full([BLOCK], -float("inf"), tl.float32)
+        for number in range(BLOCKS):
+            if (tl.load(found + number * 3) - largest) / temperature > low:
+                at = number * BLOCK + place
+                x = _adjusted(row, counts, bias, allowed, at, size, flags, presence, frequency, repetition)
+                scaled = (x - largest) / temperature
+                above += (scaled > middle).to(tl.int32)
+                next_up = tl.minimum(next_up, tl.where(scaled > middle, scaled, float("inf")))
+                next_down = tl.maximum(next_down, tl.where(scaled > middle, -float("inf"), scaled))
+        kept = tl.sum(above, 0)
+        if kept >= top_k:
+            low = middle
+            least = tl.min(next_up, 0)
+            bracket = -128.0
+        else:
+            high = tl.max(next_down, 0)
+            bracket = bracket * 2
+        seeking = (kept != top_k) & (high > least)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for number in range(BLOCKS):
+        if (tl.load(found + number * 3) - largest) / temperature > low:
+            at = number * BLOCK + place
+            x = _adjusted(row, counts, bias, allowed, at, size, flags, presence, frequency, repetition)
+            scaled = (x - largest) / temperature
+            mass += tl.where(scaled > low, tl.exp(scaled), 0.0)
+    return tl.sum(mass, 0)
+
+
+@triton.jit
 def _pick_kernel(
     logits, lanes, ints, floats, counts, bias, allowed, found, places, out, size, words, trash,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
@@ -134,41 +176,11 @@ def _pick_kernel(
         winners = tl.load(places + block * 2 + 1, mask=block < BLOCKS, other=size)
         token = tl.min(tl.where(races == tl.max(races, 0), winners, size), 0)
 
-        if (top_k > 0) & (top_p < 1.0):
-            # top_p is a share of what top_k leaves: find a floor that `top_k` tokens are above, or their ties. It is
-            # looked for at -1, -2, -4 and so on, then halfway, until one value alone is left between low and high.
-            low, high, least, bracket = -128.0, 0.0, -128.0, -1.0
-            seeking = True
-            while seeking:
-                middle = tl.where(bracket > -128.0, bracket, (low + high) / 2)
-                above = tl.zeros([BLOCK], tl.int32)
-                next_up = tl.full([BLOCK], float("inf"), tl.float32)
-                next_down = tl.full([BLOCK], -float("inf"), tl.float32)
-                for number in range(BLOCKS):
-                    if (tl.load(found + number * 3) - largest) / temperature > low:
-                        at = number * BLOCK + place
-                        x = _adjusted(row, counts, bias, allowed, at, size, flags, presence, frequency, repetition)
-                        scaled = (x - largest) / temperature
-                        above += (scaled > middle).to(tl.int32)
-                        next_up = tl.minimum(next_up, tl.where(scaled > middle, scaled, float("inf")))
-                        next_down = tl.maximum(next_down, tl.where(scaled > middle, -float("inf"), scaled))
-                kept = tl.sum(above, 0)
-                if kept >= top_k:
-                    low = middle
-                    least = tl.min(next_up, 0)
-                    bracket = -128.0
-                else:
-                    high = tl.max(next_down, 0)
-                    bracket = bracket * 2
-                seeking = (kept != top_k) & (high > least)
-            mass = tl.zeros([BLOCK], tl.float32)
-            for number in range(BLOCKS):
-                if (tl.load(found + number * 3) - largest) / temperature > low:
-                    at = number * BLOCK + place
-                    x = _adjusted(row, counts, bias, allowed, at, size, flags, presence, frequency, repetition)
-                    scaled = (x - largest) / temperature
-                    mass += tl.where(scaled > low, tl.exp(scaled), 0.0)
-            total = tl.sum(mass, 0)
+        if (top_k > 0) & (top_p < 1.0):  # top_p is a share of what top_k leaves
+            total = _mass_of_top_k(
+                row, counts, bias, allowed, found, size, flags, presence, frequency, repetition, largest, temperature,
+                top_k, BLOCKS, BLOCK,
+            )  # fmt: skip
 
         trying = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
         while trying:
