@@ -39,7 +39,7 @@ from benchmarks.words import LANGUAGES
 from server import sse
 from server.app import create_app
 from server.completion import Completion
-from server.garbage import spare_what_is_loaded
+from server.garbage import search_seldom, spare_what_is_loaded
 from server.loading import Loading
 from server.log import configure, log_event
 from server.metrics import Metrics
@@ -231,6 +231,7 @@ def main() -> None:
     configure("text", "warning")
     logging.captureWarnings(True)
     raise_open_files()
+    search_seldom()
     uvloop.run(serve(asked.streams, asked.tokens, asked.mode))
 
 

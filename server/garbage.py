@@ -8,7 +8,7 @@ with CPython's 700 the searches took a quarter of the time that 2,000 streams ne
 
 
 def search_seldom() -> None:
-    """Called before the model is loaded: what makes most objects then, imports, leaves next to no garbage."""
+    """For good, from before the model is loaded: what makes most objects then, imports, leaves next to no garbage."""
     gc.set_threshold(YOUNG)
 
 
@@ -21,4 +21,3 @@ def spare_what_is_loaded() -> None:
     """Nothing that exists by now is looked at again: modules, the model, the tokenizer."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG)
