@@ -11,7 +11,6 @@ from starlette.responses import Response
 from batching.stream import Stream
 from batching.types import Delta, Finish, Forced, Request, TokenLogprob
 from server.answer import AnswerReader
-from server.body import read_body
 from server.caller import Caller
 from server.completion import Completion
 from server.constrain import grammar_of
@@ -20,11 +19,13 @@ from server.errors import bad_request
 from server.formats import find_format
 from server.logprobs import chat_logprobs
 from server.message import Event, MessageReader, delta, fold
+from server.messages import Message
 from server.qwen import QwenFormat
 from server.reasoning import ReasoningSplitter, leaves_open
+from server.request import read
 from server.respond import plain, streamed
 from server.sampling import sampling
-from server.schema import ChatRequest, Message, parse
+from server.schema import ChatRequest
 from server.service import Service
 from server.text import StopScanner, TemplateError, Text
 from server.tool_format import CallEnded
@@ -33,8 +34,7 @@ from server.tool_prompt import without_tools
 
 async def chat_completions(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
-    service.check_ready()
-    chat = parse(ChatRequest, await read_body(http, service.max_body_bytes))
+    chat = await read(http, ChatRequest)
     return await until_disconnect(http, respond(service, chat, http.state.caller))
 
 

@@ -11,23 +11,22 @@ from starlette.responses import Response
 from batching.stream import Stream
 from batching.types import Delta, Request, TokenLogprob
 from server.answer import AnswerReader
-from server.body import read_body
 from server.caller import Caller
 from server.completion import Completion
 from server.disconnect import until_disconnect
 from server.errors import bad_request
 from server.logprobs import CompletionLogprobs
+from server.request import read
 from server.respond import plain, streamed
 from server.sampling import sampling
-from server.schema import MAX_CHOICES, CompletionRequest, parse
+from server.schema import MAX_CHOICES, CompletionRequest
 from server.service import Service
 from server.text import StopScanner, Text
 
 
 async def completions(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
-    service.check_ready()
-    asked = parse(CompletionRequest, await read_body(http, service.max_body_bytes))
+    asked = await read(http, CompletionRequest)
     return await until_disconnect(http, respond(service, asked, http.state.caller))
 
 

@@ -112,6 +112,7 @@ class Metrics:
         self._duration = histogram("request_duration_seconds", "From arrival to the outcome.", SECONDS_WHOLE, "outcome")
         self._prompt_length = histogram("request_prompt_tokens", "Prompt length of requests that ended.", TOKENS)
         self._output_length = histogram("request_output_tokens", "Answer length of requests that ended.", TOKENS)
+        self.ignored_fields = counter("ignored_fields", "Fields of requests that are not known and were ignored.")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose batch started.")
         self._reused_tokens = counter(
             "reused_prompt_tokens", "Prompt tokens that had been computed for another request."

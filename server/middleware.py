@@ -18,7 +18,10 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
 class RequestId:
-    """Gives each request an id, the client's own `X-Request-Id` if it is fit for a log, and returns it."""
+    """Gives each request an id, the client's own `X-Request-Id` if it is fit for a log, and returns it.
+
+    It also names the fields of the request that were ignored, if any were.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,7 +36,10 @@ class RequestId:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                added = MutableHeaders(scope=message)
+                added["x-request-id"] = request_id
+                if ignored := scope["state"].get("ignored"):
+                    added["x-ignored-fields"] = ignored
             await send(message)
 
         await self._app(scope, receive, send_with_id)

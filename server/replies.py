@@ -28,12 +28,18 @@ class Error(Reply):
     error: ErrorDetails
 
 
+class PromptTokens(Reply):
+    cached_tokens: int
+    """Tokens whose keys and values had been computed for an earlier request."""
+
+
 class Usage(Reply):
     """Tokens. Choices that continue the same prompt count it once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
 
 class LikelyToken(Reply):

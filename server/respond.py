@@ -114,11 +114,20 @@ def cancel(choices: Iterable[Choice]) -> None:
         choice.stream.cancel()
 
 
-def usage(choices: Sequence[Choice]) -> dict[str, int]:
-    """Token counts of an answer. Choices that continue the same prompt count it once, as OpenAI does."""
-    prompts = {id(request.prompt): len(request.prompt) for request in (c.stream.row.request for c in choices)}
-    prompt, output = sum(prompts.values()), sum(choice.stream.output_tokens for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+def usage(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Token counts of an answer. Choices that continue the same prompt count it once, as OpenAI does.
+
+    `cached_tokens`: how many of the prompts' tokens had been computed for other requests.
+    """
+    prompts = {id(row.request.prompt): row for row in (choice.stream.row for choice in choices)}
+    prompt = sum(len(row.request.prompt) for row in prompts.values())
+    output = sum(choice.stream.output_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": sum(row.reused for row in prompts.values())},
+    }
 
 
 class RowsResponse(StreamingResponse):

@@ -253,7 +253,7 @@ class ResponseChoice(ChatChoice):
         output = counts["completion_tokens"]
         return {
             "input_tokens": counts["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": counts["prompt_tokens_details"] | {"cache_write_tokens": 0},
             "output_tokens": output,
             "output_tokens_details": {"reasoning_tokens": min(await self._thought_tokens(), output)},
             "total_tokens": counts["total_tokens"],

@@ -6,19 +6,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, ValidationError, model_validator
 
 from server.errors import ApiError
+from server.fields import Body, Flag, Number, RequestBody, Tokens
+from server.messages import MAX_MESSAGES, Content
 from server.response_events import Json
-from server.schema import (
-    MAX_MESSAGES,
-    Body,
-    ChatRequest,
-    Content,
-    JsonSchema,
-    Number,
-    ResponseFormat,
-    Tokens,
-    explain,
-)
-from server.tools import MAX_TOOLS, CallId, ChosenFunction, Flag, Function, Name, Tool, ToolChoice
+from server.schema import ChatRequest, JsonSchema, ResponseFormat, explain
+from server.tools import MAX_TOOLS, CallId, ChosenFunction, Function, Name, Tool, ToolChoice
 
 CHAT_FIELDS = {"messages": "input", "response_format": "text.format"}
 """What the fields of a chat request are called here."""
@@ -169,7 +161,7 @@ class ReasoningConfig(Body):
     """Accepted and without effect: thinking is shown as it is."""
 
 
-class ResponseRequest(Body):
+class ResponseRequest(RequestBody):
     """`POST /v1/responses`."""
 
     model: str | None = None

@@ -11,23 +11,22 @@ from starlette.responses import Response
 
 from batching.errors import BatchingError
 from batching.types import Request
-from server.body import read_body
 from server.caller import Caller
 from server.chat import prepare, reader
 from server.disconnect import until_disconnect
 from server.errors import ApiError, from_batching
+from server.request import read
 from server.respond import RowsResponse, begun
 from server.response_events import Json, ResponseChoice
 from server.response_request import ResponseRequest, TextConfig, as_chat, renamed
-from server.schema import ChatRequest, parse
+from server.schema import ChatRequest
 from server.service import Service
 from server.tools import NamedChoice
 
 
 async def responses(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
-    service.check_ready()
-    asked = parse(ResponseRequest, await read_body(http, service.max_body_bytes))
+    asked = await read(http, ResponseRequest)
     return await until_disconnect(http, respond(service, asked, http.state.caller))
 
 

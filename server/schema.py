@@ -1,71 +1,43 @@
-"""What a client may send, as types that check it. A field that is not here is refused by name, never ignored."""
+"""What a client may ask for, as types that check it.
+
+Exact about what would change the answer, liberal about the rest: a null is a field left out, a field that this service
+does not know is ignored and named in the answer's headers, and one that it knows but cannot honour is a 400.
+"""
 
 import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
+from pydantic_core import from_json
 
 from server.errors import ApiError, bad_request
-from server.tools import Flag, ToolTurn, ToolUse
+from server.fields import Body, Flag, Int64, Integer, NoEffect, Number, RequestBody, TokenId, Tokens
+from server.messages import Messages
+from server.tools import ToolUse
 
 MAX_STOPS = 16  # OpenAI allows 4
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
-MAX_MESSAGES = 2048
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
 MAX_STOP_LENGTH = 256  # characters; each piece of an answer is searched for each stop string
 GREEDY_BELOW = 0.01  # a smaller temperature only adds rounding noise to the choice of the largest logit
 
-Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
-Tokens = Annotated[int, Field(strict=True, ge=1)]
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-
-
-class Body(BaseModel):
-    """The strings below fields are what /openapi.json says of them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-def _text(content: Any) -> Any:
-    """Content as one string: text parts are joined, no content is empty, anything else is refused by its type."""
-    if content is None:
-        return ""
-    if not isinstance(content, list):
-        return content
-    return "".join(map(_part, content))
-
-
-def _part(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, dict) else None
-        known = kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,30}", kind) else "other"
-        raise ValueError(f"this model reads text only, but a part of type {known} was sent")
-    if not isinstance(part.get("text"), str):
-        raise ValueError("a text part needs a string in its field text")
-    return str(part["text"])
-
-
-class TextPart(BaseModel):
-    """What a part must have, for /openapi.json; other keys of it are not looked at."""
-
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[str | TextPart] | None)]
+UNSUPPORTED = (
+    frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
+    | frozenset(["continue_final_message", "truncate_prompt_tokens", "return_token_ids", "return_tokens_as_token_ids"])
+    | frozenset(["structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"])
+    | frozenset(["regex", "ebnf", "grammar", "json_schema", "bad_words", "allowed_token_ids", "use_beam_search"])
+    | frozenset(["mirostat", "typical_p", "logits_processors"])
+)
+"""Fields of OpenAI's API and of other servers that would change the answer, and that this service does not have."""
 
 
 class JsonSchema(Body):
@@ -101,31 +73,10 @@ def _prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         raise ValueError("a prompt must be a string or a list of token ids") from None
 
 
-TextOrIds = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1)]
+TextOrIds = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[TextOrIds, WrapValidator(_prompt)]
-PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type=Prompt | PromptList)]
-
-
-class Message(ToolTurn):
-    """One turn. Templates may use `name`; the last four are what clients send back of an answer of ours."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = ""
-    name: str | None = None
-    reasoning_content: str | None = None
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-
-    def for_template(self) -> dict[str, Any]:
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": self.content} | self.tool_fields()
-        if self.name:
-            message["name"] = self.name
-        if self.reasoning_content:
-            message["reasoning_content"] = self.reasoning_content
-        return message
 
 
 class StreamOptions(Body):
@@ -136,16 +87,32 @@ class StreamOptions(Body):
 
 
 class TemplateOptions(Body):
-    """The only variables of a chat template that a request may set."""
+    """The only variables of a chat template that a request may set; `thinking` is the same under another name."""
 
     enable_thinking: Flag | None = None
+    thinking: Flag | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _template_is_the_models(cls, value: Any) -> Any:
+        if isinstance(value, dict) and any(value.get(name) is not None for name in ("chat_template", "tokenize")):
+            raise ValueError("the chat template is the model's own and cannot be replaced")
+        return value
+
+    @property
+    def thinks(self) -> bool | None:
+        return self.thinking if self.enable_thinking is None else self.enable_thinking
 
 
 class Thinking(Body):
-    """As the Go rewrite of RAGFlow sends it. `budget_tokens` ends the thinking after so many tokens."""
+    """As Anthropic's API and the Go rewrite of RAGFlow have it. `budget_tokens` ends the thinking after that many."""
 
-    type: Literal["enabled", "disabled"]
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
     budget_tokens: Tokens | None = None
+
+    @property
+    def thinks(self) -> bool | None:
+        return {"enabled": True, "disabled": False}.get(self.type)
 
 
 def _stops(value: Any) -> Any:
@@ -153,7 +120,7 @@ def _stops(value: Any) -> Any:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 Stops = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=Stop | StopList)]
 
 
@@ -161,6 +128,8 @@ def _biases(value: Any) -> Any:
     """Token ids are keys, hence strings, in JSON."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens may have a bias")
     if not all(isinstance(token, str) and re.fullmatch(r"[0-9]{1,9}", token, re.ASCII) for token in value):
         raise ValueError("the keys must be token ids")
     return {int(token): bias for token, bias in value.items()}
@@ -169,30 +138,30 @@ def _biases(value: Any) -> Any:
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Biases = Annotated[
     dict[int, Bias],
-    Field(max_length=1024, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+    Field(max_length=MAX_BIASES, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
     BeforeValidator(_biases),
 ]
 
 
-class Generation(Body):
+class Generation(RequestBody):
     """What every request for generated text may say of the tokens it wants."""
 
     model: str | None = None
     stream: Flag | None = None
     """Whether the answer comes as server-sent events, the last one being `[DONE]`."""
     stream_options: StreamOptions | None = None
-    """Needs `stream`."""
-    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
+    """Means something with `stream` only."""
+    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
     """How many answers to each prompt."""
     max_tokens: Tokens | None = None
     """The answer's greatest length; the service's default if left out, and cut to what fits."""
-    min_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
+    min_tokens: Annotated[Integer, Field(ge=0)] | None = None
     """No stop token is chosen before."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     """Below 0.01 the likeliest token is taken."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     """At 0 the likeliest token is taken."""
-    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, lt=2**31)] | None = None
     """0 and -1: no limit."""
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -204,34 +173,36 @@ class Generation(Body):
     """Choice i is drawn with the seed + i, so each can be had again alone; random if left out."""
     stop: Stops | None = None
     """Strings before which an answer ends."""
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     include_stop_str_in_output: Flag | None = None
     """Whether the stop string that was found ends the text."""
     ignore_eos: Flag | None = None
     """Whether to go on past the model's own end tokens."""
     do_sample: Flag | None = None
     """False: the likeliest token is taken."""
-    priority: Annotated[int, Field(strict=True, ge=-8, le=8)] | None = None
+    priority: Annotated[Integer, Field(ge=-8, le=8)] | None = None
     """Lower is sooner: each step down doubles the request's share of the device."""
-    # They say who asks or how an account is billed, not what is wanted.
-    user: str | None = None
-    """Accepted and without effect."""
-    metadata: dict[str, str] | None = None
-    """Accepted and without effect."""
-    store: Flag | None = None
-    """Accepted and without effect."""
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
-    """Accepted and without effect."""
-    safety_identifier: str | None = None
-    """Accepted and without effect."""
-    prompt_cache_key: str | None = None
-    """Accepted and without effect."""
-
-    @model_validator(mode="after")
-    def _usage_is_for_streams(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("the field stream_options may only be set when stream is true")
-        return self
+    skip_special_tokens: Literal[True] | None = None
+    """As it is here in any case."""
+    add_generation_prompt: Literal[True] | None = None
+    """As it is here in any case."""
+    # They say who asks, how an account is billed, or what would be quicker or shown elsewhere: not what is wanted.
+    user: NoEffect = None
+    metadata: NoEffect = None
+    store: NoEffect = None
+    service_tier: NoEffect = None
+    safety_identifier: NoEffect = None
+    prompt_cache_key: NoEffect = None
+    prompt_cache_retention: NoEffect = None
+    prediction: NoEffect = None
+    verbosity: NoEffect = None
+    include_reasoning: NoEffect = None
+    separate_reasoning: NoEffect = None
+    spaces_between_special_tokens: NoEffect = None
+    cache_control: NoEffect = None
+    extra_content: NoEffect = None
+    extra_body: NoEffect = None
+    drop_params: NoEffect = None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -245,11 +216,11 @@ class Generation(Body):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool(self.stream and self.stream_options and self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def greedy(self) -> bool:
@@ -260,29 +231,29 @@ class Generation(Body):
 class ChatRequest(Generation, ToolUse):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Tokens | None = None
     """`max_tokens` under its newer name, which wins."""
     logprobs: Flag | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """Needs `logprobs`."""
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Needs `logprobs`, unless it is 0."""
     response_format: ResponseFormat | None = None
     parallel_tool_calls: Flag | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     enable_thinking: Flag | None = None
     chat_template_kwargs: TemplateOptions | None = None
     thinking: Thinking | None = None
     thinking_budget: Tokens | None = None
     """Tokens after which thinking is ended."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_token_budget: Tokens | None = None
+    """The same, as vLLM calls it."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """"none" and "minimal" turn thinking off, the others on."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("the field top_logprobs may only be set when logprobs is true")
-        if self.demanded and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("an answer cannot be a demanded tool call and of a response_format at once")
         return self
 
     @property
@@ -296,18 +267,18 @@ class ChatRequest(Generation, ToolUse):
 
     @property
     def budget(self) -> int | None:
-        """Tokens after which thinking must end, in either spelling."""
-        return self.thinking_budget or (self.thinking.budget_tokens if self.thinking else None)
+        """Tokens after which thinking must end, in any spelling."""
+        spelled = self.thinking_budget or self.thinking_token_budget
+        return spelled or (self.thinking.budget_tokens if self.thinking else None)
 
     @property
     def thinks(self) -> bool | None:
         """Whether the request turns thinking on or off, in any of its spellings; None if in none."""
         if self.enable_thinking is not None:
             return self.enable_thinking
-        if self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking is not None:
-            return self.chat_template_kwargs.enable_thinking
-        if self.thinking is not None:
-            return self.thinking.type == "enabled"
+        for spelled in (self.chat_template_kwargs, self.thinking):
+            if spelled is not None and spelled.thinks is not None:
+                return spelled.thinks
         return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
 
@@ -318,21 +289,27 @@ class CompletionRequest(Generation):
     """A text, token ids, or a list of either."""
     echo: Flag | None = None
     """Whether the answer begins with the prompt."""
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    best_of: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
-    suffix: None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """As many as `n`: there are no others to choose from."""
+
+    @model_validator(mode="after")
+    def _all_are_best(self) -> Self:
+        if (self.best_of or 1) > (self.n or 1):
+            raise ValueError("the field best_of may not be larger than n, because every answer is returned")
+        return self
 
     @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """`POST /tokenize`: a text, or a conversation as the model would see it."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: Flag = False
     return_token_strs: Flag = False
     """Whether to answer with the text of each token, too."""
@@ -344,36 +321,60 @@ class TokenizeRequest(Body):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
 
 
-Asked = TypeVar("Asked", bound=BaseModel)
+Asked = TypeVar("Asked", bound=RequestBody)
 
 
-def parse(kind: type[Asked], body: bytes) -> Asked:
-    """The request of this kind in a body of JSON. Raises `ApiError` 400 that names the first field at fault."""
+def parse(kind: type[Asked], body: bytes, *, refuse_unknown: bool = False) -> Asked:
+    """The request of this kind in a body of JSON.
+
+    Raises `ApiError` 400 that names the first field at fault: one of a wrong value, one that would change the answer
+    and is not supported, or with `refuse_unknown` one that is not known.
+    """
+    fields = _decode(body)
+    for name in sorted(UNSUPPORTED - kind.model_fields.keys()):
+        if fields.get(name):
+            raise unsupported(name)
+    ignored = tuple(key for key, value in fields.items() if key not in kind.model_fields and value is not None)
+    if ignored and refuse_unknown:
+        raise unsupported(ignored[0])
     try:
-        return kind.model_validate_json(body)
+        asked = kind.model_validate(fields)
     except ValidationError as error:
         raise explain(error) from None
+    asked.note_ignored(ignored)
+    return asked
+
+
+def _decode(body: bytes) -> dict[str, Any]:
+    try:
+        fields = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        raise bad_request(
+            f"The body is not valid JSON: {str(error).split(' at line')[0]}.", code="invalid_json"
+        ) from None
+    if not isinstance(fields, dict):
+        raise bad_request("The body must be a JSON object.")
+    return fields
+
+
+def unsupported(name: str) -> ApiError:
+    """A field's own name is repeated only where it is fit for a log and a terminal."""
+    shown = name if re.fullmatch(r"[\w.]{1,80}", name, re.ASCII) else None
+    return bad_request(f"The field {shown or 'of that name'} is not supported.", shown, "unsupported_field")
 
 
 def explain(error: ValidationError) -> ApiError:
     """One sentence about the first thing that is wrong. Never repeats a value that was sent."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        reason = message.removeprefix("Invalid JSON: ").split(" at line")[0]
-        return bad_request(f"The body is not valid JSON: {reason}.", code="invalid_json")
     param = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        # The client's own name for a field is repeated only where it is fit for a log and a terminal.
-        shown = param if re.fullmatch(r"[\w.]{1,80}", param, re.ASCII) else None
-        return bad_request(f"The field {shown or 'of that name'} is not supported.", shown, "unsupported_field")
     if not param:
         return bad_request(f"{message[:1].upper()}{message[1:]}.")
     return bad_request(f"{param}: {message[:1].lower()}{message[1:]}.", param)

@@ -113,7 +113,12 @@ class Settings(BaseSettings):
         None, ge=1, description="most tokens, prompts and allowed answers, of one API key's waiting requests"
     )
 
-    # Answers
+    # Requests and answers
+    unknown_fields: Literal["ignore", "refuse"] = Field(
+        "ignore",
+        description="what becomes of a field that is not known: ignored and named in the header x-ignored-fields, or "
+        "refused with a 400",
+    )
     default_max_tokens: int = Field(128, ge=1, description="answer length when the request names none")
     max_output_tokens: int = Field(4096, ge=1, description="most tokens an answer may have, whatever is asked for")
     thinking: bool = Field(False, description="let models that can think do so when the request does not say")

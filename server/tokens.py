@@ -6,17 +6,16 @@ from typing import Any
 from anyio import to_thread
 from starlette.requests import Request as HttpRequest
 
-from server.body import read_body
 from server.chat import render
 from server.errors import bad_request
-from server.schema import DetokenizeRequest, TokenizeRequest, parse
+from server.request import read
+from server.schema import DetokenizeRequest, TokenizeRequest
 from server.service import Service
 
 
 async def tokenize(http: HttpRequest) -> dict[str, Any]:
     service: Service = http.app.state.service
-    service.check_ready()
-    asked = parse(TokenizeRequest, await read_body(http, service.max_body_bytes))
+    asked = await read(http, TokenizeRequest)
     service.served_name(asked.model)
     ids = await to_thread.run_sync(partial(encode, service, asked), limiter=service.encoders)
     shown = {"token_strs": [service.text.decode([token]) for token in ids]} if asked.return_token_strs else {}
@@ -32,8 +31,7 @@ def encode(service: Service, asked: TokenizeRequest) -> tuple[int, ...]:
 
 async def detokenize(http: HttpRequest) -> dict[str, Any]:
     service: Service = http.app.state.service
-    service.check_ready()
-    asked = parse(DetokenizeRequest, await read_body(http, service.max_body_bytes))
+    asked = await read(http, DetokenizeRequest)
     service.served_name(asked.model)
     if any(token >= service.info.vocab_size for token in asked.tokens):
         raise bad_request("A token id is beyond the model's vocabulary.", "tokens")

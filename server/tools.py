@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
+
+from server.fields import Body, Flag
 
 NAME = "^[a-zA-Z0-9_-]{1,64}$"
 MAX_TOOLS = 128  # as in OpenAI's API; also the most calls one turn of the history may hold
@@ -34,12 +34,7 @@ SCHEMAS = (
 )
 
 Name = Annotated[str, Field(strict=True, pattern=NAME)]
-Flag = Annotated[bool, Field(strict=True)]
-CallId = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+CallId = Annotated[str, Field(strict=True)]
 
 
 def _depth(value: Any) -> int:
@@ -98,7 +93,7 @@ def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-class Function(_Body):
+class Function(Body):
     """What a tool is called, does and takes. `strict` asks for calls that always fit `parameters`."""
 
     name: Name
@@ -107,7 +102,7 @@ class Function(_Body):
     strict: Flag | None = None
 
 
-class Tool(_Body):
+class Tool(Body):
     type: Literal["function"]
     function: Function
 
@@ -118,11 +113,11 @@ class Tool(_Body):
         return {"type": "function", "function": {key: value for key, value in shown.items() if value is not None}}
 
 
-class ChosenFunction(_Body):
+class ChosenFunction(Body):
     name: Name
 
 
-class NamedChoice(_Body):
+class NamedChoice(Body):
     """`tool_choice` as an object: this very function must be called."""
 
     type: Literal["function"]
@@ -139,13 +134,13 @@ def _choice(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, WrapValidator(_choice)]
 
 
-class ToolUse(_Body):
+class ToolUse(Body):
     """The fields of a request that offer tools: the request's own type inherits from this one.
 
     `tools: []` means no tools whatever the choice is, because clients send both by default.
     """
 
-    tools: Annotated[list[Tool], BeforeValidator(_tools), Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_tools)] | None = None
     tool_choice: ToolChoice | None = None
 
     @model_validator(mode="after")
@@ -175,20 +170,24 @@ class ToolUse(_Body):
                 return ()
 
 
-class CalledFunction(_Body):
+def _arguments_text(value: Any) -> Any:
+    """Arguments as JSON text; some clients send the object itself."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+class CalledFunction(Body):
     """A function and its arguments as JSON text, or as whatever the model wrote in their place."""
 
     name: Name
-    arguments: Annotated[str, Field(strict=True)] = ""
+    arguments: Annotated[str, Field(strict=True), BeforeValidator(_arguments_text)] = ""
 
 
-class ToolCall(_Body):
-    """A call that an earlier answer made. RAGFlow sends the streamed `index` back; it means nothing here."""
+class ToolCall(Body):
+    """A call that an earlier answer made. Older clients give it no id."""
 
-    id: CallId
+    id: CallId = ""
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: Annotated[int, Field(strict=True, ge=0)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """The call with its arguments as the object that templates want, or as they are if they are no such text."""
@@ -213,19 +212,17 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-class ToolTurn(_Body):
+class ToolTurn(Body):
     """The fields of a message about tools: the message's own type inherits from this one."""
 
     role: str
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: CallId | None = None
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only a message of the role assistant may have tool_calls")
-        if (self.tool_call_id is None) == (self.role == "tool"):
-            raise ValueError("a message of the role tool needs a tool_call_id, and no other may have one")
         return self
 
     def tool_fields(self) -> dict[str, Any]:
@@ -233,6 +230,6 @@ class ToolTurn(_Body):
         fields: dict[str, Any] = {}
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        if self.tool_call_id is not None:
+        if self.role == "tool" and self.tool_call_id is not None:
             fields["tool_call_id"] = self.tool_call_id
         return fields

@@ -44,7 +44,7 @@ def for_template(*messages: object) -> list[dict[str, str]]:
 
 
 REFUSED = {
-    "max_tokens": ["0", "-1", "true", '"12"', "1.5", "1.0", "[]", "9" * 6000],
+    "max_tokens": ["0", "-1", "true", '"12"', "1.5", "[]", "9" * 6000],
     "max_completion_tokens": ["0", "-1", "true", '"12"'],
     "temperature": ["-1", "-1e-40", "NaN", "Infinity", "1e999", "-1e999", "2.1", "true", '"1"', "[0]"],
     "top_p": ["2", "-0.1", "NaN", "1e999", "true"],
@@ -53,11 +53,10 @@ REFUSED = {
     "presence_penalty": ["2.1", "-2.1", "NaN", "1e999"],
     "frequency_penalty": ["2.1", "-2.1", "NaN", "1e999"],
     "repetition_penalty": ["0", "-1", "10.1", "NaN", "1e999"],
-    "seed": [str(2**63), str(-(2**63) - 1), str(2**200), "1.0", "1e999", "true", '"7"'],
+    "seed": [str(2**63), str(-(2**63) - 1), str(2**200), "1e999", "true", '"7"'],
     "stop": ['""', '[""]', '["a", ""]', "[1]", "[null]", "{}", "7", f'"{"x" * (MAX_STOP_LENGTH + 1)}"'],
     "stream": ["1", '"true"', "0"],
-    "n": ["0", "17", str(HUGE), str(2**64), "true", "1.0", '"1"'],
-    "best_of": ["2", str(HUGE)],
+    "n": ["0", "17", str(HUGE), str(2**64), "true", "1.5", '"1"'],
     "logprobs": ['"yes"', "1"],
     "top_logprobs": ["21", "-1", "true", str(HUGE)],
     "logit_bias": ['{"-1": 5}', '{"x": 5}', '{"1": 101}', '{"1": 1e300}', '{"1": NaN}', '{"1": true}', "[]"],
@@ -69,11 +68,17 @@ REFUSED = {
     "ignore_eos": ["1"],
     "enable_thinking": ["1", '"yes"'],
     "thinking": ["true", '{"type": "maybe"}', "{}", '{"type": "enabled", "budget_tokens": 0}'],
+    "modalities": ['["audio"]', '["text", "audio"]', "[" + "1," * HUGE + "1]"],
+    "audio": ['{"voice": "alloy", "format": "wav"}'],
+    "web_search_options": ['{"search_context_size": "low"}'],
+    "continue_final_message": ["true"],
+    "add_generation_prompt": ["false"],
+    "skip_special_tokens": ["false"],
+    "guided_json": ['{"type": "object"}'],
     "chat_template_kwargs": ['{"chat_template": "{{ 1 }}"}', '{"tokenize": true}', '{"enable_thinking": 1}', "7"],
     "chat_template": ['"{{ 1 }}"'],
     "stop_token_ids": ["[9223372036854775808]"],
     "response_format": ['{"type": "json_schema"}'],
-    "user": ["7"],
 }
 
 
@@ -103,7 +108,19 @@ ACCEPTED: dict[str, list[Any]] = {
     "tool_choice": ["auto", "none", None],
     "do_sample": [True, False, None],
     "ignore_eos": [True, None],
-    "user": ["someone", None],
+    "user": ["someone", 7, None],
+    "modalities": [["text"], None],
+    "skip_special_tokens": [True, None],
+    "add_generation_prompt": [True, None],
+    "verbosity": ["low", None],
+    "prediction": [{"type": "content", "content": "Hello"}, None],
+    "prompt_cache_retention": ["24h", None],
+    "include_reasoning": [True, False, None],
+    "extra_body": [{}, None],
+    "drop_params": [True, None],
+    "top_logprobs": [0, None],
+    "service_tier": ["scale", None],
+    "metadata": [{"a": 1}, None],
 }
 
 
@@ -169,13 +186,21 @@ def test_thinking_is_switched_in_any_of_three_spellings(fields: dict[str, Any], 
     assert accepted(**fields).thinks is thinks
 
 
-def test_stream_options_need_a_stream() -> None:
-    options = {"include_usage": True}
-    assert accepted(stream=True, stream_options=options).stream_options is not None
-    for fields in ({}, {"stream": False}):
-        assert (
-            "stream_options" in refused(orjson.dumps({"messages": HI, "stream_options": options} | fields))["message"]
-        )
+def test_stream_options_mean_something_in_a_stream_alone() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    streamed, plain = (accepted(stream=stream, stream_options=options) for stream in (True, False))
+    assert (streamed.include_usage, streamed.continuous_usage) == (True, True)
+    assert (plain.include_usage, plain.continuous_usage) == (False, False)
+
+
+def test_counts_in_every_event_come_only_with_a_count_at_the_end() -> None:
+    assert not accepted(stream=True, stream_options={"continuous_usage_stats": True}).continuous_usage
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "n", "seed", "top_k", "min_tokens", "priority"])
+def test_a_whole_number_may_be_written_with_a_point(field: str) -> None:
+    found = getattr(accepted(**{field: 2.0}), field)
+    assert (found, type(found)) == (2, int)
 
 
 def test_content_may_be_a_string_null_absent_or_text_parts() -> None:
@@ -229,22 +254,107 @@ def test_content_of_any_other_kind_is_refused(content: object) -> None:
     assert refused(orjson.dumps({"messages": [{"role": "user", "content": content}]}))["param"] == "messages.0.content"
 
 
-@pytest.mark.parametrize("field", [{"role": "tool"}, {"tool_calls": [{}]}, {"function_call": {}}, {"role": None}])
+@pytest.mark.parametrize("field", [{"tool_calls": [{}]}, {"function_call": {}}, {"role": None}])
 def test_a_message_that_cannot_be_served_is_refused(field: dict[str, Any]) -> None:
     assert refused(orjson.dumps({"messages": [{"role": "user", "content": "x"} | field]}))["param"].startswith(
         "messages.0"
     )
 
 
-def test_an_unknown_field_is_named_wherever_it_is() -> None:
-    assert "best_of" in refused(orjson.dumps({"messages": HI, "best_of": 1}))["message"]
-    assert "messages.0.weight" in refused(orjson.dumps({"messages": [HI[0] | {"weight": 1}]}))["message"]
+STORED = {"id": "a1", "files": [], "conversationId": "c1", "created_at": 1.5, "doc_ids": []}
+"""What RAGFlow's chats keep beside a message."""
+
+ANSWERED = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None}
+"""What openai-python's `model_dump` adds to one."""
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [STORED, ANSWERED, {"provider_specific_fields": {"x": 1}}, {"reasoning_details": [{"text": "hm"}]}, {"": 1}],
+)
+def test_what_a_client_keeps_beside_a_message_changes_nothing(beside: dict[str, Any]) -> None:
+    for turn in ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}):
+        assert for_template(turn | beside) == for_template(turn)
+
+
+@pytest.mark.parametrize(
+    ("turn", "field", "shown"),
+    [
+        ({"reasoning": "hm"}, "reasoning_content", "hm"),
+        ({"reasoning": {"effort": "low"}, "content": "x"}, "content", "x"),
+        ({"content": None, "refusal": "No."}, "content", "No."),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "content", "No."),
+        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "x"}]}, "content", "x"),
+        ({"content": [{"type": "thinking", "thinking": "hm"}]}, "reasoning_content", "hm"),
+        ({"content": [{"type": "output_text", "text": "x", "annotations": []}]}, "content", "x"),
+    ],
+)
+def test_an_assistant_is_understood_in_every_spelling(turn: dict[str, Any], field: str, shown: str) -> None:
+    assert for_template({"role": "assistant"} | turn)[0][field] == shown
+
+
+def test_older_and_newer_forms_of_a_call_and_its_result_are_the_same_turns() -> None:
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    old = [
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "add", "content": "1"},
+    ]
+    new: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "", "type": "function", "function": call}]},
+        {"role": "tool", "name": "add", "content": [{"type": "text", "text": "1"}]},
+    ]
+    as_object = [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}, new[1]]
+    assert for_template(*old) == for_template(*new) == for_template(*as_object)
+
+
+def nulled(value: Any) -> Any:
+    """The same value with a null of an odd name, and one of a known name, in every object."""
+    if isinstance(value, list):
+        return [nulled(item) for item in value]
+    if isinstance(value, dict):
+        return {"nothing": None, "description": None} | {key: nulled(item) for key, item in value.items()}
+    return value
+
+
+def test_null_is_as_good_as_absent_everywhere() -> None:
+    body: dict[str, Any] = {
+        "messages": [*HI, {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "response_format": {"type": "text"},
+        "chat_template_kwargs": {"enable_thinking": True},
+        "thinking": {"type": "enabled"},
+    }
+    every = dict.fromkeys(ChatRequest.model_fields)
+    assert parse(ChatRequest, orjson.dumps(every | nulled(body))) == parse(ChatRequest, orjson.dumps(body))
+
+
+def test_an_unknown_field_is_ignored_and_named() -> None:
+    asked = accepted(foo=1, bar={"x": []}, baz=None)
+    assert asked.model_dump() == accepted().model_dump()
+    assert asked.ignored == ("foo", "bar")
+
+
+def strictly(body: dict[str, Any]) -> dict[str, Any]:
+    """The error object of a request with unknown fields where those are refused."""
+    with pytest.raises(ApiError) as caught:
+        parse(ChatRequest, orjson.dumps(body), refuse_unknown=True)
+    text = caught.value.body().decode()
+    assert not RETRIED.search(text), text
+    error: dict[str, Any] = orjson.loads(text)["error"]
+    assert error["code"] == "unsupported_field"
+    return error
+
+
+def test_an_unknown_field_can_be_refused_by_name() -> None:
+    assert "best_of" in strictly({"messages": HI, "best_of": 1})["message"]
+    parse(ChatRequest, orjson.dumps({"messages": [HI[0] | {"weight": 1}], "foo": None}), refuse_unknown=True)
 
 
 @pytest.mark.parametrize("name", ["", "é", "a b", "x" * 100, "\x1b[31m", "<script>", 'a"b', "\x00"])
 def test_a_field_whose_name_is_not_fit_to_be_repeated_is_refused_without_it(name: str) -> None:
-    error = refused(orjson.dumps({"messages": HI, name: 1}))
-    assert error["code"] == "unsupported_field"
+    error = strictly({"messages": HI, name: 1})
     assert error["param"] is None
     assert not name or name not in error["message"]
 
@@ -253,9 +363,9 @@ WORDS = ["429", "500", "502", "503", "504", "rate_limit", "rate.limit", "server"
 NUMBERS = ["42", "9", "50", "3", "4", "rate", "limit", "ser", "ver", "_", "."]
 
 
-@given(st.lists(st.sampled_from(WORDS + NUMBERS), min_size=1, max_size=6).map("".join), st.booleans())
-def test_no_name_of_a_field_makes_a_refusal_look_like_a_passing_trouble(name: str, nested: bool) -> None:
-    refused(orjson.dumps({"messages": [HI[0] | {name: 1}]} if nested else {"messages": HI, name: 1}))
+@given(st.lists(st.sampled_from(WORDS + NUMBERS), min_size=1, max_size=6).map("".join))
+def test_no_name_of_a_field_makes_a_refusal_look_like_a_passing_trouble(name: str) -> None:
+    strictly({"messages": HI, name: 1})
 
 
 @given(st.integers(429, 504) | st.sampled_from([5000, 42900, 450_000]))

@@ -1,0 +1,52 @@
+"""What the types of requests are made of: a base that is liberal about what it does not know, and strict numbers.
+
+Lists say `fail_fast`: what is wrong with the first bad item is enough, and a million errors take seconds to build.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+
+class Body(BaseModel):
+    """An object inside a request. A null is as good as a field left out, and fields that are not here are ignored.
+
+    The strings below fields are what /openapi.json says of them.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class RequestBody(Body):
+    """A whole request. `ignored` names the top-level fields that were sent and are not known here."""
+
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self._ignored
+
+    def note_ignored(self, names: tuple[str, ...]) -> None:
+        self._ignored = names
+
+
+def _integral(value: Any) -> Any:
+    """2.0 is 2: languages without integers write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Flag = Annotated[bool, Field(strict=True)]
+Integer = Annotated[int, Field(strict=True), BeforeValidator(_integral, json_schema_input_type=int)]
+Int64 = Annotated[Integer, Field(ge=-(2**63), lt=2**63)]
+Tokens = Annotated[Integer, Field(ge=1)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+"""Without `_integral`, which would be a call for each of a prompt's tokens."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+NoEffect = Annotated[Any, Field(description="Accepted and without effect.")]
+"""A field that this service knows, and that would not change an answer here."""

@@ -1,0 +1,41 @@
+"""From an HTTP request to a checked one: its body is read, decoded and checked, off the event loop if it is large."""
+
+import logging
+import re
+from functools import partial
+from typing import TypeVar
+
+from anyio import to_thread
+from starlette.requests import Request
+
+from server.body import read_body
+from server.fields import RequestBody
+from server.schema import parse
+from server.service import Service
+
+logger = logging.getLogger(__name__)
+
+INLINE_BYTES = 65_536
+"""A body of this size is decoded and checked in about a millisecond; larger ones go to a helper thread."""
+
+MAX_NAMED = 20  # ignored fields that a header and a log line name
+FIT = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+Asked = TypeVar("Asked", bound=RequestBody)
+
+
+async def read(http: Request, kind: type[Asked]) -> Asked:
+    """The request of this kind. Raises `ApiError`: 400, 408 or 413, or 503 unless requests are taken.
+
+    Fields that were ignored are named in the answer's `x-ignored-fields`, which `RequestId` writes.
+    """
+    service: Service = http.app.state.service
+    service.check_ready()
+    body = await read_body(http, service.max_body_bytes)
+    check = partial(parse, kind, body, refuse_unknown=service.settings.unknown_fields == "refuse")
+    asked = check() if len(body) <= INLINE_BYTES else await to_thread.run_sync(check, limiter=service.encoders)
+    if asked.ignored:
+        http.app.state.metrics.ignored_fields.inc(len(asked.ignored))
+        http.state.ignored = ", ".join(name if FIT.fullmatch(name) else "?" for name in asked.ignored[:MAX_NAMED])
+        logger.debug("request %s: ignored fields %s", http.state.caller.request_id, http.state.ignored)
+    return asked
