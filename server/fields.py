@@ -3,7 +3,7 @@
 Lists say `fail_fast`: what is wrong with the first bad item is enough, and a million errors take seconds to build.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -23,8 +23,12 @@ class Body(BaseModel):
 
 
 class RequestBody(Body):
-    """A whole request. `ignored` names the top-level fields that were sent and are not known here."""
+    """A whole request. `ignored` names the top-level fields that were sent and are not known here.
 
+    `unsupported` are those that would change the answer if they were honoured, and that are refused for it.
+    """
+
+    unsupported: ClassVar[frozenset[str]] = frozenset()
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -41,9 +45,9 @@ def _integral(value: Any) -> Any:
 
 
 Flag = Annotated[bool, Field(strict=True)]
-Integer = Annotated[int, Field(strict=True), BeforeValidator(_integral, json_schema_input_type=int)]
-Int64 = Annotated[Integer, Field(ge=-(2**63), lt=2**63)]
-Tokens = Annotated[Integer, Field(ge=1)]
+Integral = BeforeValidator(_integral)
+Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63), Integral]
+Tokens = Annotated[int, Field(strict=True, ge=1), Integral]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 """Without `_integral`, which would be a call for each of a prompt's tokens."""
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]

@@ -22,7 +22,8 @@ Json: TypeAlias = dict[str, Any]
 
 ABOUT = """An OpenAI-compatible server of one model that answers several requests in one batch.
 
-Every path under /v1 is also there without it. A field that is not listed is refused by its name, never ignored.
+Every path under /v1 is also there without it. A field that is not listed is ignored and named in the
+answer's X-Ignored-Fields, unless it would change the answer and cannot be honoured: then it is refused by its name.
 An answer names its request in X-Request-Id, which a client may set: up to 64 letters, digits and characters of `_.:-`.
 """
 

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from server.errors import ApiError, bad_request
-from server.fields import Body, Flag, Int64, Integer, NoEffect, Number, RequestBody, TokenId, Tokens
+from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens
 from server.messages import Messages
 from server.tools import ToolUse
 
@@ -146,22 +146,24 @@ Biases = Annotated[
 class Generation(RequestBody):
     """What every request for generated text may say of the tokens it wants."""
 
+    unsupported = UNSUPPORTED
+
     model: str | None = None
     stream: Flag | None = None
     """Whether the answer comes as server-sent events, the last one being `[DONE]`."""
     stream_options: StreamOptions | None = None
     """Means something with `stream` only."""
-    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), Integral] | None = None
     """How many answers to each prompt."""
     max_tokens: Tokens | None = None
     """The answer's greatest length; the service's default if left out, and cut to what fits."""
-    min_tokens: Annotated[Integer, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
     """No stop token is chosen before."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     """Below 0.01 the likeliest token is taken."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     """At 0 the likeliest token is taken."""
-    top_k: Annotated[Integer, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31), Integral] | None = None
     """0 and -1: no limit."""
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -180,7 +182,7 @@ class Generation(RequestBody):
     """Whether to go on past the model's own end tokens."""
     do_sample: Flag | None = None
     """False: the likeliest token is taken."""
-    priority: Annotated[Integer, Field(ge=-8, le=8)] | None = None
+    priority: Annotated[int, Field(strict=True, ge=-8, le=8), Integral] | None = None
     """Lower is sooner: each step down doubles the request's share of the device."""
     skip_special_tokens: Literal[True] | None = None
     """As it is here in any case."""
@@ -235,7 +237,7 @@ class ChatRequest(Generation, ToolUse):
     max_completion_tokens: Tokens | None = None
     """`max_tokens` under its newer name, which wins."""
     logprobs: Flag | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     """Needs `logprobs`, unless it is 0."""
     response_format: ResponseFormat | None = None
     parallel_tool_calls: Flag | None = None
@@ -285,12 +287,14 @@ class ChatRequest(Generation, ToolUse):
 class CompletionRequest(Generation):
     """`POST /v1/completions`: a prompt as text or token ids, or several, each with an answer of its own."""
 
+    unsupported = UNSUPPORTED | {"messages", "tools", "functions", "response_format", "max_completion_tokens"}
+
     prompt: Prompts
     """A text, token ids, or a list of either."""
     echo: Flag | None = None
     """Whether the answer begins with the prompt."""
-    logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), Integral] | None = None
     """As many as `n`: there are no others to choose from."""
 
     @model_validator(mode="after")
@@ -338,7 +342,7 @@ def parse(kind: type[Asked], body: bytes, *, refuse_unknown: bool = False) -> As
     and is not supported, or with `refuse_unknown` one that is not known.
     """
     fields = _decode(body)
-    for name in sorted(UNSUPPORTED - kind.model_fields.keys()):
+    for name in sorted(kind.unsupported):
         if fields.get(name):
             raise unsupported(name)
     ignored = tuple(key for key, value in fields.items() if key not in kind.model_fields and value is not None)

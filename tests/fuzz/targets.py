@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from server import sse
 from server.completion import Completion
 from server.errors import RETRIED, ApiError
+from server.fields import RequestBody
 from server.message import MessageReader, delta, fold
 from server.qwen import ToolCallParser
 from server.reasoning import ReasoningSplitter
@@ -24,7 +25,7 @@ from server.schema_check import check, inline, parameters_of
 from server.text import Detokenizer, StopScanner, Text
 from tests.live import BYTES, END
 
-KINDS: tuple[type[BaseModel], ...] = (
+KINDS: tuple[type[RequestBody], ...] = (
     ChatRequest,
     CompletionRequest,
     ResponseRequest,
@@ -95,7 +96,7 @@ def fuzz_request(data: bytes) -> None:
     assert len(told) < 1000, told
 
 
-def _refusal(kind: type[BaseModel], body: bytes) -> ApiError | None:
+def _refusal(kind: type[RequestBody], body: bytes) -> ApiError | None:
     try:
         _use(parse(kind, body))
     except ApiError as error:
@@ -103,7 +104,7 @@ def _refusal(kind: type[BaseModel], body: bytes) -> ApiError | None:
     return None
 
 
-def built(kind: type[BaseModel], data: bytes) -> bytes:
+def built(kind: type[RequestBody], data: bytes) -> bytes:
     """A body whose fields are known ones and whose values the bytes choose, because few bytes at random are JSON."""
     choices = iter(data)
     names = [*kind.model_fields, *MEMBERS]

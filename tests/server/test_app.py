@@ -132,17 +132,26 @@ def test_usage_comes_in_one_trailing_chunk_if_it_was_asked_for() -> None:
     assert last.usage == plain.usage
 
 
+SO_FAR = {"include_usage": True, "continuous_usage_stats": True}
+
+
 def test_usage_so_far_comes_in_every_chunk_if_it_was_asked_for() -> None:
     with live(scripted("Hello!", stepped=True)) as service:
         service.engine.release(100)
-        *chunks, last = frames(service.chat(stream=True, stream_options={"continuous_usage_stats": True}))
+        *chunks, last = frames(service.chat(stream=True, stream_options=SO_FAR))
         plain = service.chat().json()
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert last == "[DONE]"
-    assert all(chunk["choices"] for chunk in chunks)
+    assert [bool(chunk["choices"]) for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     assert counts == sorted(counts)
     assert counts[0] >= 1
     assert chunks[-1]["usage"] == plain["usage"]
+
+
+def test_usage_so_far_without_usage_at_the_end_is_none() -> None:
+    with live() as service:
+        *chunks, _ = frames(service.chat(stream=True, stream_options={"continuous_usage_stats": True}))
+    assert all("usage" not in chunk for chunk in chunks)
 
 
 def test_a_stream_is_framed_for_proxies_and_ends_with_done() -> None:
@@ -410,10 +419,33 @@ def test_what_is_wrong_with_a_body_is_a_400_that_openai_s_client_understands() -
         error_of(service.post(b"{"), 400, "invalid_json")
         error_of(service.post(b""), 400, "invalid_json")
         error_of(service.post(b"\xff"), 400, "invalid_json")
-        error_of(service.chat(best_of=10**6), 400, "unsupported_field")
+        error_of(service.chat(audio={"voice": "alloy"}), 400, "unsupported_field")
         refused = error_of(service.chat(messages=[{"role": "user", "content": "refuse me"}]), 400, None)
         assert "refused" in refused["message"]
         assert not service.engine.batches
+
+
+def test_ignored_fields_are_named_in_the_answer_and_counted() -> None:
+    with live() as service:
+        answer = service.chat(foo=1, **{"bär": 2, "x-y": 3, "nothing": None})
+        assert answer.status_code == 200
+        assert answer.headers["x-ignored-fields"] == "foo, ?, x-y"
+        assert service.chat(stream=True, foo=1).headers["x-ignored-fields"] == "foo"
+        assert "x-ignored-fields" not in service.chat().headers
+        assert len(service.chat(**{f"f{n}": n for n in range(1000)}).headers["x-ignored-fields"].split(", ")) == 20
+        assert service.sample("microbatch_ignored_fields_total") == 3 + 1 + 1000
+
+
+def test_unknown_fields_are_refused_where_the_operator_wants_it() -> None:
+    with live(unknown_fields="refuse") as service:
+        assert error_of(service.chat(foo=1), 400, "unsupported_field")["param"] == "foo"
+        assert service.chat(foo=None).status_code == 200
+
+
+def test_a_large_body_is_as_good_as_a_small_one() -> None:
+    with live() as service:
+        assert service.chat(user="x" * 200_000, foo=1).headers["x-ignored-fields"] == "foo"
+        error_of(service.chat(user="x" * 200_000, n="many"), 400, None)
 
 
 def test_text_that_is_odd_is_answered() -> None:
@@ -765,6 +797,7 @@ CONTRACT = {
     "microbatch_request_prompt_tokens": "histogram",
     "microbatch_request_output_tokens": "histogram",
     "microbatch_prompt_tokens": "counter",
+    "microbatch_ignored_fields": "counter",
     "microbatch_reused_prompt_tokens": "counter",
     "microbatch_output_tokens": "counter",
     "microbatch_finished_requests": "counter",
@@ -893,12 +926,12 @@ def test_what_clients_write_is_never_logged(caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.DEBUG)
     with live(scripted("my-answer"), api_keys=("my-key",)) as service:
         key = {"authorization": "Bearer my-key"}
-        for fields in ({}, {"stream": True}, {"n": 5}, {"stop": ["my-stop", ""]}, {"my-field": 1}):
+        for fields in ({}, {"stream": True}, {"n": 5}, {"stop": ["my-stop", ""]}, {"my-field": "my-value"}):
             service.chat(messages=[{"role": "user", "content": "my-prompt"}], headers=key, **fields)
         service.chat(messages=[{"role": "user", "content": "my-prompt"}], headers={"authorization": "Bearer my-guess"})
     text = "\n".join(JsonFormatter().format(record) for record in ours(caplog))
     assert "state ready" in text
-    assert not any(secret in text for secret in ("my-prompt", "my-answer", "my-key", "my-stop", "my-guess", "my-field"))
+    assert not any(secret in text for secret in ("my-prompt", "my-answer", "my-key", "my-stop", "my-guess", "my-value"))
 
 
 @pytest.mark.parametrize(

@@ -229,9 +229,9 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "lists a thousand deep": (TEXT, prompt_of(DEEP)),
     "lists a hundred thousand deep": (CHAT, b"[" * 100_000),
     "lists a thousand deep to tokenize": ("/tokenize", prompt_of(DEEP)),
-    "arguments of a call that are no text": (
+    "arguments of a call that are neither text nor an object": (
         CHAT,
-        chat(messages=[{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {}}}]}]),
+        chat(messages=[{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": []}}]}]),
     ),
 }
 

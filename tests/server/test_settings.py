@@ -34,6 +34,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "queue_size": ("9", 9),
     "key_queue_size": ("5", 5),
     "key_queue_tokens": ("9000", 9000),
+    "unknown_fields": ("refuse", "refuse"),
     "default_max_tokens": ("64", 64),
     "max_output_tokens": ("512", 512),
     "thinking": ("true", True),
