@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from batching.admission import seconds_late
+from batching.admission import ServiceRate, seconds_late
 from batching.engine import Engine
 from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull, TooBusy
 from batching.events import (
@@ -32,9 +32,7 @@ from batching.events import (
     broadcast,
 )
 from batching.queue import BatchLimits, QueueLimits, RowQueue
-from batching.rate import ServiceRate
-from batching.row import Row
-from batching.stream import Stream
+from batching.stream import Row, Stream
 from batching.types import ModelInfo, Request
 from batching.worker import News, Worker
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
-from batching.row import Row
+from batching.stream import Row
 from batching.types import ModelInfo, TokenLogprob
 
 NO_LOGPROBS: Mapping[int, TokenLogprob] = MappingProxyType({})
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     `run` blocks until every row is over. It may raise `OutOfMemory` (the worker splits the batch and tries again)
     or anything else: every row of the batch gets an error, and the worker goes on with the next batch unless the error
-    leaves the device unusable (`batching/device_errors.py`).
+    leaves the device unusable (`batching/errors.py`).
     """
 
     @property

@@ -51,3 +51,15 @@ class Stuck(EngineError):
 
 class OutOfMemory(EngineError):
     """The device ran out of memory with this row alone in a batch, or after it had sent tokens."""
+
+
+SHORTAGE = ("out of memory", "ALLOC_FAILED")
+"""CUDA errors that pass once memory is free."""
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether only a restart helps after this error. Known by name and text, so that torch need not be imported."""
+    text = str(error)
+    if any(shortage in text for shortage in SHORTAGE):
+        return False
+    return "CUDA error" in text or any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from batching.checkpoint import LoadFormat, explained
 from batching.errors import ModelError
-from batching.memory import free_bytes
+from batching.memory import free_bytes, total_bytes
+from batching.types import ModelInfo
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DUMMY_SEED = 0
@@ -79,6 +80,40 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def describe(
+    model: PreTrainedModel, window: int, budget: int, stops: frozenset[int], *, joins: bool = False
+) -> ModelInfo:
+    """`window` and `budget` in tokens; a row must fit both."""
+    return ModelInfo(
+        device=_named(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=model.num_parameters(),
+        vocab_size=model.config.get_text_config().vocab_size,
+        context_window=min(window, budget),
+        token_budget=budget,
+        stop_token_ids=stops,
+        joins=joins,
+        device_memory=total_bytes(model.device),
+    )
+
+
+def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The end-of-text ids that the model's files name."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def window_of(model: PreTrainedModel, wanted: int | None) -> int:
+    """Tokens a row may have: what was asked for, at most what the model was made for. Raises `ModelError`."""
+    made_for = int(model.config.get_text_config().max_position_embeddings)
+    if wanted is not None and wanted > made_for:
+        raise ModelError(f"a context window of {wanted} was asked for, but the model was made for {made_for}")
+    return wanted or made_for
+
+
 def _device_count(kind: str) -> int:
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -129,3 +164,7 @@ def _check_complete(missing: list[str]) -> None:
     # The library only warns, and serves random numbers in their place.
     if missing:
         raise ModelError(f"the checkpoint lacks {len(missing)} weights of the model, {missing[0]} among them")
+
+
+def _named(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

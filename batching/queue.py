@@ -17,7 +17,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from batching.row import Row
+from batching.stream import Row
 from batching.types import Request
 
 MAX_PASSED_OVER = 3

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from batching.adjustments import Adjustment, Bias, Forcing, Penalties, column
-from batching.constraint import Constraints
-from batching.logprobs import Logprobs
+from batching.grammar import Constraints
+from batching.logits_processors import Adjustment, Bias, Forcing, Penalties, column
 from batching.types import Request, Sampling, TokenLogprob
 
 CANDIDATES = 256
@@ -157,3 +156,33 @@ class Filter:
         # top_p is a share of what top_k leaves, so all of that has to be there.
         total_known = (top_k == OFF) | (top_p == OFF)
         return smallest, all_of_k | (total_known & ~kept[:, -1:])
+
+
+class Logprobs:
+    """Of one batch: `read` a step's logits before they are changed, `note` the tokens that came of them."""
+
+    def __init__(self, rows: list[int], requests: Sequence[Request], device: torch.device) -> None:
+        self._places = rows
+        self._rows = torch.tensor(rows, device=device)
+        self._wanted = [requests[row].sampling.top_logprobs or 0 for row in rows]
+        self.noted: dict[int, TokenLogprob] = {}
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> "Logprobs | None":
+        """Those of a batch, or None if no row asks."""
+        rows = [row for row, request in enumerate(requests) if request.sampling.top_logprobs is not None]
+        return cls(rows, requests, device) if rows else None
+
+    def read(self, logits: Tensor) -> None:
+        """Logits [all rows, vocabulary], not kept."""
+        self._all = logits[self._rows].log_softmax(-1)
+
+    def note(self, tokens: Tensor) -> None:
+        """Tokens [all rows] -> `noted`, by row."""
+        chosen = tokens[self._rows]
+        own = self._all.gather(-1, chosen[:, None]).squeeze(-1).tolist()
+        values, ids = (found.tolist() for found in self._all.topk(max(self._wanted)))
+        self.noted = {
+            row: TokenLogprob(token, own[at], tuple(zip(ids[at][:wanted], values[at][:wanted], strict=True)))
+            for at, (row, token, wanted) in enumerate(zip(self._places, chosen.tolist(), self._wanted, strict=True))
+        }

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from batching.constraint import Grammar
+    import numpy
+    from numpy.typing import NDArray
+
+Words: TypeAlias = "NDArray[numpy.int32]"
+"""A set of tokens: token t is bit t % 32 of word t // 32."""
 
 
 class Finish(StrEnum):
@@ -60,6 +64,29 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+class Matcher(Protocol):
+    """One row's place in its grammar. Only ever called by one thread at a time. Both methods may raise anything."""
+
+    def fill(self, allowed: Words) -> bool:
+        """Add the tokens that may come next to `allowed`, which comes empty; True if the text may end here.
+
+        Nothing to add and True: the grammar is complete.
+        """
+        ...
+
+    def advance(self, token: int) -> None:
+        """Take a token. Raises ValueError if it may not come next."""
+        ...
+
+
+class Grammar(Protocol):
+    """A compiled grammar, immutable and shared by any number of rows."""
+
+    def matcher(self) -> Matcher:
+        """A new row's place: the grammar's beginning. Any thread."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from batching.device_errors import is_sticky
 from batching.engine import NO_LOGPROBS, Engine
-from batching.errors import BatchingError, EngineError, OutOfMemory
-from batching.row import Row
+from batching.errors import BatchingError, EngineError, OutOfMemory, is_sticky
+from batching.stream import Row
 from batching.types import Finish, ModelInfo, TokenLogprob
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching.engine import NO_LOGPROBS
-from batching.packed import PackedEngine
-from batching.row import Row
-from batching.runner import Choice
-from batching.seat import Seat
+from batching.packed.engine import PackedEngine
+from batching.packed.runner import Choice, Seat
+from batching.stream import Row
 from batching.types import TokenLogprob
 from benchmarks.engine_rows import Clock, Shape, rows_of
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from batching import checkpoint, model
 from batching.engine import Engine
-from batching.generate import GenerateEngine
-from batching.packed import PackedEngine
-from batching.row import Row
+from batching.packed.engine import PackedEngine
+from batching.padded import GenerateEngine
+from batching.stream import Row
 from benchmarks.agreement import Agreement
 from benchmarks.continuous import run_continuous
 from benchmarks.engine_rows import CONTEXT, Clock, Shape, Watch, rows_of, shapes_of, timed

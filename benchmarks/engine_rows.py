@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from batching.engine import NO_LOGPROBS, Engine
-from batching.row import Row
+from batching.stream import Row
 from batching.types import Request, Sampling, TokenLogprob
 from benchmarks.workloads import WORKLOADS
 

@@ -20,12 +20,11 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint, model
-from batching.constraint import Grammar
 from batching.engine import NO_LOGPROBS
-from batching.generate import GenerateEngine
-from batching.row import Row
+from batching.padded import GenerateEngine
 from batching.sampling import Sampler
-from batching.types import Request, Sampling, TokenLogprob
+from batching.stream import Row
+from batching.types import Grammar, Request, Sampling, TokenLogprob
 from server.grammar import Grammars
 from server.schema_check import Schema
 from server.settings import Settings

@@ -105,7 +105,7 @@ class ModelLoader:
 
     def _packs(self, model: "PreTrainedModel") -> bool:
         """Whether the packed engine is to run this model. Raises `ModelError` if it was asked for and cannot."""
-        from batching.packed import unsupported
+        from batching.packed.engine import unsupported
 
         wanted = self._settings.engine
         if wanted == "generate" or (wanted == "auto" and model.device.type != "cuda"):
@@ -118,7 +118,7 @@ class ModelLoader:
         return reason is None
 
     def _packed(self, model: "PreTrainedModel") -> Engine:
-        from batching.packed import PackedEngine
+        from batching.packed.engine import PackedEngine
 
         settings = self._settings
         return PackedEngine(
@@ -133,7 +133,7 @@ class ModelLoader:
         )
 
     def _padded(self, model: "PreTrainedModel") -> Engine:
-        from batching.generate import GenerateEngine
+        from batching.padded import GenerateEngine
 
         settings = self._settings
         return GenerateEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)

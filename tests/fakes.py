@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from batching.engine import Steps
-from batching.row import Row
+from batching.stream import Row
 from batching.types import ModelInfo, Request
 
 INFO = ModelInfo(

@@ -39,8 +39,7 @@ from batching.events import (
     Stepped,
 )
 from batching.queue import QueueLimits
-from batching.row import Row
-from batching.stream import Stream, with_news
+from batching.stream import Row, Stream, with_news
 from batching.types import Delta, Finish
 from tests.batching.conftest import PATIENCE, Runner, all_tokens, request, skip
 from tests.fakes import INFO, ScriptedEngine

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batching.generate import GenerateEngine
+from batching.padded import GenerateEngine
 from batching.sampling import Sampler
 from batching.types import Forced, Request, TokenLogprob
 from batching.worker import BatchSteps, News

@@ -17,13 +17,12 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from batching.batcher import Batcher, BatchingConfig
-from batching.constraint import Grammar
 from batching.engine import Engine
-from batching.generate import GenerateEngine
-from batching.packed import PackedEngine
+from batching.packed.engine import PackedEngine
+from batching.padded import GenerateEngine
 from batching.queue import QueueLimits
 from batching.stream import Stream
-from batching.types import Forced, Request, TokenLogprob
+from batching.types import Forced, Grammar, Request, TokenLogprob
 from server.grammar import Grammars
 from tests.batching.conftest import PATIENCE, request
 from tests.tiny import SHAPE, tiny_model

@@ -32,8 +32,7 @@ from batching.errors import (
 from batching.events import Event, Outcome, RowEnded, State
 from batching.progress import Progress
 from batching.queue import MAX_PASSED_OVER, QueueLimits
-from batching.row import Row
-from batching.stream import Stream
+from batching.stream import Row, Stream
 from server.metrics import Metrics
 from tests.batching.conftest import PATIENCE, SkippingLoop, request
 from tests.fakes import INFO

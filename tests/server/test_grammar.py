@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint
-from batching.constraint import Words
 from batching.sampling import Sampler
+from batching.types import Words
 from server import grammar as subject
 from server.errors import RETRIED, ApiError
 from server.grammar import Grammars, Plan, TokenGrammar, TokenMatcher

@@ -18,7 +18,7 @@ CARDS = {"A100": (80, 163 * 1024), "H100": (90, 227 * 1024)}
 def test_kernels_compile_and_fit(card: str, tmp_path: Path) -> None:
     capability, most = CARDS[card]
     settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-m", "tests.batching.compiled", str(capability)]
+    command = [sys.executable, "-m", "tests.batching.packed.compiled", str(capability)]
     told = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert told.returncode == 0, told.stderr
     sizes = json.loads(told.stdout)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from batching.attention import Work
+from batching.packed.attention import Work
 
 FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 """Layers of this very form, by name: others look alike and differ in a factor."""
 
 
 class FusedLayer(nn.Module):
-    """`ops` is `batching.kernels` or `batching.reference`."""
+    """`ops` is `batching.packed.triton_layer` or `batching.packed.reference`."""
 
     def __init__(self, layer: Any, ops: Any) -> None:
         super().__init__()

@@ -9,12 +9,11 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from batching.attention import Piece
 from batching.engine import Steps
-from batching.pool import Pool
-from batching.row import Row
-from batching.runner import Choice, Runner
-from batching.seat import Seat
+from batching.packed.attention import Piece
+from batching.packed.kv_cache import Pool
+from batching.packed.runner import Choice, Runner, Seat
+from batching.stream import Row
 from batching.types import TokenLogprob
 
 logger = logging.getLogger(__name__)

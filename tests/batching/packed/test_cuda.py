@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batching import layer
-from batching.generate import GenerateEngine
-from batching.packed import PackedEngine, unsupported
+from batching.packed import layer
+from batching.packed.engine import PackedEngine, unsupported
+from batching.padded import GenerateEngine
 from batching.types import Request
 from tests.batching.conftest import request
-from tests.batching.test_generate import KINDS, some_request
-from tests.batching.test_packed import VOCABULARY, Run, long_requests
+from tests.batching.test_padded import KINDS, some_request
+from tests.batching.packed.test_engine import VOCABULARY, Run, long_requests
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,6 +1,6 @@
 """Triton kernels of a decoder layer: what lies between its matrix products, and the products of a single token.
 
-Worker thread only, CUDA only (or Triton's interpreter, in tests). Each has a twin in `batching/reference.py`, written
+Worker thread only, CUDA only (or Triton's interpreter, in tests). Each has a twin in `batching/packed/reference.py`, written
 with torch, that says what it computes.
 """
 

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batching import constraint as subject
-from batching.constraint import Grammar, Matcher
-from batching.generate import GenerateEngine
+from batching import grammar as subject
+from batching.padded import GenerateEngine
 from batching.sampling import Sampler
-from batching.types import Finish, Request
+from batching.types import Finish, Grammar, Matcher, Request
 from batching.worker import BatchSteps
 from tests.batching.conftest import loose_row, request
 from tests.tiny import tiny_model
@@ -170,7 +169,7 @@ def test_a_grammar_wins_over_what_was_ruled_out_before() -> None:
 def test_a_grammar_that_fails_harms_nobody(at: str, step: int, caplog: pytest.LogCaptureFixture) -> None:
     steps = noise(20, 3)
     plain = [row(), row(SENTENCE), row()]
-    with caplog.at_level(logging.WARNING, logger="batching.constraint"):
+    with caplog.at_level(logging.WARNING, logger="batching.grammar"):
         tokens = draw([*plain[:2], row(Broken(at, step))], steps)
     assert [record.message for record in caplog.records] == ["request r goes on without its grammar"]
     assert tokens[:2] == draw(plain, steps)[:2]

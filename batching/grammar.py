@@ -13,48 +13,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from batching.types import Request
+from batching.logits_processors import Forcing
+from batching.types import Grammar, Matcher, Request, Words
 
 logger = logging.getLogger(__name__)
-
-Words = NDArray[np.int32]
-"""A set of tokens: token t is bit t % 32 of word t // 32."""
 
 SLOW_START, SLOW_STEP = 0.5, 0.005
 """Processor time in seconds that a matcher may take: so much once, and so much a step. 0.0001 a step is usual."""
 
 LOWEST = torch.finfo(torch.float32).min
-
-
-class Matcher(Protocol):
-    """One row's place in its grammar. Only ever called by one thread at a time. Both methods may raise anything."""
-
-    def fill(self, allowed: Words) -> bool:
-        """Add the tokens that may come next to `allowed`, which comes empty; True if the text may end here.
-
-        Nothing to add and True: the grammar is complete.
-        """
-        ...
-
-    def advance(self, token: int) -> None:
-        """Take a token. Raises ValueError if it may not come next."""
-        ...
-
-
-class Grammar(Protocol):
-    """A compiled grammar, immutable and shared by any number of rows."""
-
-    def matcher(self) -> Matcher:
-        """A new row's place: the grammar's beginning. Any thread."""
-        ...
 
 
 class Constraints:
@@ -182,6 +155,41 @@ class Constraints:
         self._matchers[place] = None
         self._allowed[place] = -1
         self._free += 1
+
+
+class Watched:
+    """One row's rules. `told` each of its tokens, it answers with the tokens that may come next."""
+
+    def __init__(self, request: Request, vocab_size: int, helper: ThreadPoolExecutor) -> None:
+        host = torch.device("cpu")
+        self._constraints = Constraints.of([request], vocab_size, host, helper)
+        self._forcing = Forcing.of([request], vocab_size, host)
+        self._words = -(-vocab_size // 32)
+
+    @staticmethod
+    def wants(request: Request) -> bool:
+        """Whether a row is one."""
+        return request.grammar is not None or request.sampling.forced is not None
+
+    def told(self, token: int) -> None:
+        """The row's newest token."""
+        newest = torch.tensor([token])
+        if self._constraints:
+            self._constraints.advance(newest)
+        if self._forcing:
+            self._forcing.advance(newest)
+
+    def allowed(self) -> Words:
+        """The tokens that may come next, one bit each. Waits for the grammar."""
+        forced = self._forcing.next_of(0) if self._forcing else None
+        if forced is not None:
+            words = np.zeros(self._words, dtype=np.int32)
+            words.view(np.uint32)[forced // 32] = np.uint32(1) << np.uint32(forced % 32)
+            return words
+        if self._constraints:
+            mine: Words = self._constraints.words()[0]
+            return mine
+        return np.full(self._words, -1, dtype=np.int32)
 
 
 def _packed(tokens: frozenset[int], vocab_size: int) -> Words:

@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.extents import Extents
-from batching.pool import BLOCK, Extent, Pool
+from batching.packed.kv_cache import BLOCK, Extent, Extents, Pool
 
 CAPACITY = 60
 

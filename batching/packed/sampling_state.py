@@ -9,20 +9,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batching import draw
-from batching.seat import Seat
+from batching.packed import triton_sampling
+from batching.packed.runner import Seat
 
 
 class Slots:
     """`lanes` lanes, and one more without a row that fills up a captured step; it writes to the pool's slot `spare`."""
 
     def __init__(self, lanes: int, vocab_size: int, spare: int, device: torch.device) -> None:
-        self.ints = torch.zeros(lanes + 1, draw.COLUMNS, dtype=torch.int64, device=device)
-        self.floats = torch.ones(lanes + 1, draw.COLUMNS, device=device)
+        self.ints = torch.zeros(lanes + 1, triton_sampling.COLUMNS, dtype=torch.int64, device=device)
+        self.floats = torch.ones(lanes + 1, triton_sampling.COLUMNS, device=device)
         self.counts = torch.zeros(lanes + 1, vocab_size, dtype=torch.int16, device=device)
         self.bias = torch.zeros(lanes + 1, vocab_size, device=device)
         self.allowed = torch.zeros(lanes + 1, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        self.ints[lanes, draw.START] = spare
+        self.ints[lanes, triton_sampling.START] = spare
         self._device = device
 
     def enter(self, seats: Sequence[Seat], masked: Sequence[bool]) -> None:
@@ -53,14 +53,18 @@ class Slots:
     def _start_counts(self, seat: Seat) -> None:
         counts = self.counts[seat.lane].zero_()
         if seat.row.request.sampling.repetition_penalty != 1.0:
-            counts.index_fill_(0, self.send(torch.tensor(seat.row.request.prompt)), draw.IN_PROMPT)
+            counts.index_fill_(0, self.send(torch.tensor(seat.row.request.prompt)), triton_sampling.IN_PROMPT)
 
 
 def _whole(seat: Seat, masked: bool) -> list[int]:
     request = seat.row.request
     sampling = request.sampling
-    flags = draw.DRAWN * (not sampling.greedy) | draw.PENALISED * sampling.penalised | draw.MASKED * masked
-    flags |= draw.BIASED * bool(sampling.logit_bias or sampling.min_tokens)
+    flags = (
+        triton_sampling.DRAWN * (not sampling.greedy)
+        | triton_sampling.PENALISED * sampling.penalised
+        | triton_sampling.MASKED * masked
+    )
+    flags |= triton_sampling.BIASED * bool(sampling.logit_bias or sampling.min_tokens)
     # As if the prompt's last token had been the newest: choosing the first token moves the lane on to where that goes.
     return [0, len(request.prompt) - 1, seat.extent.start, 0, sampling.seed, sampling.top_k, flags, 0]
 

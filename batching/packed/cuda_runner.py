@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from batching.attention import Piece
 from batching.engine import NO_LOGPROBS
-from batching.flash import QUERIES
-from batching.graphs import Capture, Captured, Outputs, PromptInputs, smallest
-from batching.seat import Seat
-from batching.slots import Slots
+from batching.grammar import Watched
+from batching.packed.attention import Piece
+from batching.packed.cuda_graphs import Capture, Captured, Outputs, PromptInputs, smallest
+from batching.packed.runner import Seat
+from batching.packed.sampling_state import Slots
+from batching.packed.triton_attention import QUERIES
 from batching.types import TokenLogprob
-from batching.watched import Watched
 
 IN_FLIGHT = 8
 """Choices that can be unread at a time: at most two a round, and two rounds."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from batching import draw
-from batching.attention import Work
-from batching.flash import QUERIES, DecodeAttention, PromptAttention
-from batching.slots import Slots
+from batching.packed import triton_sampling
+from batching.packed.attention import Work
+from batching.packed.sampling_state import Slots
+from batching.packed.triton_attention import QUERIES, DecodeAttention, PromptAttention
 
 Graph = torch.cuda.CUDAGraph
 
@@ -115,14 +115,14 @@ class Capture:
 
     def _step(self, lanes: Tensor, attend: DecodeAttention) -> Tensor:
         state = self._slots.ints[lanes.long()]
-        position = state[:, draw.POSITION]
-        attend.starts.copy_(state[:, draw.START])
+        position = state[:, triton_sampling.POSITION]
+        attend.starts.copy_(state[:, triton_sampling.START])
         attend.lengths.copy_(position + 1)
         logits: Tensor = self._model(
-            input_ids=state[None, :, draw.TOKEN],
+            input_ids=state[None, :, triton_sampling.TOKEN],
             position_ids=position[None],
             use_cache=False,
-            work=Work(self._memory, state[:, draw.START] + position, attend),
+            work=Work(self._memory, state[:, triton_sampling.START] + position, attend),
         ).logits
         return logits[0]
 
@@ -132,7 +132,7 @@ class Capture:
         logits = torch.zeros(rows, slots.counts.shape[1], dtype=self._memory.dtype, device=device)
         tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         state = slots.ints, slots.floats, slots.counts, slots.bias, slots.allowed
-        choose = self._graph(lambda: draw.draw(logits, lanes, *state, tokens))
+        choose = self._graph(lambda: triton_sampling.draw(logits, lanes, *state, tokens))
         return Outputs(lanes, logits, tokens, choose)
 
     def _graph(self, run: Callable[[], object]) -> Graph:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batching.adjustments import Bias, Forcing, Penalties
+from batching.logits_processors import Bias, Forcing, Penalties
 from batching.sampling import Sampler
 from batching.types import Forced, Request
 from tests.batching.conftest import request

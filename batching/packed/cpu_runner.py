@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from batching.attention import Piece, RowAttention, Work
+from batching.packed.attention import Piece, RowAttention, Work
+from batching.packed.runner import Seat
 from batching.sampling import Sampler
-from batching.seat import Seat
 from batching.types import TokenLogprob
 
 

@@ -1,4 +1,4 @@
-"""The twins of `batching/kernels.py` in torch: what each computes, and what runs where there is no GPU."""
+"""The twins of `batching/packed/triton_layer.py` in torch: what each computes, and what runs where there is no GPU."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def rotate_and_store(
     k_pool: Tensor,
     v_pool: Tensor,
 ) -> Tensor:
-    """See `kernels.rotate_and_store`."""
+    """See `triton_layer.rotate_and_store`."""
     kv_heads, _, size = k_pool.shape
     heads = qkv.view(len(qkv), -1, size)
     q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)

@@ -17,11 +17,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from batching import generate as subject
+from batching import padded as subject
 from batching.errors import ModelError, OutOfMemory
-from batching.generate import GenerateEngine, pad
-from batching.row import Row
+from batching.padded import GenerateEngine, pad
 from batching.sampling import Filter
+from batching.stream import Row
 from batching.types import Finish, Request, Sampling
 from batching.worker import BatchSteps, News
 from tests.batching.conftest import loose_row, request, sampling

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from batching import reference
-from batching.attention import Piece, RowAttention
+from batching.packed import reference
+from batching.packed.attention import Piece, RowAttention
 from batching.sampling import Sampler
 from batching.types import Request
 from tests.batching.conftest import request
@@ -17,7 +17,7 @@ from tests.batching.conftest import request
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
-from batching import draw, flash, kernels  # noqa: E402
+from batching.packed import triton_attention, triton_layer, triton_sampling  # noqa: E402
 
 VOCABULARY = 500
 
@@ -38,7 +38,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("size", [64, 96])
 def test_norm(size: int) -> None:
     x, weight = noise(5, size), noise(size)
-    assert_close(kernels.norm(x, weight, 1e-6), reference.norm(x, weight, 1e-6))
+    assert_close(triton_layer.norm(x, weight, 1e-6), reference.norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -47,10 +47,10 @@ def test_norm(size: int) -> None:
 def test_products(tokens: int, size: int, width: int, biased: bool) -> None:
     x, pair = noise(tokens, width), noise(2 * size, width) / 8
     bias = noise(2 * size) if biased else None
-    assert_close(kernels.product(x, pair, bias), reference.product(x, pair, bias))
-    assert_close(kernels.gated_product(x, pair, bias), reference.gated_product(x, pair, bias))
+    assert_close(triton_layer.product(x, pair, bias), reference.product(x, pair, bias))
+    assert_close(triton_layer.gated_product(x, pair, bias), reference.gated_product(x, pair, bias))
     totals = [torch.ones(tokens, 2 * size, device=DEVICE) for _ in range(2)]
-    for ops, total in zip([kernels, reference], totals, strict=True):
+    for ops, total in zip([triton_layer, reference], totals, strict=True):
         ops.add_product(total, x, pair, bias)
     assert_close(*totals)
 
@@ -62,7 +62,7 @@ def test_rotate_and_store(kv_heads: int, group: int, size: int, normed: bool) ->
     norms = (noise(size), noise(size), 1e-6) if normed else None
     slots = torch.tensor([3, 4, 9, 18, 0], device=DEVICE)
     pools = [torch.zeros(kv_heads, 20, size, device=DEVICE) for _ in range(4)]
-    found = kernels.rotate_and_store(qkv, cos, sin, norms, slots, pools[0], pools[1])
+    found = triton_layer.rotate_and_store(qkv, cos, sin, norms, slots, pools[0], pools[1])
     wanted = reference.rotate_and_store(qkv, cos, sin, norms, slots, pools[2], pools[3])
     for mine, theirs in zip([found, *pools[:2]], [wanted, *pools[2:]], strict=True):
         assert_close(mine, theirs)
@@ -77,7 +77,7 @@ def test_prompt_attention_of_pieces_anywhere_in_the_pool(group: int, size: int) 
     bounds, starts, used = [0, 64, 105, 115, 116, 116, 116], [5, 5, 400, 200, 0, 0], [64, 105, 80, 1, 0, 0]
     where = [torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in (bounds, starts, used)]
     q = noise(116, kv_heads * group, size)
-    found = flash.PromptAttention(*where)(q, k_pool, v_pool, size**-0.5)
+    found = triton_attention.PromptAttention(*where)(q, k_pool, v_pool, size**-0.5)
     wanted = RowAttention(pieces)(q, k_pool, v_pool, size**-0.5)
     torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3)
 
@@ -89,7 +89,7 @@ def test_decode_attention_of_rows_of_any_length_anywhere_in_the_pool(least: int)
     starts = torch.tensor([5, 300, 690, 40], dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([250, 321, 1, 65], dtype=torch.int32, device=DEVICE)
     q = noise(4, kv_heads * group, size)
-    attend = flash.DecodeAttention.of(starts, lengths, kv_heads, group, size, least)
+    attend = triton_attention.DecodeAttention.of(starts, lengths, kv_heads, group, size, least)
     for _ in range(2):  # it leaves its scratch memory as it found it
         found = attend(q, k_pool, v_pool, size**-0.5)
         for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
@@ -103,8 +103,8 @@ class Lanes:
 
     def __init__(self, requests: list[Request]) -> None:
         lanes = len(requests)
-        self.ints = torch.zeros(lanes + 1, draw.COLUMNS, dtype=torch.int64, device=DEVICE)
-        self.floats = torch.ones(lanes + 1, draw.COLUMNS, device=DEVICE)
+        self.ints = torch.zeros(lanes + 1, triton_sampling.COLUMNS, dtype=torch.int64, device=DEVICE)
+        self.floats = torch.ones(lanes + 1, triton_sampling.COLUMNS, device=DEVICE)
         self.counts = torch.zeros(lanes + 1, VOCABULARY, dtype=torch.int16, device=DEVICE)
         self.bias = torch.zeros(lanes + 1, VOCABULARY, device=DEVICE)
         self.allowed = torch.zeros(lanes + 1, -(-VOCABULARY // 32), dtype=torch.int32, device=DEVICE)
@@ -113,18 +113,26 @@ class Lanes:
 
     def _write(self, lane: int, asked: Request) -> None:
         s = asked.sampling
-        flags = draw.DRAWN * (not s.greedy) | draw.PENALISED * s.penalised | draw.BIASED * bool(s.logit_bias)
-        self.ints[lane, draw.SEED], self.ints[lane, draw.TOP_K], self.ints[lane, draw.FLAGS] = s.seed, s.top_k, flags
+        flags = (
+            triton_sampling.DRAWN * (not s.greedy)
+            | triton_sampling.PENALISED * s.penalised
+            | triton_sampling.BIASED * bool(s.logit_bias)
+        )
+        (
+            self.ints[lane, triton_sampling.SEED],
+            self.ints[lane, triton_sampling.TOP_K],
+            self.ints[lane, triton_sampling.FLAGS],
+        ) = s.seed, s.top_k, flags
         penalties = [s.presence_penalty, s.frequency_penalty, s.repetition_penalty]
         self.floats[lane, :6] = torch.tensor([s.temperature or 1.0, s.top_p, s.min_p, *penalties])
-        self.counts[lane, list(asked.prompt)] = draw.IN_PROMPT
+        self.counts[lane, list(asked.prompt)] = triton_sampling.IN_PROMPT
         for token, value in s.logit_bias:
             self.bias[lane, token] = value
 
     def draw(self, logits: Tensor, lanes: list[int]) -> list[int]:
         out = torch.zeros(len(lanes), dtype=torch.int64, device=DEVICE)
         at = torch.tensor(lanes, dtype=torch.int32, device=DEVICE)
-        draw.draw(logits, at, self.ints, self.floats, self.counts, self.bias, self.allowed, out, block=256)
+        triton_sampling.draw(logits, at, self.ints, self.floats, self.counts, self.bias, self.allowed, out, block=256)
         return out.tolist()
 
 
@@ -164,15 +172,15 @@ def test_a_lane_moves_on_with_each_token_and_the_one_without_a_row_does_not() ->
     logits = torch.zeros(2, VOCABULARY, device=DEVICE)
     logits[:, 7] = 1.0
     assert lanes.draw(logits, [0, 1]) == [7, 7]
-    assert lanes.ints[0, [draw.TOKEN, draw.POSITION, draw.SENT]].tolist() == [7, 1, 1]
-    assert lanes.ints[1].tolist() == [0] * draw.COLUMNS
+    assert lanes.ints[0, [triton_sampling.TOKEN, triton_sampling.POSITION, triton_sampling.SENT]].tolist() == [7, 1, 1]
+    assert lanes.ints[1].tolist() == [0] * triton_sampling.COLUMNS
     assert lanes.counts[0, 7].item() == 1
     assert lanes.draw(logits, [0, 1])[0] != 7, "penalised, it ties with all others"
 
 
 def test_what_is_ruled_out_is_not_drawn() -> None:
     lanes = Lanes([request(temperature=1.0, seed=seed) for seed in range(8)])
-    lanes.ints[:, draw.FLAGS] |= draw.MASKED
+    lanes.ints[:, triton_sampling.FLAGS] |= triton_sampling.MASKED
     lanes.allowed[:, 400 // 32] = 1 << (400 % 32) | 1 << (401 % 32)
     assert set(lanes.draw(noise(8, VOCABULARY), list(range(8)))) <= {400, 401}
 

@@ -1,4 +1,4 @@
-"""`python -m tests.batching.compiled CAPABILITY`: compile every Triton kernel for a GPU that need not be there.
+"""`python -m tests.batching.packed.compiled CAPABILITY`: compile every Triton kernel for a GPU that need not be there.
 
 Prints a line of JSON: bytes of shared memory by kernel. The interpreter that other tests run kernels in accepts more
 than the compiler does.
@@ -14,7 +14,7 @@ from triton import compile as compiled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batching import draw, flash, kernels
+from batching.packed import triton_attention, triton_layer, triton_sampling
 
 HALF, SINGLE, WHOLE, LONG = "*bf16", "*fp32", "*i32", "*i64"
 EVEN = [["tt.divisibility", 16]]
@@ -54,38 +54,47 @@ def attention(stages: int) -> Iterator[Case]:
     prompt = pools | {"bounds": WHOLE, "used": WHOLE}
     step = pools | {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "lengths": WHOLE}
     for size, block in ((128, 128), (96, 128)):
-        shape = {"HEADS": 32, "GROUP": 4, "SIZE": size, "BLOCK": block, "QUERIES": flash.QUERIES, "KEYS": flash.KEYS}
+        shape = {
+            "HEADS": 32,
+            "GROUP": 4,
+            "SIZE": size,
+            "BLOCK": block,
+            "QUERIES": triton_attention.QUERIES,
+            "KEYS": triton_attention.KEYS,
+        }
         options = {"num_warps": 4, "num_stages": stages}
-        yield Case(flash._prompt_kernel, prompt, shape, ("head_stride",), options)
+        yield Case(triton_attention._prompt_kernel, prompt, shape, ("head_stride",), options)
         heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "ROWS": 16, "FEW": 4, "BLOCK": block}
-        splits = {"KEYS": flash.KEYS_OF_ONE, "LEAST": 64, "SPLITS": 16, "AT_ONCE": 16}
+        splits = {"KEYS": triton_attention.KEYS_OF_ONE, "LEAST": 64, "SPLITS": 16, "AT_ONCE": 16}
         options = {"num_warps": 2, "num_stages": stages}
-        yield Case(flash._decode_kernel, step, heads | splits, ("head_stride",), options)
+        yield Case(triton_attention._decode_kernel, step, heads | splits, ("head_stride",), options)
 
 
 def layer() -> Iterator[Case]:
     plain = {"x": HALF, "weight": HALF, "out": HALF, "size": "i32"}
-    yield Case(kernels._norm_kernel, plain | {"eps": "fp32"}, {"BLOCK": 4096}, ("size",), {"num_warps": 4})
-    yield Case(kernels._silu_kernel, {"pair": HALF, "out": HALF, "size": "i32"}, {"BLOCK": 1024}, ("size",))
+    yield Case(triton_layer._norm_kernel, plain | {"eps": "fp32"}, {"BLOCK": 4096}, ("size",), {"num_warps": 4})
+    yield Case(triton_layer._silu_kernel, {"pair": HALF, "out": HALF, "size": "i32"}, {"BLOCK": 1024}, ("size",))
     turned = dict.fromkeys(("qkv", "cos", "sin", "q_weight", "k_weight", "q", "k_pool", "v_pool"), HALF)
     numbers = {"slots": LONG, "head_stride": "i32", "eps": "fp32"}
     shape = {"KV_HEADS": 8, "Q_GROUPS": 4, "SIZE": 128, "HEADS": 8, "BLOCK": 128}
     for norm in (True, False):
-        yield Case(kernels._rotate_kernel, turned | numbers, shape | {"NORM": norm}, ("head_stride",))
+        yield Case(triton_layer._rotate_kernel, turned | numbers, shape | {"NORM": norm}, ("head_stride",))
     product = plain | {"bias": HALF, "width": "i32"}
     for gated, add, bias, even in ((True, False, True, True), (False, True, True, False), (False, False, False, True)):
         asked = {"GATED": gated, "ADD": add, "BIAS": bias, "EVEN": even}
-        block = {"OUTPUTS": kernels.OUTPUTS, "BLOCK": kernels.WIDTH}
-        yield Case(kernels._row_kernel, product, asked | block, ("size", "width") if even else (), {"num_warps": 2})
+        block = {"OUTPUTS": triton_layer.OUTPUTS, "BLOCK": triton_layer.WIDTH}
+        yield Case(
+            triton_layer._row_kernel, product, asked | block, ("size", "width") if even else (), {"num_warps": 2}
+        )
 
 
 def choice() -> Iterator[Case]:
     state = {"lanes": WHOLE, "ints": LONG, "floats": SINGLE, "counts": "*i16", "bias": SINGLE, "allowed": WHOLE}
     scan = state | {"logits": HALF, "found": SINGLE, "places": WHOLE, "size": "i32", "words": "i32"}
-    shape = {"COLUMNS": draw.COLUMNS, "BLOCK": 8192}
-    yield Case(draw._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
+    shape = {"COLUMNS": triton_sampling.COLUMNS, "BLOCK": 8192}
+    yield Case(triton_sampling._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
     pick = scan | {"out": LONG, "trash": "i32"}
-    yield Case(draw._pick_kernel, pick, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",), {"num_warps": 16})
+    yield Case(triton_sampling._pick_kernel, pick, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",), {"num_warps": 16})
 
 
 def main() -> None:

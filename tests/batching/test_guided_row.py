@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batching.constraint import Words
-from batching.types import Forced, Request
-from batching.watched import Watched
+from batching.grammar import Watched
+from batching.types import Forced, Request, Words
 from tests.batching.conftest import request
-from tests.batching.test_constraint import Steps
+from tests.batching.test_guided_decoding import Steps
 
 VOCABULARY = 100
 

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Sto
 from batching.engine import Steps
 from batching.errors import ModelError
 from batching.memory import cache_bytes_per_token, free_bytes, is_shortage, out_of_memory, peak_bytes, used_bytes
-from batching.model_info import describe, stop_token_ids, window_of
-from batching.row import Row
+from batching.model import describe, stop_token_ids, window_of
 from batching.sampling import Sampler
+from batching.stream import Row
 from batching.types import Request, Sampling
 
 MEMORY_SHARE = 0.9

@@ -18,19 +18,19 @@ from rich.progress import track
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from batching import attention, layer, reference
 from batching.engine import Steps
 from batching.errors import ModelError
-from batching.host_runner import HostRunner
-from batching.loop import DecodeLoop
 from batching.memory import cache_bytes_per_token, free_bytes, is_shortage, out_of_memory, peak_bytes, used_bytes
-from batching.model_info import describe, stop_token_ids, window_of
-from batching.pool import Pool
-from batching.row import Row
-from batching.runner import Runner
+from batching.model import describe, stop_token_ids, window_of
+from batching.packed import attention, layer, reference
+from batching.packed.cpu_runner import HostRunner
+from batching.packed.kv_cache import Pool
+from batching.packed.runner import Runner
+from batching.packed.scheduler import DecodeLoop
+from batching.stream import Row
 
 if TYPE_CHECKING:
-    from batching.device_runner import DeviceRunner
+    from batching.packed.cuda_runner import DeviceRunner
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class PackedEngine:
     def _make_runner(self, lanes: int, capacity: int) -> Runner:
         if self._model.device.type != "cuda":
             return HostRunner(self._model, self._memory(capacity), lanes)
-        from batching.graphs import prompt_sizes, step_sizes
+        from batching.packed.cuda_graphs import prompt_sizes, step_sizes
 
         runner = self._device_runner(lanes, capacity)
         prompts, steps = prompt_sizes(self._piece, self._burst), [lanes] if self._invariant else step_sizes(lanes)
@@ -150,7 +150,7 @@ class PackedEngine:
         return runner
 
     def _device_runner(self, lanes: int, capacity: int) -> "DeviceRunner":
-        from batching.device_runner import DeviceRunner
+        from batching.packed.cuda_runner import DeviceRunner
 
         return DeviceRunner(self._model, self._memory(capacity), lanes)
 
@@ -174,9 +174,9 @@ def decode_loop(
 def _ops(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return reference
-    from batching import kernels
+    from batching.packed import triton_layer
 
-    return kernels
+    return triton_layer
 
 
 def unsupported(model: PreTrainedModel) -> str | None:

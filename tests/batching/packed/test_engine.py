@@ -9,20 +9,20 @@ import pytest
 import torch
 from transformers import MistralConfig, PreTrainedModel
 
-from batching import layer
 from batching.checkpoint import locate
 from batching.errors import ModelError, OutOfMemory
-from batching.generate import GenerateEngine
 from batching.model import load
-from batching.packed import PackedEngine, unsupported
-from batching.pool import BLOCK
-from batching.row import Row
-from batching.seat import Seat
+from batching.packed import layer
+from batching.packed.engine import PackedEngine, unsupported
+from batching.packed.kv_cache import BLOCK
+from batching.packed.runner import Seat
+from batching.padded import GenerateEngine
+from batching.stream import Row
 from batching.types import Request
 from batching.worker import BatchSteps, News
 from server.settings import Settings
 from tests.batching.conftest import loose_row, request
-from tests.batching.test_generate import KINDS, some_prompt, some_request
+from tests.batching.test_padded import KINDS, some_prompt, some_request
 from tests.tiny import SHAPE, tiny_model
 
 VOCABULARY: int = SHAPE["vocab_size"]
