@@ -1,4 +1,4 @@
-"""Whether a request can be answered in time, found out before it waits for nothing. Loop only."""
+"""Whether a request can be answered in time, decided before it waits for nothing. Event loop only."""
 
 import time
 from collections import deque
@@ -8,17 +8,17 @@ from batching.events import Outcome, RowEnded
 from batching.types import Request
 
 FEWEST = 16
-"""Answers that a pace is taken from at least. The first ones may have waited for a device that warmed up."""
+"""Answers that a rate needs at least. The first ones may have waited for a device that was warming up."""
 
 MARGIN = 0.8
 """Share of a time limit that the expected wait may take: answers end in batches, not at an even pace."""
 
 TOGETHER = 0.001
-"""Seconds within which answers end at the same step."""
+"""Seconds within which answers count as ending at the same step."""
 
 
 class ServiceRate:
-    """Answers per second over the last 64 answers, on a clock that stands still while nobody asks. Loop only."""
+    """Answers per second over the last 64 answers, on a clock that runs only while there are requests."""
 
     def __init__(self) -> None:
         self._ended: deque[float] = deque(maxlen=64)
@@ -44,11 +44,11 @@ class ServiceRate:
 
     @property
     def answers(self) -> int:
-        """How many answers the rate is taken from."""
+        """How many answers the rate is computed from."""
         return len(self._ended)
 
     def expected(self, requests: int) -> float:
-        """Seconds until about `requests` more are answered; 0 while there is no rate to go by.
+        """Seconds until about `requests` more are answered; 0 while the rate is unknown.
 
         Answers of one batch end together, so those at the window's first moment say nothing of the time after it.
         """
@@ -63,9 +63,9 @@ class ServiceRate:
 def seconds_late(requests: Sequence[Request], ahead: int, running: int, rate: ServiceRate) -> float:
     """By how much these would likely miss their time limit; 0 if they would not.
 
-    A request that finds n others before it is answered after about n + 1 times the pace of answers (Little's law).
-    `ahead` rows wait and are served before these, `running` ones are being served. Where none waits ahead a request is
-    always in time, so that a pace of long ago keeps nobody out, and so it is while there are too few answers to tell.
+    A request that finds n others before it is answered after about n + 1 intervals between answers (Little's law).
+    `ahead` rows wait and are served before these, `running` ones are being served. Where no row waits ahead a request
+    is always accepted, so that an outdated rate refuses nobody, and so it is while there are too few answers to tell.
     """
     if not ahead or rate.answers < FEWEST:
         return 0.0

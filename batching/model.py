@@ -1,6 +1,6 @@
-"""Loads a causal language model onto one device, ready for inference.
+"""Loads a causal language model onto one device, ready for inference, and describes it to the layers above.
 
-Called once, by the thread that will run the model. Keeps no reference to it.
+`load` is called once, by the thread that will run the model. Nothing here keeps a reference to it.
 """
 
 from typing import Any
@@ -23,12 +23,12 @@ _auto: Any = AutoModelForCausalLM  # the library leaves its factory methods unty
 def load(
     checkpoint: str, *, device: str, dtype: str, load_format: LoadFormat, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load `checkpoint` (an answer of `locate`) straight to `device`, in eval mode and without gradients.
+    """Load `checkpoint` (as `locate` returns it) straight to `device`, in eval mode and without gradients.
 
     `dummy` reads the config only and fills the model with seeded random weights, the same on every start with
     the same device and dtype. Attention is the library's default.
 
-    Raises ModelError if the device or dtype is not to be had, memory is short, or the checkpoint is bad.
+    Raises ModelError if the device or dtype is not available, memory is short, or the checkpoint is bad.
     """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
@@ -83,7 +83,7 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code
 def describe(
     model: PreTrainedModel, window: int, budget: int, stops: frozenset[int], *, joins: bool = False
 ) -> ModelInfo:
-    """`window` and `budget` in tokens; a row must fit both."""
+    """What the layers above need to know of it. `window` and `budget` in tokens; a row must fit both."""
     return ModelInfo(
         device=_named(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -98,7 +98,7 @@ def describe(
 
 
 def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The end-of-text ids that the model's files name."""
+    """The end-of-sequence ids that the model's files name."""
     for config in (model.generation_config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
@@ -107,7 +107,7 @@ def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def window_of(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens a row may have: what was asked for, at most what the model was made for. Raises `ModelError`."""
+    """Tokens a row may have: `wanted`, or what the model was made for. Raises `ModelError` if it wants more."""
     made_for = int(model.config.get_text_config().max_position_embeddings)
     if wanted is not None and wanted > made_for:
         raise ModelError(f"a context window of {wanted} was asked for, but the model was made for {made_for}")

@@ -1,8 +1,8 @@
-"""The engine that runs everywhere: pad the rows, call `model.generate` once, and be told of every step.
+"""The engine that runs everywhere: pad the rows, call `model.generate` once, and get called back at every step.
 
-Worker thread only. A logits processor of ours chooses each row's token by its own settings, so `generate` runs with
-`do_sample=False` and takes the argmax of what the processor leaves; a stopping criterion of ours sees every step's
-tokens, reports them, and says which rows are over. `generate` returns when all are.
+Worker thread only. A logits processor samples each row's token by its own settings, so `generate` runs with
+`do_sample=False` and takes the argmax of what the processor leaves; a stopping criterion sees every step's tokens,
+reports them, and says which rows are over. `generate` returns when all are.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from batching.sampling import Sampler
 from batching.stream import Row
 from batching.types import Request, Sampling
 
-MEMORY_SHARE = 0.9
-"""Share of the free memory that a batch may come to need; the rest is for fragments and for other users of it."""
+MEMORY_UTILIZATION = 0.9
+"""Share of the free memory that a batch may come to need; the rest is for fragmentation and other processes."""
 
 WARM_UP_TOKENS = {"cuda": 8192}
 """Prompt length of the warm-up batch: as long as prompts get where that is quick, because the attention mask and the
 scores grow with its square; short elsewhere."""
 
 
-class GenerateEngine:
-    """`Engine` over stock `generate`. Both limits are in tokens; None takes them from the model and the memory.
+class PaddedEngine:
+    """`Engine` over stock `generate`. Both limits are in tokens; None derives them from the model and the free memory.
 
     Raises `ModelError` if the device has no room for even a short batch beside the model.
     """
@@ -48,7 +48,6 @@ class GenerateEngine:
         self.info = describe(model, window, budget, stops)
 
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
-        """See `Engine`."""
         requests = [row.request for row in rows]
         try:
             self._generate(requests, rows, steps)
@@ -60,7 +59,6 @@ class GenerateEngine:
         raise out_of_memory(self._model.device)
 
     def memory(self) -> int:
-        """See `Engine`."""
         return used_bytes(self._model.device)
 
     @torch.inference_mode()
@@ -72,8 +70,8 @@ class GenerateEngine:
             ids,
             attention_mask=mask,
             max_new_tokens=max(request.sampling.max_tokens for request in requests),
-            logits_processor=[RowChoice(sampler)],
-            stopping_criteria=[StepHook(rows, sampler, steps)] if steps else None,
+            logits_processor=[SampledTokens(sampler)],
+            stopping_criteria=[StepReporter(rows, sampler, steps)] if steps else None,
         )
 
     def _measure_budget(self, window: int) -> int:
@@ -90,26 +88,26 @@ class GenerateEngine:
         free = free_bytes(device)
         # A short batch can hide in memory the process held already: what the cache needs is the least a token needs.
         per_token = max(peak / (2 * (length + 2)), cache_bytes_per_token(self._model.config, self._model.dtype))
-        budget = int(MEMORY_SHARE * free / per_token)
+        budget = int(MEMORY_UTILIZATION * free / per_token)
         if budget < 256:
             raise ModelError(f"only {free / 2**20:.0f} MiB are free beside the model, too few for a batch")
         return budget
 
 
-class RowChoice(LogitsProcessor):
-    """Leaves each row's chosen token as the largest score, for `generate` to find by argmax."""
+class SampledTokens(LogitsProcessor):
+    """Makes each row's sampled token the largest score, for `generate` to find by argmax."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._sampler.plain:
+        if self._sampler.is_plain_argmax:
             return scores
         return scores.scatter_(1, self._sampler(scores)[:, None], float("inf"))
 
 
-class StepHook(StoppingCriteria):
-    """Reports the newest token of every row, and answers which rows are over."""
+class StepReporter(StoppingCriteria):
+    """Reports the newest token of every row, and returns which rows are over."""
 
     def __init__(self, rows: Sequence[Row], sampler: Sampler, steps: Steps) -> None:
         self._rows = rows

@@ -123,20 +123,20 @@ class ModelLoader:
         settings = self._settings
         return PackedEngine(
             model,
-            lanes=settings.max_batch_size,
+            num_slots=settings.max_batch_size,
             context_window=settings.context_window,
             token_budget=settings.token_budget,
-            share=settings.memory_share,
-            piece=settings.prompt_piece,
-            sharing=settings.prefix_sharing != "off",
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            prefill_chunk=settings.prefill_chunk,
+            prefix_caching=settings.prefix_sharing != "off",
             batch_invariant=settings.batch_invariant,
         )
 
     def _padded(self, model: "PreTrainedModel") -> Engine:
-        from batching.padded import GenerateEngine
+        from batching.padded import PaddedEngine
 
         settings = self._settings
-        return GenerateEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)
+        return PaddedEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)
 
     def _tell(self, loading: Loading) -> None:
         self.loading = loading

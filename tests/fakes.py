@@ -61,7 +61,7 @@ class ScriptedEngine:
             if self._gate is not None:
                 self._gate.acquire()
             self._before_step(position)
-            steps.emit(rows, [self._script(row.request, row.sent) for row in rows])
+            steps.emit(rows, [self._script(row.request, row.num_output_tokens) for row in rows])
             if self.info.joins:
                 joined = steps.admit()
                 self.batches[-1] += [row.request.id for row in joined]

@@ -1,7 +1,7 @@
-"""Attention of packed rows over their extents of the pool, and how it gets into transformers' models.
+"""Attention of packed sequences over the KV cache, and how it gets into transformers' models.
 
-Worker thread only. A pass has no padding: the tokens of all its rows stand one after the other along one axis, and
-`Work` travels with them through the model to say whose they are.
+Worker thread only. A forward pass has no padding: the tokens of all its sequences stand one after the other along one
+axis, and `AttentionMetadata` travels with them through the model to say whose they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,32 +14,40 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""Queries [tokens, heads, head size], pools of keys and values [KV heads, slots, head size], scale -> like queries."""
+"""Queries [tokens, heads, head size], keys and values [KV heads, KV slots, head size], scale -> like queries."""
 
 NAME = "packed"
 """What models know this attention by. It has no mask, and transformers makes none for a name that is not its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One pass: where its tokens' keys and values go (`slots` [tokens] of `memory`), and how they attend.
+class AttentionMetadata:
+    """One forward pass: the `kv_slots` [tokens] of `kv_cache` that its keys and values go to, and how tokens attend.
 
-    `memory` is [layers, 2, KV heads, slots, head size], keys first.
+    `kv_cache` is [layers, 2, KV heads, KV slots, head size], keys first.
     """
 
-    memory: Tensor
-    slots: Tensor
+    kv_cache: Tensor
+    kv_slots: Tensor
     attend: Attend
 
 
 def packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *, work: Work, scaling: float, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    *,
+    attention_metadata: AttentionMetadata,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as `AttentionInterface` has it: query, key and value are [1, heads, tokens, head size]."""
-    k_pool, v_pool = work.memory[module.layer_idx]
-    k_pool.index_copy_(1, work.slots, key[0])
-    v_pool.index_copy_(1, work.slots, value[0])
-    out = work.attend(query[0].transpose(0, 1).contiguous(), k_pool, v_pool, scaling)
+    k_cache, v_cache = attention_metadata.kv_cache[module.layer_idx]
+    k_cache.index_copy_(1, attention_metadata.kv_slots, key[0])
+    v_cache.index_copy_(1, attention_metadata.kv_slots, value[0])
+    out = attention_metadata.attend(query[0].transpose(0, 1).contiguous(), k_cache, v_cache, scaling)
     return out[None], None
 
 
@@ -47,47 +55,54 @@ AttentionInterface.register(NAME, packed_attention)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Some neighbouring tokens of one row in a pass: `count` of them, after `done` that its extent at `start` holds."""
+class Chunk:
+    """Neighbouring tokens of one sequence in a forward pass: a prefill chunk, or the one token of a decode step.
 
-    start: int
-    done: int
-    count: int
+    There are `num_tokens` of them, after the `num_computed_tokens` whose keys and values the sequence has in its
+    allocation, which begins at KV slot `kv_start`.
+    """
+
+    kv_start: int
+    num_computed_tokens: int
+    num_tokens: int
 
     @property
-    def used(self) -> int:
-        """Slots of the extent that count for the last of these tokens."""
-        return self.done + self.count
+    def seq_len(self) -> int:
+        """Tokens that the last one of the chunk attends to, itself included."""
+        return self.num_computed_tokens + self.num_tokens
 
-    def cut(self, most: int) -> "list[Piece]":
-        """The same tokens in pieces of at most so many."""
-        ends = [*range(most, self.count, most), self.count]
-        return [Piece(self.start, self.done + begin, end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
+    def split(self, max_tokens: int) -> "list[Chunk]":
+        """The same tokens in chunks of at most `max_tokens`."""
+        ends = [*range(max_tokens, self.num_tokens, max_tokens), self.num_tokens]
+        return [
+            Chunk(self.kv_start, self.num_computed_tokens + begin, end - begin)
+            for begin, end in zip([0, *ends], ends, strict=False)
+        ]
 
 
-class RowAttention:
-    """`Attend` row by row with torch's own attention: what runs where there is no GPU."""
+class TorchAttention:
+    """`Attend` chunk by chunk with torch's own attention: what runs where there is no GPU."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = chunks
 
-    def __call__(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float) -> Tensor:
-        """See `Attend`."""
-        parts = torch.split(q, [piece.count for piece in self._pieces])
-        pairs = zip(self._pieces, parts, strict=True)
-        return torch.cat([self._one(piece, part, k_pool, v_pool, scale) for piece, part in pairs])
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+        parts = torch.split(q, [chunk.num_tokens for chunk in self._chunks])
+        pairs = zip(self._chunks, parts, strict=True)
+        return torch.cat([self._one(chunk, part, k_cache, v_cache, scale) for chunk, part in pairs])
 
-    def _one(self, piece: Piece, q: Tensor, k_pool: Tensor, v_pool: Tensor, scale: float) -> Tensor:
-        extent = slice(piece.start, piece.start + piece.used)
+    def _one(self, chunk: Chunk, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+        past = chunk.num_computed_tokens
+        kv_slots = slice(chunk.kv_start, chunk.kv_start + chunk.seq_len)
         mask = None
-        if piece.done and piece.count > 1:
-            mask = torch.ones(piece.count, piece.used, dtype=torch.bool, device=q.device).tril(piece.done)
+        if past and chunk.num_tokens > 1:
+            mask = torch.ones(chunk.num_tokens, chunk.seq_len, dtype=torch.bool, device=q.device).tril(past)
         out = scaled_dot_product_attention(
             q.transpose(0, 1)[None],
-            k_pool[None, :, extent],
-            v_pool[None, :, extent],
+            k_cache[None, :, kv_slots],
+            v_cache[None, :, kv_slots],
             attn_mask=mask,
-            is_causal=piece.count > 1 and mask is None,
+            is_causal=chunk.num_tokens > 1 and mask is None,
             scale=scale,
             enable_gqa=True,
         )

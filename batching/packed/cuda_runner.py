@@ -1,4 +1,4 @@
-"""`Runner` on a CUDA device: passes that were captured, tokens chosen on the device.
+"""`Runner` on a CUDA device: forward passes as CUDA graphs, tokens sampled on the device.
 
 Worker thread only. Nothing here waits for the device but `read`.
 """
@@ -13,221 +13,222 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching.engine import NO_LOGPROBS
-from batching.grammar import Watched
-from batching.packed.attention import Piece
-from batching.packed.cuda_graphs import Capture, Captured, Outputs, PromptInputs, smallest
-from batching.packed.runner import Seat
-from batching.packed.sampling_state import Slots
-from batching.packed.triton_attention import QUERIES
+from batching.grammar import GuidedRow
+from batching.packed.attention import Chunk
+from batching.packed.cuda_graphs import DecodeGraph, GraphCapture, PassOutputs, PrefillGraph, PrefillInputs, smallest
+from batching.packed.runner import RunningSequence
+from batching.packed.sampling_state import SamplingState
+from batching.packed.triton_attention import QUERY_BLOCK
 from batching.types import TokenLogprob
 
-IN_FLIGHT = 8
-"""Choices that can be unread at a time: at most two a round, and two rounds."""
+MAX_IN_FLIGHT = 8
+"""Sampler outputs that can be unread at a time: at most two an iteration, and two iterations."""
 
 
-class Landing:
-    """Host memory for the tokens of one choice, and the moment when they are there."""
+class PinnedOutput:
+    """Pinned host memory for the tokens of one sampler output, and the event that says that they are there."""
 
-    def __init__(self, lanes: int) -> None:
-        self._tokens = torch.empty(lanes, dtype=torch.int64, pin_memory=True)
-        self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    def __init__(self, num_slots: int) -> None:
+        self._tokens = torch.empty(num_slots, dtype=torch.int64, pin_memory=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def take(self, tokens: Tensor) -> None:
-        """Begin to copy."""
+    def copy(self, tokens: Tensor) -> None:
+        """Launch the copy."""
         self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
 
-    def mark(self) -> None:
-        """All copies of this choice have been ordered."""
-        self._there.record()
+    def record(self) -> None:
+        """All copies of this output have been launched."""
+        self._copied.record()
 
     def wait(self, count: int) -> list[int]:
-        self._there.synchronize()
+        self._copied.synchronize()
         found: list[int] = self._tokens[:count].tolist()
         return found
 
 
-class Pending:
-    """`Choice` that the device is making."""
+class AsyncOutput:
+    """`SamplerOutput` that the device is still computing."""
 
-    def __init__(self, seats: Sequence[Seat], landing: Landing, noted: "Noted | None") -> None:
-        self.seats = seats
-        self._landing = landing
-        self._noted = noted
+    def __init__(
+        self, sequences: Sequence[RunningSequence], pinned: PinnedOutput, logprobs: "AsyncLogprobs | None"
+    ) -> None:
+        self.sequences = sequences
+        self._pinned = pinned
+        self._logprobs = logprobs
 
     def read(self) -> tuple[list[int], Mapping[int, TokenLogprob]]:
-        """See `Choice`."""
-        tokens = self._landing.wait(len(self.seats))
-        return tokens, self._noted.read(tokens) if self._noted else NO_LOGPROBS
+        tokens = self._pinned.wait(len(self.sequences))
+        return tokens, self._logprobs.read(tokens) if self._logprobs else NO_LOGPROBS
 
 
-class Noted:
-    """Log probabilities of one choice, on their way to the host; of the model's own logits, as `logprobs.Logprobs`."""
+class AsyncLogprobs:
+    """Log probabilities of one sampler output, on their way to the host; computed as in `sampling.Logprobs`."""
 
-    def __init__(self, places: list[int], wanted: list[int], at: Tensor, logits: Tensor, tokens: Tensor) -> None:
-        self._places = places
+    def __init__(self, indices: list[int], wanted: list[int], at: Tensor, logits: Tensor, tokens: Tensor) -> None:
+        self._indices = indices
         self._wanted = wanted
-        every = logits[at].float().log_softmax(-1)
-        own = every.gather(-1, tokens[at][:, None])[:, 0]
-        values, ids = every.topk(max(wanted))
+        logprobs = logits[at].float().log_softmax(-1)
+        own = logprobs.gather(-1, tokens[at][:, None])[:, 0]
+        values, ids = logprobs.topk(max(wanted))
         self._copies = [found.to("cpu", non_blocking=True) for found in (own, values, ids)]
 
     def read(self, tokens: Sequence[int]) -> dict[int, TokenLogprob]:
-        """By place, once the choice's tokens are there."""
+        """By index, once the output's tokens are there."""
         own, values, ids = (copy.tolist() for copy in self._copies)
         return {
-            place: TokenLogprob(tokens[place], own[at], tuple(zip(ids[at][:top], values[at][:top], strict=True)))
-            for at, (place, top) in enumerate(zip(self._places, self._wanted, strict=True))
+            index: TokenLogprob(tokens[index], own[at], tuple(zip(ids[at][:top], values[at][:top], strict=True)))
+            for at, (index, top) in enumerate(zip(self._indices, self._wanted, strict=True))
         }
 
 
-class DeviceRunner:
-    """`memory` is the pool, as in `Work`, and has one slot that belongs to no row: its last."""
+class CUDARunner:
+    """`kv_cache` is laid out as in `AttentionMetadata`; its last KV slot belongs to no row."""
 
-    def __init__(self, model: PreTrainedModel, memory: Tensor, lanes: int) -> None:
-        self.lanes = lanes
+    def __init__(self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int) -> None:
+        self.num_slots = num_slots
         self._model = model
-        self._memory = memory
+        self._kv_cache = kv_cache
         self._vocab_size = model.config.get_text_config().vocab_size
-        self._slots = Slots(lanes, self._vocab_size, memory.shape[3] - 1, memory.device)
-        self._steps: list[Captured] = []
-        self._prompts: list[Captured] = []
-        self._in_step: dict[int, list[int]] = {}  # by a step's size: the lanes that it was last told
-        self._entering: list[Seat] = []
-        self._early: set[Seat] = set()
-        self._asking: set[Seat] = set()
-        self._watched: dict[Seat, Watched] = {}
+        self._spare_kv_slot = kv_cache.shape[3] - 1
+        self._state = SamplingState(num_slots, self._vocab_size, self._spare_kv_slot, kv_cache.device)
+        self._decode_graphs: list[DecodeGraph] = []
+        self._prefill_graphs: list[PrefillGraph] = []
+        self._slots_on_device: dict[int, list[int]] = {}  # by a decode graph's size: the slots it was last given
+        self._new: list[RunningSequence] = []
+        self._below_min_tokens: set[RunningSequence] = set()
+        self._want_logprobs: set[RunningSequence] = set()
+        self._guided: dict[RunningSequence, GuidedRow] = {}
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._landings = cycle([Landing(lanes) for _ in range(IN_FLIGHT)])
-        self._pass: Outputs
+        self._pinned_outputs = cycle([PinnedOutput(num_slots) for _ in range(MAX_IN_FLIGHT)])
+        self._last_pass: PassOutputs
 
-    def capture(self, prompts: Sequence[int], steps: Sequence[int]) -> Iterator[None]:
-        """Capture passes over so many tokens and steps of so many rows, one whenever the next is asked for."""
-        capture = Capture(self._model, self._memory, self._slots)
-        for tokens in sorted(prompts, reverse=True):
-            inputs = PromptInputs(tokens, self.lanes, self._memory.device)
-            self._prompts.insert(0, capture.prompts(tokens, inputs))
+    def capture(self, prefills: Sequence[int], decodes: Sequence[int]) -> Iterator[None]:
+        """Capture prefills of so many tokens and decode steps of so many sequences, one each
+        time the iterator moves on."""
+        capture = GraphCapture(self._model, self._kv_cache, self._state)
+        for tokens in sorted(prefills, reverse=True):
+            inputs = PrefillInputs(tokens, self.num_slots, self._kv_cache.device)
+            self._prefill_graphs.insert(0, capture.prefill(tokens, inputs))
             yield
-        for rows in sorted(steps, reverse=True):
-            self._steps.insert(0, capture.step(rows))
+        for sequences in sorted(decodes, reverse=True):
+            self._decode_graphs.insert(0, capture.decode(sequences))
             yield
 
-    def rehearse(self, tokens: int) -> None:
-        """A pass over so many tokens of prompts, of no row, without capture: to see what memory it takes."""
-        inputs = PromptInputs(tokens, self.lanes, self._memory.device)
-        inputs.slots.fill_(self._memory.shape[3] - 1)
-        Capture(self._model, self._memory, self._slots).prompt_pass(inputs)
-        torch.cuda.synchronize(self._memory.device)
+    def profile_run(self, tokens: int) -> None:
+        """A prefill of so many tokens that belong to no row, without capture: to see how much memory it takes."""
+        inputs = PrefillInputs(tokens, self.num_slots, self._kv_cache.device)
+        inputs.kv_slots.fill_(self._spare_kv_slot)
+        GraphCapture(self._model, self._kv_cache, self._state).prefill_logits(inputs)
+        torch.cuda.synchronize(self._kv_cache.device)
 
-    def enter(self, seat: Seat) -> None:
-        """See `Runner`."""
-        request = seat.row.request
-        self._entering.append(seat)
-        if Watched.wants(request):
-            self._watched[seat] = Watched(request, self._vocab_size, self._helper)
+    def add_sequence(self, sequence: RunningSequence) -> None:
+        request = sequence.row.request
+        self._new.append(sequence)
+        if GuidedRow.is_needed(request):
+            self._guided[sequence] = GuidedRow(request, self._vocab_size, self._helper)
         if request.sampling.min_tokens:
-            self._early.add(seat)
+            self._below_min_tokens.add(sequence)
         if request.sampling.top_logprobs is not None:
-            self._asking.add(seat)
+            self._want_logprobs.add(sequence)
 
-    def leave(self, seat: Seat) -> None:
-        """See `Runner`."""
-        if seat in self._entering:
-            self._entering.remove(seat)
-        self._watched.pop(seat, None)
-        self._early.discard(seat)
-        self._asking.discard(seat)
+    def remove_sequence(self, sequence: RunningSequence) -> None:
+        if sequence in self._new:
+            self._new.remove(sequence)
+        self._guided.pop(sequence, None)
+        self._below_min_tokens.discard(sequence)
+        self._want_logprobs.discard(sequence)
 
-    def copy(self, source: int, target: int, count: int) -> None:
-        """See `Runner`."""
-        self._memory[:, :, :, target : target + count] = self._memory[:, :, :, source : source + count]
+    def copy_kv(self, source: int, target: int, count: int) -> None:
+        self._kv_cache[:, :, :, target : target + count] = self._kv_cache[:, :, :, source : source + count]
 
-    def prompts(self, work: Sequence[tuple[Seat, Piece]]) -> None:
-        """See `Runner`."""
-        if self._entering:
-            self._slots.enter(self._entering, [seat in self._watched for seat in self._entering])
-            self._entering = []
-        prompts = smallest(self._prompts, sum(piece.count for _, piece in work))
-        inputs = prompts.held
-        assert isinstance(inputs, PromptInputs)
-        filled = PromptInputs(prompts.size, self.lanes, "cpu")
-        fill(filled, work, spare=self._memory.shape[3] - 1, no_lane=self.lanes)
-        inputs.all.copy_(filled.all.pin_memory(), non_blocking=True)
-        prompts.forward.replay()
-        self._pass = prompts.out
+    def prefill(self, chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
+        if self._new:
+            self._state.add_sequences(self._new, [sequence in self._guided for sequence in self._new])
+            self._new = []
+        graph = smallest(self._prefill_graphs, sum(chunk.num_tokens for _, chunk in chunks))
+        inputs = PrefillInputs(graph.size, self.num_slots, "cpu")
+        fill(inputs, chunks, spare_kv_slot=self._spare_kv_slot, spare_slot=self.num_slots)
+        graph.inputs.all.copy_(inputs.all.pin_memory(), non_blocking=True)
+        graph.forward.replay()
+        self._last_pass = graph.out
 
-    def steps(self, seats: Sequence[Seat]) -> None:
-        """See `Runner`."""
-        step = smallest(self._steps, len(seats))
-        lanes = [seat.lane for seat in seats] + [self.lanes] * (step.size - len(seats))
-        if self._in_step.get(step.size) != lanes:
-            step.out.lanes.copy_(torch.tensor(lanes, dtype=torch.int32).pin_memory(), non_blocking=True)
-            self._in_step[step.size] = lanes
-        step.forward.replay()
-        self._pass = step.out
+    def decode(self, sequences: Sequence[RunningSequence]) -> None:
+        graph = smallest(self._decode_graphs, len(sequences))
+        slots = [sequence.slot for sequence in sequences] + [self.num_slots] * (graph.size - len(sequences))
+        if self._slots_on_device.get(graph.size) != slots:
+            graph.out.slots.copy_(torch.tensor(slots, dtype=torch.int32).pin_memory(), non_blocking=True)
+            self._slots_on_device[graph.size] = slots
+        graph.forward.replay()
+        self._last_pass = graph.out
 
-    def waits(self, seats: Sequence[Seat]) -> bool:
-        """See `Runner`."""
-        return bool(self._watched) and any(seat in self._watched for seat in seats)
+    def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
+        return bool(self._guided) and any(sequence in self._guided for sequence in sequences)
 
-    def told(self, seat: Seat, token: int) -> None:
-        """See `Runner`."""
-        if self._watched and seat in self._watched:
-            self._watched[seat].told(token)
+    def accept_token(self, sequence: RunningSequence, token: int) -> None:
+        if self._guided and sequence in self._guided:
+            self._guided[sequence].accept_token(token)
 
-    def choose(self, seats: Sequence[Seat]) -> Pending:
-        """See `Runner`."""
-        out = self._pass
-        self._rule_out(seats)
-        out.choose.replay()
-        tokens = out.tokens[: len(seats)]
-        landing = next(self._landings)
-        landing.take(tokens)
-        noted = self._note(seats, out.logits, tokens) if self._asking else None
-        landing.mark()
-        return Pending(seats, landing, noted)
+    def sample(self, sequences: Sequence[RunningSequence]) -> AsyncOutput:
+        out = self._last_pass
+        self._restrict(sequences)
+        out.sample.replay()
+        tokens = out.tokens[: len(sequences)]
+        pinned = next(self._pinned_outputs)
+        pinned.copy(tokens)
+        logprobs = self._logprobs(sequences, out.logits, tokens) if self._want_logprobs else None
+        pinned.record()
+        return AsyncOutput(sequences, pinned, logprobs)
 
     @property
     def logits(self) -> Tensor:
-        """Of the last pass, [seats, vocabulary]; valid until the next one."""
-        return self._pass.logits
+        return self._last_pass.logits
 
-    def _rule_out(self, seats: Sequence[Seat]) -> None:
-        """Send what the host alone knows of the next tokens: which a grammar allows, and whether a row may stop."""
-        if self._watched:
-            held = [seat for seat in seats if seat in self._watched]
-            if held:
-                words = torch.from_numpy(np.stack([self._watched[seat].allowed() for seat in held]))
-                at = self._slots.send(torch.tensor([seat.lane for seat in held]))
-                self._slots.allowed.index_copy_(0, at, self._slots.send(words))
-        if self._early:
-            for seat in self._early.intersection(seats):
-                if seat.begun >= seat.row.request.sampling.min_tokens:
-                    self._slots.set_bias(seat, early=False)
-                    self._early.discard(seat)
+    def _restrict(self, sequences: Sequence[RunningSequence]) -> None:
+        """Send what only the host knows of the next tokens: which a grammar allows, and whether a row may stop."""
+        if self._guided:
+            guided = [sequence for sequence in sequences if sequence in self._guided]
+            if guided:
+                bitmasks = torch.from_numpy(np.stack([self._guided[sequence].bitmask() for sequence in guided]))
+                slots = self._state.to_device(torch.tensor([sequence.slot for sequence in guided]))
+                self._state.bitmask.index_copy_(0, slots, self._state.to_device(bitmasks))
+        if self._below_min_tokens:
+            for sequence in self._below_min_tokens.intersection(sequences):
+                if sequence.num_output_tokens >= sequence.row.request.sampling.min_tokens:
+                    self._state.set_bias(sequence, may_stop=True)
+                    self._below_min_tokens.discard(sequence)
 
-    def _note(self, seats: Sequence[Seat], logits: Tensor, tokens: Tensor) -> Noted | None:
-        places = [place for place, seat in enumerate(seats) if seat in self._asking]
-        wanted = [seats[place].row.request.sampling.top_logprobs or 0 for place in places]
-        return Noted(places, wanted, self._slots.send(torch.tensor(places)), logits, tokens) if places else None
+    def _logprobs(self, sequences: Sequence[RunningSequence], logits: Tensor, tokens: Tensor) -> AsyncLogprobs | None:
+        indices = [index for index, sequence in enumerate(sequences) if sequence in self._want_logprobs]
+        if not indices:
+            return None
+        wanted = [sequences[index].row.request.sampling.top_logprobs or 0 for index in indices]
+        return AsyncLogprobs(indices, wanted, self._state.to_device(torch.tensor(indices)), logits, tokens)
 
 
-def fill(inputs: PromptInputs, work: Sequence[tuple[Seat, Piece]], *, spare: int, no_lane: int) -> None:
-    """Write a pass's pieces. What is left over goes to the slot and the lane that belong to no row."""
+def fill(
+    inputs: PrefillInputs, chunks: Sequence[tuple[RunningSequence, Chunk]], *, spare_kv_slot: int, spare_slot: int
+) -> None:
+    """Write a prefill's chunks. Padding goes to the KV slot and the sequence slot that belong to no row."""
     end = 0
-    for seat, piece in work:
-        here = slice(end, end := end + piece.count)
-        inputs.ids[here] = torch.tensor(seat.row.request.prompt[piece.done : piece.used])
-        torch.arange(piece.done, piece.used, out=inputs.positions[here])
-        torch.arange(piece.start + piece.done, piece.start + piece.used, out=inputs.slots[here])
-    inputs.slots[end:] = spare
-    rows = [row for _, piece in work for row in piece.cut(QUERIES)]
-    bounds = list(accumulate((row.count for row in rows), initial=0))
-    inputs.bounds[: len(bounds)] = torch.tensor(bounds)
-    inputs.bounds[len(bounds) :] = end
-    inputs.starts[: len(rows)] = torch.tensor([row.start for row in rows])
-    inputs.used[: len(rows)] = torch.tensor([row.used for row in rows])
-    ends = accumulate(piece.count for _, piece in work)
-    ending = [(end, seat.lane) for end, (seat, piece) in zip(ends, work, strict=True) if seat.left == piece.count]
-    inputs.last[: len(ending)] = torch.tensor([end - 1 for end, _ in ending])
-    inputs.lanes[: len(ending)] = torch.tensor([lane for _, lane in ending])
-    inputs.lanes[len(ending) :] = no_lane
+    for sequence, chunk in chunks:
+        past, seq_len = chunk.num_computed_tokens, chunk.seq_len
+        here = slice(end, end := end + chunk.num_tokens)
+        inputs.ids[here] = torch.tensor(sequence.row.request.prompt[past:seq_len])
+        torch.arange(past, seq_len, out=inputs.positions[here])
+        torch.arange(chunk.kv_start + past, chunk.kv_start + seq_len, out=inputs.kv_slots[here])
+    inputs.kv_slots[end:] = spare_kv_slot
+    blocks = [block for _, chunk in chunks for block in chunk.split(QUERY_BLOCK)]
+    cu_seqlens_q = list(accumulate((block.num_tokens for block in blocks), initial=0))
+    inputs.cu_seqlens_q[: len(cu_seqlens_q)] = torch.tensor(cu_seqlens_q)
+    inputs.cu_seqlens_q[len(cu_seqlens_q) :] = end
+    inputs.kv_starts[: len(blocks)] = torch.tensor([block.kv_start for block in blocks])
+    inputs.seq_lens[: len(blocks)] = torch.tensor([block.seq_len for block in blocks])
+    ends = accumulate(chunk.num_tokens for _, chunk in chunks)
+    complete = [
+        (end, sequence.slot)
+        for end, (sequence, chunk) in zip(ends, chunks, strict=True)
+        if sequence.remaining_prompt == chunk.num_tokens
+    ]
+    inputs.last_tokens[: len(complete)] = torch.tensor([end - 1 for end, _ in complete])
+    inputs.slots[: len(complete)] = torch.tensor([slot for _, slot in complete])
+    inputs.slots[len(complete) :] = spare_slot

@@ -1,22 +1,22 @@
-"""The rows' shares of the key and value pool, and what finished rows left there for others to begin with.
+"""Who has which part of the KV cache, and what finished rows left there for prompts that share a prefix with theirs.
 
-Worker thread only. Numbers alone: no tensor is touched here. Prompts often begin alike (instructions, a conversation's
-earlier turns). What was computed for such a beginning stays until its room is needed, and is found by its tokens, in
-blocks of `BLOCK`.
+Worker thread only. Bookkeeping alone: no tensor is touched here. A KV slot is one token position of the cache tensor.
+Prompts often share a prefix (instructions, a conversation's earlier turns). The keys and values computed for it stay
+until their room is needed, and are looked up by token ids, in blocks of `BLOCK_SIZE`.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-BLOCK = 64
-"""Tokens in a step of the search: shorter beginnings are cheaper to compute than to look for."""
+BLOCK_SIZE = 64
+"""Tokens in a block of the prefix cache: a shorter prefix is cheaper to compute than to look up."""
 
 
-class Extents:
-    """First fit over `capacity` slots, with holes kept in order and neighbours joined (Knuth, TAOCP 1, section 2.5).
+class KVAllocator:
+    """First fit over `capacity` KV slots, with holes kept in order and neighbours joined (Knuth, TAOCP 1, section 2.5).
 
-    Every slot is in exactly one hole or one extent that was given out.
+    Every KV slot is in exactly one hole or one allocation.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -24,20 +24,20 @@ class Extents:
         self._holes: list[tuple[int, int]] = [(0, capacity)] if capacity else []
 
     @property
-    def free(self) -> int:
-        """How many slots are in holes."""
+    def num_free(self) -> int:
+        """How many KV slots are in holes."""
         return sum(length for _, length in self._holes)
 
-    def take(self, length: int) -> int | None:
-        """The start of a new extent, or None if no hole is long enough."""
+    def allocate(self, length: int) -> int | None:
+        """The first of `length` neighbouring KV slots, or None if no hole is long enough."""
         for place, (start, room) in enumerate(self._holes):
             if room >= length:
                 self._holes[place : place + 1] = [(start + length, room - length)] if room > length else []
                 return start
         return None
 
-    def give_back(self, start: int, length: int) -> None:
-        """Make a hole of slots that were taken: of an extent or of a part of one."""
+    def free(self, start: int, length: int) -> None:
+        """Make a hole of KV slots that were allocated: a whole allocation or a part of one."""
         if length == 0:
             return
         place = bisect_left(self._holes, (start, 0))
@@ -51,92 +51,92 @@ class Extents:
 
 
 @dataclass(eq=False, slots=True)
-class Extent:
-    """`length` slots from `start` on. The first `len(tokens)` hold the keys and values of these tokens."""
+class KVAllocation:
+    """`length` KV slots from `start` on. The first `len(tokens)` hold the keys and values of these tokens."""
 
     start: int
     length: int
     salt: str
     tokens: Sequence[int] = ()
-    keys: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
 
 
-class Pool:
-    """Extents for rows, and beginnings to be shared. `sharing` False: nothing is kept."""
+class PrefixCache:
+    """Allocates KV slots to rows, and finds prefixes that were computed before. Not `enabled`: nothing is kept."""
 
-    def __init__(self, capacity: int, *, sharing: bool = True) -> None:
-        self._extents = Extents(capacity)
-        self._sharing = sharing
-        self._known: dict[int, Extent] = {}
-        self._left: dict[Extent, None] = {}  # of finished rows, the one used longest ago first
+    def __init__(self, capacity: int, *, enabled: bool = True) -> None:
+        self._allocator = KVAllocator(capacity)
+        self._enabled = enabled
+        self._blocks: dict[int, KVAllocation] = {}
+        self._evictable: dict[KVAllocation, None] = {}  # of finished rows, least recently used first
 
     @property
     def capacity(self) -> int:
-        return self._extents.capacity
+        return self._allocator.capacity
 
     @property
-    def kept(self) -> int:
-        """Slots that hold what finished rows left."""
-        return sum(extent.length for extent in self._left)
+    def num_evictable(self) -> int:
+        """KV slots that hold what finished rows left."""
+        return sum(allocation.length for allocation in self._evictable)
 
     @property
-    def used(self) -> int:
-        """Slots that rows have."""
-        return self.capacity - self._extents.free - self.kept
+    def num_used(self) -> int:
+        """KV slots that running rows have."""
+        return self.capacity - self._allocator.num_free - self.num_evictable
 
-    def reserve(self, length: int, salt: str) -> Extent | None:
-        """Room for a row, or None until others have ended. What was left by finished rows makes room, oldest first."""
-        while (start := self._extents.take(length)) is None:
-            if not self._left:
+    def allocate(self, length: int, salt: str) -> KVAllocation | None:
+        """Room for a row, or None until others finish. Evicts what finished rows left, least recently used first."""
+        while (start := self._allocator.allocate(length)) is None:
+            if not self._evictable:
                 return None
-            self._drop(next(iter(self._left)))
-        return Extent(start, length, salt)
+            self._evict(next(iter(self._evictable)))
+        return KVAllocation(start, length, salt)
 
-    def beginning(self, salt: str, prompt: Sequence[int]) -> tuple[Extent, int] | None:
-        """The extent that has the longest known beginning of `prompt`, and that many tokens: whole blocks, not all."""
+    def match_prefix(self, salt: str, prompt: Sequence[int]) -> tuple[KVAllocation, int] | None:
+        """The allocation with the longest cached prefix of `prompt`, and its length: whole blocks, never all of it."""
         found = None
-        for key, end in _keys(salt, prompt[:-1]):
-            extent = self._known.get(key)
-            if extent is None:
+        for key, end in _block_hashes(salt, prompt[:-1]):
+            allocation = self._blocks.get(key)
+            if allocation is None:
                 break
-            found = extent, end
+            found = allocation, end
         if found is None or tuple(found[0].tokens[: found[1]]) != tuple(prompt[: found[1]]):  # a hash may collide
             return None
-        if found[0] in self._left:
-            self._left[found[0]] = self._left.pop(found[0])
+        if found[0] in self._evictable:
+            self._evictable[found[0]] = self._evictable.pop(found[0])
         return found
 
-    def share(self, extent: Extent, tokens: Sequence[int]) -> None:
-        """`tokens` are in this extent now, for others to begin with."""
-        if self._sharing:
-            extent.tokens = tokens
-            for key, _ in _keys(extent.salt, tokens):
-                if key not in self._known:
-                    self._known[key] = extent
-                    extent.keys.append(key)
+    def insert(self, allocation: KVAllocation, tokens: Sequence[int]) -> None:
+        """The keys and values of `tokens` are in this allocation now, for later prompts to match."""
+        if self._enabled:
+            allocation.tokens = tokens
+            for key, _ in _block_hashes(allocation.salt, tokens):
+                if key not in self._blocks:
+                    self._blocks[key] = allocation
+                    allocation.hashes.append(key)
 
-    def release(self, extent: Extent, tokens: Sequence[int]) -> None:
-        """The row is over. Its `tokens` stay for others, if any of them can be found."""
-        self.share(extent, tokens)
-        if not extent.keys:
-            self._extents.give_back(extent.start, extent.length)
+    def release(self, allocation: KVAllocation, tokens: Sequence[int]) -> None:
+        """The row has finished. Its `tokens` stay cached, if any prompt can still match them."""
+        self.insert(allocation, tokens)
+        if not allocation.hashes:
+            self._allocator.free(allocation.start, allocation.length)
             return
-        self._extents.give_back(extent.start + len(tokens), extent.length - len(tokens))
-        extent.length = len(tokens)
-        self._left[extent] = None
+        self._allocator.free(allocation.start + len(tokens), allocation.length - len(tokens))
+        allocation.length = len(tokens)
+        self._evictable[allocation] = None
 
-    def _drop(self, extent: Extent) -> None:
-        del self._left[extent]
-        for key in extent.keys:
-            del self._known[key]
-        self._extents.give_back(extent.start, extent.length)
+    def _evict(self, allocation: KVAllocation) -> None:
+        del self._evictable[allocation]
+        for key in allocation.hashes:
+            del self._blocks[key]
+        self._allocator.free(allocation.start, allocation.length)
 
 
-def _keys(salt: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
-    """A key for each whole block, of it and all before it; and where the block ends."""
+def _block_hashes(salt: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """For each whole block a hash of it and all before it, and where the block ends."""
     key = hash(salt)
     found = []
-    for end in range(BLOCK, len(tokens) + 1, BLOCK):
-        key = hash((key, *tokens[end - BLOCK : end]))
+    for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE):
+        key = hash((key, *tokens[end - BLOCK_SIZE : end]))
         found.append((key, end))
     return found

@@ -35,21 +35,21 @@ def rotate_and_store(
     cos: Tensor,
     sin: Tensor,
     norms: tuple[Tensor, Tensor, float] | None,
-    slots: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
+    kv_slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
 ) -> Tensor:
-    """See `triton_layer.rotate_and_store`."""
-    kv_heads, _, size = k_pool.shape
+    """Rotary position embedding, and keys and values stored: shapes as in `triton_layer.rotate_and_store`."""
+    kv_heads, _, size = k_cache.shape
     heads = qkv.view(len(qkv), -1, size)
     q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     if norms:
         q, k = norm(q, norms[0], norms[2]), norm(k, norms[1], norms[2])
-    k_pool[:, slots] = _turn(k, cos, sin).transpose(0, 1)
-    v_pool[:, slots] = v.transpose(0, 1)
-    return _turn(q, cos, sin)
+    k_cache[:, kv_slots] = _rotate(k, cos, sin).transpose(0, 1)
+    v_cache[:, kv_slots] = v.transpose(0, 1)
+    return _rotate(q, cos, sin)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None]

@@ -1,7 +1,7 @@
-"""What the device knows of every lane: the newest token, where the next one goes, and how to choose it.
+"""What the device knows of every sequence slot: the newest token, where the next one goes, and how to sample it.
 
-Worker thread only, CUDA only. A lane's state is written when a row gets it and advanced on the device from then on, so
-that a step needs nothing from the host.
+Worker thread only, CUDA only. A slot's state is written when a row gets it and advanced on the device from then on, so
+that a decode step needs nothing from the host.
 """
 
 from collections.abc import Sequence
@@ -9,67 +9,67 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batching.packed import triton_sampling
-from batching.packed.runner import Seat
+from batching.packed import triton_sampling as columns
+from batching.packed.runner import RunningSequence
 
 
-class Slots:
-    """`lanes` lanes, and one more without a row that fills up a captured step; it writes to the pool's slot `spare`."""
+class SamplingState:
+    """`num_slots` sequence slots, and one more without a row that pads a CUDA graph's batch: it writes to the KV slot
+    `spare_kv_slot`."""
 
-    def __init__(self, lanes: int, vocab_size: int, spare: int, device: torch.device) -> None:
-        self.ints = torch.zeros(lanes + 1, triton_sampling.COLUMNS, dtype=torch.int64, device=device)
-        self.floats = torch.ones(lanes + 1, triton_sampling.COLUMNS, device=device)
-        self.counts = torch.zeros(lanes + 1, vocab_size, dtype=torch.int16, device=device)
-        self.bias = torch.zeros(lanes + 1, vocab_size, device=device)
-        self.allowed = torch.zeros(lanes + 1, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        self.ints[lanes, triton_sampling.START] = spare
+    def __init__(self, num_slots: int, vocab_size: int, spare_kv_slot: int, device: torch.device) -> None:
+        self.int_params = torch.zeros(num_slots + 1, columns.NUM_COLUMNS.value, dtype=torch.int64, device=device)
+        self.float_params = torch.ones(num_slots + 1, columns.NUM_COLUMNS.value, device=device)
+        self.counts = torch.zeros(num_slots + 1, vocab_size, dtype=torch.int16, device=device)
+        self.bias = torch.zeros(num_slots + 1, vocab_size, device=device)
+        self.bitmask = torch.zeros(num_slots + 1, -(-vocab_size // 32), dtype=torch.int32, device=device)
+        self.int_params[num_slots, columns.KV_START.value] = spare_kv_slot
         self._device = device
 
-    def enter(self, seats: Sequence[Seat], masked: Sequence[bool]) -> None:
-        """Write the state of rows that begin; `masked` says whose tokens the host will rule out."""
-        at = self.send(torch.tensor([seat.lane for seat in seats]))
-        whole = [_whole(seat, mask) for seat, mask in zip(seats, masked, strict=True)]
-        self.ints.index_copy_(0, at, self.send(torch.tensor(whole, dtype=torch.int64)))
-        self.floats.index_copy_(0, at, self.send(torch.tensor([_part(seat) for seat in seats])))
-        for seat in seats:
-            sampling = seat.row.request.sampling
+    def add_sequences(self, sequences: Sequence[RunningSequence], guided: Sequence[bool]) -> None:
+        """Write the state of new sequences; `guided` says which will have a token bitmask from the host."""
+        slots = self.to_device(torch.tensor([sequence.slot for sequence in sequences]))
+        ints = [_int_params(sequence, masked) for sequence, masked in zip(sequences, guided, strict=True)]
+        floats = [_float_params(sequence) for sequence in sequences]
+        self.int_params.index_copy_(0, slots, self.to_device(torch.tensor(ints, dtype=torch.int64)))
+        self.float_params.index_copy_(0, slots, self.to_device(torch.tensor(floats)))
+        for sequence in sequences:
+            sampling = sequence.row.request.sampling
             if sampling.penalised:
-                self._start_counts(seat)
+                self._reset_counts(sequence)
             if sampling.logit_bias or sampling.min_tokens:
-                self.set_bias(seat, early=sampling.min_tokens > 0)
+                self.set_bias(sequence, may_stop=sampling.min_tokens == 0)
 
-    def set_bias(self, seat: Seat, *, early: bool) -> None:
-        """A lane's `logit_bias`; and if it is `early` for the row to stop, its stop tokens are kept out."""
-        sampling = seat.row.request.sampling
-        values = dict(sampling.logit_bias) | dict.fromkeys(sampling.stop_token_ids if early else (), -float("inf"))
-        row = self.bias[seat.lane].zero_()
+    def set_bias(self, sequence: RunningSequence, *, may_stop: bool) -> None:
+        """A sequence's `logit_bias`; and unless it `may_stop` already, its stop tokens are kept out."""
+        sampling = sequence.row.request.sampling
+        values = dict(sampling.logit_bias) | dict.fromkeys(() if may_stop else sampling.stop_token_ids, -float("inf"))
+        bias = self.bias[sequence.slot].zero_()
         if values:
-            row.index_copy_(0, self.send(torch.tensor(list(values))), self.send(torch.tensor(list(values.values()))))
+            tokens, added = torch.tensor(list(values)), torch.tensor(list(values.values()))
+            bias.index_copy_(0, self.to_device(tokens), self.to_device(added))
 
-    def send(self, values: Tensor) -> Tensor:
+    def to_device(self, values: Tensor) -> Tensor:
         """Copy to the device without waiting for it."""
         return values.pin_memory().to(self._device, non_blocking=True)
 
-    def _start_counts(self, seat: Seat) -> None:
-        counts = self.counts[seat.lane].zero_()
-        if seat.row.request.sampling.repetition_penalty != 1.0:
-            counts.index_fill_(0, self.send(torch.tensor(seat.row.request.prompt)), triton_sampling.IN_PROMPT)
+    def _reset_counts(self, sequence: RunningSequence) -> None:
+        request = sequence.row.request
+        counts = self.counts[sequence.slot].zero_()
+        if request.sampling.repetition_penalty != 1.0:
+            counts.index_fill_(0, self.to_device(torch.tensor(request.prompt)), columns.IN_PROMPT.value)
 
 
-def _whole(seat: Seat, masked: bool) -> list[int]:
-    request = seat.row.request
+def _int_params(sequence: RunningSequence, guided: bool) -> list[int]:
+    request = sequence.row.request
     sampling = request.sampling
-    flags = (
-        triton_sampling.DRAWN * (not sampling.greedy)
-        | triton_sampling.PENALISED * sampling.penalised
-        | triton_sampling.MASKED * masked
-    )
-    flags |= triton_sampling.BIASED * bool(sampling.logit_bias or sampling.min_tokens)
-    # As if the prompt's last token had been the newest: choosing the first token moves the lane on to where that goes.
-    return [0, len(request.prompt) - 1, seat.extent.start, 0, sampling.seed, sampling.top_k, flags, 0]
+    flags = columns.RANDOM.value * (not sampling.greedy) | columns.PENALISED.value * sampling.penalised
+    flags |= columns.BIASED.value * bool(sampling.logit_bias or sampling.min_tokens) | columns.GUIDED.value * guided
+    # As if the prompt's last token had been the newest: sampling the first one moves the slot on to where that goes.
+    return [0, len(request.prompt) - 1, sequence.kv.start, 0, sampling.seed, sampling.top_k, flags, 0]
 
 
-def _part(seat: Seat) -> list[float]:
-    sampling = seat.row.request.sampling
+def _float_params(sequence: RunningSequence) -> list[float]:
+    sampling = sequence.row.request.sampling
     penalties = [sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty]
     return [sampling.temperature or 1.0, sampling.top_p, sampling.min_p, *penalties, 0.0, 0.0]

@@ -1,7 +1,7 @@
 """Triton kernels of a decoder layer: what lies between its matrix products, and the products of a single token.
 
-Worker thread only, CUDA only (or Triton's interpreter, in tests). Each has a twin in `batching/packed/reference.py`, written
-with torch, that says what it computes.
+Worker thread only, CUDA only (or Triton's interpreter, in tests). `batching/packed/reference.py` has a twin of each,
+written with torch, that says what it computes.
 """
 
 import torch
@@ -31,7 +31,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _rotate_kernel(
-    qkv, cos, sin, q_weight, k_weight, slots, q, k_pool, v_pool, head_stride, eps,
+    qkv, cos, sin, q_weight, k_weight, kv_slots, q, k_cache, v_cache, head_stride, eps,
     KV_HEADS: tl.constexpr, Q_GROUPS: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
@@ -43,10 +43,10 @@ def _rotate_kernel(
     inside = (head < KV_HEADS) & (at < SIZE)
     row = qkv + (token * (Q_GROUPS + 2) * KV_HEADS + group * KV_HEADS + head) * SIZE
     x = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
-    slot = tl.load(slots + token).to(tl.int64)
-    pooled = head.to(tl.int64) * head_stride + slot * SIZE + at
+    kv_slot = tl.load(kv_slots + token).to(tl.int64)
+    target = head.to(tl.int64) * head_stride + kv_slot * SIZE + at
     if group == Q_GROUPS + 1:
-        tl.store(v_pool + pooled, x.to(v_pool.dtype.element_ty), mask=inside)
+        tl.store(v_cache + target, x.to(v_cache.dtype.element_ty), mask=inside)
     else:
         half = SIZE // 2
         partner = tl.where(at < half, at + half, at - half)
@@ -59,12 +59,12 @@ def _rotate_kernel(
         angle = token * SIZE + at
         cosine = tl.load(cos + angle, mask=at < SIZE, other=0.0).to(tl.float32)
         sine = tl.load(sin + angle, mask=at < SIZE, other=0.0).to(tl.float32)
-        turned = x * cosine + tl.where(at < half, -y, y) * sine
+        rotated = x * cosine + tl.where(at < half, -y, y) * sine
         if group == Q_GROUPS:
-            tl.store(k_pool + pooled, turned.to(k_pool.dtype.element_ty), mask=inside)
+            tl.store(k_cache + target, rotated.to(k_cache.dtype.element_ty), mask=inside)
         else:
             where = (token * Q_GROUPS * KV_HEADS + group * KV_HEADS + head) * SIZE + at
-            tl.store(q + where, turned.to(q.dtype.element_ty), mask=inside)
+            tl.store(q + where, rotated.to(q.dtype.element_ty), mask=inside)
 
 
 def rotate_and_store(
@@ -72,23 +72,23 @@ def rotate_and_store(
     cos: Tensor,
     sin: Tensor,
     norms: tuple[Tensor, Tensor, float] | None,
-    slots: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
+    kv_slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
 ) -> Tensor:
     """Rotary position embedding (Su et al. 2021) of queries and keys [tokens, (heads + 2 x KV heads) x head size].
 
     `norms` are the weights and epsilon of the RMS norms that Qwen3 applies to each head before. Keys and values go to
-    their `slots` [tokens] of the pools [KV heads, slots, head size]; the queries [tokens, heads, head size] are
-    answered.
+    their `kv_slots` [tokens] of the caches [KV heads, KV slots, head size]. Returns the queries [tokens, heads, head
+    size].
     """
     tokens = qkv.shape[0]
-    kv_heads, _, size = k_pool.shape
+    kv_heads, _, size = k_cache.shape
     groups = qkv.shape[1] // (kv_heads * size) - 2
     q = qkv.new_empty(tokens, groups * kv_heads, size)
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     _rotate_kernel[(tokens, groups + 2)](
-        qkv, cos, sin, q_weight, k_weight, slots, q, k_pool, v_pool, k_pool.stride(0), eps,
+        qkv, cos, sin, q_weight, k_weight, kv_slots, q, k_cache, v_cache, k_cache.stride(0), eps,
         KV_HEADS=kv_heads, Q_GROUPS=groups, SIZE=size, HEADS=triton.next_power_of_2(kv_heads),
         BLOCK=triton.next_power_of_2(size), NORM=norms is not None, num_warps=4 if kv_heads > 4 else 1,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def _silu_product(pair: Tensor) -> Tensor:
 
 @triton.jit
 def _load(at, mask, ALL: tl.constexpr):
-    # Weights are read once a step: they shall not drive out what is read again.
+    # Weights are read once a step: evict them first, so that they do not displace lines that are reused.
     if ALL:
         return tl.load(at, eviction_policy="evict_first").to(tl.float32)
     else:
@@ -159,10 +159,10 @@ def _row_kernel(
 
 
 OUTPUTS = 2
-"""How many outputs of a single token's product one program has."""
+"""Outputs that one program computes of a single token's product."""
 
 WIDTH = 512
-"""How many of the inputs it reads at a time."""
+"""Inputs that it reads at a time."""
 
 
 def _row(

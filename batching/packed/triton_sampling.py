@@ -1,11 +1,12 @@
-"""The Triton kernels that choose every row's next token on the device, inside the captured graph.
+"""The Triton kernels that sample every sequence's next token on the device, inside the CUDA graph.
 
-They keep the law of `batching/sampling.py`, whose twins they are: a row's token depends on the row's own logits,
-settings, seed and position alone, by the same race. Nothing is sorted. First many programs scan a block of the
-vocabulary each: its largest logit, its mass, its winner of the race. Then one program a row puts these together. A
-token may win only if the tokens above it leave room for it under top_k, top_p and min_p. So the race's winner is tried,
-and if it has no room it and all below it are out (what is kept are the largest), and the next race is among the tokens
-above it: few rounds, for the likelier a token, the likelier it won; and few blocks, those that have a token above it.
+They keep the law of `batching/sampling.py`, whose twins they are: a token depends on the row's own logits, settings,
+seed and position alone, by the same Gumbel-max sampling. Nothing is sorted. First many programs scan a block of the
+vocabulary each: its largest logit, its probability mass, the token with its highest score. Then one program a sequence
+puts these together. A token may be sampled only if the tokens above it leave room for it under top_k, top_p and min_p.
+So the token of the highest score is tried, and if it has no room it and all below it are out (what is kept are the
+largest), and the next try is among the tokens above it: few rounds, for the likelier a token, the likelier it has the
+highest score; and few blocks, those that have a token above it.
 
 Worker thread only, CUDA only (or Triton's interpreter, in tests).
 """
@@ -15,16 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a slot's whole numbers and of its fractions.
-TOKEN, POSITION, START, SENT, SEED, TOP_K, FLAGS = range(7)
-TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
-COLUMNS = 8
+# Columns of a slot's integer parameters and of its float parameters, NUM_COLUMNS each.
+TOKEN, POSITION, KV_START, NUM_OUTPUT_TOKENS, SEED, TOP_K, FLAGS = map(tl.constexpr, range(7))
+TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = map(tl.constexpr, range(6))
+NUM_COLUMNS = tl.constexpr(8)
 
-DRAWN, PENALISED, BIASED, MASKED = 1, 2, 4, 8
-"""Flags of a slot: what its row asks for. A row that asks for nothing costs one reading of its logits."""
+# Flags of a slot: what its row asks for. A row that asks for nothing costs one reading of its logits.
+RANDOM, PENALISED, BIASED, GUIDED = map(tl.constexpr, (1, 2, 4, 8))
 
-IN_PROMPT, MOST = 0x4000, 0x3FFF
-"""A count of the row's output tokens, up to `MOST`, and whether the token stands in its prompt, in 16 bits."""
+# A token's count, in 16 bits: how often the row has put it out, up to MAX_COUNT, and whether it is in the row's prompt.
+IN_PROMPT, MAX_COUNT = map(tl.constexpr, (0x4000, 0x3FFF))
+
+# Columns of what the scan finds in a block of the vocabulary: numbers, and tokens.
+MAX_LOGIT, MASS, MAX_SCORE, NUM_STATS = map(tl.constexpr, range(4))
+ARGMAX, SAMPLED, NUM_CANDIDATES = map(tl.constexpr, range(3))
+
+FLOAT32_MIN = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -43,26 +50,26 @@ def _mix64(x):
 
 
 @triton.jit
-def _adjusted(logits, counts, bias, allowed, at, size, flags, presence, frequency, repetition):
-    """The logits at some places, changed as the row asks; -inf beyond the vocabulary."""
+def _processed(logits, counts, bias, bitmask, at, size, flags, presence, frequency, repetition):
+    """Logits of some tokens after bias, penalties and token bitmask; -inf beyond the vocabulary."""
     inside = at < size
     x = tl.load(logits + at, mask=inside, other=-float("inf")).to(tl.float32)
-    if flags & 2:
+    if flags & PENALISED:
         count = tl.load(counts + at, mask=inside, other=0).to(tl.int32)
-        said = count & 0x3FFF
+        num_output = count & MAX_COUNT
         x = tl.where(count != 0, tl.where(x > 0, x / repetition, x * repetition), x)
-        x = x - said.to(tl.float32) * frequency - tl.where(said > 0, presence, 0.0)
-    if flags & 4:
+        x = x - num_output.to(tl.float32) * frequency - tl.where(num_output > 0, presence, 0.0)
+    if flags & BIASED:
         x = x + tl.load(bias + at, mask=inside, other=0.0)
-    if flags & 8:
-        word = tl.load(allowed + at // 32, mask=inside, other=0)
-        x = tl.where((word >> (at % 32)) & 1 == 1, tl.maximum(x, -3.4028234663852886e38), -float("inf"))
+    if flags & GUIDED:
+        word = tl.load(bitmask + at // 32, mask=inside, other=0)
+        x = tl.where((word >> (at % 32)) & 1 == 1, tl.maximum(x, FLOAT32_MIN), -float("inf"))
     return tl.where(inside, x, -float("inf"))
 
 
 @triton.jit
-def _race(scaled, at, key):
-    """Logarithm of weight / exponential time: the token with the largest wins. See `sampling.exponential`."""
+def _gumbel_score(scaled, at, key):
+    """Gumbel-max: log(weight / exponential noise), whose largest is the sample; the noise of `sampling.exponential`."""
     bits = _mix32((at.to(tl.uint32) * 0x9E3779B9) + key) & 0x7FFFFFFF
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.9999999403953552)
     series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))  # -log(1 - u), which is inexact for a small u
@@ -71,37 +78,37 @@ def _race(scaled, at, key):
 
 @triton.jit
 def _scan_kernel(
-    logits, lanes, ints, floats, counts, bias, allowed, found, places, size, words,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, slots, int_params, float_params, counts, bias, bitmask, stats, candidates, size, bitmask_width,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(0)
-    slot = tl.load(lanes + lane).to(tl.int64)
-    whole = ints + slot * COLUMNS
-    part = floats + slot * COLUMNS
-    flags = tl.load(whole + 6).to(tl.int32)
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    ints = int_params + slot * NUM_COLUMNS
+    floats = float_params + slot * NUM_COLUMNS
+    flags = tl.load(ints + FLAGS).to(tl.int32)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = _adjusted(
-        logits + lane.to(tl.int64) * size, counts + slot * size, bias + slot * size, allowed + slot * words,
-        at, size, flags, tl.load(part + 3), tl.load(part + 4), tl.load(part + 5),
+    x = _processed(
+        logits + row.to(tl.int64) * size, counts + slot * size, bias + slot * size, bitmask + slot * bitmask_width,
+        at, size, flags, tl.load(floats + PRESENCE), tl.load(floats + FREQUENCY), tl.load(floats + REPETITION),
     )  # fmt: skip
     largest = tl.max(x, 0)
-    mine = lane * tl.num_programs(1) + tl.program_id(1)
-    tl.store(found + mine * 3, largest)
-    tl.store(places + mine * 2, tl.min(tl.where(x == largest, at, size), 0))
-    if flags & 1:
-        scaled = (x - tl.maximum(largest, -3.4028234663852886e38)) / tl.load(part)
-        sent = tl.load(whole + 3).to(tl.uint64)
-        key = _mix64(_mix64(tl.load(whole + 4).to(tl.uint64)) + sent).to(tl.uint32)
-        race = _race(scaled, at, key)
-        winner = tl.max(race, 0)
-        tl.store(found + mine * 3 + 1, tl.sum(tl.exp(scaled), 0))
-        tl.store(found + mine * 3 + 2, winner)
-        tl.store(places + mine * 2 + 1, tl.min(tl.where(race == winner, at, size), 0))
+    mine = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(stats + mine * NUM_STATS + MAX_LOGIT, largest)
+    tl.store(candidates + mine * NUM_CANDIDATES + ARGMAX, tl.min(tl.where(x == largest, at, size), 0))
+    if flags & RANDOM:
+        scaled = (x - tl.maximum(largest, FLOAT32_MIN)) / tl.load(floats + TEMPERATURE)
+        num_output_tokens = tl.load(ints + NUM_OUTPUT_TOKENS).to(tl.uint64)
+        key = _mix64(_mix64(tl.load(ints + SEED).to(tl.uint64)) + num_output_tokens).to(tl.uint32)
+        score = _gumbel_score(scaled, at, key)
+        best_score = tl.max(score, 0)
+        tl.store(stats + mine * NUM_STATS + MASS, tl.sum(tl.exp(scaled), 0))
+        tl.store(stats + mine * NUM_STATS + MAX_SCORE, best_score)
+        tl.store(candidates + mine * NUM_CANDIDATES + SAMPLED, tl.min(tl.where(score == best_score, at, size), 0))
 
 
 @triton.jit
 def _mass_of_top_k(
-    row, counts, bias, allowed, found, size, flags, presence, frequency, repetition, largest, temperature, top_k,
+    logits, counts, bias, bitmask, stats, size, flags, presence, frequency, repetition, largest, temperature, top_k,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Find a floor that `top_k` tokens are above, or their ties. It is looked for at -1, -2, -4 and so on, then halfway,
@@ -115,9 +122,9 @@ def _mass_of_top_k(
         next_up = tl.full([BLOCK], float("inf"), tl.float32)
         next_down = tl.full([BLOCK], -float("inf"), tl.float32)
         for number in range(BLOCKS):
-            if (tl.load(found + number * 3) - largest) / temperature > low:
+            if (tl.load(stats + number * NUM_STATS + MAX_LOGIT) - largest) / temperature > low:
                 at = number * BLOCK + place
-                x = _adjusted(row, counts, bias, allowed, at, size, flags, presence, frequency, repetition)
+                x = _processed(logits, counts, bias, bitmask, at, size, flags, presence, frequency, repetition)
                 scaled = (x - largest) / temperature
                 above += (scaled > middle).to(tl.int32)
                 next_up = tl.minimum(next_up, tl.where(scaled > middle, scaled, float("inf")))
@@ -133,115 +140,119 @@ def _mass_of_top_k(
         seeking = (kept != top_k) & (high > least)
     mass = tl.zeros([BLOCK], tl.float32)
     for number in range(BLOCKS):
-        if (tl.load(found + number * 3) - largest) / temperature > low:
+        if (tl.load(stats + number * NUM_STATS + MAX_LOGIT) - largest) / temperature > low:
             at = number * BLOCK + place
-            x = _adjusted(row, counts, bias, allowed, at, size, flags, presence, frequency, repetition)
+            x = _processed(logits, counts, bias, bitmask, at, size, flags, presence, frequency, repetition)
             scaled = (x - largest) / temperature
             mass += tl.where(scaled > low, tl.exp(scaled), 0.0)
     return tl.sum(mass, 0)
 
 
 @triton.jit
-def _pick_kernel(
-    logits, lanes, ints, floats, counts, bias, allowed, found, places, out, size, words, trash,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+def _sample_kernel(
+    logits, slots, int_params, float_params, counts, bias, bitmask, stats, candidates, out, size, bitmask_width,
+    spare_slot, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(0)
-    slot = tl.load(lanes + lane).to(tl.int64)
-    whole = ints + slot * COLUMNS
-    part = floats + slot * COLUMNS
-    row = logits + lane.to(tl.int64) * size
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    ints = int_params + slot * NUM_COLUMNS
+    floats = float_params + slot * NUM_COLUMNS
+    logits += row.to(tl.int64) * size
     counts += slot * size
     bias += slot * size
-    allowed += slot * words
-    found += lane * BLOCKS * 3
-    places += lane * BLOCKS * 2
-    flags = tl.load(whole + 6).to(tl.int32)
+    bitmask += slot * bitmask_width
+    stats += row * BLOCKS * NUM_STATS
+    candidates += row * BLOCKS * NUM_CANDIDATES
+    flags = tl.load(ints + FLAGS).to(tl.int32)
     block = tl.arange(0, SPAN)
-    maxima = tl.load(found + block * 3, mask=block < BLOCKS, other=-float("inf"))
+    maxima = tl.load(stats + block * NUM_STATS + MAX_LOGIT, mask=block < BLOCKS, other=-float("inf"))
     largest = tl.max(maxima, 0)
-    token = tl.min(tl.where(maxima == largest, tl.load(places + block * 2, mask=block < BLOCKS, other=size), size), 0)
+    has_largest = maxima == largest
+    argmax = tl.load(candidates + block * NUM_CANDIDATES + ARGMAX, mask=block < BLOCKS, other=size)
+    token = tl.min(tl.where(has_largest, argmax, size), 0)
 
-    if flags & 1:
-        presence, frequency, repetition = tl.load(part + 3), tl.load(part + 4), tl.load(part + 5)
-        temperature, top_p, min_p = tl.load(part), tl.load(part + 1), tl.load(part + 2)
-        top_k = tl.load(whole + 5)
-        sent = tl.load(whole + 3).to(tl.uint64)
-        key = _mix64(_mix64(tl.load(whole + 4).to(tl.uint64)) + sent).to(tl.uint32)
+    if flags & RANDOM:
+        presence = tl.load(floats + PRESENCE)
+        frequency, repetition = tl.load(floats + FREQUENCY), tl.load(floats + REPETITION)
+        temperature, top_p, min_p = tl.load(floats + TEMPERATURE), tl.load(floats + TOP_P), tl.load(floats + MIN_P)
+        top_k = tl.load(ints + TOP_K)
+        num_output_tokens = tl.load(ints + NUM_OUTPUT_TOKENS).to(tl.uint64)
+        key = _mix64(_mix64(tl.load(ints + SEED).to(tl.uint64)) + num_output_tokens).to(tl.uint32)
         place = tl.arange(0, BLOCK)
 
         below = (maxima - largest) / temperature
-        total = tl.sum(tl.load(found + block * 3 + 1, mask=block < BLOCKS, other=0.0) * tl.exp(below), 0)
-        races = tl.load(found + block * 3 + 2, mask=block < BLOCKS, other=-float("inf")) + below
-        winners = tl.load(places + block * 2 + 1, mask=block < BLOCKS, other=size)
-        token = tl.min(tl.where(races == tl.max(races, 0), winners, size), 0)
+        total = tl.sum(tl.load(stats + block * NUM_STATS + MASS, mask=block < BLOCKS, other=0.0) * tl.exp(below), 0)
+        scores = tl.load(stats + block * NUM_STATS + MAX_SCORE, mask=block < BLOCKS, other=-float("inf")) + below
+        sampled = tl.load(candidates + block * NUM_CANDIDATES + SAMPLED, mask=block < BLOCKS, other=size)
+        token = tl.min(tl.where(scores == tl.max(scores, 0), sampled, size), 0)
 
         if (top_k > 0) & (top_p < 1.0):  # top_p is a share of what top_k leaves
             total = _mass_of_top_k(
-                row, counts, bias, allowed, found, size, flags, presence, frequency, repetition, largest, temperature,
-                top_k, BLOCKS, BLOCK,
+                logits, counts, bias, bitmask, stats, size, flags, presence, frequency, repetition, largest,
+                temperature, top_k, BLOCKS, BLOCK,
             )  # fmt: skip
 
         trying = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
         while trying:
-            own = _adjusted(row, counts, bias, allowed, token, size, flags, presence, frequency, repetition)
+            own = _processed(logits, counts, bias, bitmask, token, size, flags, presence, frequency, repetition)
             floor = (own - largest) / temperature
             mass = tl.zeros([BLOCK], tl.float32)
             above = tl.zeros([BLOCK], tl.int32)
             best = tl.full([BLOCK], -float("inf"), tl.float32)
             index = tl.zeros([BLOCK], tl.int32)
             for number in range(BLOCKS):
-                if (tl.load(found + number * 3) - largest) / temperature > floor:
+                if (tl.load(stats + number * NUM_STATS + MAX_LOGIT) - largest) / temperature > floor:
                     at = number * BLOCK + place
-                    x = _adjusted(row, counts, bias, allowed, at, size, flags, presence, frequency, repetition)
+                    x = _processed(logits, counts, bias, bitmask, at, size, flags, presence, frequency, repetition)
                     scaled = (x - largest) / temperature
                     higher = scaled > floor
                     mass += tl.where(higher, tl.exp(scaled), 0.0)
                     above += higher.to(tl.int32)
-                    race = tl.where(higher, _race(scaled, at, key), -float("inf"))
-                    index = tl.where(race > best, at, index)
-                    best = tl.maximum(best, race)
+                    score = tl.where(higher, _gumbel_score(scaled, at, key), -float("inf"))
+                    index = tl.where(score > best, at, index)
+                    best = tl.maximum(best, score)
             kept = tl.sum(above, 0)
             room = ((top_k == 0) | (kept < top_k)) & ((top_p >= 1.0) | (tl.sum(mass, 0) < top_p * total))
             trying = (kept > 0) & ((room == 0) | (tl.exp(floor) < min_p))
-            winner = tl.max(best, 0)
-            token = tl.where(trying, tl.min(tl.where(best == winner, index, size), 0), token)
+            best_score = tl.max(best, 0)
+            token = tl.where(trying, tl.min(tl.where(best == best_score, index, size), 0), token)
 
-    tl.store(out + lane, token.to(tl.int64))
-    if slot != trash:
-        tl.store(whole, token.to(tl.int64))
-        tl.store(whole + 1, tl.load(whole + 1) + 1)
-        tl.store(whole + 3, tl.load(whole + 3) + 1)
-        if flags & 2:
+    tl.store(out + row, token.to(tl.int64))
+    if slot != spare_slot:
+        tl.store(ints + TOKEN, token.to(tl.int64))
+        tl.store(ints + POSITION, tl.load(ints + POSITION) + 1)
+        tl.store(ints + NUM_OUTPUT_TOKENS, tl.load(ints + NUM_OUTPUT_TOKENS) + 1)
+        if flags & PENALISED:
             count = tl.load(counts + token)
-            tl.store(counts + token, tl.where((count & 0x3FFF) < 0x3FFF, count + 1, count))
+            tl.store(counts + token, tl.where((count & MAX_COUNT) < MAX_COUNT, count + 1, count))
 
 
-def draw(
+def sample(
     logits: Tensor,
-    lanes: Tensor,
-    ints: Tensor,
-    floats: Tensor,
+    slots: Tensor,
+    int_params: Tensor,
+    float_params: Tensor,
     counts: Tensor,
     bias: Tensor,
-    allowed: Tensor,
+    bitmask: Tensor,
     out: Tensor,
     block: int = 8192,
 ) -> None:
-    """Choose a token for each of `logits` [lanes, vocabulary], write it to `out` [lanes] and into the slots' state.
+    """Sample a token for each of `logits` [sequences, vocabulary] into `out` [sequences], and advance the slots' state.
 
-    `lanes` [lanes, int32] says which slot each row has; the last slot is for lanes without a row. `ints` and `floats`
-    [slots, COLUMNS], `counts` [slots, vocabulary, int16], `bias` [slots, vocabulary, float32] and `allowed` [slots,
-    vocabulary / 32, int32] are the slots' state; the last three are read where the slot's flags say so.
+    `slots` [sequences, int32] are their sequence slots; the last slot pads the batch and is not advanced. The state of
+    all slots is `int_params` and `float_params` [slots, NUM_COLUMNS], `counts` [slots, vocabulary, int16], `bias`
+    [slots, vocabulary, float32] and `bitmask` [slots, vocabulary / 32, int32]; the last three are read where the slot's
+    flags say so.
     """
-    rows, size = logits.shape
+    sequences, size = logits.shape
     blocks = triton.cdiv(size, block)
-    found = torch.empty(rows, blocks, 3, device=logits.device)
-    places = torch.empty(rows, blocks, 2, device=logits.device, dtype=torch.int32)
-    state = (logits, lanes, ints, floats, counts, bias, allowed, found, places)
-    words = allowed.shape[1]
-    _scan_kernel[(rows, blocks)](*state, size, words, COLUMNS=COLUMNS, BLOCK=block, num_warps=8)
-    _pick_kernel[(rows,)](
-        *state, out, size, words, len(ints) - 1,
-        COLUMNS=COLUMNS, BLOCK=block, BLOCKS=blocks, SPAN=triton.next_power_of_2(blocks), num_warps=16,
+    stats = torch.empty(sequences, blocks, NUM_STATS.value, device=logits.device)
+    candidates = torch.empty(sequences, blocks, NUM_CANDIDATES.value, device=logits.device, dtype=torch.int32)
+    state = (logits, slots, int_params, float_params, counts, bias, bitmask, stats, candidates)
+    bitmask_width = bitmask.shape[1]
+    _scan_kernel[(sequences, blocks)](*state, size, bitmask_width, BLOCK=block, num_warps=8)
+    _sample_kernel[(sequences,)](
+        *state, out, size, bitmask_width, len(int_params) - 1,
+        BLOCK=block, BLOCKS=blocks, SPAN=triton.next_power_of_2(blocks), num_warps=16,
     )  # fmt: skip

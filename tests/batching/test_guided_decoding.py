@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batching import grammar as subject
-from batching.padded import GenerateEngine
+from batching.padded import PaddedEngine
 from batching.sampling import Sampler
 from batching.types import Finish, Grammar, Matcher, Request
 from batching.worker import BatchSteps
@@ -197,7 +197,7 @@ def test_the_helper_thread_ends_with_the_batch() -> None:
 
 def test_an_engine_holds_its_rows_to_their_grammars() -> None:
     news: list[tuple[int, int, Finish | None]] = []
-    engine = GenerateEngine(tiny_model(), token_budget=4096)
+    engine = PaddedEngine(tiny_model(), token_budget=4096)
     sentence = Steps({999}, {1, 2, 998}, {31, 32})
     rows = [
         loose_row(row(None, max_tokens=6, stop_token_ids=frozenset())),

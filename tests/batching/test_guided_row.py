@@ -1,4 +1,4 @@
-"""What the host tells the device of a row's next token: its grammar's choice, or the one token it is told to say."""
+"""The token bitmask that the host sends for a row: what its grammar allows, or the one token forced on it."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batching.grammar import Watched
-from batching.types import Forced, Request, Words
+from batching.grammar import GuidedRow
+from batching.types import Forced, Request, TokenBitmask
 from tests.batching.conftest import request
 from tests.batching.test_guided_decoding import Steps
 
@@ -21,7 +21,7 @@ def helper() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def tokens(words: Words) -> set[int]:
+def tokens(words: TokenBitmask) -> set[int]:
     """Those whose bit is set."""
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCABULARY]
     return set(np.flatnonzero(bits).tolist())
@@ -32,32 +32,32 @@ def held(grammar: Steps) -> Request:
 
 
 def test_a_grammar_says_what_may_come_next_and_then_the_stop_token(helper: ThreadPoolExecutor) -> None:
-    watched = Watched(held(Steps({5, 6}, {70})), VOCABULARY, helper)
-    assert tokens(watched.allowed()) == {5, 6}
-    watched.told(6)
-    assert tokens(watched.allowed()) == {70}
-    watched.told(70)
-    assert tokens(watched.allowed()) == {0}
+    guided = GuidedRow(held(Steps({5, 6}, {70})), VOCABULARY, helper)
+    assert tokens(guided.bitmask()) == {5, 6}
+    guided.accept_token(6)
+    assert tokens(guided.bitmask()) == {70}
+    guided.accept_token(70)
+    assert tokens(guided.bitmask()) == {0}
 
 
 def test_two_rows_on_one_thread_do_not_mix(helper: ThreadPoolExecutor) -> None:
-    first, second = (Watched(held(Steps({n}, {n + 1})), VOCABULARY, helper) for n in (10, 20))
-    first.told(10)
-    assert tokens(second.allowed()) == {20}
-    assert tokens(first.allowed()) == {11}
+    first, second = (GuidedRow(held(Steps({n}, {n + 1})), VOCABULARY, helper) for n in (10, 20))
+    first.accept_token(10)
+    assert tokens(second.bitmask()) == {20}
+    assert tokens(first.bitmask()) == {11}
 
 
 def test_a_forced_token_is_the_only_one(helper: ThreadPoolExecutor) -> None:
-    watched = Watched(request(forced=Forced(after=2, unless=9, tokens=(33, 9))), VOCABULARY, helper)
+    guided = GuidedRow(request(forced=Forced(after=2, unless=9, tokens=(33, 9))), VOCABULARY, helper)
     allowed = []
     for token in (1, 2, 33, 9):
-        allowed.append(tokens(watched.allowed()))
-        watched.told(token)
+        allowed.append(tokens(guided.bitmask()))
+        guided.accept_token(token)
     everything = set(range(VOCABULARY))
-    assert [*allowed, tokens(watched.allowed())] == [everything, everything, {33}, {9}, everything]
+    assert [*allowed, tokens(guided.bitmask())] == [everything, everything, {33}, {9}, everything]
 
 
-def test_only_rows_with_a_rule_are_watched() -> None:
-    assert Watched.wants(held(Steps({1})))
-    assert Watched.wants(request(forced=Forced(1, 2, (3,))))
-    assert not Watched.wants(request(temperature=1.0, presence_penalty=1.0))
+def test_only_rows_with_a_grammar_or_forced_tokens_are_guided() -> None:
+    assert GuidedRow.is_needed(held(Steps({1})))
+    assert GuidedRow.is_needed(request(forced=Forced(1, 2, (3,))))
+    assert not GuidedRow.is_needed(request(temperature=1.0, presence_penalty=1.0))

@@ -1,4 +1,4 @@
-"""Laws of what is done to a row's logits before its token is chosen: added biases, least lengths, forced tokens."""
+"""Laws of the logits processors: logit bias, minimum lengths, forced tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batching.logits_processors import Bias, Forcing, Penalties
+from batching.logits_processors import ForcedTokens, LogitBias, Penalties
 from batching.sampling import Sampler
 from batching.types import Forced, Request
 from tests.batching.conftest import request
@@ -69,7 +69,7 @@ def test_an_adjusted_row_is_the_same_alone_and_in_any_batch(rows: list[Request],
 
 
 @given(ADJUSTED, st.integers(0, 1000))
-def test_a_row_without_adjustments_has_its_logits_untouched(mate: Request, seed: int) -> None:
+def test_a_row_without_logits_processors_has_its_logits_untouched(mate: Request, seed: int) -> None:
     logits = noise(seed, STEPS, 3, VOCAB)
     sampler = Sampler([request(), mate, request()], VOCAB, CPU)
     for step in logits:
@@ -80,8 +80,8 @@ def test_a_row_without_adjustments_has_its_logits_untouched(mate: Request, seed:
 
 def test_what_no_row_asks_for_is_not_made() -> None:
     plain = [request(), request(stop_token_ids=frozenset({STOP}))]
-    assert all(kind.of(plain, VOCAB, CPU) is None for kind in (Penalties, Bias, Forcing))
-    assert Sampler(plain, VOCAB, CPU).plain
+    assert all(kind.of(plain, VOCAB, CPU) is None for kind in (Penalties, LogitBias, ForcedTokens))
+    assert Sampler(plain, VOCAB, CPU).is_plain_argmax
 
 
 # Biases
@@ -89,7 +89,7 @@ def test_what_no_row_asks_for_is_not_made() -> None:
 
 @given(st.lists(BIASES, min_size=1, max_size=4), st.integers(0, 1000))
 def test_a_bias_is_added_exactly_and_nowhere_else(biases: list[tuple[tuple[int, float], ...]], seed: int) -> None:
-    adjustment = Bias.of([request(logit_bias=bias) for bias in biases], VOCAB, CPU)
+    processor = LogitBias.of([request(logit_bias=bias) for bias in biases], VOCAB, CPU)
     logits = noise(seed, len(biases), VOCAB)
     expected = logits.clone()
     for row, bias in enumerate(biases):
@@ -97,11 +97,11 @@ def test_a_bias_is_added_exactly_and_nowhere_else(biases: list[tuple[tuple[int, 
             expected[row, token] = logits[row, token] + torch.tensor(value)
     for _ in range(3):  # the same at every step
         found = logits.clone()
-        if adjustment is None:
+        if processor is None:
             assert not any(biases)
             return
-        adjustment.apply(found)
-        adjustment.advance(torch.zeros(len(biases), dtype=torch.int64))
+        processor.apply(found)
+        processor.accept_tokens(torch.zeros(len(biases), dtype=torch.int64))
         assert torch.equal(found, expected)
 
 
@@ -153,9 +153,9 @@ def test_no_bias_brings_a_stop_token_in_before_the_least_length() -> None:
 def test_a_token_that_is_impossible_stays_so_whatever_is_added() -> None:
     logits = noise(3, 1, VOCAB)
     logits[0, STOP] = OFF
-    adjustment = Bias.of([request(logit_bias=((STOP, 100.0),))], VOCAB, CPU)
-    assert adjustment is not None
-    adjustment.apply(logits)
+    processor = LogitBias.of([request(logit_bias=((STOP, 100.0),))], VOCAB, CPU)
+    assert processor is not None
+    processor.apply(logits)
     assert logits[0, STOP] == OFF
 
 

@@ -1,4 +1,4 @@
-"""GenerateEngine on tiny random models, against what transformers' own `generate` does with each prompt alone."""
+"""PaddedEngine on tiny random models, against what transformers' own `generate` does with each prompt alone."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +19,11 @@ from transformers import (
 
 from batching import padded as subject
 from batching.errors import ModelError, OutOfMemory
-from batching.padded import GenerateEngine, pad
+from batching.padded import PaddedEngine, pad
 from batching.sampling import Filter
 from batching.stream import Row
 from batching.types import Finish, Request, Sampling
-from batching.worker import BatchSteps, News
+from batching.worker import BatchSteps, NewTokens
 from tests.batching.conftest import loose_row, request, sampling
 from tests.tiny import CONFIGS, SHAPE, tiny_model
 
@@ -43,10 +43,10 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def shared_engine(kind: str = "qwen3") -> tuple[GenerateEngine, PreTrainedModel]:
+def shared_engine(kind: str = "qwen3") -> tuple[PaddedEngine, PreTrainedModel]:
     """One engine for all tests that do not change it, and its model."""
     model = tiny_model(kind)
-    return GenerateEngine(model, token_budget=4096), model
+    return PaddedEngine(model, token_budget=4096), model
 
 
 class Batch:
@@ -54,7 +54,7 @@ class Batch:
 
     def __init__(
         self,
-        engine: GenerateEngine,
+        engine: PaddedEngine,
         requests: Sequence[Request],
         after: Callable[["Batch"], None] = lambda batch: None,
     ) -> None:
@@ -65,8 +65,8 @@ class Batch:
         self._after = after
         engine.run(self.rows, BatchSteps(self._report, self.rows))
 
-    def _report(self, news: News, running: int) -> None:
-        for row, token, finish, _ in news:
+    def _report(self, tokens: NewTokens, running: int) -> None:
+        for row, token, finish, _ in tokens:
             assert row not in self.finishes, "a token of a row that is over"
             self.sent[row].append(token)
             if finish is not None:
@@ -79,7 +79,7 @@ class Batch:
         return list(self.sent.values())
 
 
-def answers(engine: GenerateEngine, *requests: Request) -> list[list[int]]:
+def answers(engine: PaddedEngine, *requests: Request) -> list[list[int]]:
     return Batch(engine, requests).answers
 
 
@@ -195,7 +195,7 @@ def test_what_the_models_files_say_about_sampling_does_not_count() -> None:
     )
     dice = random.Random(4)
     batch = [some_request(dice) for _ in range(8)]
-    assert answers(GenerateEngine(model, token_budget=4096), *batch) == answers(shared_engine()[0], *batch)
+    assert answers(PaddedEngine(model, token_budget=4096), *batch) == answers(shared_engine()[0], *batch)
 
 
 # When a row is over
@@ -289,7 +289,7 @@ def test_other_errors_of_the_device_pass_through(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_budget_is_measured_when_none_is_given() -> None:
-    info = GenerateEngine(tiny_model(), context_window=64).info
+    info = PaddedEngine(tiny_model(), context_window=64).info
     assert info.token_budget >= 256
     assert info.context_window == 64
 
@@ -297,7 +297,7 @@ def test_the_budget_is_measured_when_none_is_given() -> None:
 def test_a_device_without_room_for_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "free_bytes", lambda device: 2**16)
     with pytest.raises(ModelError, match="MiB are free"):
-        GenerateEngine(tiny_model(), context_window=64)
+        PaddedEngine(tiny_model(), context_window=64)
 
 
 def test_memory_is_what_the_process_holds() -> None:
@@ -317,12 +317,12 @@ def test_the_model_is_described() -> None:
 
 @pytest.mark.parametrize(("wanted", "budget", "window"), [(None, 4096, WINDOW), (100, 4096, 100), (None, 300, 300)])
 def test_the_context_window_is_the_least_of_the_limits(wanted: int | None, budget: int, window: int) -> None:
-    assert GenerateEngine(tiny_model(), context_window=wanted, token_budget=budget).info.context_window == window
+    assert PaddedEngine(tiny_model(), context_window=wanted, token_budget=budget).info.context_window == window
 
 
 def test_a_window_larger_than_the_models_is_refused() -> None:
     with pytest.raises(ModelError, match=f"{WINDOW + 1} was asked for, but the model was made for {WINDOW}"):
-        GenerateEngine(tiny_model(), context_window=WINDOW + 1, token_budget=4096)
+        PaddedEngine(tiny_model(), context_window=WINDOW + 1, token_budget=4096)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_stop_tokens_come_from_the_models_files(
     model = tiny_model()
     model.config.eos_token_id = of_model
     model.generation_config.eos_token_id = of_generation
-    assert GenerateEngine(model, token_budget=4096).info.stop_token_ids == stops
+    assert PaddedEngine(model, token_budget=4096).info.stop_token_ids == stops
 
 
 def test_prompts_are_padded_on_the_left() -> None:

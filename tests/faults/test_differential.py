@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
 from batching.packed.engine import PackedEngine
-from batching.padded import GenerateEngine
+from batching.padded import PaddedEngine
 from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import Forced, Grammar, Request, TokenLogprob
@@ -33,8 +33,8 @@ CROWD = 40
 """Rows that are under way in one go."""
 
 ENGINES: dict[str, Callable[[], Engine]] = {
-    "generate": lambda: GenerateEngine(tiny_model(), token_budget=8192),
-    "packed": lambda: PackedEngine(tiny_model(), lanes=8, token_budget=1000, piece=32),
+    "generate": lambda: PaddedEngine(tiny_model(), token_budget=8192),
+    "packed": lambda: PackedEngine(tiny_model(), num_slots=8, token_budget=1000, prefill_chunk=32),
 }
 """Every engine there is, on the same tiny model."""
 

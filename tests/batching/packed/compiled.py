@@ -42,40 +42,40 @@ class Case:
 
 
 def attention(stages: int) -> Iterator[Case]:
-    pools = {
+    caches = {
         "q": HALF,
-        "k_pool": HALF,
-        "v_pool": HALF,
+        "k_cache": HALF,
+        "v_cache": HALF,
         "out": HALF,
-        "starts": WHOLE,
+        "kv_starts": WHOLE,
         "head_stride": "i32",
         "scale": "fp32",
     }
-    prompt = pools | {"bounds": WHOLE, "used": WHOLE}
-    step = pools | {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "lengths": WHOLE}
+    prefill = caches | {"cu_seqlens_q": WHOLE, "seq_lens": WHOLE}
+    decode = caches | {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "seq_lens": WHOLE}
     for size, block in ((128, 128), (96, 128)):
         shape = {
             "HEADS": 32,
             "GROUP": 4,
             "SIZE": size,
             "BLOCK": block,
-            "QUERIES": triton_attention.QUERIES,
-            "KEYS": triton_attention.KEYS,
+            "QUERY_BLOCK": triton_attention.QUERY_BLOCK,
+            "KEY_BLOCK": triton_attention.KEY_BLOCK,
         }
         options = {"num_warps": 4, "num_stages": stages}
-        yield Case(triton_attention._prompt_kernel, prompt, shape, ("head_stride",), options)
-        heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "ROWS": 16, "FEW": 4, "BLOCK": block}
-        splits = {"KEYS": triton_attention.KEYS_OF_ONE, "LEAST": 64, "SPLITS": 16, "AT_ONCE": 16}
+        yield Case(triton_attention._prefill_kernel, prefill, shape, ("head_stride",), options)
+        heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "GROUP_BLOCK": 4, "BLOCK": block}
+        splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "MIN_SPLIT": 64, "SPLITS": 16, "MERGE_BLOCK": 16}
         options = {"num_warps": 2, "num_stages": stages}
-        yield Case(triton_attention._decode_kernel, step, heads | splits, ("head_stride",), options)
+        yield Case(triton_attention._decode_kernel, decode, heads | splits, ("head_stride",), options)
 
 
 def layer() -> Iterator[Case]:
     plain = {"x": HALF, "weight": HALF, "out": HALF, "size": "i32"}
     yield Case(triton_layer._norm_kernel, plain | {"eps": "fp32"}, {"BLOCK": 4096}, ("size",), {"num_warps": 4})
     yield Case(triton_layer._silu_kernel, {"pair": HALF, "out": HALF, "size": "i32"}, {"BLOCK": 1024}, ("size",))
-    turned = dict.fromkeys(("qkv", "cos", "sin", "q_weight", "k_weight", "q", "k_pool", "v_pool"), HALF)
-    numbers = {"slots": LONG, "head_stride": "i32", "eps": "fp32"}
+    turned = dict.fromkeys(("qkv", "cos", "sin", "q_weight", "k_weight", "q", "k_cache", "v_cache"), HALF)
+    numbers = {"kv_slots": LONG, "head_stride": "i32", "eps": "fp32"}
     shape = {"KV_HEADS": 8, "Q_GROUPS": 4, "SIZE": 128, "HEADS": 8, "BLOCK": 128}
     for norm in (True, False):
         yield Case(triton_layer._rotate_kernel, turned | numbers, shape | {"NORM": norm}, ("head_stride",))
@@ -88,18 +88,25 @@ def layer() -> Iterator[Case]:
         )
 
 
-def choice() -> Iterator[Case]:
-    state = {"lanes": WHOLE, "ints": LONG, "floats": SINGLE, "counts": "*i16", "bias": SINGLE, "allowed": WHOLE}
-    scan = state | {"logits": HALF, "found": SINGLE, "places": WHOLE, "size": "i32", "words": "i32"}
-    shape = {"COLUMNS": triton_sampling.COLUMNS, "BLOCK": 8192}
+def sampling() -> Iterator[Case]:
+    state = {
+        "slots": WHOLE,
+        "int_params": LONG,
+        "float_params": SINGLE,
+        "counts": "*i16",
+        "bias": SINGLE,
+        "bitmask": WHOLE,
+    }
+    scan = state | {"logits": HALF, "stats": SINGLE, "candidates": WHOLE, "size": "i32", "bitmask_width": "i32"}
+    shape = {"BLOCK": 8192}
     yield Case(triton_sampling._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
-    pick = scan | {"out": LONG, "trash": "i32"}
-    yield Case(triton_sampling._pick_kernel, pick, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",), {"num_warps": 16})
+    sample = scan | {"out": LONG, "spare_slot": "i32"}
+    yield Case(triton_sampling._sample_kernel, sample, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",), {"num_warps": 16})
 
 
 def main() -> None:
     capability = int(sys.argv[1])
-    cases = [*attention(stages=3 if capability >= 90 else 2), *layer(), *choice()]
+    cases = [*attention(stages=3 if capability >= 90 else 2), *layer(), *sampling()]
     print(json.dumps([[case.kernel.fn.__name__, case.shared(capability)] for case in cases]))
 
 

@@ -9,11 +9,11 @@ import torch
 
 from batching.packed import layer
 from batching.packed.engine import PackedEngine, unsupported
-from batching.padded import GenerateEngine
+from batching.padded import PaddedEngine
 from batching.types import Request
 from tests.batching.conftest import request
-from tests.batching.test_padded import KINDS, some_request
 from tests.batching.packed.test_engine import VOCABULARY, Run, long_requests
+from tests.batching.test_padded import KINDS, some_request
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -48,9 +48,9 @@ def test_in_float32_every_row_is_as_on_stock_generate(kind: str, fused: bool, mo
         monkeypatch.setattr(layer, "FUSABLE", frozenset())
     dice = random.Random(1)
     mixed = [some_request(dice) for _ in range(12)] + long_requests(dice, 4)
-    stock = GenerateEngine(tiny_model(kind).to("cuda"), token_budget=4096)  # type: ignore[arg-type]
+    stock = PaddedEngine(tiny_model(kind).to("cuda"), token_budget=4096)  # type: ignore[arg-type]
     wanted = [Run(stock, [each]).answers[0] for each in mixed]
-    engine = PackedEngine(tiny_model(kind).to("cuda"), lanes=8, token_budget=1500, piece=64)  # type: ignore[arg-type]
+    engine = PackedEngine(tiny_model(kind).to("cuda"), num_slots=8, token_budget=1500, prefill_chunk=64)  # type: ignore[arg-type]
     assert Run(engine, mixed, first=6, joining=lambda: dice.randint(0, 2)).answers == wanted
 
 
@@ -61,7 +61,7 @@ def test_every_row_is_as_it_is_alone(kind: str, dtype: torch.dtype, invariant: b
     model = tiny_model(kind)
     model.to(device="cuda", dtype=dtype)  # type: ignore[call-arg]
     assert unsupported(model) is None
-    engine = PackedEngine(model, lanes=12, token_budget=1500, piece=64, batch_invariant=invariant)
+    engine = PackedEngine(model, num_slots=12, token_budget=1500, prefill_chunk=64, batch_invariant=invariant)
     dice = random.Random(0)
     for _ in range(6):
         asked = some_requests(dice)
