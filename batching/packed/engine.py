@@ -5,7 +5,6 @@ says what this engine needs of a model; everything else runs on `PaddedEngine`.
 """
 
 import importlib.util
-import logging
 import os
 import shutil
 import sys
@@ -32,7 +31,6 @@ from batching.stream import Row
 if TYPE_CHECKING:
     from batching.packed.cuda_runner import CUDARunner
 
-logger = logging.getLogger(__name__)
 
 MAX_PREFILL_TOKENS = 8192
 """Prompt tokens in one forward pass while no row is decoding: as many as keep the matrix units busy."""

@@ -6,7 +6,6 @@ work is queued before it finishes the last. A row that turns out to be over has 
 dropped.
 """
 
-import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +15,6 @@ from batching.packed.kv_cache import PrefixCache
 from batching.packed.runner import Runner, RunningSequence, SamplerOutput
 from batching.stream import Row
 from batching.types import TokenLogprob
-
-logger = logging.getLogger(__name__)
 
 
 class Scheduler:
