@@ -1,23 +1,71 @@
-"""Whether a request can be answered in time, found out before it waits for nothing. Loop only."""
+"""Whether a request can be answered in time, decided before it waits for nothing. Event loop only."""
 
+import time
+from collections import deque
 from collections.abc import Sequence
 
-from batching.rate import ServiceRate
+from batching.events import Outcome, RowEnded
 from batching.types import Request
 
 FEWEST = 16
-"""Answers that a pace is taken from at least. The first ones may have waited for a device that warmed up."""
+"""Answers that a rate needs at least. The first ones may have waited for a device that was warming up."""
 
 MARGIN = 0.8
 """Share of a time limit that the expected wait may take: answers end in batches, not at an even pace."""
+
+TOGETHER = 0.001
+"""Seconds within which answers count as ending at the same step."""
+
+
+class ServiceRate:
+    """Answers per second over the last 64 answers, on a clock that runs only while there are requests."""
+
+    def __init__(self) -> None:
+        self._ended: deque[float] = deque(maxlen=64)
+        self._busy = 0.0
+        self._since: float | None = None
+
+    def _clock(self) -> float:
+        """Busy seconds so far."""
+        return self._busy if self._since is None else self._busy + time.monotonic() - self._since
+
+    def resume(self) -> None:
+        """A request is waiting or running."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def pause(self) -> None:
+        """No request is left."""
+        self._busy, self._since = self._clock(), None
+
+    def ended(self, event: RowEnded) -> None:
+        if event.outcome is Outcome.ANSWERED:
+            self._ended.append(self._clock())
+
+    @property
+    def answers(self) -> int:
+        """How many answers the rate is computed from."""
+        return len(self._ended)
+
+    def expected(self, requests: int) -> float:
+        """Seconds until about `requests` more are answered; 0 while the rate is unknown.
+
+        Answers of one batch end together, so those at the window's first moment say nothing of the time after it.
+        """
+        later = sum(at - self._ended[0] > TOGETHER for at in self._ended)
+        return requests * (self._clock() - self._ended[0]) / later if later else 0.0
+
+    def seconds_for(self, requests: int) -> float:
+        """The same from 1 to 60, the most that OpenAI's client waits."""
+        return min(60.0, max(1.0, self.expected(requests)))
 
 
 def seconds_late(requests: Sequence[Request], ahead: int, running: int, rate: ServiceRate) -> float:
     """By how much these would likely miss their time limit; 0 if they would not.
 
-    A request that finds n others before it is answered after about n + 1 times the pace of answers (Little's law).
-    `ahead` rows wait and are served before these, `running` ones are being served. Where none waits ahead a request is
-    always in time, so that a pace of long ago keeps nobody out, and so it is while there are too few answers to tell.
+    A request that finds n others before it is answered after about n + 1 intervals between answers (Little's law).
+    `ahead` rows wait and are served before these, `running` ones are being served. Where no row waits ahead a request
+    is always accepted, so that an outdated rate refuses nobody, and so it is while there are too few answers to tell.
     """
     if not ahead or rate.answers < FEWEST:
         return 0.0

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from batching.admission import seconds_late
+from batching.admission import ServiceRate, seconds_late
 from batching.engine import Engine
 from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull, TooBusy
 from batching.events import (
@@ -32,14 +32,12 @@ from batching.events import (
     broadcast,
 )
 from batching.queue import BatchLimits, QueueLimits, RowQueue
-from batching.rate import ServiceRate
-from batching.row import Row
-from batching.stream import Stream
+from batching.stream import Row, Stream
 from batching.types import ModelInfo, Request
-from batching.worker import News, Worker
+from batching.worker import NewTokens, Worker
 
 LATECOMERS = 0.25
-"""Seconds that an open batch waits at most for requests that are being tokenized, which else wait a whole batch."""
+"""Seconds that an open batch waits at most for requests being tokenized, which would otherwise wait a whole batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class BatchingConfig:
 
 
 class Batcher:
-    """See the module. `build` runs on the worker thread and makes the engine; observers hear of every event."""
+    """`build` makes the engine and runs on the worker thread; `observers` are called with every event."""
 
     def __init__(self, build: Callable[[], Engine], config: BatchingConfig, observers: Iterable[Observer] = ()) -> None:
         self._build = build
@@ -71,9 +69,9 @@ class Batcher:
         self.error: BaseException | None = None
 
     async def start(self, beside: asyncio.Future[None] | None = None) -> ModelInfo:
-        """Start the worker and wait until the engine is built, and for what goes on `beside` it.
+        """Start the worker and wait until the engine is built, and for `beside`, which runs meanwhile.
 
-        Raises what building it raised; what the other raised, at once; or `NotReady` if the batcher was drained before.
+        Raises what building it raised; what `beside` raised, at once; or `NotReady` if the batcher was drained before.
         """
         if self.state is not State.STARTING:
             raise NotReady(self.state)
@@ -96,7 +94,7 @@ class Batcher:
         return self._info
 
     def submit(self, request: Request) -> Stream:
-        """Queue one request: see `submit_all`."""
+        """Queue one request; raises as `submit_all` does."""
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
@@ -141,7 +139,7 @@ class Batcher:
             self._end(State.STOPPED, Drained("the service is stopping and the time to finish is over"))
 
     async def _collect(self) -> None:
-        """Form one batch after another, and let rows join the one that runs if the engine can."""
+        """Form one batch after another, and let rows join the running one if the engine can."""
         while True:
             while not self._queue:
                 await self._queue.change()
@@ -159,7 +157,7 @@ class Batcher:
 
     @contextlib.contextmanager
     def announce(self) -> Iterator[None]:
-        """A request is being prepared meanwhile, and a batch that is open should wait for it a little."""
+        """While entered, a request is being prepared, and an open batch waits a little for it."""
         self._announced += 1
         try:
             yield
@@ -168,7 +166,7 @@ class Batcher:
             self._queue.wake()
 
     async def _window(self) -> None:
-        """Wait until the batch is full, or its first row has waited for the window's length and for those announced."""
+        """Wait until the batch is full, or its first row has waited for the window and for announced requests."""
         while self._queue and len(self._queue) < self._limits.max_rows:
             window = max(self._config.window, LATECOMERS) if self._announced else self._config.window
             left = self._queue.first_arrival + window - time.monotonic()
@@ -233,7 +231,7 @@ class Batcher:
         self._observe(StateChanged(state))
 
     def _end(self, state: State, error: BatchingError) -> None:
-        """Go to a final state: every row that is left gets `error`, the worker ends after the step in hand."""
+        """Enter a final state: every remaining row gets `error`, the worker ends after the current step."""
         self._move(state)
         self._collector.cancel()
         for row in [*self._queue, *self._running]:
@@ -246,16 +244,16 @@ class Batcher:
         if not task.cancelled() and (error := task.exception()):
             self.on_worker_died(error)
 
-    # What the worker tells, on the loop's thread.
+    # What the worker reports, on the event loop's thread.
 
     def on_built(self, info: ModelInfo) -> None:
         self._info = info
         self._decided.set()
 
-    def on_step(self, news: News, running: int, at: float) -> None:
-        for row, token, finish, logprob in news:
+    def on_step(self, tokens: NewTokens, running: int, at: float) -> None:
+        for row, token, finish, logprob in tokens:
             row.stream.feed(token, finish, at, logprob)
-        self._observe(Stepped(at, len(news), running))
+        self._observe(Stepped(at, len(tokens), running))
 
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None:
         for row in rows:

@@ -25,14 +25,14 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 logger = logging.getLogger(__name__)
 
 READS_GGUF = "5.18"
-"""The first transformers that reads a GGUF file's tokenizer right: the one before gave SmolLM2's a wrong end of the
-answer, and pieces that are no bytes."""
+"""The first transformers that reads a GGUF file's tokenizer right: the one before gave SmolLM2's a wrong
+end-of-sequence token, and tokens that are not bytes."""
 
 
 def locate(model: str | None, load_format: LoadFormat, cache: Path) -> str:
-    """Answer the folder or hub id that `AutoTokenizer` and `AutoModelForCausalLM` load for `model`.
+    """Return the folder or hub id that `AutoTokenizer` and `AutoModelForCausalLM` load for `model`.
 
-    `model` is a folder, a .gguf file, a hub id (`org/name`, answered unchanged) or None for the demo model,
+    `model` is a folder, a .gguf file, a hub id (`org/name`, returned unchanged) or None for the demo model,
     SmolLM2-135M-Instruct. A GGUF file is converted once into a sub-folder of `cache`: weights in float32, so
     that they are exactly the file's dequantised values, at 4 bytes a parameter on disk and, meanwhile, in
     memory. Weights are read from safetensors only, never from pickles. `dummy` asks a folder for its

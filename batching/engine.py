@@ -1,10 +1,10 @@
-"""What the worker thread asks of an engine, and what it offers an engine in return."""
+"""What the worker thread needs of an engine, and what it offers an engine in return."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
-from batching.row import Row
+from batching.stream import Row
 from batching.types import ModelInfo, TokenLogprob
 
 NO_LOGPROBS: Mapping[int, TokenLogprob] = MappingProxyType({})
@@ -16,14 +16,15 @@ class Steps(Protocol):
     def emit(
         self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
     ) -> list[bool]:
-        """Hand over one new token a row, and the log probabilities of some by the row's place.
+        """Hand over one new token per row, and the log probabilities of some, by index.
 
-        Answers, per row, whether it is over. Rows already over are ignored. A row may come twice, with two tokens.
+        Returns, per row, whether it has finished. Rows that finished before are ignored. A row may appear twice, with
+        two tokens.
         """
         ...
 
     def admit(self) -> list[Row]:
-        """Rows that join the running batch from now on. Only for an engine whose info says that rows can join."""
+        """Rows that join the running batch from now on. Only for an engine whose `info.joins` is true."""
         ...
 
 
@@ -32,7 +33,7 @@ class Engine(Protocol):
 
     `run` blocks until every row is over. It may raise `OutOfMemory` (the worker splits the batch and tries again)
     or anything else: every row of the batch gets an error, and the worker goes on with the next batch unless the error
-    leaves the device unusable (`batching/device_errors.py`).
+    leaves the device unusable (`errors.is_sticky`).
     """
 
     @property

@@ -6,7 +6,7 @@ class BatchingError(Exception):
 
 
 class ModelError(BatchingError):
-    """The model cannot be found, loaded or run on this device; the message is one sentence for a person."""
+    """The model cannot be found, loaded or run on this device; the message is one sentence for the user."""
 
 
 class NotReady(BatchingError):
@@ -18,7 +18,7 @@ class NotReady(BatchingError):
 
 
 class QueueFull(BatchingError):
-    """The queue holds as many rows as it may; `retry_after` is the expected wait in seconds."""
+    """The queue is full; `retry_after` is the expected wait in seconds."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the queue is full, retry after {retry_after:.1f} s")
@@ -26,7 +26,7 @@ class QueueFull(BatchingError):
 
 
 class TooBusy(BatchingError):
-    """So many wait that the request would miss its time limit; `retry_after` is by how much, in seconds."""
+    """Too many wait for the request to meet its time limit; it would miss it by `retry_after` seconds."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"no answer is likely in time, retry after {retry_after:.1f} s")
@@ -50,4 +50,21 @@ class Stuck(EngineError):
 
 
 class OutOfMemory(EngineError):
-    """The device ran out of memory with this row alone in a batch, or after it had sent tokens."""
+    """The device ran out of memory with this row alone in a batch, or after it had produced tokens."""
+
+
+SHORTAGE = ("out of memory", "ALLOC_FAILED")
+"""CUDA errors that pass once memory is free."""
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether this error leaves the device unusable for the rest of the process's life.
+
+    A CUDA context keeps an error such as an illegal memory access or a failed device-side assert, and answers every
+    later call with it ("sticky" in NVIDIA's documentation of cudaGetLastError): only a new process can use the device
+    again. Recognised by name and text, so that torch need not be imported.
+    """
+    text = str(error)
+    if any(shortage in text for shortage in SHORTAGE):
+        return False
+    return "CUDA error" in text or any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)

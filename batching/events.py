@@ -1,4 +1,4 @@
-"""Facts the batcher reports. Metrics and logs are observers of these; nothing else is told.
+"""What the batcher reports. Metrics and logs are observers of these events.
 
 All are emitted on the event loop's thread. Times are `time.monotonic()` seconds, durations seconds.
 """
@@ -105,7 +105,7 @@ class BatchEnded:
 class RowEnded:
     """An accepted request reached its one outcome. `queue_wait` and `ttft` are None if it never got that far.
 
-    `reused_tokens` of the prompt had been computed for another request.
+    `num_cached_tokens` of the prompt came from the prefix cache.
     """
 
     id: str
@@ -117,7 +117,7 @@ class RowEnded:
     ttft: float | None
     duration: float
     batch_size: int
-    reused_tokens: int = 0
+    num_cached_tokens: int = 0
     trace: tuple[tuple[str, str], ...] = ()
 
 
@@ -128,7 +128,7 @@ Observer = Callable[[Event], None]
 
 
 def broadcast(observers: Iterable[Observer]) -> Observer:
-    """One observer that tells all. An observer that raises is logged and never hurts a request."""
+    """One observer that calls all of them. One that raises is logged and never hurts a request."""
     listeners = tuple(observers)
 
     def observe(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""How much memory a device has left, holds, and needs for a piece of work.
+"""How much memory a device has free, holds, and needs at the peak of a call.
 
 No state. `peak_bytes` resets the process's peak counter, so one caller at a time: the worker thread.
 """
@@ -50,7 +50,7 @@ def total_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
-    """Call `run` and answer how many bytes above the starting level it held at its highest moment.
+    """Call `run` and return how many bytes above the starting level it held at its peak.
 
     On the CPU the resident set is measured: memory that the allocator kept from earlier work does not count, and
     weights that are mapped from their file count when first touched, so do a small forward pass before. Whatever
@@ -84,7 +84,7 @@ def is_shortage(error: RuntimeError) -> bool:
 
 
 def out_of_memory(device: torch.device) -> OutOfMemory:
-    """The error to raise once the failed work's tensors are gone."""
+    """The error to raise once the tensors of what failed are gone."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return OutOfMemory(f"{device} ran out of memory")

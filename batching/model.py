@@ -1,6 +1,6 @@
-"""Loads a causal language model onto one device, ready for inference.
+"""Loads a causal language model onto one device, ready for inference, and describes it to the layers above.
 
-Called once, by the thread that will run the model. Keeps no reference to it.
+`load` is called once, by the thread that will run the model. Nothing here keeps a reference to it.
 """
 
 from typing import Any
@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from batching.checkpoint import LoadFormat, explained
 from batching.errors import ModelError
-from batching.memory import free_bytes
+from batching.memory import free_bytes, total_bytes
+from batching.types import ModelInfo
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DUMMY_SEED = 0
@@ -22,12 +23,12 @@ _auto: Any = AutoModelForCausalLM  # the library leaves its factory methods unty
 def load(
     checkpoint: str, *, device: str, dtype: str, load_format: LoadFormat, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load `checkpoint` (an answer of `locate`) straight to `device`, in eval mode and without gradients.
+    """Load `checkpoint` (as `locate` returns it) straight to `device`, in eval mode and without gradients.
 
     `dummy` reads the config only and fills the model with seeded random weights, the same on every start with
     the same device and dtype. Attention is the library's default.
 
-    Raises ModelError if the device or dtype is not to be had, memory is short, or the checkpoint is bad.
+    Raises ModelError if the device or dtype is not available, memory is short, or the checkpoint is bad.
     """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
@@ -77,6 +78,40 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code
     """Bytes that the parameters of the model `config` describes take in `dtype`, tied ones counted once."""
     model = _build(config, torch.device("meta"), dtype, trust_remote_code)
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def describe(
+    model: PreTrainedModel, window: int, budget: int, stops: frozenset[int], *, joins: bool = False
+) -> ModelInfo:
+    """What the layers above need to know of it. `window` and `budget` in tokens; a row must fit both."""
+    return ModelInfo(
+        device=_named(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=model.num_parameters(),
+        vocab_size=model.config.get_text_config().vocab_size,
+        context_window=min(window, budget),
+        token_budget=budget,
+        stop_token_ids=stops,
+        joins=joins,
+        device_memory=total_bytes(model.device),
+    )
+
+
+def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The end-of-sequence ids that the model's files name."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def window_of(model: PreTrainedModel, wanted: int | None) -> int:
+    """Tokens a row may have: `wanted`, or what the model was made for. Raises `ModelError` if it wants more."""
+    made_for = int(model.config.get_text_config().max_position_embeddings)
+    if wanted is not None and wanted > made_for:
+        raise ModelError(f"a context window of {wanted} was asked for, but the model was made for {made_for}")
+    return wanted or made_for
 
 
 def _device_count(kind: str) -> int:
@@ -129,3 +164,7 @@ def _check_complete(missing: list[str]) -> None:
     # The library only warns, and serves random numbers in their place.
     if missing:
         raise ModelError(f"the checkpoint lacks {len(missing)} weights of the model, {missing[0]} among them")
+
+
+def _named(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

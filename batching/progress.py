@@ -1,6 +1,6 @@
-"""How long the worker has had work and got nowhere: what a watchdog and a gauge read.
+"""Seconds since the busy worker last made progress: what a watchdog and a gauge read.
 
-An observer of the batcher. `mark` may be called on the worker thread too, by an engine that has got on inside a step.
+An observer of the batcher. `mark` may be called on the worker thread too, by an engine that got further inside a step.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ class Progress:
         self.at: float | None = None
 
     def __call__(self, event: Event) -> None:
-        """Take note of one event."""
         match event:
             case BatchStarted() | Stepped():
                 self.at = time.monotonic()
             case BatchEnded(running=running):
                 self.at = time.monotonic() if running else None
-            case StateChanged(state=State.STOPPED | State.FAILED):  # no batch's end is told any more
+            case StateChanged(state=State.STOPPED | State.FAILED):  # no end of a batch is reported any more
                 self.at = None
 
     def mark(self) -> None:
-        """The worker got on with the batch it has. Without a batch this says nothing."""
+        """The worker got further with its batch. Without a batch this does nothing."""
         if self.at is not None:
             self.at = time.monotonic()
 
@@ -43,7 +42,7 @@ class Progress:
     def follow(self, model: PreTrainedModel) -> None:
         """Count each layer of a forward pass as progress where a long prompt's pass can take minutes: on a CPU.
 
-        On a GPU layers are only queued up, so that they would say nothing; there a pass takes seconds.
+        On a GPU a layer's return only says that its kernels are queued; there a forward pass takes seconds at most.
         """
         if model.device.type == "cpu":
             for layer in getattr(model.get_decoder(), "layers", ()):  # type: ignore[no-untyped-call]

@@ -2,10 +2,10 @@
 
 Lives on the event loop's thread. The policy:
 
-1. Rows stand in line by turn (`FairTurns`): clients share by weight, and one client's rows stand as they came. The
-   head of the line is always taken if there is room for it.
+1. Rows are ordered by virtual finish time (`FairQueueing`): clients share by weight, and one client's rows stay in
+   order of arrival. The head of the queue is always taken if there is room for it.
 2. Where batches are padded, the rest of the batch prefers the rows whose prompts are nearest in length to the head's,
-   the ones that waste the least padding beside it. Where they are not, it takes rows in line.
+   the ones that waste the least padding beside it. Where they are not, it takes rows in order.
 3. A row may be passed over (a row behind it taken before it) `MAX_PASSED_OVER` times. After that nothing behind it is
    taken before it.
 4. A batch holds at most `max_rows` rows and costs at most `token_budget` tokens: padded, rows x (longest prompt +
@@ -17,7 +17,7 @@ import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from batching.row import Row
+from batching.stream import Row
 from batching.types import Request
 
 MAX_PASSED_OVER = 3
@@ -32,7 +32,7 @@ class BatchLimits:
     padded: bool = True
 
     def less(self, rows: int, tokens: int) -> "BatchLimits":
-        """What is left of them beside so many."""
+        """What is left of them beside so many rows and tokens."""
         return replace(self, max_rows=self.max_rows - rows, token_budget=self.token_budget - tokens)
 
 
@@ -60,12 +60,12 @@ class QueueLimits:
 
 
 class RowQueue:
-    """Rows that wait for a batch, in their order of service. The caller asks `has_room` before it pushes."""
+    """Rows that wait for a batch, in order of service. The caller checks `has_room` before it pushes."""
 
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
         self._rows: list[Row] = []
-        self._turns = FairTurns()
+        self._fair = FairQueueing()
         self._changed = asyncio.Event()
         self.prompt_tokens = 0
 
@@ -83,17 +83,17 @@ class RowQueue:
 
     def ahead_of(self, request: Request) -> int:
         """How many rows would be served before this request."""
-        turn = self._turns.turn_of(request)
-        return bisect.bisect_right(self._rows, turn, key=lambda waiting: waiting.turn)
+        finish = self._fair.finish_time(request)
+        return bisect.bisect_right(self._rows, finish, key=lambda waiting: waiting.virtual_finish)
 
     @property
     def first_arrival(self) -> float:
-        """When the row that waits longest came, in monotonic seconds."""
+        """When the longest waiting row arrived, in monotonic seconds."""
         return min(row.arrived for row in self._rows)
 
     def push(self, row: Row) -> None:
-        row.turn = self._turns.next_of(row.request)
-        bisect.insort(self._rows, row, key=lambda waiting: waiting.turn)
+        row.virtual_finish = self._fair.schedule(row.request)
+        bisect.insort(self._rows, row, key=lambda waiting: waiting.virtual_finish)
         self.prompt_tokens += len(row.request.prompt)
         self._changed.set()
 
@@ -121,41 +121,41 @@ class RowQueue:
         for row in batch:
             self.discard(row)
         if batch:
-            self._turns.served(batch[0].turn)
+            self._fair.served(batch[0].virtual_finish)
         return batch
 
 
-class FairTurns:
-    """Self-clocked fair queueing (Golestani 1994): requests get turns on a virtual clock, those of least turn first.
+class FairQueueing:
+    """Self-clocked fair queueing (Golestani 1994): requests are served by their finish time on a virtual clock.
 
-    A request lasts its tokens / its weight, and its turn is when it would end: after the one before it of the same
-    client and weight, or after now if that is past. So clients that wait share the device by weight, one that was away
-    gets no credit for it, a heavy request goes before light ones of its own client but does not starve them, and
-    requests of one client of equal weight are served as they came.
+    A request takes its tokens / its weight, from the finish of the one before it of the same client and weight, or from
+    now if that is past. So waiting clients share the device by weight, one that was away gets no credit for it, a heavy
+    request goes before light ones of its own client but does not starve them, and requests of one client of equal
+    weight are served in order of arrival.
     """
 
     def __init__(self) -> None:
         self._now = 0.0
-        self._ends: dict[tuple[str, float], float] = {}
+        self._finish_times: dict[tuple[str, float], float] = {}
 
-    def turn_of(self, request: Request) -> float:
-        """The turn that a client's next request would have."""
-        end = self._ends.get((request.client, request.weight), 0.0)
+    def finish_time(self, request: Request) -> float:
+        """When a client's next request would finish."""
+        end = self._finish_times.get((request.client, request.weight), 0.0)
         return max(self._now, end) + request.total_tokens / request.weight
 
-    def next_of(self, request: Request) -> float:
-        """The turn of a client's next request."""
-        turn = self._ends[request.client, request.weight] = self.turn_of(request)
-        return turn
+    def schedule(self, request: Request) -> float:
+        """The same for a request that is queued now, which the client's next one comes after."""
+        finish = self._finish_times[request.client, request.weight] = self.finish_time(request)
+        return finish
 
-    def served(self, turn: float) -> None:
-        """The clock goes to the turn of the row that was served first."""
-        self._now = max(self._now, turn)
-        self._ends = {flow: end for flow, end in self._ends.items() if end > self._now}
+    def served(self, finish: float) -> None:
+        """The clock moves on to the finish time of the row that was served first."""
+        self._now = max(self._now, finish)
+        self._finish_times = {flow: end for flow, end in self._finish_times.items() if end > self._now}
 
 
 def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:
-    """The batch that the policy picks from `waiting` (in line); marks the rows it passes over."""
+    """The batch that the policy picks from `waiting` (in order); marks the rows it passes over."""
     if not waiting:
         return []
     batch = Batch(limits)
@@ -179,7 +179,7 @@ def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:
 
 
 class Batch:
-    """A batch being filled: it knows its cost so that asking whether one more row fits is O(1)."""
+    """A batch being filled: it keeps its cost, so that checking whether one more row fits is O(1)."""
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
@@ -187,14 +187,14 @@ class Batch:
         self.rows: set[Row] = set()
 
     def add(self, row: Row) -> bool:
-        """Take the row if the batch still keeps its limits with it."""
+        """Take the row if the batch stays within its limits with it."""
         request = row.request
         prompt = max(self._longest_prompt, len(request.prompt))
         output = max(self._longest_output, request.sampling.max_tokens)
         tokens = self._tokens + request.total_tokens
         size = len(self.rows) + 1
         cost = size * (prompt + output) if self._limits.padded else tokens
-        # A padded batch begins with its head whatever that costs: `submit` refuses a row that does not fit alone.
+        # A padded batch takes its head whatever that costs: a row that does not fit alone is refused before the queue.
         head = self._limits.padded and size == 1
         if not head and (size > self._limits.max_rows or cost > self._limits.token_budget):
             return False

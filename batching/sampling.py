@@ -1,8 +1,8 @@
-"""Choosing the next token of every row of a batch at once, each row by its own request's settings.
+"""Sampling the next token of every row of a batch at once, each row by its own request's settings.
 
 Worker thread only. The law it keeps: a row's token depends on the row's own logits, settings and seed, and on nothing
-else in the batch. So a draw is a function of seed, position and the row's own probabilities, and every reduction runs
-along the vocabulary.
+else in the batch. So random numbers are a function of seed, position and token, and every reduction runs along the
+vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from batching.adjustments import Adjustment, Bias, Forcing, Penalties, column
-from batching.constraint import Constraints
-from batching.logprobs import Logprobs
+from batching.grammar import GuidedDecoding
+from batching.logits_processors import ForcedTokens, LogitBias, LogitsProcessor, Penalties, column
 from batching.types import Request, Sampling, TokenLogprob
 
 CANDIDATES = 256
@@ -24,57 +23,57 @@ OFF = float("inf")
 class Sampler:
     """Next tokens for one batch. `requests` are its rows in order; all state is on `device`.
 
-    Call it once a step. Rows that are greedy and have no adjustments cost one argmax together.
+    Call it once a step. Rows that are greedy and need no logits processor cost one argmax together.
     """
 
     def __init__(self, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
-        self._position = 0
+        self._num_output_tokens = 0
         self._logprobs = Logprobs.of(requests, device)
-        found = [kind.of(requests, vocab_size, device) for kind in (Penalties, Bias, Forcing, Constraints)]
-        self._adjustments: list[Adjustment] = [adjustment for adjustment in found if adjustment]
-        drawn = [row for row, request in enumerate(requests) if not request.sampling.greedy]
-        self._drawn = torch.tensor(drawn, device=device) if drawn else None
-        self._seeds = torch.tensor([requests[row].sampling.seed for row in drawn], device=device)
-        self._filter = Filter([requests[row].sampling for row in drawn], device)
+        found = [kind.of(requests, vocab_size, device) for kind in (Penalties, LogitBias, ForcedTokens, GuidedDecoding)]
+        self._processors: list[LogitsProcessor] = [processor for processor in found if processor]
+        random_rows = [row for row, request in enumerate(requests) if not request.sampling.greedy]
+        self._random_rows = torch.tensor(random_rows, device=device) if random_rows else None
+        self._seeds = torch.tensor([requests[row].sampling.seed for row in random_rows], device=device)
+        self._filter = Filter([requests[row].sampling for row in random_rows], device)
 
     @property
-    def plain(self) -> bool:
-        """Whether the largest logit of every row is its token, with nothing to apply, to draw or to note."""
-        return self._drawn is None and not self._adjustments and self._logprobs is None
+    def is_plain_argmax(self) -> bool:
+        """Whether the largest logit of every row is its token, with nothing to process, sample or report."""
+        return self._random_rows is None and not self._processors and self._logprobs is None
 
     @property
     def logprobs(self) -> Mapping[int, TokenLogprob]:
-        """Of the tokens chosen last: those of the rows that asked for log probabilities, by row."""
-        return self._logprobs.noted if self._logprobs else {}
+        """Of the tokens sampled last, for the rows that asked for log probabilities, by row."""
+        return self._logprobs.by_row if self._logprobs else {}
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] in float32, which may be written over -> tokens [rows] in int64."""
+        """Logits [rows, vocabulary] in float32, which may be overwritten -> tokens [rows] in int64."""
         if self._logprobs:
             self._logprobs.read(logits)
-        for adjustment in self._adjustments:
-            adjustment.apply(logits)
+        for processor in self._processors:
+            processor.apply(logits)
         tokens = logits.argmax(-1)
-        if self._drawn is not None:
-            tokens[self._drawn] = self._draw(logits[self._drawn])
-        for adjustment in self._adjustments:
-            adjustment.advance(tokens)
+        if self._random_rows is not None:
+            tokens[self._random_rows] = self._sample(logits[self._random_rows])
+        for processor in self._processors:
+            processor.accept_tokens(tokens)
         if self._logprobs:
-            self._logprobs.note(tokens)
-        self._position += 1
+            self._logprobs.accept_tokens(tokens)
+        self._num_output_tokens += 1
         return tokens
 
-    def _draw(self, logits: Tensor) -> Tensor:
-        """A race: the token whose exponential time over its probability is least wins, as often as it should.
+    def _sample(self, logits: Tensor) -> Tensor:
+        """Gumbel-max sampling in its exponential form: the largest probability / exponential noise is the sample.
 
-        Unlike a search in summed probabilities this compares tokens with each other, so that the rounding of logits,
-        which differs with the size of the batch, changes a winner only in a dead heat.
+        Unlike a search in cumulative probabilities this compares tokens with each other, so that the rounding of
+        logits, which differs with the size of the batch, changes the result only in a near tie.
         """
         probabilities = self._filter(logits)
-        return (probabilities / exponential(self._seeds, self._position, logits.shape[-1])).argmax(-1)
+        return (probabilities / exponential(self._seeds, self._num_output_tokens, logits.shape[-1])).argmax(-1)
 
 
 def exponential(seeds: Tensor, position: int, tokens: int) -> Tensor:
-    """Exponential times [rows, tokens], mean 1, that depend on seed [rows, int64], position and token alone.
+    """Exponential noise [rows, tokens], mean 1, that depends on seed [rows, int64], position and token alone.
 
     A key of 32 bits from two rounds of the splitmix64 mixer (Steele, Lea and Flood 2014), then for each token the mixer
     lowbias32 (Wellons 2018), whose lower 31 bits stand for a number between 0 and 1.
@@ -131,9 +130,9 @@ class Filter:
         """The cut-off of each row, [rows, 1]."""
         # Not `exp().sum()`: torch sums a lone row in another order than one of many, and the last bit would differ.
         total = 1.0 / scaled.softmax(-1).amax(-1, keepdim=True)
-        everyone = torch.ones(len(scaled), dtype=torch.bool, device=scaled.device)
+        all_rows = torch.ones(len(scaled), dtype=torch.bool, device=scaled.device)
         largest = scaled.topk(min(CANDIDATES, scaled.shape[-1])).values
-        smallest, enough = self._cut(largest, total, everyone)
+        smallest, enough = self._cut(largest, total, all_rows)
         short = ~(enough | self._unlimited).squeeze(-1)
         if bool(short.any()):
             ordered = scaled[short].sort(descending=True).values
@@ -157,3 +156,37 @@ class Filter:
         # top_p is a share of what top_k leaves, so all of that has to be there.
         total_known = (top_k == OFF) | (top_p == OFF)
         return smallest, all_of_k | (total_known & ~kept[:, -1:])
+
+
+class Logprobs:
+    """Log probabilities of the tokens of a batch, and of the likeliest others, for the rows that ask for them.
+
+    They are the model's own, of its logits before penalties, bias, temperature or any cut: `read` a step's logits
+    before they are changed, then `accept_tokens`.
+    """
+
+    def __init__(self, rows: list[int], requests: Sequence[Request], device: torch.device) -> None:
+        self._places = rows
+        self._rows = torch.tensor(rows, device=device)
+        self._wanted = [requests[row].sampling.top_logprobs or 0 for row in rows]
+        self.by_row: dict[int, TokenLogprob] = {}
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> "Logprobs | None":
+        """Those of a batch, or None if no row asks."""
+        rows = [row for row, request in enumerate(requests) if request.sampling.top_logprobs is not None]
+        return cls(rows, requests, device) if rows else None
+
+    def read(self, logits: Tensor) -> None:
+        """Logits [all rows, vocabulary], not kept."""
+        self._all = logits[self._rows].log_softmax(-1)
+
+    def accept_tokens(self, tokens: Tensor) -> None:
+        """Tokens [all rows] -> `by_row`."""
+        chosen = tokens[self._rows]
+        own = self._all.gather(-1, chosen[:, None]).squeeze(-1).tolist()
+        values, ids = (found.tolist() for found in self._all.topk(max(self._wanted)))
+        self.by_row = {
+            row: TokenLogprob(token, own[at], tuple(zip(ids[at][:wanted], values[at][:wanted], strict=True)))
+            for at, (row, token, wanted) in enumerate(zip(self._places, chosen.tolist(), self._wanted, strict=True))
+        }

@@ -1,6 +1,6 @@
-"""The event loop's side of a row: an async iterator over its tokens, and the one place that decides its outcome.
+"""A row, and its stream: an async iterator over its tokens, and the one place that decides its outcome.
 
-Everything here runs on the loop's thread. The first of answer, error, cancel and deadline wins; whatever the worker
+The stream runs on the event loop's thread. The first of answer, error, cancel and deadline wins; whatever the worker
 still sends for the row afterwards is dropped.
 """
 
@@ -14,8 +14,58 @@ from typing import Self
 
 from batching.errors import BatchingError, DeadlineExceeded, Drained
 from batching.events import Outcome, RowEnded
-from batching.row import Row
 from batching.types import Delta, Finish, Request, TokenLogprob
+
+
+class Row:
+    """One request on its way through a batch.
+
+    The event loop owns a row until the worker takes it; from then on the worker is its only writer, except for
+    `cancelled`, which the event loop may set at any time and the worker reads at the next step.
+
+    `arrived` is in monotonic seconds; `virtual_finish` orders the queue, `passed_over` counts batches that took a row
+    behind it instead. `num_output_tokens` counts the tokens handed over, `num_cached_tokens` those of the prompt whose
+    keys and values came from the prefix cache.
+    """
+
+    __slots__ = (
+        "arrived",
+        "cancelled",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "over",
+        "passed_over",
+        "request",
+        "stream",
+        "virtual_finish",
+    )
+
+    def __init__(self, request: Request, stream: Stream, arrived: float) -> None:
+        self.request = request
+        self.stream = stream
+        self.arrived = arrived
+        self.passed_over = 0
+        self.num_cached_tokens = 0
+        self.virtual_finish = 0.0
+        self.num_output_tokens = 0
+        self.over = False
+        self.cancelled = False
+
+    def __repr__(self) -> str:
+        place = "over" if self.over else f"{self.num_output_tokens} tokens" if self.num_output_tokens else "waiting"
+        return f"<Row {self.request.id} {place}>"
+
+    def push(self, token: int) -> Finish | None:
+        """Count one new token; the row is over if it is a stop token or the last one allowed."""
+        sampling = self.request.sampling
+        self.num_output_tokens += 1
+        if token in sampling.stop_token_ids:
+            self.over = True
+            return Finish.STOP
+        if self.num_output_tokens >= sampling.max_tokens:
+            self.over = True
+            return Finish.LENGTH
+        return None
 
 
 class Stream:
@@ -48,7 +98,7 @@ class Stream:
     def take(self) -> Delta | None:
         """All tokens that came since the last time; None once the row is over and all were taken.
 
-        For a stream that `with_news` has given. Raises the row's error after the tokens that came before it.
+        For a stream that `with_deltas` returned. Raises the row's error after the tokens that came before it.
         """
         if self._tokens:
             delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))
@@ -88,7 +138,7 @@ class Stream:
         self._stop(Finish.CANCELLED, Outcome.CANCELLED)
 
     def stop(self) -> None:
-        """The reader has what it wants (a stop string): the row is answered and needs no more steps."""
+        """The reader has all it needs (a stop string): the row is answered and needs no more steps."""
         self._stop(Finish.STOP, Outcome.ANSWERED)
 
     def _expire(self) -> None:
@@ -117,7 +167,7 @@ class Stream:
                 ttft=self._ttft,
                 duration=time.monotonic() - self.row.arrived,
                 batch_size=self._batch_size,
-                reused_tokens=self.row.reused,
+                num_cached_tokens=self.row.num_cached_tokens,
                 trace=request.trace,
             ),
         )
@@ -130,7 +180,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        await with_news((self,))
+        await with_deltas((self,))
         delta = self.take()
         if delta is None:
             raise StopAsyncIteration
@@ -145,8 +195,8 @@ class Stream:
         self.cancel()
 
 
-async def with_news(streams: Collection[Stream]) -> list[Stream]:
-    """Those of these that have news, as soon as one has."""
+async def with_deltas(streams: Collection[Stream]) -> list[Stream]:
+    """Those of `streams` that have a delta to take or are over, as soon as one is."""
     while not (found := [stream for stream in streams if stream._tokens or stream._finish is not None]):
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for stream in streams:

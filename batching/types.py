@@ -1,13 +1,17 @@
-"""The values that cross the edge between text (above) and tokens (here). All frozen: any thread may read them."""
+"""The values that cross the boundary between text (above) and tokens (here). All frozen: any thread may read them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from batching.constraint import Grammar
+    import numpy
+    from numpy.typing import NDArray
+
+TokenBitmask: TypeAlias = "NDArray[numpy.int32]"
+"""A set of tokens [vocabulary / 32, int32]: token t is bit t % 32 of word t // 32."""
 
 
 class Finish(StrEnum):
@@ -22,7 +26,7 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """Once a row has `after` tokens and none is `unless`, its next ones are `tokens`: how a thought is ended."""
+    """Once a row has `after` tokens, none of them `unless`, it continues with `tokens`: how a thought is ended."""
 
     after: int
     unless: int
@@ -31,7 +35,7 @@ class Forced:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one row chooses its tokens.
+    """How one row's tokens are sampled.
 
     Applied in this order: penalties, temperature, top_k, top_p, min_p. Temperature 0 is greedy. `seed` is any
     signed 64-bit number. `presence_penalty` and `frequency_penalty` count the row's own output tokens (OpenAI's
@@ -48,10 +52,10 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     stop_token_ids: frozenset[int] = frozenset()
-    min_tokens: int = 0  # no stop token before so many
+    min_tokens: int = 0  # no stop token before there are this many
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     forced: Forced | None = None
-    top_logprobs: int | None = None  # None: no log probabilities; 0: of the chosen token alone
+    top_logprobs: int | None = None  # None: no log probabilities; 0: of the sampled token alone
 
     @property
     def greedy(self) -> bool:
@@ -62,13 +66,36 @@ class Sampling:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
 
+class Matcher(Protocol):
+    """One row's state in its grammar. Only ever called by one thread at a time. Both methods may raise anything."""
+
+    def fill(self, allowed: TokenBitmask) -> bool:
+        """Set the bits of the tokens that may come next in `allowed`, which is empty; True if the text may end here.
+
+        No bit set and True: the grammar is complete.
+        """
+        ...
+
+    def advance(self, token: int) -> None:
+        """Accept a token. Raises ValueError if it may not come next."""
+        ...
+
+
+class Grammar(Protocol):
+    """A compiled grammar, immutable and shared by any number of rows."""
+
+    def matcher(self) -> Matcher:
+        """A new row's state: at the start of the grammar. Any thread."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to be continued. `time_limit` is in seconds from submission.
 
-    Clients that wait share the device by their requests' `weight`; `client` is any name that tells them apart.
-    `grammar` is what the answer must be. What was computed for one prompt may serve another that begins alike if their
-    `salt` is the same. `trace` is the caller's place in a trace, for observers alone.
+    Waiting clients share the device by their requests' `weight`; `client` is any name that tells them apart.
+    The answer must match `grammar`. The keys and values of a prompt may be reused by another with the same prefix if
+    their `salt` is the same. `trace` is the caller's trace context, for observers alone.
     """
 
     id: str
@@ -83,13 +110,13 @@ class Request:
 
     @property
     def total_tokens(self) -> int:
-        """The most positions this request can occupy: prompt and allowed output."""
+        """The most tokens this request can come to have: prompt and allowed output."""
         return len(self.prompt) + self.sampling.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token's log probability, and the likeliest tokens with theirs, likeliest first."""
+    """A sampled token's log probability, and the likeliest tokens with theirs, likeliest first."""
 
     token: int
     logprob: float
@@ -111,7 +138,7 @@ class Delta(NamedTuple):
 class ModelInfo:
     """What the layers above need to know of a loaded model. Sizes in tokens, memory in bytes.
 
-    `joins`: rows can join a running batch, and cost the tokens they may come to have, without padding.
+    `joins`: rows can join a running batch, and cost their `total_tokens`, without padding.
     """
 
     device: str

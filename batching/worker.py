@@ -1,7 +1,7 @@
 """The worker thread: the only one that touches the device. It builds the engine, then runs one batch after another.
 
-It is handed whole batches through a thread-safe queue and tells the event loop what happened through `post`: one
-`call_soon_threadsafe` a decode step, carrying every row's news.
+It gets whole batches through a thread-safe queue and reports to the event loop through `post`: one
+`call_soon_threadsafe` a decode step, carrying every row's tokens.
 """
 
 import logging
@@ -11,23 +11,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from batching.device_errors import is_sticky
 from batching.engine import NO_LOGPROBS, Engine
-from batching.errors import BatchingError, EngineError, OutOfMemory
-from batching.row import Row
+from batching.errors import BatchingError, EngineError, OutOfMemory, is_sticky
+from batching.stream import Row
 from batching.types import Finish, ModelInfo, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
-News = list[tuple[Row, int, Finish | None, TokenLogprob | None]]
-"""For each row that got one: its token, why it is over if it is, and the log probabilities if it asked."""
+NewTokens = list[tuple[Row, int, Finish | None, TokenLogprob | None]]
+"""For each row that got one: its token, why it is over if it is, and the log probabilities if it asked for them."""
 
 
 class Listener(Protocol):
-    """What the worker tells. Each call is made on the event loop's thread."""
+    """What the worker reports. Each call is made on the event loop's thread."""
 
     def on_built(self, info: ModelInfo) -> None: ...
-    def on_step(self, news: News, running: int, at: float) -> None: ...
+    def on_step(self, tokens: NewTokens, running: int, at: float) -> None: ...
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None: ...
     def on_batch_over(self, rows: int, duration: float, memory: int) -> None: ...
     def on_worker_died(self, error: BaseException) -> None: ...
@@ -38,7 +37,7 @@ Post = Callable[..., object]
 
 
 class Worker:
-    """Owns the thread. `start` once, `give` batches, `finish` to let it end after the batch in hand."""
+    """Owns the thread. `start` once, `give` batches, `finish` to let it end after the running batch."""
 
     def __init__(self, build: Callable[[], Engine], listener: Listener, post: Post) -> None:
         self._build = build
@@ -77,7 +76,7 @@ class Worker:
             self._tell(self._listener.on_worker_died, error)
 
     def _run(self, engine: Engine, rows: Sequence[Row]) -> int:
-        """How many rows the batch had, those that joined it included."""
+        """Run one batch; returns how many rows it had, those that joined it included."""
         rows = [row for row in rows if not row.cancelled]
         if not rows:
             return 0
@@ -98,7 +97,7 @@ class Worker:
         return steps.count
 
     def _joining(self) -> list[Row]:
-        """Rows that were given while a batch runs."""
+        """Rows that were given while a batch is running."""
         joining: list[Row] = []
         while not self._batches.empty():
             rows = self._batches.get()
@@ -109,9 +108,9 @@ class Worker:
         return joining
 
     def _split(self, engine: Engine, rows: Sequence[Row], error: OutOfMemory) -> None:
-        """Try again in two halves with the rows that have sent nothing; the others cannot be started over."""
-        again = [row for row in rows if not row.sent]
-        self._fail([row for row in rows if row.sent], error)
+        """Try again in two halves with the rows that have no tokens yet; the others cannot be started over."""
+        again = [row for row in rows if not row.num_output_tokens]
+        self._fail([row for row in rows if row.num_output_tokens], error)
         if len(again) == len(rows) == 1:
             self._fail(again, error)
             return
@@ -127,26 +126,25 @@ class Worker:
         if failed:
             self._tell(self._listener.on_rows_failed, failed, error)
 
-    def _report(self, news: News, running: int) -> None:
-        self._tell(self._listener.on_step, news, running, time.monotonic())
+    def _report(self, tokens: NewTokens, running: int) -> None:
+        self._tell(self._listener.on_step, tokens, running, time.monotonic())
 
     def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
         try:
             self._post(callback, *arguments)
         except RuntimeError:
-            # The loop is closed: the process is ending and nobody is left to hear.
-            logger.debug("nobody heard %s", callback.__name__)
+            logger.debug("event loop closed; dropped %s", callback.__name__)
 
 
 class BatchSteps:
-    """`Steps` for one batch: counts each row's tokens, and sends one report a step.
+    """`Steps` of one batch: counts each row's tokens, and sends one report a step.
 
-    `rows` are those of the batch that are not over, those that `joining` brought included; `count` is how many it had.
+    `rows` are those of the batch that are not over, those that joined included; `count` is how many it has had.
     """
 
     def __init__(
         self,
-        report: Callable[[News, int], None],
+        report: Callable[[NewTokens, int], None],
         rows: Sequence[Row] = (),
         joining: Callable[[], list[Row]] = list,
     ) -> None:
@@ -158,7 +156,7 @@ class BatchSteps:
     def admit(self) -> list[Row]:
         joined = self._joining()
         if joined:
-            # A row cancelled before its turn is never emitted: a batch that goes on for days must forget it here.
+            # A row cancelled before its first token is never emitted: a batch that runs for days must forget it here.
             self.rows = dict.fromkeys(row for row in [*self.rows, *joined] if not (row.over or row.cancelled))
             self.count += len(joined)
         return joined
@@ -166,13 +164,13 @@ class BatchSteps:
     def emit(
         self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
     ) -> list[bool]:
-        news: News = []
+        new_tokens: NewTokens = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if row.cancelled:
                 row.over = True
             if not row.over:
-                news.append((row, token, row.push(token), logprobs.get(place)))
+                new_tokens.append((row, token, row.push(token), logprobs.get(place)))
             if row.over:
                 self.rows.pop(row, None)
-        self._report(news, len(self.rows))
+        self._report(new_tokens, len(self.rows))
         return [row.over for row in rows]

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching.engine import NO_LOGPROBS
-from batching.packed import PackedEngine
-from batching.row import Row
-from batching.runner import Choice
-from batching.seat import Seat
+from batching.packed.engine import PackedEngine
+from batching.packed.runner import RunningSequence, SamplerOutput
+from batching.stream import Row
 from batching.types import TokenLogprob
 from benchmarks.engine_rows import Clock, Shape, rows_of
 
@@ -79,20 +78,20 @@ def compared(name: str, found: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 class Logits:
-    """While it is entered: keeps, `of` each row, the logits that each of its tokens was chosen from."""
+    """While it is entered: keeps, `of` each row, the logits that each of its tokens was sampled from."""
 
     def __init__(self, engine: PackedEngine) -> None:
         self._runner = engine.runner
-        self._choose = self._runner.choose
+        self._sample = self._runner.sample
         self.of: dict[Row, list[Tensor]] = {}
 
     def __enter__(self) -> None:
-        self._runner.choose = self._listening  # type: ignore[method-assign]
+        self._runner.sample = self._listening  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        self._runner.choose = self._choose  # type: ignore[method-assign]
+        self._runner.sample = self._sample  # type: ignore[method-assign]
 
-    def _listening(self, seats: Sequence[Seat]) -> Choice:
-        for place, seat in enumerate(seats):
-            self.of.setdefault(seat.row, []).append(self._runner.logits[place].clone())
-        return self._choose(seats)
+    def _listening(self, sequences: Sequence[RunningSequence]) -> SamplerOutput:
+        for index, sequence in enumerate(sequences):
+            self.of.setdefault(sequence.row, []).append(self._runner.logits[index].clone())
+        return self._sample(sequences)

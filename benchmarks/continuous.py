@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from batching.row import Row
+from batching.stream import Row
 
 
 def run_continuous(model: PreTrainedModel, rows: Sequence[Row]) -> float:

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from batching import checkpoint, model
 from batching.engine import Engine
-from batching.generate import GenerateEngine
-from batching.packed import PackedEngine
-from batching.row import Row
+from batching.packed.engine import PackedEngine
+from batching.padded import PaddedEngine
+from batching.stream import Row
 from benchmarks.agreement import Agreement
 from benchmarks.continuous import run_continuous
 from benchmarks.engine_rows import CONTEXT, Clock, Shape, Watch, rows_of, shapes_of, timed
@@ -102,7 +102,7 @@ def against(names: Sequence[str], load: Callable[[], PreTrainedModel], shapes: S
         other = load()
         rows = rows_of(shapes, other.config.vocab_size)
         if name == "generate":
-            found[name] = padded_batches(GenerateEngine(other, token_budget=10**6), rows, 16)
+            found[name] = padded_batches(PaddedEngine(other, token_budget=10**6), rows, 16)
         elif name == "continuous":
             found[name] = run_continuous(other, rows)
         else:
@@ -134,10 +134,10 @@ def main() -> None:
     parser.add_argument("--dummy", action="store_true", help="random weights of the folder's config.json")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--lanes", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=64, help="decode steps timed")
-    parser.add_argument("--share", type=float, default=0.9)
-    parser.add_argument("--piece", type=int, default=2048)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--prefill-chunk", type=int, default=2048)
     parser.add_argument("--invariant", action="store_true")
     parser.add_argument("--profile", action="store_true", help="show what each kernel takes")
     parser.add_argument("--agreement", action="store_true", help="compare logits with transformers' own attention")
@@ -155,7 +155,11 @@ def main() -> None:
     agreement = Agreement(load()) if asked.agreement else None
     started = time.perf_counter()
     engine = PackedEngine(
-        load(), lanes=asked.lanes, share=asked.share, piece=asked.piece, batch_invariant=asked.invariant
+        load(),
+        num_slots=asked.batch_size,
+        gpu_memory_utilization=asked.gpu_memory_utilization,
+        prefill_chunk=asked.prefill_chunk,
+        batch_invariant=asked.invariant,
     )
     bench = Bench(engine, console.print)
     bench.note("load and start, s", time.perf_counter() - started)

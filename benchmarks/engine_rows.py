@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from batching.engine import NO_LOGPROBS, Engine
-from batching.row import Row
+from batching.stream import Row
 from batching.types import Request, Sampling, TokenLogprob
 from benchmarks.workloads import WORKLOADS
 
@@ -30,7 +30,7 @@ def shapes_of(workload: str, count: int) -> list[Shape]:
 
 
 def rows_of(shapes: Sequence[Shape], vocabulary: int, seed: int = 0, **settings: Any) -> list[Row]:
-    """Rows of random tokens that never stop early. No two prompts begin alike."""
+    """Rows of random tokens that never stop early. No two prompts share a prefix."""
     random = Random(seed)
     floor = min(1000, vocabulary // 2)
     return [
@@ -100,5 +100,5 @@ def timed(engine: Engine, rows: list[Row]) -> tuple[float, Clock]:
     started = time.perf_counter()
     engine.run(rows, clock)
     seconds = time.perf_counter() - started
-    assert all(row.sent == row.request.sampling.max_tokens for row in rows)
+    assert all(row.num_output_tokens == row.request.sampling.max_tokens for row in rows)
     return seconds, clock

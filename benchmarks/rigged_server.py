@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from batching.engine import NO_LOGPROBS, Engine, Steps
 from batching.errors import OutOfMemory
 from batching.progress import Progress
-from batching.row import Row
+from batching.stream import Row
 from batching.types import ModelInfo, TokenLogprob
 from server.__main__ import run
 from server.loader import ModelLoader

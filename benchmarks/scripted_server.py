@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from batching.engine import Engine, Steps
 from batching.events import Event, Stepped
 from batching.progress import Progress
-from batching.row import Row
+from batching.stream import Row
 from batching.types import ModelInfo
 from benchmarks.words import LANGUAGES
 from server import sse

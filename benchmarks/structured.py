@@ -1,7 +1,7 @@
 """What structured output adds to a step: the same batch with and without grammars, in one process, taking turns.
 
 Two tables: the sampler alone on logits as wide as Qwen3's, where a step is nothing but the choice of tokens, and a
-model's whole step through `GenerateEngine`, where matching overlaps the forward pass.
+model's whole step through `PaddedEngine`, where matching overlaps the forward pass.
 
     python -m benchmarks.structured [--model FOLDER] [--tokenizer FOLDER] [--device cuda] [--dummy]
 """
@@ -20,12 +20,11 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint, model
-from batching.constraint import Grammar
 from batching.engine import NO_LOGPROBS
-from batching.generate import GenerateEngine
-from batching.row import Row
+from batching.padded import PaddedEngine
 from batching.sampling import Sampler
-from batching.types import Request, Sampling, TokenLogprob
+from batching.stream import Row
+from batching.types import Grammar, Request, Sampling, TokenLogprob
 from server.grammar import Grammars
 from server.schema_check import Schema
 from server.settings import Settings
@@ -87,7 +86,7 @@ class Clock:
         return []
 
 
-def model_step(engine: GenerateEngine, rows: int, steps: int, grammars: Sequence[Grammar | None]) -> float:
+def model_step(engine: PaddedEngine, rows: int, steps: int, grammars: Sequence[Grammar | None]) -> float:
     """Seconds a decode step of the whole model takes, the prompt's left out."""
     clock = Clock()
     batch = [Row(request, stream=None, arrived=0.0) for request in requests(rows, steps, grammars)]  # type: ignore[arg-type]
@@ -139,7 +138,7 @@ def main() -> None:
     load_format: checkpoint.LoadFormat = "dummy" if asked.dummy else "auto"
     folder = checkpoint.locate(asked.model, load_format, Path(str(Settings.model_fields["cache_dir"].default)))
     loaded = model.load(folder, device=asked.device, dtype=asked.dtype, load_format=load_format)
-    engine = GenerateEngine(loaded, token_budget=asked.rows * (64 + asked.steps) * 2)
+    engine = PaddedEngine(loaded, token_budget=asked.rows * (64 + asked.steps) * 2)
     grammar = compiled(folder)
     wide = compiled(asked.tokenizer) if asked.tokenizer else grammar
     console = Console()

@@ -11,7 +11,7 @@ from server.service import Service
 from server.tools import NamedChoice
 
 if TYPE_CHECKING:
-    from batching.constraint import Grammar
+    from batching.types import Grammar
 
 
 async def grammar_of(service: Service, chat: ChatRequest, *, thinking: bool) -> Grammar | None:

@@ -44,7 +44,7 @@ LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbos
 
 
 class TokenMatcher:
-    """`batching.constraint.Matcher` over llguidance."""
+    """`batching.types.Matcher` over llguidance."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos: Sequence[int]) -> None:
         self._matcher = matcher
@@ -72,7 +72,7 @@ class TokenMatcher:
 
 
 class TokenGrammar:
-    """`batching.constraint.Grammar` over llguidance. The matcher it holds stays at its beginning."""
+    """`batching.types.Grammar` over llguidance. The matcher it holds stays at its beginning."""
 
     def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
         self._matcher = matcher

@@ -105,7 +105,7 @@ class ModelLoader:
 
     def _packs(self, model: "PreTrainedModel") -> bool:
         """Whether the packed engine is to run this model. Raises `ModelError` if it was asked for and cannot."""
-        from batching.packed import unsupported
+        from batching.packed.engine import unsupported
 
         wanted = self._settings.engine
         if wanted == "generate" or (wanted == "auto" and model.device.type != "cuda"):
@@ -118,25 +118,25 @@ class ModelLoader:
         return reason is None
 
     def _packed(self, model: "PreTrainedModel") -> Engine:
-        from batching.packed import PackedEngine
+        from batching.packed.engine import PackedEngine
 
         settings = self._settings
         return PackedEngine(
             model,
-            lanes=settings.max_batch_size,
+            num_slots=settings.max_batch_size,
             context_window=settings.context_window,
             token_budget=settings.token_budget,
-            share=settings.memory_share,
-            piece=settings.prompt_piece,
-            sharing=settings.prefix_sharing != "off",
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            prefill_chunk=settings.prefill_chunk,
+            prefix_caching=settings.prefix_sharing != "off",
             batch_invariant=settings.batch_invariant,
         )
 
     def _padded(self, model: "PreTrainedModel") -> Engine:
-        from batching.generate import GenerateEngine
+        from batching.padded import PaddedEngine
 
         settings = self._settings
-        return GenerateEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)
+        return PaddedEngine(model, context_window=settings.context_window, token_budget=settings.token_budget)
 
     def _tell(self, loading: Loading) -> None:
         self.loading = loading

@@ -202,7 +202,7 @@ class Metrics:
             self._queue_wait.observe(wait)
 
     def _row_ended(self, event: RowEnded) -> None:
-        self._reused_tokens.inc(event.reused_tokens)
+        self._reused_tokens.inc(event.num_cached_tokens)
         self._duration.labels(event.outcome).observe(event.duration)
         self._prompt_length.observe(event.prompt_tokens)
         self._output_length.observe(event.output_tokens)

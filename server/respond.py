@@ -8,7 +8,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from batching.errors import BatchingError
-from batching.stream import Stream, with_news
+from batching.stream import Stream, with_deltas
 from batching.types import Delta
 from server import sse
 from server.completion import Completion
@@ -73,7 +73,7 @@ async def news_of(choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any
     going = {choice.stream: choice for choice in choices}
     while going:
         news = []
-        for stream in await with_news(going):
+        for stream in await with_deltas(going):
             arrived = stream.take()
             if arrived is None:
                 del going[stream]
@@ -126,7 +126,7 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
-        "prompt_tokens_details": {"cached_tokens": sum(row.reused for row in prompts.values())},
+        "prompt_tokens_details": {"cached_tokens": sum(row.num_cached_tokens for row in prompts.values())},
     }
 
 

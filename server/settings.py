@@ -24,6 +24,9 @@ from server.keys import load_keys
 
 PREFIX = "MICROBATCH_"
 
+RENAMED = {"memory_share": "gpu_memory_utilization", "prompt_piece": "prefill_chunk"}
+"""Former names of settings, whose flags and variables still work."""
+
 
 class Settings(BaseSettings):
     """OpenAI-compatible chat server that batches requests onto one device."""
@@ -93,11 +96,11 @@ class Settings(BaseSettings):
         description="packed: rows without padding that join a running batch; generate: padded batches, one after the "
         "other; auto: packed on CUDA where the model allows it",
     )
-    memory_share: float = Field(
-        0.9, gt=0, le=0.98, description="share of a GPU's memory that the packed engine may come to use, model included"
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=0.98, description="share of a GPU's memory that the packed engine may use, model included"
     )
-    prompt_piece: int = Field(
-        2048, ge=16, description="most prompt tokens that the packed engine processes between two steps of running rows"
+    prefill_chunk: int = Field(
+        2048, ge=16, description="max prompt tokens that the packed engine computes between two decode steps"
     )
     prefix_sharing: Literal["all", "key", "off"] = Field(
         "all",
@@ -197,7 +200,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
         parser = _Parser(prog="python -m server", description=Settings.__doc__, allow_abbrev=False)
         flags: CliSettingsSource[_Parser] = CliSettingsSource(Settings, root_parser=parser)
         return CliApp.run(
-            Settings, cli_args=sys.argv[1:] if arguments is None else arguments, cli_settings_source=flags
+            Settings,
+            cli_args=_with_new_names(sys.argv[1:] if arguments is None else arguments),
+            cli_settings_source=flags,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -207,8 +212,22 @@ def parse(arguments: list[str] | None = None) -> Settings:
         _give_up(str(error))
 
 
+def _with_new_names(arguments: list[str]) -> list[str]:
+    """The arguments with former flags renamed and former variables put in front; each is warned about once."""
+    for old, new in RENAMED.items():
+        old_flag, flag = (f"--{name.replace('_', '-')}" for name in (old, new))
+        renamed = [flag + each[len(old_flag) :] if each.partition("=")[0] == old_flag else each for each in arguments]
+        if renamed != arguments:
+            print(f"microbatch: {old_flag} is now called {flag}", file=sys.stderr)
+        variable, new_variable = PREFIX + old.upper(), PREFIX + new.upper()
+        if value := os.environ.get(variable):
+            print(f"microbatch: {variable} is now called {new_variable}", file=sys.stderr)
+        arguments = [f"{flag}={value}", *renamed] if value and not os.environ.get(new_variable) else renamed
+    return arguments
+
+
 def _refuse_unknown_variables() -> None:
-    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    known = {PREFIX + field.upper() for field in (*Settings.model_fields, *RENAMED)}
     for name in os.environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             raise ValueError(f"unknown setting {name} in the environment; see python -m server --help")

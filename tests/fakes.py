@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from batching.engine import Steps
-from batching.row import Row
+from batching.stream import Row
 from batching.types import ModelInfo, Request
 
 INFO = ModelInfo(
@@ -61,7 +61,7 @@ class ScriptedEngine:
             if self._gate is not None:
                 self._gate.acquire()
             self._before_step(position)
-            steps.emit(rows, [self._script(row.request, row.sent) for row in rows])
+            steps.emit(rows, [self._script(row.request, row.num_output_tokens) for row in rows])
             if self.info.joins:
                 joined = steps.admit()
                 self.batches[-1] += [row.request.id for row in joined]

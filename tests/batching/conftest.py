@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from batching.row import Row
-from batching.stream import Stream
+from batching.stream import Row, Stream
 from batching.types import Request, Sampling
 
 PATIENCE = 60.0

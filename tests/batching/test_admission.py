@@ -5,10 +5,9 @@ import time
 
 import pytest
 
-from batching.admission import FEWEST, MARGIN, seconds_late
+from batching.admission import FEWEST, MARGIN, ServiceRate, seconds_late
 from batching.errors import TooBusy
 from batching.events import Outcome, Rejected, RowEnded
-from batching.rate import ServiceRate
 from tests.batching.conftest import Runner, all_tokens, request
 from tests.batching.test_batcher import serving, start
 from tests.fakes import ScriptedEngine

@@ -39,8 +39,7 @@ from batching.events import (
     Stepped,
 )
 from batching.queue import QueueLimits
-from batching.row import Row
-from batching.stream import Stream, with_news
+from batching.stream import Row, Stream, with_deltas
 from batching.types import Delta, Finish
 from tests.batching.conftest import PATIENCE, Runner, all_tokens, request, skip
 from tests.fakes import INFO, ScriptedEngine
@@ -312,18 +311,18 @@ def test_one_wait_for_several_streams_gives_those_that_have_news(run_async: Runn
             lengths = {"short": 1, "long": 3, "gone": 3}
             streams = [batcher.submit(request(id=id, max_tokens=length)) for id, length in lengths.items()]
             short, long, gone = streams
-            waiting = asyncio.ensure_future(with_news(streams))
+            waiting = asyncio.ensure_future(with_deltas(streams))
             await asyncio.sleep(0)
             gone.cancel()
             assert await waiting == [gone]
             assert gone.take() is None
             engine.release(1)
-            assert await with_news([short, long]) == [short, long]
+            assert await with_deltas([short, long]) == [short, long]
             assert (short.take(), long.take()) == (Delta((1,), Finish.LENGTH), Delta((1,)))
-            assert await with_news([short, long]) == [short]  # that it is over
+            assert await with_deltas([short, long]) == [short]  # that it is over
             assert short.take() is None
             engine.release(1)
-            assert await with_news([long]) == [long]
+            assert await with_deltas([long]) == [long]
             engine.release(1)
             await log.count(Stepped, 3)
             assert long.take() == Delta((2, 3), Finish.LENGTH)
@@ -340,7 +339,7 @@ def test_what_came_before_an_error_is_taken_before_it_is_raised(run_async: Runne
             await log.count(Stepped, 1)
             skip(31.0)
             await log.count(RowEnded, 1)
-            assert await with_news([stream]) == [stream]
+            assert await with_deltas([stream]) == [stream]
             assert stream.take() == Delta((1,))
             with pytest.raises(DeadlineExceeded):
                 stream.take()

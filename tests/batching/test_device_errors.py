@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from batching.batcher import Batcher
-from batching.device_errors import is_sticky
-from batching.errors import EngineError
+from batching.errors import EngineError, is_sticky
 from batching.events import Outcome, State
 from batching.progress import Progress
 from tests.batching.conftest import Runner, request

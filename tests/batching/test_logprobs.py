@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batching.generate import GenerateEngine
+from batching.padded import PaddedEngine
 from batching.sampling import Sampler
 from batching.types import Forced, Request, TokenLogprob
-from batching.worker import BatchSteps, News
+from batching.worker import BatchSteps, NewTokens
 from tests.batching.conftest import loose_row, request
 from tests.tiny import tiny_model
 
@@ -126,7 +126,7 @@ def test_a_token_that_the_model_rules_out_has_a_probability_of_zero() -> None:
 def test_an_engine_tells_each_row_that_asks_of_each_of_its_tokens() -> None:
     torch.set_num_threads(1)
     model = tiny_model()
-    engine = GenerateEngine(model, token_budget=4096)
+    engine = PaddedEngine(model, token_budget=4096)
     requests = [
         request((5, 6, 7), max_tokens=4, top_logprobs=3, temperature=2.0, seed=1, repetition_penalty=1.5),
         request((9, 8), max_tokens=6),
@@ -136,8 +136,8 @@ def test_an_engine_tells_each_row_that_asks_of_each_of_its_tokens() -> None:
     rows = [loose_row(request) for request in requests]
     told: dict[int, list[tuple[int, TokenLogprob | None]]] = {place: [] for place in range(len(rows))}
 
-    def report(news: News, running: int) -> None:
-        for row, token, _, entry in news:
+    def report(tokens: NewTokens, running: int) -> None:
+        for row, token, _, entry in tokens:
             told[rows.index(row)].append((token, entry))
 
     engine.run(rows, BatchSteps(report))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batching.queue import MAX_PASSED_OVER, BatchLimits, QueueLimits, RowQueue, padded_cost, select
-from batching.row import Row
+from batching.stream import Row
 from tests.batching.conftest import Runner, loose_row, request
 
 

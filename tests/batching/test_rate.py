@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batching.admission import ServiceRate
 from batching.events import Outcome, RowEnded
-from batching.rate import ServiceRate
 
 
 class Clock:

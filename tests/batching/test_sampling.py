@@ -206,7 +206,7 @@ def test_only_greedy_rows_without_penalties_are_plain() -> None:
 
     def is_plain(*rows: Sampling) -> bool:
         fields = [{name: getattr(row, name) for name in Sampling.__dataclass_fields__} for row in rows]
-        return Sampler([request(**field) for field in fields], 10, CPU).plain
+        return Sampler([request(**field) for field in fields], 10, CPU).is_plain_argmax
 
     assert is_plain(plain, plain)
     assert not is_plain(plain, sampled)

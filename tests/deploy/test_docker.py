@@ -86,7 +86,7 @@ def test_its_steps_in_a_clean_environment_make_a_service_that_runs(folder: Path)
     python = str(places["/opt/venv"] / "bin" / "python")
     entry = [python, *command(runtime.last("ENTRYPOINT"))[1:]]
     check = [python, *command(runtime.last("HEALTHCHECK"))[1:]]
-    subprocess.run([python, "-c", "import server.app, batching.generate"], cwd=folder, env=variables, check=True)
+    subprocess.run([python, "-c", "import server.app, batching.padded"], cwd=folder, env=variables, check=True)
 
     def healthy() -> bool:
         return subprocess.run(check, env=variables, cwd=folder, capture_output=True).returncode == 0

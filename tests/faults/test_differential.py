@@ -17,13 +17,12 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from batching.batcher import Batcher, BatchingConfig
-from batching.constraint import Grammar
 from batching.engine import Engine
-from batching.generate import GenerateEngine
-from batching.packed import PackedEngine
+from batching.packed.engine import PackedEngine
+from batching.padded import PaddedEngine
 from batching.queue import QueueLimits
 from batching.stream import Stream
-from batching.types import Forced, Request, TokenLogprob
+from batching.types import Forced, Grammar, Request, TokenLogprob
 from server.grammar import Grammars
 from tests.batching.conftest import PATIENCE, request
 from tests.tiny import SHAPE, tiny_model
@@ -34,8 +33,8 @@ CROWD = 40
 """Rows that are under way in one go."""
 
 ENGINES: dict[str, Callable[[], Engine]] = {
-    "generate": lambda: GenerateEngine(tiny_model(), token_budget=8192),
-    "packed": lambda: PackedEngine(tiny_model(), lanes=8, token_budget=1000, piece=32),
+    "generate": lambda: PaddedEngine(tiny_model(), token_budget=8192),
+    "packed": lambda: PackedEngine(tiny_model(), num_slots=8, token_budget=1000, prefill_chunk=32),
 }
 """Every engine there is, on the same tiny model."""
 

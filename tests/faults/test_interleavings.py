@@ -32,8 +32,7 @@ from batching.errors import (
 from batching.events import Event, Outcome, RowEnded, State
 from batching.progress import Progress
 from batching.queue import MAX_PASSED_OVER, QueueLimits
-from batching.row import Row
-from batching.stream import Stream
+from batching.stream import Row, Stream
 from server.metrics import Metrics
 from tests.batching.conftest import PATIENCE, SkippingLoop, request
 from tests.fakes import INFO
@@ -72,7 +71,7 @@ class Commanded:
             self.waiting = True
             if error := self._commands.get():
                 raise error
-            steps.emit(rows, [row.sent + 1 for row in rows])
+            steps.emit(rows, [row.num_output_tokens + 1 for row in rows])
             if self.info.joins:
                 rows += steps.admit()
 
@@ -161,9 +160,9 @@ class Interleavings(RuleBasedStateMachine):
     def note_batches(self) -> None:
         """Rows that waited while ones behind them were taken were passed over."""
         for batch in self.engine.batches[self.started :]:
-            taken = [self.asked[id].row.turn for id in batch]
+            taken = [self.asked[id].row.virtual_finish for id in batch]
             for one in self.asked.values():
-                behind = one.row in self.batcher._queue and one.row.turn < max(taken)
+                behind = one.row in self.batcher._queue and one.row.virtual_finish < max(taken)
                 one.passed_over += behind and not self.engine.info.joins
         self.started = len(self.engine.batches)
 
@@ -303,8 +302,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @invariant()
     def rows_stand_in_line_and_are_not_passed_over_too_often(self) -> None:
-        turns = [row.turn for row in self.batcher._queue]
-        assert turns == sorted(turns)
+        finishes = [row.virtual_finish for row in self.batcher._queue]
+        assert finishes == sorted(finishes)
         assert all(max(one.passed_over, one.row.passed_over) <= MAX_PASSED_OVER for one in self.asked.values())
         flows: dict[tuple[str, float], list[str]] = {}
         for row in self.batcher._queue:

@@ -7,7 +7,7 @@ import pytest
 
 from batching.engine import Steps
 from batching.events import Outcome, RowEnded
-from batching.row import Row
+from batching.stream import Row
 from batching.types import Request
 from tests.fakes import ScriptedEngine
 from tests.live import END, Live, live, scripted, tokens_of

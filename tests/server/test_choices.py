@@ -11,7 +11,7 @@ import pytest
 
 from batching.engine import NO_LOGPROBS, Steps
 from batching.events import Outcome
-from batching.row import Row
+from batching.stream import Row
 from batching.types import Request, TokenLogprob
 from server.schema import MAX_CHOICES
 from tests.fakes import Script, ScriptedEngine

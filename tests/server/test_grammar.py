@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint
-from batching.constraint import Words
 from batching.sampling import Sampler
+from batching.types import TokenBitmask
 from server import grammar as subject
 from server.errors import RETRIED, ApiError
 from server.grammar import Grammars, Plan, TokenGrammar, TokenMatcher
@@ -452,7 +452,7 @@ class Kit:
 
     def next(self, matcher: TokenMatcher) -> tuple[NDArray[np.uint8], bool]:
         """For each token whether it may come next, and whether the text may end."""
-        allowed: Words = np.zeros(-(-self.width // 32), np.int32)
+        allowed: TokenBitmask = np.zeros(-(-self.width // 32), np.int32)
         may_end = matcher.fill(allowed)
         bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")
         assert not bits[len(self.tokenizer) :].any()
@@ -667,7 +667,7 @@ def test_a_batch_of_grammars_through_the_sampler(kit: Kit) -> None:
 
 
 def test_a_model_narrower_than_its_tokenizer_is_never_offered_what_it_lacks(kit: Kit) -> None:
-    allowed: Words = np.zeros(20, np.int32)
+    allowed: TokenBitmask = np.zeros(20, np.int32)
     assert kit.schema({"enum": ["a", "b"]}).matcher().fill(allowed) is False
     ids = np.flatnonzero(np.unpackbits(allowed.view(np.uint8), bitorder="little")).tolist()
     bits, _ = kit.next(kit.schema({"enum": ["a", "b"]}).matcher())

@@ -14,7 +14,7 @@ from server.loader import ModelLoader
 from server.settings import parse
 
 ModelLoader(parse({flags}), Progress())
-import batching.generate, batching.model
+import batching.padded, batching.model
 from transformers.utils.import_utils import is_scipy_available, is_sklearn_available
 print(is_scipy_available(), is_sklearn_available())
 """

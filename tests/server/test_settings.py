@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.settings import PREFIX, Settings, parse
+from server.settings import PREFIX, RENAMED, Settings, parse
 
 VALUES: dict[str, tuple[str, Any]] = {
     "model": ("/models/some", "/models/some"),
@@ -27,8 +27,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "batch_window_ms": ("2.5", 2.5),
     "token_budget": ("4096", 4096),
     "engine": ("packed", "packed"),
-    "memory_share": ("0.5", 0.5),
-    "prompt_piece": ("512", 512),
+    "gpu_memory_utilization": ("0.5", 0.5),
+    "prefill_chunk": ("512", 512),
     "prefix_sharing": ("key", "key"),
     "batch_invariant": ("true", True),
     "queue_size": ("9", 9),
@@ -107,6 +107,34 @@ def test_a_flag_beats_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (parse([]).port, parse([]).thinking) == (1111, True)
     settings = parse(["--port", "2222", "--no-thinking"])
     assert (settings.port, settings.thinking) == (2222, False)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_former_flag_still_works_and_is_warned_about_once(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text, value = VALUES[RENAMED[old]]
+    for arguments in ([flag(old), text], [f"{flag(old)}={text}"], [flag(old), "1", flag(old), text]):
+        assert getattr(parse(arguments), RENAMED[old]) == value
+        assert capsys.readouterr().err == f"microbatch: {flag(old)} is now called {flag(RENAMED[old])}\n"
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_former_variable_still_works_below_flags_and_the_present_variable(
+    old: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, (text, value) = RENAMED[old], VALUES[RENAMED[old]]
+    monkeypatch.setenv(variable(old), text)
+    assert getattr(parse([]), new) == value
+    assert capsys.readouterr().err == f"microbatch: {variable(old)} is now called {variable(new)}\n"
+    default = str(Settings.model_fields[new].default)
+    assert getattr(parse([flag(new), default]), new) == Settings.model_fields[new].default
+    monkeypatch.setenv(variable(new), default)
+    assert getattr(parse([]), new) == Settings.model_fields[new].default
+
+
+def test_help_does_not_speak_of_former_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert not [old for old in RENAMED if flag(old) in capsys.readouterr().out]
 
 
 def test_help_names_every_flag_and_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,202 @@
+"""The engine for GPUs: rows packed without padding, joining and leaving a running batch, inside one `generate` call.
+
+Worker thread only. `generate` prepares the call and hands it to `decode_loop`, its own extension point. `unsupported`
+says what this engine needs of a model; everything else runs on `PaddedEngine`.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from batching.engine import Steps
+from batching.errors import ModelError
+from batching.memory import cache_bytes_per_token, free_bytes, is_shortage, out_of_memory, peak_bytes, used_bytes
+from batching.model import describe, stop_token_ids, window_of
+from batching.packed import attention, layer, reference
+from batching.packed.cpu_runner import CPURunner
+from batching.packed.kv_cache import PrefixCache
+from batching.packed.runner import Runner
+from batching.packed.scheduler import Scheduler
+from batching.stream import Row
+
+if TYPE_CHECKING:
+    from batching.packed.cuda_runner import CUDARunner
+
+
+MAX_PREFILL_TOKENS = 8192
+"""Prompt tokens in one forward pass while no row is decoding: as many as keep the matrix units busy."""
+
+COMPILERS = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+"""What Triton may build its kernels' launchers with."""
+
+GRAPH_BYTES = 768 * 2**20
+"""Memory that CUDA graphs and what torch loads for them take on a GPU, beside that of the forward passes."""
+
+
+class PackedEngine:
+    """`Engine` whose rows may join a running batch. Takes the model over: its layers and its attention are replaced.
+
+    `num_slots` is the most rows that run at a time, `gpu_memory_utilization` the share of a GPU's memory that may be
+    used, model included, `prefill_chunk` the most prompt tokens computed between two decode steps. Raises `ModelError`
+    if there is no room for a KV cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_slots: int,
+        context_window: int | None = None,
+        token_budget: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        prefill_chunk: int = 2048,
+        prefix_caching: bool = True,
+        batch_invariant: bool = False,
+    ) -> None:
+        self._model = model
+        self._prefill_chunk = prefill_chunk
+        self._max_prefill_tokens = prefill_chunk if batch_invariant else max(prefill_chunk, MAX_PREFILL_TOKENS)
+        # What was computed in another pass may differ in the last bit from what would be computed in this one.
+        self._prefix_caching = prefix_caching and not batch_invariant
+        self._batch_invariant = batch_invariant
+        stops = stop_token_ids(model)
+        model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[no-untyped-call]
+        model.set_attn_implementation(attention.NAME)
+        layer.fuse(model, _ops(model.device))
+        window = window_of(model, context_window)
+        most = num_slots * window if token_budget is None else min(token_budget, num_slots * window)
+        capacity = self._capacity(most, gpu_memory_utilization)
+        self.runner = self._make_runner(num_slots, capacity)
+        self._cache = PrefixCache(capacity, enabled=self._prefix_caching)
+        self.info = describe(model, window, capacity, stops, joins=True)
+
+    def run(self, rows: Sequence[Row], steps: Steps) -> None:
+        try:
+            self._generate(rows, steps)
+            return
+        except BaseException as error:
+            # The rows' part of the KV cache is given up with them, and no other row may find any of it.
+            self._cache = PrefixCache(self._cache.capacity, enabled=self._prefix_caching)
+            if not (isinstance(error, RuntimeError) and is_shortage(error)):
+                raise
+        # Only here, where the caught error is gone: its traceback kept the batch's tensors.
+        raise out_of_memory(self._model.device)
+
+    def memory(self) -> int:
+        return used_bytes(self._model.device)
+
+    @torch.inference_mode()
+    def _generate(self, rows: Sequence[Row], steps: Steps) -> None:
+        # The scheduler has the rows; `generate` sees a prompt of one token, and prepares next to nothing.
+        first = torch.tensor([rows[0].request.prompt[:1]], device=self._model.device)
+        scheduler = Scheduler(
+            self.runner,
+            self._cache,
+            steps,
+            prefill_chunk=self._prefill_chunk,
+            max_prefill_tokens=self._max_prefill_tokens,
+            one_prompt_a_pass=self._batch_invariant,
+        )
+        self._model.generate(  # type: ignore[operator]
+            first,
+            attention_mask=torch.ones_like(first),
+            max_new_tokens=1,
+            custom_generate=decode_loop,
+            scheduler=scheduler,
+            rows=rows,
+        )
+
+    def _capacity(self, most: int, gpu_memory_utilization: float) -> int:
+        """KV slots that fit into memory beside the model and its forward passes, at most `most`."""
+        per_slot = cache_bytes_per_token(self._model.config, self._model.dtype)
+        if self._model.device.type == "cuda":
+            room = self._room_on_gpu(gpu_memory_utilization)
+        else:
+            room = int(0.5 * free_bytes(self._model.device))
+        capacity = min(most, room // per_slot)
+        if capacity < 256:
+            left = f"only {room / 2**20:.0f} MiB are left for the KV cache beside the model"
+            raise ModelError(f"{left}, too few for a batch")
+        return int(capacity)
+
+    def _room_on_gpu(self, gpu_memory_utilization: float) -> int:
+        device = self._model.device
+        runner = self._cuda_runner(1, 1)
+        with torch.inference_mode():
+            runner.profile_run(64)  # first calls load kernels, which stay and must not count
+            passes = peak_bytes(device, lambda: runner.profile_run(self._max_prefill_tokens))
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        return int(gpu_memory_utilization * total) - (total - free) - passes - GRAPH_BYTES
+
+    def _make_runner(self, num_slots: int, capacity: int) -> Runner:
+        if self._model.device.type != "cuda":
+            return CPURunner(self._model, self._kv_cache(capacity), num_slots)
+        from batching.packed.cuda_graphs import decode_sizes, prefill_sizes
+
+        runner = self._cuda_runner(num_slots, capacity)
+        prefills = prefill_sizes(self._prefill_chunk, self._max_prefill_tokens)
+        decodes = [num_slots] if self._batch_invariant else decode_sizes(num_slots)
+        with torch.inference_mode():
+            captured = runner.capture(prefills, decodes)
+            shown = sys.stderr.isatty()
+            for _ in track(captured, "capturing", len(prefills) + len(decodes), disable=not shown, transient=True):
+                pass
+        return runner
+
+    def _cuda_runner(self, num_slots: int, capacity: int) -> "CUDARunner":
+        from batching.packed.cuda_runner import CUDARunner
+
+        return CUDARunner(self._model, self._kv_cache(capacity), num_slots)
+
+    def _kv_cache(self, capacity: int) -> Tensor:
+        """The tensor, with one KV slot more that belongs to no row. Zeros: what is there may be multiplied by 0."""
+        config = self._model.config.get_text_config()
+        heads = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = config.num_hidden_layers, 2, heads, capacity + 1, size
+        return torch.zeros(shape, dtype=self._model.dtype, device=self._model.device)
+
+
+def decode_loop(
+    model: PreTrainedModel, input_ids: Tensor, *, scheduler: Scheduler, rows: Sequence[Row], **prepared: Any
+) -> Tensor:
+    """What `generate` calls in place of its own loop. Its result is not used: the rows have had their tokens."""
+    scheduler.run(rows)
+    return input_ids
+
+
+def _ops(device: torch.device) -> ModuleType:
+    if device.type != "cuda":
+        return reference
+    from batching.packed import triton_layer
+
+    return triton_layer
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why the packed engine cannot run this model, or None if it can."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    if model.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if model.device.type == "cuda" and not any(map(shutil.which, COMPILERS)):
+        return "triton finds no C compiler (install gcc, or name one in CC)"
+    if model.device.type not in ("cuda", "cpu"):
+        return f"it does not run on {model.device.type}"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "the model does not take an attention function"
+    if any(kind != "full_attention" for kind in kinds) or (not kinds and getattr(config, "sliding_window", None)):
+        return "not every layer attends to everything"
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+        return "its position embedding depends on how long the text is"
+    return None

@@ -1,0 +1,260 @@
+"""Flash attention of packed sequences over the KV cache, as Triton kernels: one for prefill, one for decode.
+
+Worker thread only, CUDA only (or Triton's interpreter, in tests); `attention.TorchAttention` is their twin in torch.
+Softmax is accumulated block by block of keys as in Dao 2023 (FlashAttention-2); with few sequences their keys are split
+over many programs, as in Dao et al. 2023 (Flash-Decoding).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+QUERY_BLOCK = 64
+"""Queries that one program of a prefill has at most."""
+
+KEY_BLOCK = 64
+"""Keys that it reads at a time."""
+
+DECODE_KEY_BLOCK = 32
+"""Keys that a program of a decode step reads at a time."""
+
+MAX, SUM, NUM_STATS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Columns of a split's softmax statistics: the largest score, and the sum of weights relative to it."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load(at, mask, ALL: tl.constexpr):
+    if ALL:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _online_softmax(scores, values, highest, weight_sum, value_sums):
+    # One more block of keys: the highest scores so far, the sums of weights relative to them, and of weighted values.
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    fade = tl.exp2(highest - higher)
+    value_sums = tl.dot(weights.to(values.dtype), values, value_sums * fade[:, None], input_precision="ieee")
+    return higher, weight_sum * fade + tl.sum(weights, 1), value_sums
+
+
+@triton.jit
+def _prefill_kernel(
+    q, k_cache, v_cache, out, cu_seqlens_q, kv_starts, seq_lens, head_stride, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program: one block's queries of one head. The last blocks go first: they have the most keys to read.
+    head = tl.program_id(0)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = tl.load(cu_seqlens_q + block)
+    count = tl.load(cu_seqlens_q + block + 1) - first
+    if count <= 0:
+        return
+    total = tl.load(seq_lens + block)
+    before = total - count
+    query = tl.arange(0, QUERY_BLOCK)
+    at = tl.arange(0, BLOCK)
+    key = tl.arange(0, KEY_BLOCK)
+    inside = at < SIZE
+    mine = ((first + query).to(tl.int64) * HEADS + head)[:, None] * SIZE + at[None, :]
+    real = (query < count)[:, None] & inside[None, :]
+    queries = tl.load(q + mine, mask=real, other=0.0)
+    base = (head // GROUP).to(tl.int64) * head_stride + tl.load(kv_starts + block).to(tl.int64) * SIZE
+    k_block = k_cache + base + key[None, :] * SIZE + at[:, None]
+    v_block = v_cache + base + key[:, None] * SIZE + at[None, :]
+    factor = scale * LOG2_E
+    highest = tl.full([QUERY_BLOCK], -float("inf"), tl.float32)
+    weight_sum = tl.zeros([QUERY_BLOCK], tl.float32)
+    value_sums = tl.zeros([QUERY_BLOCK, BLOCK], tl.float32)
+    seen_by_all = (before + 1) // KEY_BLOCK * KEY_BLOCK
+    for begin in range(0, seen_by_all, KEY_BLOCK):
+        keys = _load(k_block + begin * SIZE, inside[:, None], SIZE == BLOCK)
+        scores = tl.dot(queries, keys, input_precision="ieee") * factor
+        values = _load(v_block + begin * SIZE, inside[None, :], SIZE == BLOCK)
+        highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
+    for begin in range(seen_by_all, total, KEY_BLOCK):
+        there = begin + key < total
+        keys = tl.load(k_block + begin * SIZE, mask=there[None, :] & inside[:, None], other=0.0)
+        scores = tl.dot(queries, keys, input_precision="ieee") * factor
+        scores = tl.where((begin + key)[None, :] <= (before + query)[:, None], scores, -float("inf"))
+        values = tl.load(v_block + begin * SIZE, mask=there[:, None] & inside[None, :], other=0.0)
+        highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
+    tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAttention:
+    """`Attend` for prefill chunks, cut into blocks of at most `QUERY_BLOCK` queries, all in one call.
+
+    `cu_seqlens_q` [blocks + 1], `kv_starts` and `seq_lens` [blocks], int32 on the device and read at each call: where
+    each block's queries begin in the pass, the first KV slot of its sequence, and how many keys its last query sees.
+    """
+
+    cu_seqlens_q: Tensor
+    kv_starts: Tensor
+    seq_lens: Tensor
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+        _, heads, size = q.shape
+        out = torch.empty_like(q)
+        _prefill_kernel[(heads, len(self.kv_starts))](
+            q, k_cache, v_cache, out, self.cu_seqlens_q, self.kv_starts, self.seq_lens, k_cache.stride(0), scale,
+            HEADS=heads, GROUP=heads // k_cache.shape[0], SIZE=size, BLOCK=max(16, triton.next_power_of_2(size)),
+            QUERY_BLOCK=QUERY_BLOCK, KEY_BLOCK=KEY_BLOCK, num_warps=4, num_stages=_stages(q),
+        )  # fmt: skip
+        return out
+
+
+def _stages(q: Tensor) -> int:
+    """Blocks of keys and values loaded ahead: as many as let a multiprocessor hold two programs."""
+    if not q.is_cuda:
+        return 1
+    shared: int = torch.cuda.get_device_properties(q.device).shared_memory_per_multiprocessor
+    block: int = 2 * KEY_BLOCK * triton.next_power_of_2(q.shape[-1]) * q.element_size()
+    return max(1, min(3, shared // 2 // block))
+
+
+@triton.jit
+def _merged_splits(
+    partial, stats, pair, num_splits, at, head_index,
+    SPLITS: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK: tl.constexpr, MERGE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # The splits of one sequence and KV head merged, in their order whichever program does it: [GROUP_BLOCK, BLOCK].
+    top = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
+    whole = tl.zeros([GROUP_BLOCK], tl.float32)
+    result = tl.zeros([GROUP_BLOCK, BLOCK], tl.float32)
+    for begin in range(0, num_splits, MERGE_BLOCK):
+        other = begin + tl.arange(0, MERGE_BLOCK)
+        theirs = (pair * SPLITS + other[:, None]) * GROUP_BLOCK + head_index[None, :]
+        known = (other < num_splits)[:, None]
+        tops = tl.load(stats + theirs * NUM_STATS + MAX, mask=known, other=-float("inf"), cache_modifier=".cg")
+        wholes = tl.load(stats + theirs * NUM_STATS + SUM, mask=known, other=0.0, cache_modifier=".cg")
+        place = theirs[:, :, None] * BLOCK + at[None, None, :]
+        parts = tl.load(partial + place, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
+        above = tl.maximum(top, tl.max(tops, 0))
+        shares = tl.exp2(tops - above[None, :])
+        fades = tl.exp2(top - above)
+        whole = whole * fades + tl.sum(wholes * shares, 0)
+        result = result * fades[:, None] + tl.sum(parts * shares[:, :, None], 0)
+        top = above
+    return result / whole[:, None]
+
+
+@triton.jit
+def _decode_kernel(
+    q, k_cache, v_cache, out, partial, stats, arrived, kv_starts, seq_lens, head_stride, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program: one sequence, the query heads of one KV head, one split of the keys. There are at most SPLITS splits,
+    # of MIN_SPLIT keys or more; and GROUP heads, padded to GROUP_BLOCK, though a product needs DOT_ROWS.
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(seq_lens + sequence)
+    splits = tl.minimum(tl.cdiv(length, MIN_SPLIT), SPLITS)
+    share = tl.cdiv(tl.cdiv(length, splits), KEY_BLOCK) * KEY_BLOCK
+    first = split * share
+    if first >= length:
+        return
+    last = tl.minimum(first + share, length)
+    head = tl.arange(0, DOT_ROWS)
+    at = tl.arange(0, BLOCK)
+    key = tl.arange(0, KEY_BLOCK)
+    inside = at < SIZE
+    real = (head < GROUP)[:, None] & inside[None, :]
+    pair = sequence * KV_HEADS + kv_head
+    mine = (pair * GROUP + head)[:, None] * SIZE + at[None, :]
+    queries = tl.load(q + mine, mask=real, other=0.0)
+    base = kv_head.to(tl.int64) * head_stride + tl.load(kv_starts + sequence).to(tl.int64) * SIZE
+    highest = tl.full([DOT_ROWS], -float("inf"), tl.float32)
+    weight_sum = tl.zeros([DOT_ROWS], tl.float32)
+    value_sums = tl.zeros([DOT_ROWS, BLOCK], tl.float32)
+    for begin in range(first, last, KEY_BLOCK):
+        there = begin + key < last
+        place = base + (begin + key)[:, None] * SIZE + at[None, :]
+        wanted = there[:, None] & inside[None, :]
+        keys = tl.load(k_cache + place, mask=wanted, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
+        scores = tl.where(there[None, :], scores, -float("inf"))
+        values = tl.load(v_cache + place, mask=wanted, other=0.0)
+        highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
+    num_splits = tl.cdiv(length, share)
+    if num_splits == 1:
+        tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
+    else:
+        kept = (pair * SPLITS + split) * GROUP_BLOCK + head
+        tl.store(partial + kept[:, None] * BLOCK + at[None, :], value_sums, mask=(head < GROUP_BLOCK)[:, None])
+        tl.store(stats + kept * NUM_STATS + MAX, highest, mask=head < GROUP_BLOCK)
+        tl.store(stats + kept * NUM_STATS + SUM, weight_sum, mask=head < GROUP_BLOCK)
+        tl.debug_barrier()
+        # The program that arrives last merges all splits.
+        if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == num_splits - 1:
+            tl.debug_barrier()
+            head_index = tl.arange(0, GROUP_BLOCK)
+            result = _merged_splits(
+                partial, stats, pair, num_splits, at, head_index, SPLITS, GROUP_BLOCK, BLOCK, MERGE_BLOCK
+            ).to(out.dtype.element_ty)
+            target = out + (pair * GROUP + head_index)[:, None] * SIZE + at[None, :]
+            tl.store(target, result, mask=(head_index < GROUP)[:, None] & inside[None, :])
+            tl.store(arrived + pair, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAttention:
+    """`Attend` for a decode step: one query a sequence. Made once for a number of sequences.
+
+    `kv_starts` and `seq_lens` [sequences, int32] are read at each call: each sequence's first KV slot, and how many
+    keys it has. `partial`, `stats` and `arrived` are scratch memory, left as it was found.
+    """
+
+    kv_starts: Tensor
+    seq_lens: Tensor
+    partial: Tensor
+    stats: Tensor
+    arrived: Tensor
+    splits: int
+    min_split: int
+
+    @classmethod
+    def of(
+        cls, kv_starts: Tensor, seq_lens: Tensor, kv_heads: int, group: int, size: int, min_split: int | None = None
+    ) -> "DecodeAttention":
+        """Its scratch memory included. `min_split`: fewest keys of a split; None: by the number of sequences, so that
+        few of them keep a GPU busy and a long one does not hold up many short ones."""
+        sequences, device = len(kv_starts), kv_starts.device
+        min_split = min_split or min(1024, max(64, 4 * sequences * kv_heads))
+        splits = 16 if sequences <= 16 else 8
+        parts = sequences * kv_heads * splits, triton.next_power_of_2(group)
+        return cls(
+            kv_starts,
+            seq_lens,
+            torch.empty(*parts, triton.next_power_of_2(size), device=device, dtype=torch.float32),
+            torch.empty(*parts, NUM_STATS.value, device=device, dtype=torch.float32),
+            torch.zeros(sequences * kv_heads, device=device, dtype=torch.int32),
+            splits,
+            min_split,
+        )
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+        sequences, heads, size = q.shape
+        kv_heads, (group_block, block) = k_cache.shape[0], self.partial.shape[1:]
+        merge_block = max(1, 8192 // (group_block * block))  # sums of splits that fit into a program's registers
+        out = torch.empty_like(q)
+        _decode_kernel[(sequences, kv_heads, self.splits)](
+            q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.kv_starts, self.seq_lens,
+            k_cache.stride(0), scale,
+            KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, DOT_ROWS=max(16, group_block),
+            GROUP_BLOCK=group_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
+            SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), num_warps=2, num_stages=_stages(q),
+        )  # fmt: skip
+        return out

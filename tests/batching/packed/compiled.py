@@ -1,0 +1,114 @@
+"""`python -m tests.batching.packed.compiled CAPABILITY`: compile every Triton kernel for a GPU that need not be there.
+
+Prints a line of JSON: bytes of shared memory by kernel. The interpreter that other tests run kernels in accepts more
+than the compiler does.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from triton import compile as compiled
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from batching.packed import triton_attention, triton_layer, triton_sampling
+
+HALF, SINGLE, WHOLE, LONG = "*bf16", "*fp32", "*i32", "*i64"
+EVEN = [["tt.divisibility", 16]]
+
+
+@dataclass
+class Case:
+    """A kernel with its arguments' types, those of its numbers in `even` divisible by 16, and its constants."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    even: tuple[str, ...] = ()
+    options: dict[str, int] = field(default_factory=dict)
+
+    def shared(self, capability: int) -> int:
+        """Compile it: bytes of shared memory that a program takes."""
+        names = self.kernel.arg_names
+        signature = {name: self.types.get(name, "constexpr") for name in names}
+        aligned = {name for name, kind in self.types.items() if kind.startswith("*")} | set(self.even)
+        attributes = {(names.index(name),): EVEN for name in aligned}
+        source = ASTSource(self.kernel, signature, self.constants, attributes)
+        done = compiled(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        return int(done.metadata.shared)
+
+
+def attention(stages: int) -> Iterator[Case]:
+    caches = {
+        "q": HALF,
+        "k_cache": HALF,
+        "v_cache": HALF,
+        "out": HALF,
+        "kv_starts": WHOLE,
+        "head_stride": "i32",
+        "scale": "fp32",
+    }
+    prefill = caches | {"cu_seqlens_q": WHOLE, "seq_lens": WHOLE}
+    decode = caches | {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "seq_lens": WHOLE}
+    for size, block in ((128, 128), (96, 128)):
+        shape = {
+            "HEADS": 32,
+            "GROUP": 4,
+            "SIZE": size,
+            "BLOCK": block,
+            "QUERY_BLOCK": triton_attention.QUERY_BLOCK,
+            "KEY_BLOCK": triton_attention.KEY_BLOCK,
+        }
+        options = {"num_warps": 4, "num_stages": stages}
+        yield Case(triton_attention._prefill_kernel, prefill, shape, ("head_stride",), options)
+        heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "GROUP_BLOCK": 4, "BLOCK": block}
+        splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "MIN_SPLIT": 64, "SPLITS": 16, "MERGE_BLOCK": 16}
+        options = {"num_warps": 2, "num_stages": stages}
+        yield Case(triton_attention._decode_kernel, decode, heads | splits, ("head_stride",), options)
+
+
+def layer() -> Iterator[Case]:
+    plain = {"x": HALF, "weight": HALF, "out": HALF, "size": "i32"}
+    yield Case(triton_layer._norm_kernel, plain | {"eps": "fp32"}, {"BLOCK": 4096}, ("size",), {"num_warps": 4})
+    yield Case(triton_layer._silu_kernel, {"pair": HALF, "out": HALF, "size": "i32"}, {"BLOCK": 1024}, ("size",))
+    turned = dict.fromkeys(("qkv", "cos", "sin", "q_weight", "k_weight", "q", "k_cache", "v_cache"), HALF)
+    numbers = {"kv_slots": LONG, "head_stride": "i32", "eps": "fp32"}
+    shape = {"KV_HEADS": 8, "Q_GROUPS": 4, "SIZE": 128, "HEADS": 8, "BLOCK": 128}
+    for norm in (True, False):
+        yield Case(triton_layer._rotate_kernel, turned | numbers, shape | {"NORM": norm}, ("head_stride",))
+    product = plain | {"bias": HALF, "width": "i32"}
+    for gated, add, bias, even in ((True, False, True, True), (False, True, True, False), (False, False, False, True)):
+        asked = {"GATED": gated, "ADD": add, "BIAS": bias, "EVEN": even}
+        block = {"OUTPUTS": triton_layer.OUTPUTS, "BLOCK": triton_layer.WIDTH}
+        yield Case(
+            triton_layer._row_kernel, product, asked | block, ("size", "width") if even else (), {"num_warps": 2}
+        )
+
+
+def sampling() -> Iterator[Case]:
+    state = {
+        "slots": WHOLE,
+        "int_params": LONG,
+        "float_params": SINGLE,
+        "counts": "*i16",
+        "bias": SINGLE,
+        "bitmask": WHOLE,
+    }
+    scan = state | {"logits": HALF, "stats": SINGLE, "candidates": WHOLE, "size": "i32", "bitmask_width": "i32"}
+    shape = {"BLOCK": 8192}
+    yield Case(triton_sampling._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
+    sample = scan | {"out": LONG, "spare_slot": "i32"}
+    yield Case(triton_sampling._sample_kernel, sample, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",), {"num_warps": 16})
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    cases = [*attention(stages=3 if capability >= 90 else 2), *layer(), *sampling()]
+    print(json.dumps([[case.kernel.fn.__name__, case.shared(capability)] for case in cases]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The packed engine on a CUDA device: every row is what it is alone, whatever joins, leaves and is drawn beside it."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from batching.packed import layer
+from batching.packed.engine import PackedEngine, unsupported
+from batching.padded import PaddedEngine
+from batching.types import Request
+from tests.batching.conftest import request
+from tests.batching.packed.test_engine import VOCABULARY, Run, long_requests
+from tests.batching.test_padded import KINDS, some_request
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_on_the_device() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+def some_requests(dice: random.Random) -> list[Request]:
+    """With every kind of sampling, log probabilities, biases and least lengths; prompts of up to several passes."""
+    asked = [some_request(dice) for _ in range(24)] + long_requests(dice, 4)
+    asked += [request(tuple(dice.choices(range(VOCABULARY), k=dice.randint(60, 300))), max_tokens=20) for _ in range(4)]
+    dice.shuffle(asked)
+    return [with_extras(dice, each) for each in asked]
+
+
+def with_extras(dice: random.Random, asked: Request) -> Request:
+    sampling = asked.sampling
+    least = min(dice.choice([0, 0, 5]), sampling.max_tokens)
+    bias = dice.choice([(), ((5, 3.0), (9, -100.0))])
+    noted = dice.choice([None, None, 3])
+    return replace(asked, sampling=replace(sampling, min_tokens=least, logit_bias=bias, top_logprobs=noted))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float32_every_row_is_as_on_stock_generate(kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(layer, "FUSABLE", frozenset())
+    dice = random.Random(1)
+    mixed = [some_request(dice) for _ in range(12)] + long_requests(dice, 4)
+    stock = PaddedEngine(tiny_model(kind).to("cuda"), token_budget=4096)  # type: ignore[arg-type]
+    wanted = [Run(stock, [each]).answers[0] for each in mixed]
+    engine = PackedEngine(tiny_model(kind).to("cuda"), num_slots=8, token_budget=1500, prefill_chunk=64)  # type: ignore[arg-type]
+    assert Run(engine, mixed, first=6, joining=lambda: dice.randint(0, 2)).answers == wanted
+
+
+@pytest.mark.parametrize(("dtype", "invariant"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_as_it_is_alone(kind: str, dtype: torch.dtype, invariant: bool) -> None:
+    # In bfloat16 sums in another order are another number soon: what --batch-invariant is for.
+    model = tiny_model(kind)
+    model.to(device="cuda", dtype=dtype)  # type: ignore[call-arg]
+    assert unsupported(model) is None
+    engine = PackedEngine(model, num_slots=12, token_budget=1500, prefill_chunk=64, batch_invariant=invariant)
+    dice = random.Random(0)
+    for _ in range(6):
+        asked = some_requests(dice)
+        mixed = Run(engine, asked, first=10, joining=lambda: dice.randint(0, 3))
+        alone = [Run(engine, [each]) for each in asked]
+        assert mixed.answers == [run.answers[0] for run in alone]
+        for row, run in zip(mixed.rows, alone, strict=True):
+            assert [noted.token for noted in mixed.logprobs[row]] == (mixed.sent[row] if mixed.logprobs[row] else [])
+            if invariant:  # to the last bit
+                assert mixed.logprobs[row] == run.logprobs[run.rows[0]]

@@ -1,0 +1,267 @@
+"""The packed engine on the CPU, against stock `generate` row by row: packing, joining, leaving, prefix caching."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, PreTrainedModel
+
+from batching.checkpoint import locate
+from batching.errors import ModelError, OutOfMemory
+from batching.model import load
+from batching.packed import layer
+from batching.packed.engine import PackedEngine, unsupported
+from batching.packed.kv_cache import BLOCK_SIZE
+from batching.packed.runner import RunningSequence
+from batching.padded import PaddedEngine
+from batching.stream import Row
+from batching.types import Request
+from batching.worker import BatchSteps, NewTokens
+from server.settings import Settings
+from tests.batching.conftest import loose_row, request
+from tests.batching.test_padded import KINDS, some_prompt, some_request
+from tests.tiny import SHAPE, tiny_model
+
+VOCABULARY: int = SHAPE["vocab_size"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Run:
+    """Runs requests on an engine, `first` of them at once; `joining` says how many more join at each step."""
+
+    def __init__(
+        self,
+        engine: PackedEngine | PaddedEngine,
+        requests: Sequence[Request],
+        first: int | None = None,
+        joining: Callable[[], int] = lambda: 1,
+        after: Callable[["Run"], None] = lambda run: None,
+    ) -> None:
+        self.rows = [loose_row(request) for request in requests]
+        self.sent: dict[Row, list[int]] = {row: [] for row in self.rows}
+        self.logprobs: dict[Row, list[Any]] = {row: [] for row in self.rows}
+        self._later = self.rows[first:] if first else []
+        self._joining = joining
+        self._after = after
+        waiting = self.rows[:first]
+        while waiting:
+            engine.run(waiting, BatchSteps(self._report, waiting, self._join))
+            waiting = [self._later.pop(0)] if self._later else []
+
+    def _join(self) -> list[Row]:
+        return [self._later.pop(0) for _ in range(min(self._joining(), len(self._later)))]
+
+    def _report(self, tokens: NewTokens, running: int) -> None:
+        for row, token, _, logprob in tokens:
+            self.sent[row].append(token)
+            self.logprobs[row] += [logprob] if logprob else []
+        self._after(self)
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return list(self.sent.values())
+
+
+def alone(kind: str, requests: Sequence[Request]) -> list[list[int]]:
+    """What stock `generate` answers to each by itself."""
+    engine = PaddedEngine(tiny_model(kind), token_budget=4096)
+    return [Run(engine, [request]).answers[0] for request in requests]
+
+
+def long_requests(dice: random.Random, count: int) -> list[Request]:
+    """Greedy ones whose prompts share, by twos and threes, a prefix longer than a block."""
+    prefixes = [tuple(dice.choices(range(VOCABULARY), k=2 * BLOCK_SIZE + 3)) for _ in range(2)]
+    return [request((*dice.choice(prefixes), *some_prompt(dice)), max_tokens=dice.randint(1, 12)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_as_it_is_alone(kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(layer, "FUSABLE", frozenset())
+    engine = PackedEngine(tiny_model(kind), num_slots=4, token_budget=500, prefill_chunk=32)
+    dice = random.Random(7)
+    for _ in range(2 if fused else 1):
+        mixed = [some_request(dice) for _ in range(6)] + long_requests(dice, 5)
+        dice.shuffle(mixed)
+        run = Run(engine, mixed, first=3, joining=lambda: dice.randint(0, 2))
+        assert run.answers == alone(kind, mixed)
+    assert any(row.num_cached_tokens for row in run.rows)
+
+
+def test_rows_that_leave_do_not_change_those_that_stay() -> None:
+    engine = PackedEngine(tiny_model(), num_slots=4, token_budget=500, prefill_chunk=32)
+    dice = random.Random(3)
+    mixed = [some_request(dice) for _ in range(8)] + long_requests(dice, 4)
+    leaving = set(dice.sample(range(len(mixed)), 5))
+
+    def leave(run: Run) -> None:
+        for number in leaving:
+            if len(run.sent[run.rows[number]]) == number % 4:
+                run.rows[number].cancelled = True
+
+    run = Run(engine, mixed, first=5, after=leave)
+    for number, (sent, wanted) in enumerate(zip(run.answers, alone("qwen3", mixed), strict=True)):
+        assert sent == wanted[: len(sent)]
+        assert number in leaving or sent == wanted
+    assert all(row.over for row in run.rows)
+
+
+def test_log_probabilities_go_with_their_tokens() -> None:
+    dice = random.Random(5)
+    asked = [some_request(dice) for _ in range(6)]
+    asked = [replace(r, sampling=replace(r.sampling, top_logprobs=2)) for r in asked]
+    run = Run(PackedEngine(tiny_model(), num_slots=3, token_budget=500), asked, first=2)
+    stock = PaddedEngine(tiny_model(), token_budget=4096)
+    for row in run.rows:
+        mine = run.logprobs[row]
+        wanted = next(iter(Run(stock, [row.request]).logprobs.values()))
+        assert [noted.token for noted in mine] == [noted.token for noted in wanted] == run.sent[row]
+        assert [noted.logprob for noted in mine] == pytest.approx([noted.logprob for noted in wanted], abs=1e-4)
+
+
+def test_a_row_that_has_no_room_waits_until_it_has() -> None:
+    engine = PackedEngine(tiny_model(), num_slots=8, token_budget=300)
+    asked = [request((1, 2, 3), max_tokens=200) for _ in range(3)]
+    run = Run(engine, asked)
+    assert [len(answer) for answer in run.answers] == [200, 200, 200]
+
+
+def test_a_batch_is_one_call_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    engine = PackedEngine(model, num_slots=2, token_budget=500)
+    calls: list[object] = []
+    generate: Any = model.generate
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(named["custom_generate"])
+        return generate(*arguments, **named)
+
+    monkeypatch.setattr(model, "generate", counted)
+    Run(engine, [request((number, 2)) for number in range(5)], first=1)
+    assert len(calls) == 1
+
+
+def test_many_rows_take_fewer_passes_than_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=8, token_budget=2000)
+    passes: list[int] = []
+    decode = engine.runner.decode
+
+    def counted(sequences: Sequence[RunningSequence]) -> None:
+        passes.append(len(sequences))
+        decode(sequences)
+
+    monkeypatch.setattr(engine.runner, "decode", counted)
+    Run(engine, [request((number, 2), max_tokens=10) for number in range(8)])
+    assert passes == [8] * 9
+
+
+@pytest.mark.parametrize("prompt", [5, 32, 33, 100])
+def test_a_prompt_is_computed_in_chunks_between_decode_steps_of_other_rows(
+    prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=2, token_budget=500, prefill_chunk=32)
+    order: list[str] = []
+
+    def noted(name: str, ordered: Callable[[Any], None]) -> Callable[[Any], None]:
+        def order_it(work: Any) -> None:
+            order.append(name)
+            ordered(work)
+
+        return order_it
+
+    for name in ("decode", "prefill"):
+        monkeypatch.setattr(engine.runner, name, noted(name, getattr(engine.runner, name)))
+    running = request((1,), max_tokens=60)
+    late = request(tuple(range(prompt)), max_tokens=1)
+    Run(engine, [running, running, late], first=2, joining=lambda: int(len(order) == 6))
+    between = "".join(name[0] for name in order).strip("d").split("p")
+    assert order.count("prefill") <= 1 + -(-prompt // 32) + 1
+    assert all(between[1:-1]), "a decode step between any two prefill chunks"
+
+
+class Broken(RuntimeError):
+    """What a test makes a pass raise."""
+
+
+@pytest.mark.parametrize(("error", "raised"), [(Broken(), Broken), (RuntimeError("not enough memory"), OutOfMemory)])
+def test_after_a_failed_batch_the_next_one_is_served(
+    error: RuntimeError, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=2, token_budget=500)
+    asked = long_requests(random.Random(1), 3)
+    wanted = alone("qwen3", asked)
+    decode, count = engine.runner.decode, [0]
+
+    def failing(sequences: Any) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise error
+        decode(sequences)
+
+    monkeypatch.setattr(engine.runner, "decode", failing)
+    with pytest.raises(raised):
+        Run(engine, [replace(r, sampling=replace(r.sampling, max_tokens=9)) for r in asked])
+    assert Run(engine, asked).answers == wanted
+
+
+def test_a_prefix_is_reused_only_within_its_salt() -> None:
+    engine = PackedEngine(tiny_model(), num_slots=1, token_budget=1000)
+    prompt = tuple(range(2 * BLOCK_SIZE + 5))
+    asked = [replace(request(prompt), salt=salt) for salt in ("a", "b", "a")]
+    assert [row.num_cached_tokens for row in Run(engine, asked).rows] == [0, 0, 2 * BLOCK_SIZE]
+
+
+@pytest.mark.parametrize("settings", [{"prefix_caching": False}, {"batch_invariant": True}])
+def test_nothing_is_reused_where_that_is_off(settings: dict[str, bool]) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=1, token_budget=1000, **settings)
+    asked = [request(tuple(range(2 * BLOCK_SIZE + 5))) for _ in range(2)]
+    assert [row.num_cached_tokens for row in Run(engine, asked).rows] == [0, 0]
+
+
+def windowed() -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=16))
+    return model
+
+
+def stretched() -> PreTrainedModel:
+    model = tiny_model()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"), [(windowed, "attends to everything"), (stretched, "how long"), (tiny_model, None)]
+)
+def test_it_says_why_it_cannot_run_a_model(model: Callable[[], PreTrainedModel], reason: str | None) -> None:
+    found = unsupported(model())
+    assert (found is None) == (reason is None)
+    assert (reason or "") in (found or "")
+
+
+def test_there_must_be_room_for_a_kv_cache() -> None:
+    with pytest.raises(ModelError, match="too few for a batch"):
+        PackedEngine(tiny_model(), num_slots=1, token_budget=100)
+
+
+@pytest.mark.model
+def test_the_demo_models_answers_are_those_of_stock_generate() -> None:
+    folder = locate(None, "auto", Settings.model_fields["cache_dir"].default)
+    packed, stock = (load(folder, device="cpu", dtype="float32", load_format="auto") for _ in range(2))
+    dice = random.Random(11)
+    asked = [request(tuple(dice.choices(range(20, 40_000), k=dice.randint(3, 40))), max_tokens=8) for _ in range(6)]
+    run = Run(PackedEngine(packed, num_slots=3, token_budget=400, prefill_chunk=16), asked, first=2)
+    engine = PaddedEngine(stock, token_budget=4096)
+    assert run.answers == [Run(engine, [each]).answers[0] for each in asked]
