@@ -311,6 +311,8 @@ class CompletionRequest(Generation):
 class TokenizeRequest(RequestBody):
     """`POST /tokenize`: a text, or a conversation as the model would see it."""
 
+    unsupported = UNSUPPORTED
+
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
