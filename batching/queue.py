@@ -2,8 +2,8 @@
 
 Lives on the event loop's thread. The policy:
 
-1. Rows are ordered by virtual finish time (`FairQueueing`): clients share by weight, and one client's rows stay in
-   order of arrival. The head of the queue is always taken if there is room for it.
+1. Rows are ordered by virtual finish time (`FairOrder`): clients share by weight, and one client's rows stay in order
+   of arrival, or of priority. The head of the queue is always taken if there is room for it.
 2. Where batches are padded, the rest of the batch prefers the rows whose prompts are nearest in length to the head's,
    the ones that waste the least padding beside it. Where they are not, it takes rows in order.
 3. A row may be passed over (a row behind it taken before it) `MAX_PASSED_OVER` times. After that nothing behind it is
@@ -13,14 +13,15 @@ Lives on the event loop's thread. The policy:
 """
 
 import asyncio
-import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from batching.fairness import FairOrder
 from batching.stream import Row
 from batching.types import Request
 
 MAX_PASSED_OVER = 3
+CLIENT_SHARE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,27 @@ def padded_cost(rows: Iterable[Row]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What may wait: rows in all, and of one client rows and tokens (prompts and allowed outputs); None: no limit."""
+    """What may wait: rows in all, and of one client rows and tokens (prompts and allowed outputs); None: no limit.
+
+    `shared`: clients leave room for each other. Then one may have at most `CLIENT_SHARE` times as many rows waiting as
+    places are free (dynamic thresholds, Choudhury and Hahne 1998): alone three quarters of the queue, beside others
+    less, and newcomers find places.
+    """
 
     rows: int
     client_rows: int | None = None
     client_tokens: int | None = None
+    shared: bool = False
 
     def allow(self, requests: Sequence[Request]) -> bool:
         """Whether all of these, which are of one client, may wait at once where no others do."""
         too_many = len(requests) > min(self.rows, self.client_rows or self.rows)
         too_long = self.client_tokens is not None and sum(r.total_tokens for r in requests) > self.client_tokens
-        return not (too_many or too_long)
+        return not (too_many or too_long) and self.leaves_room(len(requests), len(requests), self.rows)
+
+    def leaves_room(self, new: int, own: int, free: int) -> bool:
+        """Whether a client may take `new` of `free` places and have `own` rows waiting then."""
+        return new <= free and (not self.shared or own <= CLIENT_SHARE * (free - new + 1))
 
 
 class RowQueue:
@@ -64,8 +75,7 @@ class RowQueue:
 
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
-        self._rows: list[Row] = []
-        self._fair = FairQueueing()
+        self._rows = FairOrder()
         self._changed = asyncio.Event()
         self.prompt_tokens = 0
 
@@ -77,14 +87,14 @@ class RowQueue:
 
     def has_room(self, requests: Sequence[Request]) -> bool:
         """Whether all of these, which are of one client, may wait too."""
-        client = requests[0].client
-        own = [row.request for row in self._rows if row.request.client == client]
-        return len(self._rows) + len(requests) <= self._limits.rows and self._limits.allow([*requests, *own])
+        own = [row.request for row in self._rows.of_client(requests[0].client)]
+        free = self._limits.rows - len(self)
+        roomy = self._limits.leaves_room(len(requests), len(own) + len(requests), free)
+        return roomy and self._limits.allow([*requests, *own])
 
     def ahead_of(self, request: Request) -> int:
         """How many rows would be served before this request."""
-        finish = self._fair.finish_time(request)
-        return bisect.bisect_right(self._rows, finish, key=lambda waiting: waiting.virtual_finish)
+        return self._rows.ahead_of(request)
 
     @property
     def first_arrival(self) -> float:
@@ -92,8 +102,7 @@ class RowQueue:
         return min(row.arrived for row in self._rows)
 
     def push(self, row: Row) -> None:
-        row.virtual_finish = self._fair.schedule(row.request)
-        bisect.insort(self._rows, row, key=lambda waiting: waiting.virtual_finish)
+        self._rows.add(row)
         self.prompt_tokens += len(row.request.prompt)
         self._changed.set()
 
@@ -117,41 +126,12 @@ class RowQueue:
 
     def take(self, limits: BatchLimits) -> list[Row]:
         """Remove the next batch and return it, in order of service. Empty if no row waits."""
-        batch = select(list(self._rows), limits)
-        for row in batch:
-            self.discard(row)
+        batch = select(self._rows.rows(), limits)
         if batch:
-            self._fair.served(batch[0].virtual_finish)
+            self._rows.serve(batch)
+            self.prompt_tokens -= sum(len(row.request.prompt) for row in batch)
+            self._changed.set()
         return batch
-
-
-class FairQueueing:
-    """Self-clocked fair queueing (Golestani 1994): requests are served by their finish time on a virtual clock.
-
-    A request takes its tokens / its weight, from the finish of the one before it of the same client and weight, or from
-    now if that is past. So waiting clients share the device by weight, one that was away gets no credit for it, a heavy
-    request goes before light ones of its own client but does not starve them, and requests of one client of equal
-    weight are served in order of arrival.
-    """
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self._finish_times: dict[tuple[str, float], float] = {}
-
-    def finish_time(self, request: Request) -> float:
-        """When a client's next request would finish."""
-        end = self._finish_times.get((request.client, request.weight), 0.0)
-        return max(self._now, end) + request.total_tokens / request.weight
-
-    def schedule(self, request: Request) -> float:
-        """The same for a request that is queued now, which the client's next one comes after."""
-        finish = self._finish_times[request.client, request.weight] = self.finish_time(request)
-        return finish
-
-    def served(self, finish: float) -> None:
-        """The clock moves on to the finish time of the row that was served first."""
-        self._now = max(self._now, finish)
-        self._finish_times = {flow: end for flow, end in self._finish_times.items() if end > self._now}
 
 
 def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:

@@ -23,9 +23,9 @@ class Row:
     The event loop owns a row until the worker takes it; from then on the worker is its only writer, except for
     `cancelled`, which the event loop may set at any time and the worker reads at the next step.
 
-    `arrived` is in monotonic seconds; `virtual_finish` orders the queue, `passed_over` counts batches that took a row
-    behind it instead. `num_output_tokens` counts the tokens handed over, `num_cached_tokens` those of the prompt whose
-    keys and values came from the prefix cache.
+    `arrived` is in monotonic seconds; `rank` orders a client's rows and `virtual_finish` the queue, `passed_over`
+    counts batches that took a row behind it instead. `num_output_tokens` counts the tokens handed over, and
+    `num_cached_tokens` those of the prompt whose keys and values came from the prefix cache.
     """
 
     __slots__ = (
@@ -35,6 +35,7 @@ class Row:
         "num_output_tokens",
         "over",
         "passed_over",
+        "rank",
         "request",
         "stream",
         "virtual_finish",
@@ -46,6 +47,7 @@ class Row:
         self.arrived = arrived
         self.passed_over = 0
         self.num_cached_tokens = 0
+        self.rank = 0.0
         self.virtual_finish = 0.0
         self.num_output_tokens = 0
         self.over = False

@@ -93,7 +93,8 @@ class Grammar(Protocol):
 class Request:
     """One prompt to be continued. `time_limit` is in seconds from submission.
 
-    Waiting clients share the device by their requests' `weight`; `client` is any name that tells them apart.
+    Waiting clients share the device by their requests' `weight`; `client` is any name that tells them apart. Among a
+    client's own requests those of lower `priority` are served sooner.
     The answer must match `grammar`. The keys and values of a prompt may be reused by another with the same prefix if
     their `salt` is the same. `trace` is the caller's trace context, for observers alone.
     """
@@ -104,6 +105,7 @@ class Request:
     time_limit: float
     client: str = ""
     weight: float = 1.0
+    priority: int = 0
     grammar: Grammar | None = None
     salt: str = ""
     trace: tuple[tuple[str, str], ...] = ()

@@ -18,7 +18,3 @@ class Caller:
     def row_id(self, choice: int) -> str:
         """The id of one of a request's rows: the request's own for the first."""
         return f"{self.request_id}.{choice}" if choice else self.request_id
-
-    def weight(self, priority: int | None) -> float:
-        """The weight of a request in the queue: each step of priority, lower is sooner, doubles its client's share."""
-        return float(self.share * 2.0 ** -(priority or 0))

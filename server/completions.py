@@ -66,7 +66,8 @@ def rows(
             sampling=sampling(service, asked, service.room_for_output(len(prompt), "prompt"), choice=choice),
             time_limit=service.settings.request_timeout_s,
             client=caller.name,
-            weight=caller.weight(asked.priority),
+            weight=caller.share,
+            priority=asked.priority or 0,
             salt=service.salt_of(caller),
             trace=caller.trace,
         )

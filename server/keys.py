@@ -26,8 +26,8 @@ class Keys:
     def __init__(self, keys: Iterable[Key]) -> None:
         self._keys = tuple(keys)
 
-    def __bool__(self) -> bool:
-        return bool(self._keys)
+    def __len__(self) -> int:
+        return len(self._keys)
 
     def find(self, secret: bytes) -> Key | None:
         """The key with this secret. All are compared, each in constant time, so that timing tells nothing of them."""

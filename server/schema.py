@@ -183,7 +183,7 @@ class Generation(RequestBody):
     do_sample: Flag | None = None
     """False: the likeliest token is taken."""
     priority: Annotated[int, Field(strict=True, ge=-8, le=8), Integral] | None = None
-    """Lower is sooner: each step down doubles the request's share of the device."""
+    """Lower is sooner, among the requests of the same API key."""
     skip_special_tokens: Literal[True] | None = None
     """As it is here in any case."""
     add_generation_prompt: Literal[True] | None = None

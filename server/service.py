@@ -21,6 +21,7 @@ from batching.types import ModelInfo, Request
 from server.caller import Caller
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.grammar import Grammars
+from server.keys import load_keys
 from server.live import LiveFeed
 from server.loading import Loading
 from server.settings import Settings
@@ -66,7 +67,10 @@ class Service:
         self.live = LiveFeed()
         self._created = int(time.time())
         self._loader = loader
-        self._limits = QueueLimits(settings.queue_size, settings.key_queue_size, settings.key_queue_tokens)
+        keys = load_keys(settings.api_keys, settings.api_keys_file)
+        self._limits = QueueLimits(
+            settings.queue_size, settings.key_queue_size, settings.key_queue_tokens, shared=len(keys) > 1
+        )
         config = BatchingConfig(
             max_batch_rows=settings.max_batch_size,
             window=settings.batch_window_ms / 1000,

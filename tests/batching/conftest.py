@@ -25,12 +25,19 @@ def request(
     time_limit: float = 600.0,
     client: str = "",
     weight: float = 1.0,
+    priority: int = 0,
     **settings: Any,
 ) -> Request:
     """A request for `prompt`, or for one of so many tokens."""
     ids = tuple(range(prompt)) if isinstance(prompt, int) else prompt
     return Request(
-        id=id, prompt=ids, sampling=sampling(**settings), time_limit=time_limit, client=client, weight=weight
+        id=id,
+        prompt=ids,
+        sampling=sampling(**settings),
+        time_limit=time_limit,
+        client=client,
+        weight=weight,
+        priority=priority,
     )
 
 

@@ -224,6 +224,74 @@ def test_a_client_that_was_away_gets_no_credit_for_it() -> None:
     assert 4 <= served.count("back") <= 6
 
 
+@given(priorities=st.lists(st.integers(-8, 8), min_size=20, max_size=20))
+def test_a_client_s_priorities_take_nothing_from_another(priorities: list[int]) -> None:
+    """Whatever one client says of its own requests, the other gets its half."""
+    queue = RowQueue(QueueLimits(1000))
+    for priority in priorities:
+        queue.push(loose_row(request(9, max_tokens=1, client="pushy", priority=priority)))
+        queue.push(loose_row(request(9, max_tokens=1, client="plain")))
+    served = [queue.take(BatchLimits(max_rows=1, token_budget=10**6))[0].request.client for _ in range(20)]
+    for n in range(2, 21, 2):
+        assert served[:n].count("plain") == n // 2
+
+
+def test_an_urgent_request_goes_before_its_client_s_others_and_does_not_starve_them() -> None:
+    queue = RowQueue(QueueLimits(1000))
+    calm = [loose_row(request(9, max_tokens=1)) for _ in range(4)]
+    for row in calm:
+        queue.push(row)
+    urgent = [loose_row(request(9, max_tokens=1, priority=-1)) for _ in range(8)]
+    for row in urgent:
+        queue.push(row)
+    order = list(queue)
+    assert order[0] is urgent[0]
+    assert [row for row in order if row in calm] == calm
+    assert order.index(calm[1]) < order.index(urgent[-1])
+
+
+@given(
+    plan=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30), st.integers(-2, 2)), max_size=30),
+    late=st.tuples(st.sampled_from("abcd"), st.integers(1, 30), st.integers(-2, 2)),
+    taken=st.integers(0, 10),
+)
+def test_how_many_are_ahead_is_told_before_a_request_is_queued(
+    plan: list[tuple[str, int, int]], late: tuple[str, int, int], taken: int
+) -> None:
+    queue = RowQueue(QueueLimits(1000))
+    for client, length, priority in plan:
+        queue.push(loose_row(request(length, max_tokens=1, client=client, priority=priority)))
+    for _ in range(taken):
+        queue.take(BatchLimits(max_rows=1, token_budget=10**6))
+    row = loose_row(request(late[1], max_tokens=1, client=late[0], priority=late[2]))
+    told = queue.ahead_of(row.request)
+    queue.push(row)
+    ties = sum(other.virtual_finish == row.virtual_finish for other in queue) - 1
+    assert abs(list(queue).index(row) - told) <= ties
+
+
+def test_greedy_clients_of_a_shared_queue_leave_places_for_the_next() -> None:
+    queue = RowQueue(QueueLimits(256, shared=True))
+    counts = []
+    for name in "abcde":
+        mine = request(1, client=name)
+        counts.append(0)
+        while queue.has_room([mine]):
+            queue.push(loose_row(mine))
+            counts[-1] += 1
+    assert counts[0] == 192  # three quarters
+    assert min(counts) >= 1
+    assert sum(counts) == 256
+
+
+@given(size=st.integers(1, 64), others=st.integers(0, 63))
+def test_a_client_without_a_waiting_row_is_refused_only_by_a_full_queue(size: int, others: int) -> None:
+    queue = RowQueue(QueueLimits(size, shared=True))
+    for _ in range(min(others, size)):
+        queue.push(loose_row(request(1, client="other")))
+    assert queue.has_room([request(1, client="new")]) == (others < size)
+
+
 def test_one_client_is_served_in_order_whatever_it_asks_for() -> None:
     queue = RowQueue(QueueLimits(1000))
     rows = [loose_row(request(length, max_tokens=1)) for length in (30, 1, 17, 2, 40)]

@@ -181,13 +181,13 @@ class Interleavings(RuleBasedStateMachine):
         tokens=st.lists(st.integers(1, 4), min_size=1, max_size=3),
         prompt=st.integers(1, 40),
         client=st.sampled_from("ab"),
-        weight=st.sampled_from([1.0, 1.0, 4.0]),
+        priority=st.sampled_from([0, 0, -2]),
         limit=st.sampled_from([LONG, SHORT]),
     )
-    def submit(self, tokens: list[int], prompt: int, client: str, weight: float, limit: float) -> None:
+    def submit(self, tokens: list[int], prompt: int, client: str, priority: int, limit: float) -> None:
         start = len(self.asked)
         requests = [
-            request(prompt, id=f"{start + n:03}", max_tokens=most, time_limit=limit, client=client, weight=weight)
+            request(prompt, id=f"{start + n:03}", max_tokens=most, time_limit=limit, client=client, priority=priority)
             for n, most in enumerate(tokens)
         ]
 
@@ -305,9 +305,9 @@ class Interleavings(RuleBasedStateMachine):
         finishes = [row.virtual_finish for row in self.batcher._queue]
         assert finishes == sorted(finishes)
         assert all(max(one.passed_over, one.row.passed_over) <= MAX_PASSED_OVER for one in self.asked.values())
-        flows: dict[tuple[str, float], list[str]] = {}
+        flows: dict[tuple[str, int], list[str]] = {}
         for row in self.batcher._queue:
-            flows.setdefault((row.request.client, row.request.weight), []).append(row.request.id)
+            flows.setdefault((row.request.client, row.request.priority), []).append(row.request.id)
         assert all(ids == sorted(ids) for ids in flows.values())
 
     @invariant()

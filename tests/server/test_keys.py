@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batching.types import Request
 from server.keys import Key, KeyFileError, Keys, load_keys
 from server.settings import parse
-from tests.live import Live, live, scripted
+from tests.live import Live, eventually, live, scripted
 from tests.server.test_app import error_of, remembering
 
 SECRET = "sk-do-not-tell"
@@ -153,13 +153,13 @@ def test_a_row_carries_its_key_s_name_and_share(file: Path) -> None:
         asked: list[tuple[str, dict[str, Any]]] = [("a", {}), ("b", {}), ("b", {"priority": -1})]
         for who, fields in [*asked, ("c", {"priority": 2}), ("x", {"n": 2})]:
             assert ask(service, who, **fields).status_code == 200
-    assert [(request.client, request.weight) for request in seen] == [
-        ("alice", 1.0),
-        ("bob", 3.0),
-        ("bob", 6.0),
-        ("carol", 0.125),
-        ("key-1", 1.0),
-        ("key-1", 1.0),
+    assert [(request.client, request.weight, request.priority) for request in seen] == [
+        ("alice", 1.0, 0),
+        ("bob", 3.0, 0),
+        ("bob", 3.0, -1),
+        ("carol", 0.5, 2),
+        ("key-1", 1.0, 0),
+        ("key-1", 1.0, 0),
     ]
 
 
@@ -264,3 +264,19 @@ def test_what_no_empty_queue_would_hold_is_not_told_to_come_back(file: Path) -> 
             error_of(ask(service, "a", **fields), 400, "too_large")
             assert not service.engine.batches
             assert ask(service, "a", max_tokens=10).status_code == 200
+
+
+def test_one_key_that_fills_the_queue_leaves_places_for_another(file: Path) -> None:
+    with (
+        live(scripted(stepped=True), api_keys_file=file, queue_size=8, max_batch_size=1) as service,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        flood = [pool.submit(ask, service, "a")]
+        service.wait_running(1)
+        flood += [pool.submit(ask, service, "a") for _ in range(11)]
+        eventually(lambda: sum(one.done() for one in flood) == 5, "the flood was cut")
+        other = pool.submit(ask, service, "b")
+        service.wait_queued(7)
+        service.engine.release(100_000)
+        assert sorted(one.result().status_code for one in flood) == [200] * 7 + [429] * 5
+        assert other.result().status_code == 200
