@@ -2,7 +2,8 @@
 
 from batching.stream import Stream
 from batching.types import Delta, Finish
-from server.text import Detokenizer, StopScanner
+from server.detokenizer import Detokenizer
+from server.text import StopScanner
 
 
 class AnswerReader:

@@ -10,22 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel, DecodeStream
+
+from server.detokenizer import Detokenizer
+from server.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from server.grammar import Grammars
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Which character stands for which byte in a byte-level vocabulary (GPT-2's: printable ones for themselves)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-BYTES = _byte_alphabet()
 
 
 class TemplateError(Exception):
@@ -41,6 +33,7 @@ class Text:
         # A tokenizer's file may ask for both, and what a client sends is to be read whole and as it is.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.vocabulary = Vocabulary(self._tokenizer)
         stop = tokenizer.eos_token_id
         self.stop_token_ids: frozenset[int] = frozenset() if stop is None else frozenset([stop])
 
@@ -86,7 +79,7 @@ class Text:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+        return self.vocabulary.decode(list(tokens))
 
     def grammars(self) -> Grammars:
         """A compiler of grammars over this vocabulary. Takes seconds for a large one: not on the event loop."""
@@ -95,33 +88,11 @@ class Text:
         return Grammars(self._chat)
 
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._tokenizer)
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for, which may be a part of a character."""
-        piece = self._tokenizer.id_to_token(token) or ""
-        if isinstance(self._tokenizer.decoder, ByteLevel) and all(char in BYTES for char in piece):
-            return bytes(BYTES[char] for char in piece)
-        return self.decode([token]).encode()
+        return Detokenizer(self.vocabulary)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class Detokenizer:
-    """Turns one row's tokens into text as they come; holds back the bytes of an unfinished character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream([], skip_special_tokens=True)
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens complete, often a word, sometimes nothing."""
-        text = ""
-        for token in tokens:
-            text += self._stream.step(self._tokenizer, token) or ""
-        return text
 
 
 class StopScanner:

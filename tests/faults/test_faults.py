@@ -14,8 +14,9 @@ import pytest
 
 from batching.errors import OutOfMemory
 from batching.events import Outcome, State
+from server.detokenizer import Detokenizer
 from server.metrics import Metrics
-from server.text import Detokenizer, Text
+from server.text import Text
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted
 
 ANSWER = "Hello!"

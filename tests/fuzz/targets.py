@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from server import sse
 from server.completion import Completion
+from server.detokenizer import Detokenizer
 from server.errors import RETRIED, ApiError
 from server.fields import RequestBody
 from server.message import MessageReader, delta, fold
@@ -22,7 +23,8 @@ from server.response_events import frame
 from server.response_request import ResponseRequest, as_chat
 from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from server.schema_check import check, inline, parameters_of
-from server.text import Detokenizer, StopScanner, Text
+from server.text import StopScanner, Text
+from server.vocabulary import Vocabulary
 from tests.live import BYTES, END
 
 KINDS: tuple[type[RequestBody], ...] = (
@@ -177,12 +179,12 @@ def fuzz_detokenize(data: bytes) -> None:
     """Tokens, one by one, become the text that they decode to, but for an unfinished character at the end."""
     ids = [byte if byte != 0xFE else END for byte in data]
     whole = BYTES.backend_tokenizer.decode(ids, skip_special_tokens=True)
-    detokenizer = Detokenizer(BYTES.backend_tokenizer)
+    detokenizer = Detokenizer(Vocabulary(BYTES.backend_tokenizer))
     out = "".join(detokenizer.push([token]) for token in ids)
     assert whole.startswith(out)
     assert out == whole or whole.endswith("\ufffd")
     plain = [token for token in ids if token != END]
-    assert b"".join(map(TEXT.token_bytes, plain)).decode(errors="replace") == TEXT.decode(plain)
+    assert b"".join(map(TEXT.vocabulary.bytes_of, plain)).decode(errors="replace") == TEXT.decode(plain)
 
 
 def fuzz_tools(data: bytes) -> None:

@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
+from tokenizers.models import BPE
 
 from batching.errors import ModelError
 from batching.progress import Progress
+from server.detokenizer import MAX_HELD, Detokenizer
 from server.loader import ModelLoader
 from server.settings import parse
-from server.text import Detokenizer, StopScanner, TemplateError, Text
+from server.text import StopScanner, TemplateError, Text
+from server.vocabulary import Vocabulary
 from tests.live import BYTES, END, QUESTION, byte_tokenizer, tokens_of
 
 LETTERS = st.text("ab\n", max_size=20)
@@ -86,7 +90,7 @@ def test_without_stop_strings_everything_passes_at_once() -> None:
 
 
 def detokenized(tokenizer: Tokenizer, pieces: list[list[int]]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(Vocabulary(tokenizer))
     return [detokenizer.push(piece) for piece in pieces]
 
 
@@ -103,6 +107,42 @@ def check_any_ids(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> None
     out = "".join(detokenized(tokenizer, split(ids, cuts)))
     assert whole.startswith(out)
     assert out == whole or whole.endswith("\ufffd")
+
+
+@cache
+def byte_fallback() -> Vocabulary:
+    """As SentencePiece's vocabularies are: words that begin with a mark for a space, and a token for each byte."""
+    words = ["<unk>", "▁", "▁the", "the", "▁a", "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = BPE({word: n for n, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = Sequence([Replace("▁", " "), ByteFallback(), Fuse(), Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<s>"])
+    return Vocabulary(tokenizer)
+
+
+def bytes_tokens(text: str) -> list[int]:
+    return [7 + byte for byte in text.encode()]
+
+
+@given(st.lists(st.integers(1, 6).map(lambda word: [word]) | st.sampled_from("é€😀").map(bytes_tokens)), CUTS)
+def test_text_of_words_and_bytes_survives_being_cut(pieces: list[list[int]], cuts: list[int]) -> None:
+    ids = [token for piece in pieces for token in piece]
+    detokenizer = Detokenizer(byte_fallback())
+    assert "".join(map(detokenizer.push, split(ids, cuts))) == byte_fallback().decode(ids)
+
+
+@pytest.mark.parametrize("vocabulary", [Vocabulary(BYTES.backend_tokenizer), byte_fallback()])
+def test_halves_of_characters_without_end_are_let_out(vocabulary: Vocabulary) -> None:
+    half = next(token for token in range(270) if vocabulary.bytes_of(token) == b"\xe4")
+    detokenizer = Detokenizer(vocabulary)
+    out = [detokenizer.push([half]) for _ in range(100)]
+    assert len("".join(out)) >= 100 - MAX_HELD
+    assert set("".join(out)) == {"\ufffd"}
+
+
+def test_the_bytes_of_a_token_are_its_own() -> None:
+    vocabulary = byte_fallback()
+    assert [vocabulary.bytes_of(token) for token in (2, 3, 7 + 0xE4)] == [b" the", b"the", b"\xe4"]
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd") | st.sampled_from("é€😀👩‍👧"))

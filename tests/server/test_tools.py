@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
+from server.detokenizer import Detokenizer
 from server.errors import RETRIED
 from server.formats import FORMATS, find_format
 from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, ToolCallParser
 from server.schema import explain
-from server.text import Detokenizer, Text
+from server.text import Text
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ToolEvent, new_call_id
 from server.tools import MAX_SCHEMA_DEPTH, MAX_SCHEMA_LENGTH, MAX_TOOLS, NamedChoice, ToolTurn, ToolUse
+from server.vocabulary import Vocabulary
 from tests.server.test_reasoning import calls_in
 from tests.server.test_text import split
 
@@ -575,7 +577,7 @@ def test_tags_survive_decoding(thinking_tokenizer: str) -> None:
     text = f"<think>\nhm\n</think>\n\nSo:\n{one(json.dumps({'city': 'Köln 🌧'}, ensure_ascii=False))}"
     encoded = tokenizer(thinking_tokenizer).encode(text, add_special_tokens=False)
     assert {"<think>", "</think>", "<tool_call>", "</tool_call>"} <= set(encoded.tokens)
-    detokenizer = Detokenizer(tokenizer(thinking_tokenizer))
+    detokenizer = Detokenizer(Vocabulary(tokenizer(thinking_tokenizer)))
     pieces = [detokenizer.push([token]) for token in encoded.ids]
     assert "".join(pieces) == text
     assert read([piece for piece in pieces if piece])[-1] == ["f", '{"city": "Köln 🌧"}', True]

@@ -1,0 +1,53 @@
+"""What each token id stands for: looked up once a token, because answers ask for the same ones again and again."""
+
+import re
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which character stands for which byte in a byte-level vocabulary (GPT-2's: printable ones for themselves)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece's vocabularies name the token of a byte, for characters that they have no token for."""
+
+
+class Vocabulary:
+    """The tokens of one tokenizer. Any thread may ask.
+
+    `byte_level`: a text is its tokens' bytes one after the other. `special`: ids that are not part of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.byte_level = isinstance(tokenizer.decoder, ByteLevel)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(token for token, entry in added.items() if entry.special)
+        self._bytes: dict[int, bytes] = {}  # at most one entry a token
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._look_up(token)
+        return found
+
+    def _look_up(self, token: int) -> bytes:
+        piece = self.tokenizer.id_to_token(token) or ""
+        if self.byte_level and all(char in BYTES for char in piece):
+            return bytes(BYTES[char] for char in piece)
+        alone = self.decode([token])
+        if (byte := BYTE_TOKEN.fullmatch(piece)) and alone != piece:
+            return bytes([int(byte[1], 16)])
+        # After another token, because some decoders drop the space that a text begins with.
+        return self.decode([token, token]).removeprefix(alone).encode()
+
+    def decode(self, tokens: list[int], *, special: bool = True) -> str:
+        """The text of ids, with special tokens or without."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
