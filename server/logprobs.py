@@ -49,9 +49,11 @@ class CompletionLogprobs:
 
 def _word(text: Text, token: int) -> str:
     """A token's text, or as in OpenAI's API its bytes if they are no whole characters: others would look the same."""
-    word = text.decode([token])
-    return word if "\ufffd" not in word else "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.token_bytes(token))
+    data = text.token_bytes(token)
+    word = data.decode(errors="replace")
+    return word if "\ufffd" not in word else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _token(text: Text, token: int, logprob: float) -> dict[str, Any]:
-    return {"token": text.decode([token]), "logprob": max(logprob, LEAST), "bytes": list(text.token_bytes(token))}
+    data = text.token_bytes(token)
+    return {"token": data.decode(errors="replace"), "logprob": max(logprob, LEAST), "bytes": list(data)}

@@ -6,6 +6,7 @@ the event loop.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTES = _byte_alphabet()
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece's vocabularies name the token of a byte, for characters that they have no token for."""
 
 
 class TemplateError(Exception):
@@ -102,7 +105,11 @@ class Text:
         piece = self._tokenizer.id_to_token(token) or ""
         if isinstance(self._tokenizer.decoder, ByteLevel) and all(char in BYTES for char in piece):
             return bytes(BYTES[char] for char in piece)
-        return self.decode([token]).encode()
+        alone = self.decode([token])
+        if (byte := BYTE_TOKEN.fullmatch(piece)) and alone != piece:
+            return bytes([int(byte[1], 16)])
+        # After another token, because some decoders drop the space that a text begins with.
+        return self.decode([token, token]).removeprefix(alone).encode()
 
 
 def _first_line(error: Exception) -> str:
