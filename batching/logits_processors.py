@@ -155,7 +155,7 @@ class ForcedTokens:
             asked = self._forced[place]
             if self._pending[place]:
                 self._pending[place].pop(0)
-            elif token == asked.unless:
+            elif token == asked.unless or (self._num_output_tokens == 1 and asked.first not in (None, token)):
                 self._waiting[place] = False
             elif self._waiting[place] and self._num_output_tokens >= asked.after:
                 self._pending[place] = list(asked.tokens)

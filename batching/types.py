@@ -26,11 +26,15 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """Once a row has `after` tokens, none of them `unless`, it continues with `tokens`: how a thought is ended."""
+    """Once a row has `after` tokens, none of them `unless`, it continues with `tokens`: how a thought is ended.
+
+    With `first`, only where that is the row's first token: how a thought is known to have begun.
+    """
 
     after: int
     unless: int
     tokens: tuple[int, ...]
+    first: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

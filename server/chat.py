@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: the one path from a request's bytes to its answer, streamed or not."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,20 +17,20 @@ from server.completion import Completion
 from server.constrain import grammar_of
 from server.disconnect import until_disconnect
 from server.errors import bad_request
-from server.formats import find_format
+from server.formats import find_format, format_of
 from server.logprobs import chat_logprobs
-from server.message import Event, MessageReader, delta, fold
+from server.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.messages import Message
-from server.qwen import QwenFormat
-from server.reasoning import ReasoningSplitter, leaves_open
+from server.reasoning import CLOSE, OPEN, ReasoningSplitter, ThoughtState, thought_state
 from server.request import read
 from server.respond import plain, streamed
 from server.sampling import sampling
 from server.schema import ChatRequest
 from server.service import Service
 from server.text import StopScanner, TemplateError, Text
-from server.tool_format import CallEnded
+from server.tool_names import ToolNames
 from server.tool_prompt import without_tools
+from server.tools import Tool
 
 
 async def chat_completions(http: HttpRequest) -> Response:
@@ -38,14 +39,23 @@ async def chat_completions(http: HttpRequest) -> Response:
     return await until_disconnect(http, respond(service, chat, http.state.caller))
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the model reads it, and what must be known of it to read the answer."""
+
+    tokens: tuple[int, ...]
+    thought: ThoughtState
+    names: ToolNames
+
+
 async def respond(service: Service, chat: ChatRequest, caller: Caller) -> Response:
     """Everything after the body was read. Raises `ApiError`."""
     completion = Completion(service.served_name(chat.model), "chat.completion", "chatcmpl")
     with service.batcher.announce():
-        requests, thinking = await prepare(service, chat, caller)
+        requests, prompt = await prepare(service, chat, caller)
         streams = service.submit(requests)
     choices = [
-        ChatChoice(index, stream, service.text, chat, reader(service.text, chat, thinking))
+        ChatChoice(index, stream, service.text, chat, reader(service.text, chat, prompt))
         for index, stream in enumerate(streams)
     ]
     if chat.stream:
@@ -53,20 +63,17 @@ async def respond(service: Service, chat: ChatRequest, caller: Caller) -> Respon
     return await plain(completion, choices)
 
 
-async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[list[Request], bool]:
-    """Template, tokens and limits: all that can be wrong with a request is found here, before the queue.
-
-    Also answers whether the prompt ends inside a think block.
-    """
+async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[list[Request], Prompt]:
+    """Template, tokens and limits: all that can be wrong with a request is found here, before the queue."""
     thinks = service.settings.thinking if chat.thinks is None else chat.thinks
-    prompt, thinking = await to_thread.run_sync(partial(encode, service.text, chat, thinks), limiter=service.encoders)
-    grammar = await grammar_of(service, chat, thinking=thinks)
-    room = service.room_for_output(len(prompt), "messages")
-    forced = end_of_thought(service.text, chat) if thinks else None
+    prompt = await to_thread.run_sync(partial(encode, service.text, chat, thinks), limiter=service.encoders)
+    grammar = await grammar_of(service, chat, prompt.names, prompt.thought)
+    room = service.room_for_output(len(prompt.tokens), "messages")
+    forced = end_of_thought(service.text, chat, prompt.thought)
     requests = [
         Request(
             id=caller.row_id(choice),
-            prompt=prompt,
+            prompt=prompt.tokens,
             sampling=sampling(service, chat, room, choice=choice, forced=forced),
             time_limit=service.settings.request_timeout_s,
             client=caller.name,
@@ -78,19 +85,27 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
         )
         for choice in range(chat.n or 1)
     ]
-    return requests, thinking
+    return requests, prompt
 
 
-def encode(text: Text, chat: ChatRequest, thinks: bool) -> tuple[tuple[int, ...], bool]:
-    """The prompt's ids, and whether it ends inside a think block. Blocks for milliseconds: not on the event loop."""
-    tools = [tool.for_template() for tool in chat.offered]
-    rendered = render(text, chat.messages, tools, thinks)
-    return text.encode(rendered), leaves_open(rendered)
+def encode(text: Text, chat: ChatRequest, thinks: bool) -> Prompt:
+    """The prompt. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
+    names = names_in(text, chat.messages, chat.offered)
+    rendered = render(text, chat.messages, chat.offered, names, thinks)
+    return Prompt(text.encode(rendered), thought_state(text.template, rendered), names)
 
 
-def render(text: Text, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinks: bool) -> str:
+def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
+    """The functions that a conversation speaks of."""
+    offered = [tool.function.name for tool in tools]
+    called = [name for message in messages for name in message.functions]
+    return ToolNames(offered + called, format_of(text.template).carries)
+
+
+def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], names: ToolNames, thinks: bool) -> str:
     """The text of a conversation. Raises `ApiError` 400."""
-    turns = [message.for_template() for message in messages]
+    turns = [names.in_turn(message.for_template()) for message in messages]
+    tools = [names.in_tool(tool.for_template()) for tool in offered]
     options: dict[str, Any] = {"enable_thinking": thinks}
     if find_format(text.template) is None:
         turns = without_tools(turns, tools)
@@ -102,23 +117,27 @@ def render(text: Text, messages: Sequence[Message], tools: Sequence[dict[str, An
         raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
 
 
-def end_of_thought(text: Text, chat: ChatRequest) -> Forced | None:
-    """How a thought is cut off at its budget. Raises `ApiError` 400 for a model that has no token to end one with."""
-    if chat.budget is None:
+def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forced | None:
+    """How a thought is cut off at its budget. Raises `ApiError` 400 for a model that has no tokens around its own."""
+    if chat.budget is None or not thought.to_come:
         return None
-    close = text.encode("</think>")
-    if len(close) != 1:
-        raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
-    return Forced(after=chat.budget, unless=close[0], tokens=text.encode("\n</think>\n\n"))
+    free = thought is ThoughtState.FREE
+    opening, closing = text.encode(OPEN), text.encode(CLOSE)
+    if len(closing) == 1 and (len(opening) == 1 or not free):
+        first = opening[0] if free else None
+        return Forced(after=chat.budget, unless=closing[0], tokens=text.encode(f"\n{CLOSE}\n\n"), first=first)
+    if free and not chat.thinks:
+        return None  # nothing says that the model thinks at all
+    raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
 
 
-def reader(text: Text, chat: ChatRequest, thinking: bool) -> MessageReader:
+def reader(text: Text, chat: ChatRequest, prompt: Prompt) -> MessageReader:
     """What tells thinking, content and tool calls apart in this model's answers."""
-    form = (find_format(text.template) or QwenFormat()) if chat.offered else None
-    names = [tool.function.name for tool in chat.demanded or chat.offered]
+    started = prompt.thought is ThoughtState.OPENED
     return MessageReader(
-        ReasoningSplitter(started=thinking) if "<think>" in text.template else None,
-        form.parser(names) if form else None,
+        None if prompt.thought is ThoughtState.UNKNOWN else ReasoningSplitter(started=started),
+        format_of(text.template).parser() if chat.offered else None,
+        prompt.names,
     )
 
 
@@ -130,10 +149,11 @@ class ChatChoice:
         self._index = index
         self._text = text
         self._reader = reader
-        self._one_call = chat.parallel_tool_calls is False
+        self._legacy = chat.is_legacy
+        self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
         self._answer = AnswerReader(stream, text.detokenizer(), scanner)
-        self._role: dict[str, Any] = {"role": "assistant", "content": ""}
+        self._begun = False
 
     def read(self, arrived: Delta) -> tuple[list[Event], str | None]:
         """The events that these tokens complete, and why the answer is over if it is.
@@ -144,11 +164,9 @@ class ChatChoice:
         events = self._reader.push(text)
         if finish:
             events += self._reader.flush()
-        if self._one_call:
-            end = next((n for n, event in enumerate(events, 1) if isinstance(event, CallEnded)), None)
-            if end is not None:
-                self.stream.stop()
-                return events[:end], Finish.STOP
+        if self._one_call and (end := end_of_first_call(events)) is not None:
+            self.stream.stop()
+            return events[:end], Finish.STOP
         return events, finish
 
     async def whole(self) -> dict[str, Any]:
@@ -160,21 +178,27 @@ class ChatChoice:
             found += events
             logprobs += arrived.logprobs
         message = {"refusal": None} | fold(found)
-        return self._choice("message", message, chat_logprobs(self._text, logprobs), self._reader.finish(finish))
+        return self._choice("message", message, chat_logprobs(self._text, logprobs), finish)
 
     def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
+        """The first has the role alone. Why the answer is over is told with the last of its text, if that came now:
+        RAGFlow takes that text's language for the one to tell the reader in that the answer was cut."""
         events, finish = self.read(arrived)
         logprobs = chat_logprobs(self._text, arrived.logprobs)
         deltas = [news for event in events if (news := delta(event)) is not None]
-        if not deltas and (logprobs or (finish and self._role)):
+        if logprobs and not deltas:
             deltas = [{"content": ""}]
-        chunks = []
-        for news in deltas:
-            chunks.append(self._choice("delta", self._role | news, logprobs, None))
-            self._role, logprobs = {}, None
-        if finish:
-            chunks.append(self._choice("delta", {}, None, self._reader.finish(finish)))
+        if finish and (not deltas or "tool_calls" in deltas[-1]):
+            deltas.append({})
+        chunks = [] if self._begun else [self._choice("delta", {"role": "assistant", "content": ""}, None, None)]
+        self._begun = True
+        last = len(deltas) - 1
+        for n, news in enumerate(deltas):
+            chunks.append(self._choice("delta", news, None if n else logprobs, finish if n == last else None))
         return chunks
 
-    def _choice(self, kind: str, said: Any, logprobs: Any, finish: str | None) -> dict[str, Any]:
+    def _choice(self, kind: str, said: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
+        finish = self._reader.finish(finish)
+        if self._legacy:
+            said, finish = as_legacy(said, finish)
         return {"index": self._index, kind: said, "logprobs": logprobs, "finish_reason": finish}

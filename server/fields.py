@@ -23,7 +23,7 @@ class Body(BaseModel):
 
 
 class RequestBody(Body):
-    """A whole request. `ignored` names the top-level fields that were sent and are not known here.
+    """A whole request. `ignored` names the top-level fields that were sent and are not known here, and `skipped`.
 
     `unsupported` are those that would change the answer if they were honoured, and that are refused for it.
     """
@@ -33,7 +33,12 @@ class RequestBody(Body):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return self._ignored
+        return self._ignored + self.skipped
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What is known and was left out of account without changing what the answer is to."""
+        return ()
 
     def note_ignored(self, names: tuple[str, ...]) -> None:
         self._ignored = names

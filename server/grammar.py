@@ -25,6 +25,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.errors import ApiError, bad_request
+from server.reasoning import CLOSE, OPEN, ThoughtState
 from server.schema_check import Schema, check, check_size, inline, parameters_of, refused
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ THREADS = 2
 STACK = 128 * 2**20
 """Bytes of stack for a compiling thread, which take memory only where used. A chain of references recurses in native
 code: 2,000 of them overflow the usual 8 MiB, which would end the process."""
+
+SPELLED = r"spelled[lazy]: /(.|\n)*<\/think>/"
+"""A grammar's rule for the rest of a thought where the model has no token to end one with."""
 
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
 """llguidance's own limits on what one row may take: about 7 ms a step and 100 MB."""
@@ -118,12 +122,17 @@ class Grammars:
         """How many compiled grammars are kept."""
         return len(self._cache)
 
-    async def json_object(self, *, thinking: bool = False) -> TokenGrammar:
-        """Any JSON object. `thinking`: the answer starts with the model's thoughts, which are free."""
-        return await self.json_schema({"type": "object"}, strict=True, thinking=thinking)
+    async def json_object(self, *, thought: ThoughtState = ThoughtState.UNKNOWN) -> TokenGrammar:
+        """Any JSON object. `thought`: the answer may or does start with the model's thought, which is free."""
+        return await self.json_schema({"type": "object"}, strict=True, thought=thought)
 
     async def json_schema(
-        self, schema: Schema, *, strict: bool, thinking: bool = False, param: str = "response_format"
+        self,
+        schema: Schema,
+        *,
+        strict: bool,
+        thought: ThoughtState = ThoughtState.UNKNOWN,
+        param: str = "response_format",
     ) -> TokenGrammar:
         """The values of a schema, of drafts up to 2020-12. Raises `ApiError` 400 that names what is wrong with it.
 
@@ -132,7 +141,7 @@ class Grammars:
         """
         body = inline(schema, strict, param)
         check_size(len(body), param)
-        source = f"start: {self._thoughts(thinking)} json\njson: {body}\n"
+        source = f"start: {self._thought(thought)} json\njson: {body}\n{SPELLED}"
         return await self.compile(Plan(source, (schema,), strict, param))
 
     async def tool_calls(
@@ -142,7 +151,7 @@ class Grammars:
         *,
         named: str | None = None,
         parallel: bool = True,
-        thinking: bool = False,
+        thought: ThoughtState = ThoughtState.UNKNOWN,
         param: str = "tools",
     ) -> TokenGrammar:
         """One or more calls of `tools` (name, schema of the parameters), line by line; one if not `parallel`.
@@ -157,7 +166,7 @@ class Grammars:
         bodies = [inline(schema, strict=False, param=param) for _, schema in offered]
         check_size(sum(map(len, bodies)), param)
         more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
-        lines = [f"start: {self._thoughts(thinking)} call{more}"]
+        lines = [f"start: {self._thought(thought)} call{more}", SPELLED]
         lines.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
         for n, ((name, _), body) in enumerate(zip(offered, bodies, strict=True)):
             before, after = map(self._literal, around(name))
@@ -171,11 +180,13 @@ class Grammars:
         pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
         return " ".join(f"<[{self._added[p]}]>" if p in self._added else json.dumps(p) for p in pieces if p)
 
-    def _thoughts(self, thinking: bool) -> str:
-        """What comes before the answer: thoughts, where the model marks them with tokens of its own."""
-        if not thinking or not {"<think>", "</think>"} <= self._added.keys():
+    def _thought(self, state: ThoughtState) -> str:
+        """What comes before the answer: the rest of a thought, or one that the model may begin with."""
+        if not state.to_come:
             return ""
-        return f"{self._literal('<think>')} /(.|\\n)*/ {self._literal('</think>')} {self._literal(chr(10) * 2)}"
+        marked = {OPEN, CLOSE} <= self._added.keys()
+        rest = (f"/(.|\\n)*/ {self._literal(CLOSE)}" if marked else "spelled") + r' "\n\n"'
+        return rest if state is ThoughtState.OPENED else f"({self._literal(OPEN)} {rest})?"
 
     # The cache and the threads
 

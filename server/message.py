@@ -1,11 +1,12 @@
 """From an answer's text to its OpenAI message: reasoning, content and tool calls. Runs on the event loop."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from server.reasoning import Part, ReasoningSplitter
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser
+from server.tool_names import ToolNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,18 @@ class MessageReader:
     """Reads one answer's text as it comes. Without a splitter and a parser all of it is content.
 
     The events of an answer, folded, do not depend on how its text was cut into pieces. Calls are looked for in the
-    content only: one inside a think block is a thought.
+    content only: one inside a think block is a thought. Calls are of the functions that the model means by `names`.
     """
 
-    def __init__(self, reasoning: ReasoningSplitter | None = None, tools: ToolParser | None = None) -> None:
+    def __init__(
+        self,
+        reasoning: ReasoningSplitter | None = None,
+        tools: ToolParser | None = None,
+        names: ToolNames | None = None,
+    ) -> None:
         self._reasoning = reasoning
         self._tools = tools
+        self._names = names
         self._called = False
 
     def push(self, text: str) -> list[Event]:
@@ -56,7 +63,12 @@ class MessageReader:
 
     def _noted(self, events: Sequence[ToolEvent]) -> list[Event]:
         self._called = self._called or any(isinstance(event, CallEnded) for event in events)
-        return list(events)
+        return [self._meant(event) for event in events]
+
+    def _meant(self, event: ToolEvent) -> ToolEvent:
+        if self._names is None or not isinstance(event, CallStarted):
+            return event
+        return replace(event, name=self._names.meant(event.name))
 
 
 def fold(events: Iterable[Event]) -> dict[str, Any]:
@@ -98,6 +110,26 @@ def delta(event: Event) -> dict[str, Any] | None:
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
         case CallEnded():
             return None
+
+
+def end_of_first_call(events: Sequence[Event]) -> int | None:
+    """How many events there are up to the end of an answer's first call, complete or broken off by another one."""
+    for place, event in enumerate(events):
+        if isinstance(event, CallEnded):
+            return place + 1
+        if isinstance(event, CallStarted) and event.index:
+            return place
+    return None
+
+
+def as_legacy(said: dict[str, Any], finish: str | None) -> tuple[dict[str, Any], str | None]:
+    """A message or delta with one call at most, and its reason, as they were before there were `tools`."""
+    if finish == "tool_calls":
+        finish = "function_call"
+    if "tool_calls" not in said:
+        return said, finish
+    others = {key: value for key, value in said.items() if key != "tool_calls"}
+    return others | {"function_call": said["tool_calls"][0]["function"]}, finish
 
 
 def _call(started: CallStarted, arguments: str) -> dict[str, Any]:

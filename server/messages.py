@@ -80,6 +80,12 @@ class Message(ToolTurn):
             turn["tool_calls"] = [{"function": call}]
         return turn
 
+    @property
+    def functions(self) -> list[str]:
+        """The functions that the turn calls, or the one whose result it is."""
+        result_of = [self.name] if self.role in ("tool", "function") and self.name else []
+        return [call.function.name for call in self.tool_calls or ()] + result_of
+
     def for_template(self) -> dict[str, Any]:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         message: dict[str, Any] = {"role": role, "content": self.content} | self.tool_fields()

@@ -4,7 +4,7 @@ Small state machines on the event loop.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from itertools import groupby
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import orjson
 
 from server.tool_format import (
+    NAME,
     CallArguments,
     CallEnded,
     CallStarted,
@@ -21,9 +22,9 @@ from server.tool_format import (
     ToolParser,
     new_call_id,
 )
-from server.tools import NAME
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+NO_ARGUMENTS = "{}"
 MAX_HELD = 2**16  # characters held back of what may become a call; more, and it is content
 MAX_SPACE = 256  # white space held back because a call may follow
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -31,6 +32,7 @@ CLOSERS = re.compile(r"[ \t\r\n}\]]*")
 SCALAR = re.compile(r"[-+.\w]*", re.ASCII)
 IN_STRING = re.compile(r'["\\]')
 OUTSIDE = re.compile(r'["{}\[\]<]')
+UNCARRIED = re.compile(r'["\\<>\[\]{}|]')  # would have to be escaped, or could be part of one of the model's own tokens
 
 
 class _Extent:
@@ -72,11 +74,12 @@ class _Extent:
 class ToolCallParser:
     """Finds Qwen's calls, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, in an answer.
 
-    A call is announced once its name is complete and known and its arguments' opening brace is there, after JSON
-    without a fault; from then on the arguments stream as they come, up to the brace that matches. Where the arguments
-    come before the name, or are a JSON string that holds an object, they are held back and checked as a whole instead.
-    Until the announcement the text may still turn out to be no call (a fault in the JSON, another name, the end of the
-    answer, more than `MAX_HELD` characters), and is then content, byte for byte.
+    A call is announced once its name is complete and its arguments' opening brace is there, after JSON without a
+    fault; from then on the arguments stream as they come, up to the brace that matches. Where the arguments come before
+    the name, or are a JSON string that holds an object, they are held back and checked as a whole instead. Where there
+    are none, or null or an empty string, they are an empty object. Until the announcement the text may still turn out
+    to be no call (a fault in the JSON, a name that cannot be one, the end of the answer, more than `MAX_HELD`
+    characters), and is then content, byte for byte.
 
     An announced call is never taken back, and its arguments are not checked. If they break off, at the answer's end or
     at a closing tag outside of their strings, they stay as they are and there is no `CallEnded`. After whole arguments
@@ -89,8 +92,7 @@ class ToolCallParser:
     call, `MAX_SPACE` of white space, or part of a tag.
     """
 
-    def __init__(self, names: Collection[str] | None = None, new_id: Callable[[], str] = new_call_id) -> None:
-        self._names = names
+    def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
         self._new_id = new_id
         self._call = -1  # the index of the latest
         self._out: list[ToolEvent] = []
@@ -171,6 +173,9 @@ class ToolCallParser:
                 self._reset()
                 self._state = self._after_arguments
                 return to + 1
+            case ",", "}" if self._name:
+                self._call_whole(self._name, NO_ARGUMENTS)
+                return to + 1
             case _:
                 return self._not_a_call(to)
         self._held.write(char)
@@ -214,7 +219,7 @@ class ToolCallParser:
     def _learn(self, value: Any, source: str) -> bool:
         """Take in a member of the outer object. False: this is no call."""
         if self._key == "name":
-            if self._name is not None or not self._is_known(value):
+            if self._name is not None or not (isinstance(value, str) and re.fullmatch(NAME, value)):
                 return False
             self._name = value
         elif self._key == "arguments":
@@ -222,10 +227,7 @@ class ToolCallParser:
                 return False
             self._arguments = text
         if self._name and self._arguments:
-            arguments = self._arguments
-            self._announce(self._name)
-            self._argue(arguments)
-            self._end()
+            self._call_whole(self._name, self._arguments)
         return True
 
     def _in_arguments(self, text: str, at: int) -> int:
@@ -282,17 +284,17 @@ class ToolCallParser:
         self._say(held)
         return at
 
-    def _is_known(self, name: Any) -> bool:
-        if not isinstance(name, str):
-            return False
-        return name in self._names if self._names is not None else bool(re.fullmatch(NAME, name))
-
     def _announce(self, name: str) -> None:
         self._reset()
         self._announced, self._after_call, self._space = True, True, ""
         self._call += 1
         self._out.append(CallStarted(self._call, self._new_id(), name))
         self._state = self._in_arguments
+
+    def _call_whole(self, name: str, arguments: str) -> None:
+        self._announce(name)
+        self._argue(arguments)
+        self._end()
 
     def _argue(self, text: str) -> None:
         if text:
@@ -319,9 +321,11 @@ def _start_of_tag(text: str, at: int) -> int:
 
 
 def _object_text(value: Any, source: str) -> str | None:
-    """The JSON text of an object, given as such or in a string; None if it is neither."""
+    """The JSON text of an object, given as such, in a string, or as nothing at all; None if it is none of these."""
     if isinstance(value, dict):
         return source
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return NO_ARGUMENTS
     try:
         return value.strip() if isinstance(value, str) and isinstance(orjson.loads(value), dict) else None
     except orjson.JSONDecodeError:
@@ -341,8 +345,11 @@ class QwenFormat:
     def fits(self, template: str) -> bool:
         return OPEN in template and "<function=" not in template  # Qwen3-Coder writes XML between the same tags
 
-    def parser(self, names: Collection[str] | None) -> ToolParser:
-        return ToolCallParser(names)
+    def carries(self, name: str) -> bool:
+        return not UNCARRIED.search(name)
+
+    def parser(self) -> ToolParser:
+        return ToolCallParser()
 
     def around(self, name: str) -> tuple[str, str]:
         return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"

@@ -1,13 +1,39 @@
 """A model's thinking told apart from its answer, in text that comes in pieces. Runs on the event loop."""
 
+from enum import Enum, auto
 from typing import Literal, TypeAlias
+
+OPEN, CLOSE = "<think>", "</think>"
 
 Part: TypeAlias = tuple[Literal["reasoning", "content"], str]
 
 
-def leaves_open(prompt: str, tag: str = "<think>") -> bool:
-    """Whether a prompt's text ends inside a think block: some templates begin the answer with one."""
-    return prompt.rstrip("\n").endswith(tag)
+class ThoughtState(Enum):
+    """What a prompt has done about the thought that an answer may begin with, whatever its request asked for."""
+
+    UNKNOWN = auto()
+    """The model's template knows no thoughts."""
+    OPENED = auto()
+    """The answer begins inside a thought."""
+    CLOSED = auto()
+    """The thought is over: the answer begins with its content."""
+    FREE = auto()
+    """The model may begin its answer with a thought."""
+
+    @property
+    def to_come(self) -> bool:
+        """Whether the answer can begin with a thought."""
+        return self in (ThoughtState.OPENED, ThoughtState.FREE)
+
+
+def thought_state(template: str, prompt: str) -> ThoughtState:
+    """What the text of a prompt, made by this template, has done: some begin the answer with a tag, or with both."""
+    if OPEN not in template:
+        return ThoughtState.UNKNOWN
+    end = prompt.rstrip()
+    if end.endswith(OPEN):
+        return ThoughtState.OPENED
+    return ThoughtState.CLOSED if end.endswith(CLOSE) else ThoughtState.FREE
 
 
 class ReasoningSplitter:
@@ -19,7 +45,7 @@ class ReasoningSplitter:
     text and a count of newlines.
     """
 
-    def __init__(self, open: str = "<think>", close: str = "</think>", *, started: bool = False) -> None:
+    def __init__(self, open: str = OPEN, close: str = CLOSE, *, started: bool = False) -> None:
         self._open = open
         self._close = close
         self._started = started

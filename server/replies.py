@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from batching.events import State
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class Reply(BaseModel):
@@ -74,12 +74,14 @@ class MadeCall(Reply):
 class ChatMessage(Reply):
     role: Literal["assistant"]
     content: str | None
-    """Null only beside tool calls."""
+    """Null only beside calls."""
     refusal: None
     reasoning_content: str | None = None
     """The model's thinking; left out if there was none."""
     tool_calls: list[MadeCall] | None = None
     """Left out if there are none."""
+    function_call: MadeFunction | None = None
+    """The call of an answer to a request with `functions`, in place of `tool_calls`."""
 
 
 class ChatChoice(Reply):
@@ -120,6 +122,7 @@ class Delta(Reply):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[CallDelta] | None = None
+    function_call: FunctionDelta | None = None
 
 
 class ChunkChoice(Reply):

@@ -125,10 +125,18 @@ class FlatChoice(ChosenFunction):
     type: Literal["function"]
 
 
+class FlatAllowed(Body):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[FlatChoice]
+
+
 def _choice(value: Any) -> Any:
-    """A choice of one function as chat completions write it."""
+    """A choice of functions as chat completions write it."""
     if not isinstance(value, dict):
         return value
+    if value.get("type") == "allowed_tools" and isinstance(value.get("tools"), list):
+        return {"type": "allowed_tools", "allowed_tools": value | {"tools": [_choice(tool) for tool in value["tools"]]}}
     return {"type": value.get("type"), "function": {key: value[key] for key in value if key != "type"}}
 
 
@@ -175,7 +183,9 @@ class ResponseRequest(RequestBody):
     tool_choice: (
         Annotated[
             ToolChoice,
-            BeforeValidator(_choice, json_schema_input_type=Literal["none", "auto", "required"] | FlatChoice),
+            BeforeValidator(
+                _choice, json_schema_input_type=Literal["none", "auto", "required"] | FlatChoice | FlatAllowed
+            ),
         ]
         | None
     ) = None

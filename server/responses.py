@@ -12,7 +12,7 @@ from starlette.responses import Response
 from batching.errors import BatchingError
 from batching.types import Request
 from server.caller import Caller
-from server.chat import prepare, reader
+from server.chat import Prompt, prepare, reader
 from server.disconnect import until_disconnect
 from server.errors import ApiError, from_batching
 from server.request import read
@@ -21,7 +21,7 @@ from server.response_events import Json, ResponseChoice
 from server.response_request import ResponseRequest, TextConfig, as_chat, renamed
 from server.schema import ChatRequest
 from server.service import Service
-from server.tools import NamedChoice
+from server.tools import AllowedChoice, NamedChoice
 
 
 async def responses(http: HttpRequest) -> Response:
@@ -39,13 +39,15 @@ async def respond(service: Service, asked: ResponseRequest, caller: Caller) -> R
     """Everything after the body was read. Raises `ApiError`."""
     head = head_of(service.served_name(asked.model), asked)
     with service.batcher.announce():
-        chat, requests, thinking = await prepared(service, asked, caller)
+        chat, requests, prompt = await prepared(service, asked, caller)
         [stream] = service.submit(requests)
-    choice = ResponseChoice(service, stream, chat, reader(service.text, chat, thinking), head)
+    choice = ResponseChoice(service, stream, chat, reader(service.text, chat, prompt), head)
     return await (streamed(choice) if asked.stream else plain(choice))
 
 
-async def prepared(service: Service, asked: ResponseRequest, caller: Caller) -> tuple[ChatRequest, list[Request], bool]:
+async def prepared(
+    service: Service, asked: ResponseRequest, caller: Caller
+) -> tuple[ChatRequest, list[Request], Prompt]:
     """The chat request, and what `prepare` makes of it. Raises `ApiError` that names this request's fields."""
     try:
         chat = as_chat(asked)
@@ -113,8 +115,14 @@ def head_of(model: str, asked: ResponseRequest) -> Json:
 
 def choice_of(asked: ResponseRequest) -> Any:
     """`tool_choice` as it was sent, or what leaving it out means."""
-    choice = asked.tool_choice
-    return {"type": "function", "name": choice.function.name} if isinstance(choice, NamedChoice) else choice or "auto"
+    match asked.tool_choice:
+        case NamedChoice(function=function):
+            return {"type": "function", "name": function.name}
+        case AllowedChoice(allowed_tools=allowed):
+            tools = [{"type": "function", "name": tool.function.name} for tool in allowed.tools]
+            return {"type": "allowed_tools", "mode": allowed.mode, "tools": tools}
+        case choice:
+            return choice or "auto"
 
 
 def as_json(value: BaseModel) -> orjson.Fragment:

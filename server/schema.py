@@ -240,7 +240,6 @@ class ChatRequest(Generation, ToolUse):
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     """Needs `logprobs`, unless it is 0."""
     response_format: ResponseFormat | None = None
-    parallel_tool_calls: Flag | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     enable_thinking: Flag | None = None
     chat_template_kwargs: TemplateOptions | None = None
@@ -266,6 +265,10 @@ class ChatRequest(Generation, ToolUse):
     @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return self.skipped_tools
 
     @property
     def budget(self) -> int | None:
@@ -355,6 +358,8 @@ def parse(kind: type[Asked], body: bytes, *, refuse_unknown: bool = False) -> As
     except ValidationError as error:
         raise explain(error) from None
     asked.note_ignored(ignored)
+    if asked.ignored and refuse_unknown:
+        raise unsupported(asked.ignored[0])
     return asked
 
 

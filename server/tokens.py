@@ -6,7 +6,7 @@ from typing import Any
 from anyio import to_thread
 from starlette.requests import Request as HttpRequest
 
-from server.chat import render
+from server.chat import names_in, render
 from server.errors import bad_request
 from server.request import read
 from server.schema import DetokenizeRequest, TokenizeRequest
@@ -26,7 +26,8 @@ def encode(service: Service, asked: TokenizeRequest) -> tuple[int, ...]:
     """The ids. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
     if asked.messages is None:
         return service.text.encode(asked.prompt or "", special=asked.add_special_tokens)
-    return service.text.encode(render(service.text, asked.messages, (), service.settings.thinking))
+    names = names_in(service.text, asked.messages)
+    return service.text.encode(render(service.text, asked.messages, (), names, service.settings.thinking))
 
 
 async def detokenize(http: HttpRequest) -> dict[str, Any]:

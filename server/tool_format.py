@@ -1,9 +1,11 @@
 """The events that an answer with tool calls is made of, and what a family of models must say of how it writes them."""
 
 import secrets
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
+
+NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,128}$"
+"""What may be a function's name, whether a client has defined it or a model has made it up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,10 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class CallStarted:
-    """A call to a known function, the `index`-th of the answer from 0. It is never taken back."""
+    """A call, the `index`-th of the answer from 0. It is never taken back.
+
+    Whether there is a function of that name is for the client to say.
+    """
 
     index: int
     id: str
@@ -54,12 +59,19 @@ class ToolFormat(Protocol):
         """Whether a chat template tells its model to write calls this way."""
         ...
 
-    def parser(self, names: Collection[str] | None) -> ToolParser:
-        """A parser for one answer that may call these functions, or any if None."""
+    def carries(self, name: str) -> bool:
+        """Whether prompts and calls can hold this name of a function as it is.
+
+        If it is true of each character, it is true of their names of up to 64, with digits at the end.
+        """
+        ...
+
+    def parser(self) -> ToolParser:
+        """A parser for one answer that may have calls."""
         ...
 
     def around(self, name: str) -> tuple[str, str]:
-        """What a call writes before and after its arguments' JSON: what a grammar has to enforce."""
+        """What a call of a name that it carries has before and after its arguments' JSON: what a grammar enforces."""
         ...
 
 

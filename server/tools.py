@@ -11,6 +11,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PlainValidator,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -18,9 +19,10 @@ from pydantic import (
 )
 
 from server.fields import Body, Flag
+from server.tool_format import NAME
 
-NAME = "^[a-zA-Z0-9_-]{1,64}$"
-MAX_TOOLS = 128  # as in OpenAI's API; also the most calls one turn of the history may hold
+MAX_TOOLS = 128  # as in OpenAI's API
+MAX_CALLS = 4096  # in one turn of the history; more than an answer can make
 MAX_TOOLS_LENGTH = 2**18  # characters of JSON; more than most context windows can hold
 MAX_SCHEMA_LENGTH = 2**16  # of one tool's parameters
 MAX_SCHEMA_DEPTH = 32  # nested objects and arrays; OpenAI allows ten levels of properties, two of these each
@@ -103,7 +105,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
     def for_template(self) -> dict[str, Any]:
@@ -113,6 +115,25 @@ class Tool(Body):
         return {"type": "function", "function": {key: value for key, value in shown.items() if value is not None}}
 
 
+class OtherTool(Body):
+    """One that is no function, such as a web search, which a service would have to do itself. The model is not told."""
+
+    type: Annotated[str, Field(strict=True, json_schema_extra={"not": {"const": "function"}})]
+
+
+def _is_other(tool: Any) -> bool:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return isinstance(kind, str) and kind != "function"
+
+
+def _tool(value: Any) -> Any:
+    """By its type and no other sign, so that what is wrong with a function is told as such."""
+    return (OtherTool if _is_other(value) else Tool).model_validate(value)
+
+
+AnyTool = Annotated[Tool | OtherTool, PlainValidator(_tool, json_schema_input_type=Tool | OtherTool)]
+
+
 class ChosenFunction(Body):
     name: Name
 
@@ -120,18 +141,39 @@ class ChosenFunction(Body):
 class NamedChoice(Body):
     """`tool_choice` as an object: this very function must be called."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: ChosenFunction
+
+
+def _functions(tools: Any) -> Any:
+    return [tool for tool in tools if not _is_other(tool)] if isinstance(tools, list) else tools
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"] = "auto"
+    tools: Annotated[list[NamedChoice], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_functions)]
+
+
+class AllowedChoice(Body):
+    """`tool_choice` as an object: as if there were no tools but these."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
 
 
 def _choice(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     try:
         return check(value)
     except ValidationError:
-        raise ValueError('must be "none", "auto", "required", or an object that names one function') from None
+        raise ValueError('must be "none", "auto", "required", or an object that names functions') from None
 
 
-ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, WrapValidator(_choice)]
+Choice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
+ToolChoice = Annotated[Choice, WrapValidator(_choice)]
+
+
+Tools = Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_tools)]
+Functions = Annotated[list[Function], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_tools)]
 
 
 class ToolUse(Body):
@@ -140,34 +182,101 @@ class ToolUse(Body):
     `tools: []` means no tools whatever the choice is, because clients send both by default.
     """
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_tools)] | None = None
+    tools: Tools | None = None
+    """Those that are no functions are not offered to the model."""
     tool_choice: ToolChoice | None = None
+    functions: Functions | None = None
+    """`tools` in an older form, which is answered in its own: at most one call, as `function_call`."""
+    function_call: Literal["none", "auto"] | ChosenFunction | None = None
+    """`tool_choice` in that form."""
+    parallel_tool_calls: Flag | None = None
 
     @model_validator(mode="after")
     def _choice_can_be_met(self) -> Self:
-        if self.tools is None and self.tool_choice not in (None, "none", "auto"):
+        if self.tools and self.functions:
+            raise ValueError("tools and functions are the same in a newer and an older form, so send only one of them")
+        if self.tools is None and not self.is_legacy and self._must_call:
             raise ValueError("the field tool_choice asks for a call, but there is no field tools")
-        if self.tools and isinstance(self.tool_choice, NamedChoice):
-            name = self.tool_choice.function.name
-            if all(tool.function.name != name for tool in self.tools):
-                raise ValueError(f"the field tool_choice names {name}, which is not one of the tools")
+        if self.functions is None and isinstance(self.function_call, ChosenFunction):
+            raise ValueError("the field function_call asks for a call, but there is no field functions")
+        if self._all and not self._mentioned <= {tool.function.name for tool in self._all}:
+            field = "function_call" if self.is_legacy else "tool_choice"
+            raise ValueError(f"the field {field} names a function that is not defined")
+        if self.tools and self._must_call and not self.offered:
+            raise ValueError("the field tool_choice asks for a call, but there is no function that may be called")
         return self
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether the request has `functions`, so that a call is answered as `function_call`."""
+        return bool(self.functions) and not self.tools
+
+    @property
+    def one_call(self) -> bool:
+        """Whether an answer ends with its first call."""
+        return self.is_legacy or self.parallel_tool_calls is False
+
+    @property
+    def skipped_tools(self) -> tuple[str, ...]:
+        """The types of the tools that are no functions, as they are told to the client."""
+        return tuple(dict.fromkeys(f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)))
 
     @property
     def offered(self) -> tuple[Tool, ...]:
         """The tools that the model is shown and may call."""
-        return () if self.tool_choice == "none" else tuple(self.tools or ())
+        match self._choice:
+            case "none":
+                return ()
+            case AllowedChoice():
+                return tuple(tool for tool in self._all if tool.function.name in self._mentioned)
+            case _:
+                return self._all
 
     @property
     def demanded(self) -> tuple[Tool, ...]:
         """The tools one of which must be called; none if the model is free to answer in words."""
-        match self.tool_choice:
-            case NamedChoice():
-                return tuple(tool for tool in self.offered if tool.function.name == self.tool_choice.function.name)
-            case "required":
-                return self.offered
+        if not self._must_call:
+            return ()
+        return tuple(tool for tool in self.offered if self.named in (None, tool.function.name))
+
+    @property
+    def named(self) -> str | None:
+        """The one function that must be called, once, if the choice is of one."""
+        return self._choice.function.name if isinstance(self._choice, NamedChoice) else None
+
+    @property
+    def _mentioned(self) -> set[str]:
+        """The functions that the choice names."""
+        match self._choice:
+            case NamedChoice(function=function):
+                return {function.name}
+            case AllowedChoice(allowed_tools=allowed):
+                return {tool.function.name for tool in allowed.tools}
             case _:
-                return ()
+                return set()
+
+    @property
+    def _must_call(self) -> bool:
+        match self._choice:
+            case "required" | NamedChoice():
+                return True
+            case AllowedChoice(allowed_tools=allowed):
+                return allowed.mode == "required"
+            case _:
+                return False
+
+    @property
+    def _all(self) -> tuple[Tool, ...]:
+        if self.is_legacy:
+            return tuple(Tool(function=function) for function in self.functions or ())
+        return tuple(tool for tool in self.tools or () if isinstance(tool, Tool))
+
+    @property
+    def _choice(self) -> Choice | None:
+        if not self.is_legacy:
+            return self.tool_choice
+        named = self.function_call
+        return NamedChoice(function=named) if isinstance(named, ChosenFunction) else named
 
 
 def _arguments_text(value: Any) -> Any:
@@ -216,7 +325,7 @@ class ToolTurn(Body):
     """The fields of a message about tools: the message's own type inherits from this one."""
 
     role: str
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: CallId | None = None
 
     @model_validator(mode="after")

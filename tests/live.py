@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import orjson
@@ -63,14 +63,15 @@ def eventually(condition: Callable[[], bool], what: str, patience: float = PATIE
 # Text of which every byte is a token.
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level vocabulary of 256 tokens without merges, one end token, and a chat template."""
+def byte_tokenizer(template: str = TEMPLATE, tags: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary of 256 tokens without merges, one end token, one for each tag, and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, eos_token="<|end|>")
+    tokenizer.add_tokens(list(tags))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, eos_token="<|end|>")
 
 
 BYTES = byte_tokenizer()
@@ -117,15 +118,16 @@ def scripted(
 
 @dataclass
 class ScriptedLoader:
-    """`Loader` of a scripted engine. `engine` waits for `may_load`, and raises `error` if there is one."""
+    """`Loader` of a given engine. `engine` waits for `may_load`, and raises `error` if there is one."""
 
-    made: ScriptedEngine
+    made: Engine
     may_load: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     loading: Loading = LOADING
+    tokenizer: PreTrainedTokenizerFast = BYTES
 
     def text(self) -> Text:
-        return Text(BYTES)
+        return Text(self.tokenizer)
 
     def engine(self) -> Engine:
         self.may_load.wait(PATIENCE)
@@ -251,14 +253,20 @@ def settings_of(**values: Any) -> Settings:
 
 @contextlib.contextmanager
 def live(
-    engine: ScriptedEngine | None = None, *, ready: bool = True, listen_on: int = 0, **settings: Any
+    engine: Engine | None = None,
+    *,
+    ready: bool = True,
+    listen_on: int = 0,
+    tokenizer: PreTrainedTokenizerFast = BYTES,
+    **settings: Any,
 ) -> Iterator[Live]:
     """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set.
 
     `listen_on` is its port, where it is to be that of a server before it.
     """
     engine = engine or scripted()
-    loader = ScriptedLoader(engine)
+    made = cast(ScriptedEngine, engine)  # a test with another one does not look at it
+    loader = ScriptedLoader(engine, tokenizer=tokenizer)
     events: list[Event] = []
     progress = Progress()
     metrics = Metrics(progress)
@@ -284,15 +292,15 @@ def live(
         try:
             eventually(lambda: server.started or not thread.is_alive(), "the server started")
             url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-            found = Live(url, service, engine, loader, events, loops[0], server.server_state.connections)
+            found = Live(url, service, made, loader, events, loops[0], server.server_state.connections)
             if ready:
                 loader.may_load.set()
                 found.wait_state(State.READY)
             yield found
         finally:
             loader.may_load.set()
-            with contextlib.suppress(AssertionError):  # an engine that is not stepped has nothing to release
-                engine.release(100_000)
+            with contextlib.suppress(AssertionError, AttributeError):  # an engine may have nothing to release
+                made.release(100_000)
             with contextlib.suppress(RuntimeError):
                 asyncio.run_coroutine_threadsafe(service.batcher.drain(0), loops[0])
             server.should_exit = True

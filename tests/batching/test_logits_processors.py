@@ -47,7 +47,9 @@ def asking(**settings: Any) -> Request:
 
 TOKENS = st.integers(0, VOCAB - 1)
 BIASES = st.dictionaries(TOKENS, st.floats(-100, 100), max_size=4).map(lambda found: tuple(found.items()))
-FORCED = st.builds(Forced, st.integers(1, STEPS), TOKENS, st.lists(TOKENS, min_size=1, max_size=3).map(tuple))
+FORCED = st.builds(
+    Forced, st.integers(1, STEPS), TOKENS, st.lists(TOKENS, min_size=1, max_size=3).map(tuple), TOKENS | st.none()
+)
 ADJUSTED = st.fixed_dictionaries(
     {"seed": st.integers(-(2**63), 2**63 - 1), "temperature": st.sampled_from([0.0, 0.7, 2.0])},
     optional={
@@ -184,6 +186,15 @@ def test_a_row_that_ended_its_thinking_itself_is_never_forced(said_at: int) -> N
 def test_a_row_that_ends_its_thinking_too_late_was_forced_once() -> None:
     [tokens] = draw([forced(3)], preferring(9, 9, 9, CLOSE, 9, 9, 9, CLOSE, 9))
     assert tokens == [9, 9, 9, 4, CLOSE, 4, 9, CLOSE, 9, 9]
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("said", [5, 9])
+def test_a_row_that_does_not_begin_with_a_thought_is_never_forced(said: int, after: int) -> None:
+    rows = [request(forced=Forced(after, CLOSE, (CLOSE, 4), first=first)) for first in (5, None)]
+    begun, free = draw(rows, preferring(said, 9).expand(STEPS, 2, VOCAB))
+    assert free == [said] + [9] * (after - 1) + [CLOSE, 4] + [9] * (STEPS - after - 2)
+    assert begun == (free if said == 5 else [said] + [9] * (STEPS - 1))
 
 
 def test_what_is_forced_is_forced_through_bias_penalties_and_cuts() -> None:

@@ -110,12 +110,13 @@ def test_a_streamed_answer_is_the_plain_one_in_chunks() -> None:
             chunks = []
             for chunk in stream:
                 chunks.append(chunk)
-                service.engine.release()
+                if chunk.choices[0].delta.content:
+                    service.engine.release()
     assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
     assert chunks[0].object == "chat.completion.chunk"
     assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
-    assert [chunk.choices[0].delta.content for chunk in chunks] == [*"Hello!", None]
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["", *"Hello!", None]
     assert all(chunk.usage is None for chunk in chunks)
 
 
@@ -148,10 +149,58 @@ def test_usage_so_far_comes_in_every_chunk_if_it_was_asked_for() -> None:
     assert chunks[-1]["usage"] == plain["usage"]
 
 
+def choices_in(response: httpx2.Response) -> list[dict[str, Any]]:
+    """The choices of a stream with one choice a chunk."""
+    return [chunk["choices"][0] for chunk in frames(response)[:-1]]
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True}, {"tools": [{"function": {"name": "f"}}]}])
+@pytest.mark.parametrize("text", ["Hello!", "", "<think>hm</think>Yes.", '<tool_call>{"name": "f"}</tool_call>'])
+def test_the_first_chunk_has_the_role_alone_and_no_other_has_it(text: str, fields: dict[str, Any]) -> None:
+    with live(scripted(text)) as service:
+        first, *others = choices_in(service.chat(stream=True, **fields))
+    role = {"role": "assistant", "content": ""}
+    assert first == {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
+    assert others
+    assert all("role" not in choice["delta"] for choice in others)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "kind", "tail"),
+    [
+        ("被截断的回答", {"max_tokens": 9}, "content", "断"),
+        ("<think>被截断", {"max_tokens": 13}, "reasoning_content", "截"),
+        ("one EN", {"stop": "END", "max_tokens": 6}, "content", "EN"),
+        ("Hello!", {"logprobs": True, "max_tokens": 3}, "content", "l"),
+    ],
+)
+def test_that_an_answer_is_cut_is_told_with_the_last_of_its_text(
+    text: str, fields: dict[str, Any], kind: str, tail: str
+) -> None:
+    with live(scripted(text)) as service:
+        *before, end = choices_in(service.chat(stream=True, **fields))
+    assert end["delta"][kind].endswith(tail)
+    assert (list(end["delta"]), end["finish_reason"]) == ([kind], "length")
+    assert all(choice["finish_reason"] is None for choice in before)
+
+
+@pytest.mark.parametrize("text", ["Hello!", "", '<tool_call>{"name": "f", "arguments": {}}'])
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True}])
+def test_why_an_answer_is_over_is_told_once_and_not_with_a_call(text: str, fields: dict[str, Any]) -> None:
+    with live(scripted(text)) as service:
+        *before, end = choices_in(service.chat(stream=True, tools=[{"function": {"name": "f"}}], **fields))
+    assert end["finish_reason"] == ("tool_calls" if "tool_call" in text else "stop")
+    assert "tool_calls" not in end["delta"]
+    assert all(choice["finish_reason"] is None for choice in before)
+
+
 def test_usage_so_far_without_usage_at_the_end_is_none() -> None:
     with live() as service:
-        *chunks, _ = frames(service.chat(stream=True, stream_options={"continuous_usage_stats": True}))
-    assert all("usage" not in chunk for chunk in chunks)
+        for option in ({}, {"include_usage": False}):
+            options = {"continuous_usage_stats": True} | option
+            *chunks, _ = frames(service.chat(stream=True, stream_options=options))
+            assert text_of(chunks) == "Hello!"
+            assert all("usage" not in chunk for chunk in chunks)
 
 
 def test_a_stream_is_framed_for_proxies_and_ends_with_done() -> None:
@@ -248,7 +297,7 @@ def test_an_empty_answer_is_an_empty_string() -> None:
     with live(scripted("")) as service:
         assert service.chat().json()["choices"][0]["message"]["content"] == ""
         chunks = frames(service.chat(stream=True))
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert [chunk["choices"][0]["delta"] for chunk in chunks[:-1]] == [{"role": "assistant", "content": ""}, {}]
     assert chunks[1]["choices"][0]["finish_reason"] == "stop"
 
 
@@ -579,7 +628,7 @@ def test_a_deadline_after_the_first_byte_is_an_error_frame() -> None:
     with live(scripted(babble, stepped=True), request_timeout_s=2.0) as service, service.openai() as client:
         service.engine.release(2)
         with client.chat.completions.create(model="scripted", messages=QUESTION, stream=True) as stream:
-            assert next(stream).choices[0].delta.content
+            assert next(stream).choices[0].delta.role
             with pytest.raises(openai.APIError) as caught:
                 list(stream)
         assert caught.value.code == "deadline_exceeded"

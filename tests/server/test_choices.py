@@ -216,7 +216,7 @@ def test_what_a_step_says_of_all_choices_is_one_write() -> None:
             assert reader.readline() == b"\r\n"
             service.engine.release()
     events = [write.count(b"data: ") for write in writes]
-    assert events == [3, 3, 3, 2]  # "a" of each, "b" of each, why each is over, counts and the end
+    assert events == [6, 3, 3, 2]  # the role and "a" of each, "b" of each, why each is over, counts and the end
     assert writes[0].count(b'"content":"a"') == 3
     assert writes[2].count(b'"finish_reason":"stop"') == 3
     assert writes[3].endswith(b"data: [DONE]\n\n")

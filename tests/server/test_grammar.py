@@ -24,6 +24,8 @@ from batching.types import TokenBitmask
 from server import grammar as subject
 from server.errors import RETRIED, ApiError
 from server.grammar import Grammars, Plan, TokenGrammar, TokenMatcher
+from server.qwen import QwenFormat
+from server.reasoning import ThoughtState
 from server.schema_check import MAX_BYTES, terminates, written_out
 from server.settings import parse
 from tests.batching.conftest import request
@@ -638,11 +640,29 @@ def test_a_tool_that_is_not_offered_cannot_be_named(kit: Kit) -> None:
     assert refusal(kit.grammars.tool_calls([("f", {"type": "string"})], around)).param == "tools"
 
 
-def test_thoughts_come_first_where_the_model_marks_them(kit: Kit) -> None:
-    grammar = run(kit.grammars.json_object(thinking=True))
-    thinks = "<think>" in kit.tokenizer.get_added_vocab()
-    assert kit.accepts(grammar, '<think>\nhm {"\n</think>\n\n{"a": 1}') is thinks
-    assert kit.accepts(grammar, '{"a": 1}') is not thinks
+THOUGHT = '\nhm {"\n</think>\n\n'
+
+
+@pytest.mark.parametrize(
+    ("state", "before"),
+    [
+        (ThoughtState.UNKNOWN, [""]),
+        (ThoughtState.CLOSED, [""]),
+        (ThoughtState.OPENED, [THOUGHT, "</think>\n\n"]),
+        (ThoughtState.FREE, ["", f"<think>{THOUGHT}", "<think></think>\n\n"]),
+    ],
+)
+def test_an_answer_begins_with_a_thought_where_the_prompt_says_that_it_does(
+    kit: Kit, state: ThoughtState, before: list[str]
+) -> None:
+    call = "{}".join(QwenFormat().around("智能体.0 😀"))
+    calls = kit.grammars.tool_calls([("智能体.0 😀", None)], QwenFormat().around, thought=state)
+    asked = [(run(kit.grammars.json_object(thought=state)), '{"a": 1}'), (run(calls), call)]
+    thoughts = ["", THOUGHT, "</think>\n\n", f"<think>{THOUGHT}", "<think></think>\n\n", "<think>"]
+    for grammar, answer in asked:
+        for thought in thoughts[: 3 if state is ThoughtState.OPENED else None]:  # which may repeat the tag or not
+            assert kit.accepts(grammar, thought + answer) is (thought in before), thought
+            assert not kit.accepts(grammar, thought + "Yes")
 
 
 def test_a_batch_of_grammars_through_the_sampler(kit: Kit) -> None:

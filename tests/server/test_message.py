@@ -26,7 +26,7 @@ def reader(thinks: bool = True, tools: bool = True, started: bool = False) -> Me
     ids = count()
     return MessageReader(
         ReasoningSplitter(started=started) if thinks else None,
-        ToolCallParser(["f"], lambda: f"call_{next(ids)}") if tools else None,
+        ToolCallParser(lambda: f"call_{next(ids)}") if tools else None,
     )
 
 

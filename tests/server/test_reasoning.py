@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.reasoning import ReasoningSplitter, leaves_open
+from server.reasoning import ReasoningSplitter, ThoughtState, thought_state
 from tests.server.test_text import split
 
 TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</th", "\n", "a", " ", "ink>"])).map("".join)
@@ -112,7 +112,19 @@ def calls_in(function: Any) -> int:
     return calls
 
 
-def test_a_prompt_that_ends_in_an_open_block_is_known() -> None:
-    assert leaves_open("<|im_start|>assistant\n<think>\n")
-    assert not leaves_open("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not leaves_open("<|im_start|>assistant\n")
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        ("<think>\n", ThoughtState.OPENED),
+        ("<think>", ThoughtState.OPENED),
+        ("<think>\n\n</think>\n\n", ThoughtState.CLOSED),
+        ("</think>", ThoughtState.CLOSED),
+        ("", ThoughtState.FREE),
+        ("<think> is a tag", ThoughtState.FREE),
+    ],
+)
+def test_what_a_prompt_has_done_about_a_thought_is_read_from_its_end(end: str, state: ThoughtState) -> None:
+    prompt = f"<|im_start|>user\n<think>a</think>b<think><|im_end|>\n<|im_start|>assistant\n{end}"
+    assert thought_state("a template with <think>", prompt) is state
+    assert thought_state("a template", prompt) is ThoughtState.UNKNOWN
+    assert state.to_come is (state in (ThoughtState.OPENED, ThoughtState.FREE))

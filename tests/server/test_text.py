@@ -8,14 +8,17 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
 from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from batching.errors import ModelError
 from batching.progress import Progress
+from batching.types import TokenLogprob
 from server.detokenizer import MAX_HELD, Detokenizer
 from server.loader import ModelLoader
+from server.logprobs import chat_logprobs
 from server.settings import parse
 from server.text import StopScanner, TemplateError, Text
 from server.vocabulary import Vocabulary
@@ -163,6 +166,46 @@ def test_a_piece_comes_with_the_token_that_completes_it() -> None:
     tokenizer = BYTES.backend_tokenizer
     ids = tokenizer.encode("aé😀").ids
     assert detokenized(tokenizer, [[token] for token in ids]) == ["a", "", "é", "", "", "", "😀"]
+
+
+def with_byte_tokens(decoder: decoders.Decoder) -> Text:
+    """A vocabulary like SentencePiece's: a few letters, spaces as `▁`, and a token for each byte of all else."""
+    letters = ["<unk>", *"▁ahet", "▁t", "▁th", "▁the"]
+    vocab = {piece: n for n, piece in enumerate([*letters, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoder
+    return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="", eos_token="<unk>"))
+
+
+SPACES = {
+    "stripped": [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)],
+    "metaspace": [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()],
+}
+
+
+@pytest.mark.parametrize("decoder", SPACES.values(), ids=SPACES)
+def test_tokens_of_bytes_and_of_words_stand_for_their_true_bytes(decoder: list[decoders.Decoder]) -> None:
+    text = with_byte_tokens(decoders.Sequence(decoder))
+
+    @given(st.text(st.sampled_from("the a中é😀<0xE4>\n"), min_size=1).filter(lambda words: words == words.strip()))
+    def law(words: str) -> None:
+        ids = text.encode(words)
+        assert b"".join(map(text.vocabulary.bytes_of, ids)) == b" " + words.encode()
+        told = chat_logprobs(text, [TokenLogprob(token, -1.0, ()) for token in ids])
+        assert told is not None
+        for entry in told["content"]:
+            assert entry["token"] == bytes(entry["bytes"]).decode(errors="replace")
+
+    law()
+    assert [text.vocabulary.bytes_of(token) for token in text.encode("中")] == [b" ", b"\xe4", b"\xb8", b"\xad"]
+
+
+def test_what_looks_like_a_token_of_a_byte_and_is_none_stands_for_its_text() -> None:
+    text = with_byte_tokens(decoders.Fuse())  # which leaves every piece as it is
+    [*_, token] = text.encode("é")
+    assert text.vocabulary.bytes_of(token) == b"<0xA9>"
 
 
 @cache

@@ -1,6 +1,8 @@
 """Laws of tools: what may be offered, and which text is a call."""
 
 import json
+import re
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,18 @@ from tokenizers import Tokenizer
 
 from server.detokenizer import Detokenizer
 from server.errors import RETRIED
-from server.formats import FORMATS, find_format
+from server.formats import FORMATS, find_format, format_of
 from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, ToolCallParser
 from server.schema import explain
 from server.text import Text
-from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ToolEvent, new_call_id
-from server.tools import MAX_SCHEMA_DEPTH, MAX_SCHEMA_LENGTH, MAX_TOOLS, NamedChoice, ToolTurn, ToolUse
+from server.tool_format import NAME, CallArguments, CallEnded, CallStarted, Content, ToolEvent, new_call_id
+from server.tool_names import ToolNames
+from server.tools import MAX_CALLS, MAX_SCHEMA_DEPTH, MAX_SCHEMA_LENGTH, MAX_TOOLS, ToolTurn, ToolUse
 from server.vocabulary import Vocabulary
 from tests.server.test_reasoning import calls_in
 from tests.server.test_text import split
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -32,7 +35,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-NAMED = {"type": "function", "function": {"name": "get_weather"}}
+NAMED: dict[str, Any] = {"type": "function", "function": {"name": "get_weather"}}
 
 
 def tool(parameters: object) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def refused(type_: type[ToolUse] | type[ToolTurn], body: str) -> str:
 
 
 def test_definitions_reach_the_template_as_they_were_sent_but_for_strict() -> None:
-    sent = WEATHER | {"function": WEATHER["function"] | {"strict": True}}  # type: ignore[operator]
+    sent = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
     assert [offered.for_template() for offered in use(tools=[sent]).offered] == [WEATHER]
     bare = {"type": "function", "function": {"name": "now"}}
     asked = use(tools=[bare])
@@ -82,6 +85,68 @@ def test_a_choice_says_what_is_offered_and_what_is_demanded(choice: object, offe
     assert [tool.function.name for tool in asked.demanded] == demanded
 
 
+SEARCH = {"type": "web_search", "user_location": {"city": "Rome"}}
+OTHERS: list[Any] = [SEARCH, {"type": "custom", "custom": {"name": "x", "format": {}}}, {"type": "mcp", "function": 7}]
+
+
+def allowed(mode: str, *names: str, **fields: Any) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools} | fields}
+
+
+@pytest.mark.parametrize(
+    ("choice", "offered", "demanded"),
+    [
+        (allowed("auto", "f"), ["f"], []),
+        (allowed("required", "f"), ["f"], ["f"]),
+        (allowed("required", "f", "get_weather"), ["get_weather", "f"], ["get_weather", "f"]),
+        (allowed("auto"), [], []),
+        (allowed("auto", tools=[*OTHERS, NAMED]), ["get_weather"], []),
+    ],
+)
+def test_a_choice_may_allow_some_of_the_tools(choice: object, offered: object, demanded: object) -> None:
+    asked = use(tools=[WEATHER, *OTHERS, tool({})], tool_choice=choice)
+    assert [tool.function.name for tool in asked.offered] == offered
+    assert [tool.function.name for tool in asked.demanded] == demanded
+
+
+def test_tools_that_are_no_functions_are_skipped_and_named() -> None:
+    asked = use(tools=[*OTHERS, WEATHER, SEARCH])
+    assert [offered.for_template() for offered in asked.offered] == [WEATHER]
+    assert asked.skipped_tools == ("tools.web_search", "tools.custom", "tools.mcp")
+    assert use(tools=OTHERS, tool_choice="auto").offered == ()
+
+
+def test_a_tool_without_a_type_is_a_function() -> None:
+    assert use(tools=[{"function": WEATHER["function"]}], tool_choice={"function": {"name": "get_weather"}}) == use(
+        tools=[WEATHER], tool_choice=NAMED
+    )
+
+
+def test_what_is_not_known_in_a_definition_changes_nothing() -> None:
+    more = WEATHER["function"] | {"cache_control": {"type": "ephemeral"}}
+    choice: dict[str, Any] = {"type": "function", "x": 1, "function": {"name": "get_weather", "x": 1}}
+    assert use(tools=[WEATHER | {"x": 1, "function": more}], tool_choice=choice) == use(
+        tools=[WEATHER], tool_choice=NAMED
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "choice"), [(None, None), ("auto", "auto"), ("none", "none"), ({"name": "get_weather"}, NAMED)]
+)
+def test_functions_are_tools_in_an_older_form(chosen: object, choice: object) -> None:
+    old = use(functions=[WEATHER["function"], {"name": "f"}], function_call=chosen)
+    new = use(tools=[WEATHER, {"function": {"name": "f"}}], tool_choice=choice)
+    assert (old.offered, old.demanded, old.named) == (new.offered, new.demanded, new.named)
+    assert (old.is_legacy, old.one_call, new.is_legacy, new.one_call) == (True, True, False, False)
+
+
+def test_without_any_functions_there_is_no_older_form() -> None:
+    assert not use(functions=[]).is_legacy
+    assert not use(functions=[], tools=[WEATHER]).is_legacy
+    assert not use(function_call="auto").is_legacy
+
+
 @pytest.mark.parametrize("choice", [None, "auto", "none", "required", NAMED])
 def test_an_empty_list_of_tools_means_none_whatever_the_choice(choice: object) -> None:
     asked = use(tools=[], tool_choice=choice)
@@ -89,19 +154,30 @@ def test_an_empty_list_of_tools_means_none_whatever_the_choice(choice: object) -
 
 
 def test_a_choice_that_cannot_be_met_is_refused_in_a_sentence() -> None:
-    named = {"type": "function", "function": {"name": "other"}}
-    body = json.dumps({"tools": [WEATHER], "tool_choice": named})
-    assert refused(ToolUse, body) == "The field tool_choice names other, which is not one of the tools."
-    for choice in ("required", named):
-        assert "there is no field tools" in refused(ToolUse, json.dumps({"tool_choice": choice}))
-    assert use(tool_choice="auto").offered == ()
+    named: dict[str, Any] = {"type": "function", "function": {"name": "other"}}
+    for choice in (named, allowed("auto", "get_weather", "other")):
+        body = json.dumps({"tools": [WEATHER], "tool_choice": choice})
+        assert refused(ToolUse, body) == "The field tool_choice names a function that is not defined."
+    for demand in ("required", named, allowed("required", "f")):
+        assert "there is no field tools" in refused(ToolUse, json.dumps({"tool_choice": demand}))
+        skipped = json.dumps({"tools": OTHERS, "tool_choice": demand})
+        assert "no function that may be called" in refused(ToolUse, skipped)
+    assert use(tool_choice="auto").offered == use(tool_choice=allowed("auto", "f")).offered == ()
+    body = json.dumps({"functions": [{"name": "f"}], "function_call": {"name": "other"}})
+    assert refused(ToolUse, body) == "The field function_call names a function that is not defined."
+    assert "there is no field functions" in refused(ToolUse, json.dumps({"function_call": {"name": "f"}}))
+    assert "send only one" in refused(ToolUse, json.dumps({"functions": [{"name": "f"}], "tools": [WEATHER]}))
 
 
 SECRET = "sesame-503-server"
 
 
 @pytest.mark.parametrize(
-    "choice", [SECRET, 7, True, [], {}, {"type": "function"}, NAMED | {"x": 1}, {"type": "function", "name": SECRET}]
+    "choice",
+    [
+        *(SECRET, 7, True, [], {}, {"type": "function"}, {"type": "function", "name": SECRET}, OTHERS[1]),
+        *({"type": "allowed_tools"}, allowed("none", "f"), allowed("auto", SECRET * 20), allowed("auto", tools={})),
+    ],
 )
 def test_another_choice_is_refused_and_not_repeated(choice: object) -> None:
     message = refused(ToolUse, json.dumps({"tools": [WEATHER], "tool_choice": choice}))
@@ -117,19 +193,17 @@ def nested(depth: int) -> object:
 
 
 BAD_TOOLS = {
-    "no type": {"function": {"name": "f"}},
-    "another type": {"type": SECRET, "function": {"name": "f"}},
+    "a type that is a list": {"type": [SECRET], "function": {"name": "f"}},
+    "no object": SECRET,
     "no function": {"type": "function"},
     "no name": {"type": "function", "function": {}},
     "an empty name": {"type": "function", "function": {"name": ""}},
-    "a long name": {"type": "function", "function": {"name": "f" * 65}},
-    "a name with spaces": {"type": "function", "function": {"name": f"{SECRET} f"}},
-    "a name with a newline": {"type": "function", "function": {"name": "f\n"}},
-    "a name beyond ASCII": {"type": "function", "function": {"name": "é"}},
+    "a long name": {"type": "function", "function": {"name": "f" * 129}},
+    "a name with a newline": {"type": "function", "function": {"name": f"{SECRET}\n"}},
+    "a name with an escape": {"type": "function", "function": {"name": "\x1b[31m"}},
     "a number as name": {"type": "function", "function": {"name": 1}},
     "a description that is none": {"type": "function", "function": {"name": "f", "description": 7}},
     "strict as a word": {"type": "function", "function": {"name": "f", "strict": "true"}},
-    "an unknown field": {"type": "function", "function": {"name": "f", "secret field": SECRET}},
     "parameters in a string": tool("{}"),
     "parameters in a list": tool([]),
     "parameters of a scalar": tool({"type": "string"}),
@@ -149,7 +223,15 @@ BAD_TOOLS = {
 
 @pytest.mark.parametrize("bad", BAD_TOOLS.values(), ids=BAD_TOOLS)
 def test_a_bad_definition_is_refused_and_not_repeated(bad: object) -> None:
-    assert SECRET not in refused(ToolUse, json.dumps({"tools": [WEATHER, bad]}))
+    message = refused(ToolUse, json.dumps({"tools": [SEARCH, WEATHER, bad]}))
+    assert message.startswith(("tools.2", "tools: a definition may hold only numbers"))
+    assert SECRET not in message
+
+
+def test_what_is_wrong_with_a_function_is_told_by_its_field() -> None:
+    with pytest.raises(ValidationError) as caught:
+        use(tools=[SEARCH, {"type": "function", "function": {"name": 7}}])
+    assert explain(caught.value).param == "tools.1.function.name"
 
 
 def test_what_only_looks_bad_is_accepted() -> None:
@@ -164,6 +246,59 @@ def test_all_definitions_together_are_bounded_before_they_are_looked_at() -> Non
     assert len(use(tools=[large] * 3).offered) == 3
     cost = calls_in(lambda: refused(ToolUse, json.dumps({"tools": [large] * 5})))
     assert calls_in(lambda: refused(ToolUse, json.dumps({"tools": [large] * 50}))) < cost + 100
+
+
+NAMES = st.text(min_size=1, max_size=128) | st.text('a_ "<\\', min_size=1, max_size=128)
+
+
+@given(NAMES)
+def test_a_name_is_any_text_of_a_line(name: str) -> None:
+    fits = bool(re.fullmatch(NAME, name))
+    assert fits == (name.splitlines() == [name] and not re.search(r"[\x00-\x1f\x7f-\x9f]", name))
+    body = json.dumps({"tools": [{"function": {"name": name}}]}, ensure_ascii=False)
+    if fits:
+        assert [tool.function.name for tool in ToolUse.model_validate_json(body).offered] == [name]
+    else:
+        refused(ToolUse, body)
+
+
+@pytest.mark.parametrize("name", ["智能体_0", "search.docs_0", "get weather", "mcp:a/b-c", "é" * 128, "😀"])
+def test_a_name_that_the_format_carries_is_shown_as_it_is(name: str) -> None:
+    assert ToolNames([name], format_of("").carries).shown(name) == name
+
+
+ASCII_ONLY: Callable[[str], bool] = re.compile("[a-z_0-9]{1,64}").fullmatch  # type: ignore[assignment]
+
+
+@given(st.lists(NAMES, max_size=6), st.sampled_from([QwenFormat().carries, ASCII_ONLY]))
+def test_every_name_is_shown_as_one_that_the_format_carries_and_is_found_again(
+    names: list[str], carries: Callable[[str], bool]
+) -> None:
+    known = ToolNames(names, carries)
+    shown = [known.shown(name) for name in names]
+    assert all(map(carries, shown))
+    assert [known.meant(name) for name in shown] == names
+    assert shown == list(map(ToolNames(names, carries).shown, names))
+    assert all(known.shown(name) == name for name in names if carries(name))
+    made_up = "".join(shown) + "x"
+    assert known.meant(made_up) == made_up
+
+
+def test_a_name_is_the_same_in_definitions_calls_and_results() -> None:
+    odd, plain = 'say "hi"', "f"
+    known = ToolNames([plain, odd, "say _hi__1"], QwenFormat().carries)
+    shown = known.shown(odd)
+    assert shown == "say _hi__2"  # the first like it is another function's own
+    calls = [call({}, function={"name": name, "arguments": {}}) for name in (odd, plain)]
+    turns: list[dict[str, Any]] = [
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "name": odd, "content": "1"},
+        {"role": "user", "name": odd, "content": "1"},
+    ]
+    renamed = [known.in_turn(turn) for turn in turns]
+    assert [made["function"]["name"] for made in renamed[0]["tool_calls"]] == [shown, plain]
+    assert [turn["name"] for turn in renamed[1:]] == [shown, odd]
+    assert known.in_tool({"type": "function", "function": {"name": odd}})["function"] == {"name": shown}
 
 
 def test_at_most_128_tools() -> None:
@@ -183,6 +318,8 @@ def call(arguments: object, **fields: Any) -> dict[str, Any]:
     [
         ('{"a": [1, "é"], "b": 18446744073709551616}', {"a": [1, "é"], "b": 2**64}),
         ("", {}),
+        (None, {}),
+        ({"a": [1]}, {"a": [1]}),
         (" \n", {}),
         ("[1]", "[1]"),
         ('"a"', '"a"'),
@@ -194,7 +331,7 @@ def call(arguments: object, **fields: Any) -> dict[str, Any]:
         ('{"a": ' + "9" * 5000 + "}", '{"a": ' + "9" * 5000 + "}"),
     ],
 )
-def test_arguments_become_an_object_where_they_are_one(arguments: str, expected: object) -> None:
+def test_arguments_become_an_object_where_they_are_one(arguments: object, expected: object) -> None:
     turn = ToolTurn.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call(arguments)]}))
     assert turn.tool_fields()["tool_calls"] == [call(expected)]
 
@@ -208,26 +345,21 @@ def test_a_tool_message_carries_the_id_of_its_call() -> None:
     turn = ToolTurn.model_validate_json(json.dumps({"role": "tool", "tool_call_id": "call_1"}))
     assert turn.tool_fields() == {"tool_call_id": "call_1"}
     assert ToolTurn(role="assistant", tool_calls=[]).tool_fields() == {}
+    assert ToolTurn(role="tool").tool_fields() == {}
+    assert ToolTurn(role="user", tool_call_id="call_1").tool_fields() == {}
 
 
 @pytest.mark.parametrize(
     "turn",
     [
-        {"role": "tool"},
-        {"role": "tool", "tool_call_id": ""},
-        {"role": "tool", "tool_call_id": "x" * 257},
         {"role": "tool", "tool_call_id": 7},
-        {"role": "user", "tool_call_id": "call_1"},
         {"role": "user", "tool_calls": [call("{}")]},
         {"role": "tool", "tool_call_id": "call_1", "tool_calls": [call("{}")]},
-        {"role": "assistant", "tool_calls": [call({})]},
-        {"role": "assistant", "tool_calls": [call(None)]},
+        {"role": "assistant", "tool_calls": [call([])]},
+        {"role": "assistant", "tool_calls": [call(7)]},
         {"role": "assistant", "tool_calls": [call("{}", type="other")]},
-        {"role": "assistant", "tool_calls": [call("{}", id="")]},
-        {"role": "assistant", "tool_calls": [call("{}", index=-1)]},
-        {"role": "assistant", "tool_calls": [call("{}", extra=1)]},
-        {"role": "assistant", "tool_calls": [call("{}", function={"name": SECRET + " ", "arguments": "{}"})]},
-        {"role": "assistant", "tool_calls": [call("{}")] * (MAX_TOOLS + 1)},
+        {"role": "assistant", "tool_calls": [call("{}", function={"name": SECRET + "\n", "arguments": "{}"})]},
+        {"role": "assistant", "tool_calls": [call("{}")] * (MAX_CALLS + 1)},
     ],
 )
 def test_a_turn_that_cannot_be_is_refused_and_not_repeated(turn: object) -> None:
@@ -259,21 +391,21 @@ CALLS = st.lists(
 CUTS = st.lists(st.integers(0, 250))
 
 
-def parser(names: tuple[str, ...] | None = ("f", "get_weather")) -> ToolCallParser:
+def parser() -> ToolCallParser:
     ids = count()
-    return ToolCallParser(names, lambda: f"call_{next(ids)}")
+    return ToolCallParser(lambda: f"call_{next(ids)}")
 
 
-def events(pieces: list[str], names: tuple[str, ...] | None = ("f", "get_weather")) -> list[ToolEvent]:
-    reader = parser(names)
+def events(pieces: list[str]) -> list[ToolEvent]:
+    reader = parser()
     return [event for piece in pieces for event in reader.push(piece)] + list(reader.flush())
 
 
-def read(pieces: list[str], names: tuple[str, ...] | None = ("f", "get_weather")) -> list[object]:
+def read(pieces: list[str]) -> list[object]:
     """An answer as a list: content as strings, calls as [name, arguments, whether it ended]."""
     out: list[Any] = []
     calls: list[Any] = []
-    for event in events(pieces, names):
+    for event in events(pieces):
         match event:
             case Content():
                 assert event.text
@@ -309,8 +441,9 @@ def test_events_do_not_depend_on_how_the_text_was_cut(text: str, cuts: list[int]
 
 
 @given(TEXTS | CALLS, CUTS)
-def test_text_without_a_known_call_passes_byte_for_byte(text: str, cuts: list[int]) -> None:
-    assert content_of(read(split(text, cuts), names=())) == text
+def test_text_without_a_call_passes_byte_for_byte(text: str, cuts: list[int]) -> None:
+    text = text.replace('"name"', '"nam"').replace('"f"', '"\\n"')
+    assert read(split(text, cuts)) == ([text] if text else [])
 
 
 @given(TEXTS | CALLS)
@@ -321,9 +454,9 @@ def test_every_call_stands_in_the_text_and_complete_ones_have_whole_arguments(te
     for part in found:
         if isinstance(part, list):
             name, arguments, ended = part
-            assert name == "f"
+            assert name in ("f", "other", "a", "é")
             assert arguments[0] == "{"
-            assert arguments in text or json.dumps(arguments)[1:-1] in text
+            assert arguments == "{}" or arguments in text or json.dumps(arguments)[1:-1] in text
             assert not ended or arguments[-1] in "]}"
 
 
@@ -368,6 +501,18 @@ EXAMPLES: dict[str, tuple[str, list[object]]] = {
     "content between": (f"a\n{one('{}')}\nb\n{one('{}')}\n", ["a", ["f", "{}", True], "\nb", ["f", "{}", True]]),
     "no white space": ('<tool_call>{"name":"f","arguments":{}}</tool_call>', [["f", "{}", True]]),
     "an escaped name": (r'<tool_call>{"n\u0061me":"\u0066","arguments":{}}</tool_call>', [["f", "{}", True]]),
+    "a name that was not offered": (one("{}", "search.docs_智"), [["search.docs_智", "{}", True]]),
+    "no arguments": ('<tool_call>{"name": "f"}</tool_call>', [["f", "{}", True]]),
+    "no arguments but more": ('<tool_call>{"name": "f", "id": {"a": 1}\n}\n</tool_call>', [["f", "{}", True]]),
+    "arguments of null": (one("null"), [["f", "{}", True]]),
+    "arguments of an empty string": (one('""'), [["f", "{}", True]]),
+    "arguments of white space": (one('" "'), [["f", "{}", True]]),
+    "null before the name": ('<tool_call>{"arguments": null, "name": "f"}</tool_call>', [["f", "{}", True]]),
+    "no arguments, cut in the tag": ('<tool_call>{"name": "f"}</tool', [["f", "{}", True]]),
+    "no arguments, twice": (
+        '<tool_call>{"name": "f"}</tool_call>\n<tool_call>{"name": "f"}</tool_call>',
+        [["f", "{}", True], ["f", "{}", True]],
+    ),
     "duplicate keys after it": (
         '<tool_call>{"name":"f","arguments":{},"name":"g"}</tool_call>',
         [["f", "{}", True]],
@@ -404,14 +549,17 @@ def test_examples(text: str, expected: list[object]) -> None:
 
 
 LOOKALIKES = {
-    "an unknown name": one("{}", "other"),
     "no name": '<tool_call>{"arguments": {}}</tool_call>',
-    "no arguments": '<tool_call>{"name": "f"}</tool_call>',
+    "an empty name": one("{}", ""),
+    "a long name": one("{}", "f" * 129),
+    "a name of two lines": one("{}", "f\\nf"),
+    "no arguments, cut before the brace": '<tool_call>{"name": "f"',
     "a number as name": '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
     "arguments in a list": one("[]"),
     "arguments in words": one('"none"'),
-    "no arguments at all": one("null"),
+    "arguments of false": one("false"),
     "a list in a string": one('"[]"'),
+    "null in a string": one('"null"'),
     "two names": '<tool_call>{"name": "f", "name": "f", "arguments": {}}</tool_call>',
     "twice arguments first": '<tool_call>{"arguments": {}, "arguments": {}, "name": "f"}</tool_call>',
     "bad JSON before the name": '<tool_call>{"arguments": {"a": oops}, "name": "f"}</tool_call>',
@@ -433,11 +581,6 @@ LOOKALIKES = {
 def test_what_only_looks_like_a_call_is_content(text: str) -> None:
     text = f"a\n\n{text} \n"
     assert read([text]) == read(list(text)) == [text]
-
-
-def test_without_names_any_fitting_name_is_known() -> None:
-    assert read([one("{}", "other")], names=None) == [["other", "{}", True]]
-    assert read([one("{}", "no name")], names=None) == [one("{}", "no name")]
 
 
 def test_arguments_stream_as_they_come() -> None:
@@ -581,7 +724,3 @@ def test_tags_survive_decoding(thinking_tokenizer: str) -> None:
     pieces = [detokenizer.push([token]) for token in encoded.ids]
     assert "".join(pieces) == text
     assert read([piece for piece in pieces if piece])[-1] == ["f", '{"city": "Köln 🌧"}', True]
-
-
-def test_a_named_choice_is_a_type_of_its_own() -> None:
-    assert isinstance(use(tools=[WEATHER], tool_choice=NAMED).tool_choice, NamedChoice)

@@ -1,0 +1,165 @@
+"""Laws of thoughts over HTTP: whatever a request asked for, what its rendered prompt does decides.
+
+A tiny model of random weights says what its grammar allows, and thinks until its budget is spent.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import orjson
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from batching.engine import Engine
+from batching.packed.engine import PackedEngine
+from batching.padded import PaddedEngine
+from batching.types import Request
+from server.chat import encode
+from server.reasoning import ThoughtState
+from server.schema import ChatRequest
+from server.text import Text
+from tests.live import QUESTION, Live, byte_tokenizer, frames, live, scripted
+from tests.server.test_app import error_of, remembering
+from tests.tiny import tiny_model
+
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if tools %}<tool_call>{% endif %}"
+TEMPLATES = {
+    "always opens": PLAIN + "<assistant><think>\n",
+    "closes if told": PLAIN + "<assistant>{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}",
+    "opens or closes": PLAIN + "<assistant>{% if enable_thinking %}<think>{% else %}</think>{% endif %}",
+    "leaves it to the model": PLAIN + "<assistant>{# <think> #}",
+    "knows none": PLAIN + "<assistant>",
+}
+OPENED, CLOSED, FREE, UNKNOWN = (
+    ThoughtState.OPENED,
+    ThoughtState.CLOSED,
+    ThoughtState.FREE,
+    ThoughtState.UNKNOWN,
+)
+STATES = {  # where thinking is off, and where it is on
+    "always opens": (OPENED, OPENED),
+    "closes if told": (CLOSED, FREE),
+    "opens or closes": (CLOSED, OPENED),
+    "leaves it to the model": (FREE, FREE),
+    "knows none": (UNKNOWN, UNKNOWN),
+}
+BUDGET = 5
+SCHEMA = {
+    "type": "object",
+    "properties": {"sure": {"enum": ["yes", "no"]}},
+    "required": ["sure"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "智能体.0", "parameters": SCHEMA}}
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "padded": lambda: PaddedEngine(tiny_model(), token_budget=8192),
+    "packed": lambda: PackedEngine(tiny_model(), num_slots=4, token_budget=2048, prefill_chunk=64),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tokenizer(template: str, tags: tuple[str, ...] = TAGS) -> PreTrainedTokenizerFast:
+    return byte_tokenizer(TEMPLATES[template], tags)
+
+
+def message_of(service: Live, stream: bool, **fields: Any) -> dict[str, Any]:
+    """The message of an answer, put together from its chunks if it is streamed."""
+    answer = service.chat(thinking_budget=BUDGET, max_tokens=200, seed=1, stream=stream, **fields)
+    assert answer.status_code == 200, answer.text
+    if not stream:
+        choice = answer.json()["choices"][0]
+        return {"finish": choice["finish_reason"], **choice["message"]}
+    found: dict[str, Any] = {"content": "", "reasoning_content": ""}
+    for chunk in frames(answer)[:-1]:
+        for key, said in chunk["choices"][0]["delta"].items():
+            found[key] = found.get(key, [] if key == "tool_calls" else "") + said
+        found["finish"] = chunk["choices"][0]["finish_reason"]
+    return found
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("thinks", [False, True])
+def test_the_state_of_a_thought_is_that_of_the_rendered_prompt(template: str, thinks: bool) -> None:
+    chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "<think>"}]})
+    assert encode(Text(tokenizer(template)), chat, thinks).thought is STATES[template][thinks]
+
+
+def test_qwen3_closes_a_thought_or_leaves_it_to_the_model(thinking_tokenizer: str) -> None:
+    text = Text.load(thinking_tokenizer)
+    chat = ChatRequest.model_validate({"messages": QUESTION, "tools": [TOOL]})
+    assert encode(text, chat, thinks=False).thought is ThoughtState.CLOSED
+    assert encode(text, chat, thinks=True).thought is ThoughtState.FREE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_was_demanded_is_the_answer_and_the_thought_is_beside_it(template: str, engine: str) -> None:
+    with live(ENGINES[engine](), tokenizer=tokenizer(template)) as service:
+        for thinks in (False, True):
+            state = STATES[template][thinks]
+            for stream in (False, True):
+                asked: dict[str, Any] = {"enable_thinking": thinks, "stream": stream}
+                answer = message_of(service, response_format=FORMAT, **asked)
+                assert orjson.loads(answer["content"])["sure"] in ("yes", "no")
+                call = message_of(service, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, **asked)
+                assert (call["finish"], call["content"] or "") == ("tool_calls", "")
+                assert call["tool_calls"][0]["function"]["name"] == "智能体.0"
+                thoughts = [found.get("reasoning_content", "") for found in (answer, call)]
+                assert all(len(thought) <= BUDGET for thought in thoughts)
+                assert state.to_come or not any(thoughts)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_thought_that_the_prompt_has_opened_ends_at_its_budget(engine: str) -> None:
+    with live(ENGINES[engine](), tokenizer=tokenizer("always opens")) as service:
+        answer = service.chat(thinking_budget=BUDGET, max_tokens=20, ignore_eos=True, logprobs=True).json()
+        tokens = [entry["token"] for entry in answer["choices"][0]["logprobs"]["content"]]
+    assert tokens[BUDGET : BUDGET + 4] == ["\n", "</think>", "\n", "\n"]
+
+
+def first_of(state: ThoughtState) -> int | None:
+    return tokenizer("always opens").convert_tokens_to_ids("<think>") if state is FREE else None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_budget_is_for_a_thought_that_may_come(template: str, thinks: bool) -> None:
+    seen: list[Request] = []
+    state = STATES[template][thinks]
+    with live(scripted(remembering(seen)), tokenizer=tokenizer(template)) as service:
+        assert service.chat(enable_thinking=thinks, thinking_budget=BUDGET).status_code == 200
+    forced = seen[0].sampling.forced
+    assert (forced is not None) is state.to_come
+    if forced:
+        assert (forced.after, forced.first) == (BUDGET, first_of(state))
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_where_there_is_a_thought() -> None:
+    with live(scripted(), tokenizer=tokenizer("always opens", ())) as service:
+        assert error_of(service.chat(thinking_budget=BUDGET), 400, None)["param"] == "thinking_budget"
+    with live(scripted(), tokenizer=tokenizer("leaves it to the model", ())) as service:
+        error_of(service.chat(thinking_budget=BUDGET, enable_thinking=True), 400, None)
+        for fields in ({}, {"enable_thinking": False}, {"thinking": {"type": "disabled"}}):
+            assert service.chat(thinking_budget=BUDGET, **fields).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_to_a_prompt_that_has_opened_a_thought_begins_with_it(stream: bool) -> None:
+    with live(scripted("hm\n</think>\n\nYes."), tokenizer=byte_tokenizer(TEMPLATES["always opens"])) as service:
+        answer = service.chat(enable_thinking=False, stream=stream)
+    if stream:
+        deltas = [chunk["choices"][0]["delta"] for chunk in frames(answer)[:-1]]
+        said = {key: "".join(delta.get(key, "") for delta in deltas) for key in ("reasoning_content", "content")}
+    else:
+        said = answer.json()["choices"][0]["message"]
+    assert (said["reasoning_content"], said["content"]) == ("hm", "Yes.")
