@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.stream import Stream
-from batching.types import Delta, Finish, Forced, Request, TokenLogprob
+from batching.types import Delta, Finish, Forced, Request
 from server.answer import AnswerReader
 from server.caller import Caller
 from server.completion import Completion
@@ -18,7 +18,7 @@ from server.constrain import grammar_of
 from server.disconnect import until_disconnect
 from server.errors import bad_request
 from server.formats import find_format, format_of
-from server.logprobs import chat_logprobs
+from server.logprobs import EncodedLists, chat_logprobs
 from server.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.messages import Message
 from server.reasoning import CLOSE, OPEN, ReasoningSplitter, ThoughtState, thought_state
@@ -154,6 +154,9 @@ class ChatChoice:
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
         self._answer = AnswerReader(stream, text.detokenizer(), scanner)
         self._begun = False
+        self._events: list[Event] = []
+        self._logprobs = EncodedLists()
+        self._finish: str | None = None
 
     def read(self, arrived: Delta) -> tuple[list[Event], str | None]:
         """The events that these tokens complete, and why the answer is over if it is.
@@ -169,16 +172,14 @@ class ChatChoice:
             return events[:end], Finish.STOP
         return events, finish
 
-    async def whole(self) -> dict[str, Any]:
-        found: list[Event] = []
-        logprobs: list[TokenLogprob] = []
-        finish = None
-        async for arrived in self.stream:
-            events, finish = self.read(arrived)
-            found += events
-            logprobs += arrived.logprobs
-        message = {"refusal": None} | fold(found)
-        return self._choice("message", message, chat_logprobs(self._text, logprobs), finish)
+    def add(self, arrived: Delta) -> None:
+        events, self._finish = self.read(arrived)
+        self._events += events
+        self._logprobs.add(chat_logprobs(self._text, arrived.logprobs))
+
+    def whole(self) -> dict[str, Any]:
+        message = {"refusal": None} | fold(self._events)
+        return self._choice("message", message, self._logprobs.whole(), self._finish)
 
     def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
         """The first has the role alone. Why the answer is over is told with the last of its text, if that came now:

@@ -9,13 +9,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.stream import Stream
-from batching.types import Delta, Request, TokenLogprob
+from batching.types import Delta, Request
 from server.answer import AnswerReader
 from server.caller import Caller
 from server.completion import Completion
 from server.disconnect import until_disconnect
 from server.errors import bad_request
-from server.logprobs import CompletionLogprobs
+from server.logprobs import CompletionLogprobs, EncodedLists
 from server.request import read
 from server.respond import plain, streamed
 from server.sampling import sampling
@@ -86,24 +86,25 @@ class TextChoice:
         self._logprobs = CompletionLogprobs(text, len(self._echo))
         scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
         self._answer = AnswerReader(stream, text.detokenizer(), scanner)
+        self._said: list[str] = []
+        self._encoded = EncodedLists()
+        self._finish: str | None = None
 
-    async def whole(self) -> dict[str, Any]:
-        said, finish = self._echo, None
-        logprobs: list[TokenLogprob] = []
-        async for arrived in self.stream:
-            text, finish = self._answer.push(arrived)
-            said += text
-            logprobs += arrived.logprobs
-        return self._choice(said, logprobs, finish)
+    def add(self, arrived: Delta) -> None:
+        text, self._finish = self._answer.push(arrived)
+        self._said.append(text)
+        self._encoded.add(self._logprobs.push(arrived.logprobs))
+
+    def whole(self) -> dict[str, Any]:
+        return self._choice("".join([self._echo, *self._said]), self._encoded.whole(), self._finish)
 
     def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
         echo, self._echo = self._echo, ""
         text, finish = self._answer.push(arrived)
-        chunks = [self._choice(echo, (), None)] if echo else []
+        chunks = [self._choice(echo, None, None)] if echo else []
         if text or arrived.logprobs or finish:
-            chunks.append(self._choice(text, arrived.logprobs, finish))
+            chunks.append(self._choice(text, self._logprobs.push(arrived.logprobs), finish))
         return chunks
 
-    def _choice(self, text: str, logprobs: Sequence[TokenLogprob], finish: str | None) -> dict[str, Any]:
-        shown = self._logprobs.push(logprobs)
-        return {"index": self._index, "text": text, "logprobs": shown, "finish_reason": finish}
+    def _choice(self, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish}

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
+
 from batching.types import TokenLogprob
 from server.text import Text
 
@@ -19,6 +21,29 @@ def chat_logprobs(text: Text, entries: Sequence[TokenLogprob]) -> dict[str, Any]
         for entry in entries
     ]
     return {"content": content, "refusal": None}
+
+
+class EncodedLists:
+    """The lists of a whole answer's `logprobs`, encoded as they grow: they can be megabytes at the end."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[bytes]] = {}
+        self._rest: dict[str, Any] = {}
+
+    def add(self, piece: dict[str, Any] | None) -> None:
+        """The next of `chat_logprobs` or of `CompletionLogprobs.push`: its lists, which are not empty, are appended."""
+        for key, value in (piece or {}).items():
+            if isinstance(value, list):
+                self._lists.setdefault(key, []).append(orjson.dumps(value)[1:-1])
+            else:
+                self._rest[key] = value
+
+    def whole(self) -> dict[str, Any] | None:
+        """All of it, for orjson; None if nothing was added."""
+        if not self._lists:
+            return None
+        lists = {key: orjson.Fragment(b"[" + b",".join(parts) + b"]") for key, parts in self._lists.items()}
+        return lists | self._rest
 
 
 class CompletionLogprobs:

@@ -22,8 +22,12 @@ class Choice(Protocol):
 
     stream: Stream
 
-    async def whole(self) -> dict[str, Any]:
-        """The choice of a plain answer. Raises what the stream raises."""
+    def add(self, arrived: Delta) -> None:
+        """Take in tokens of a plain answer."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """The choice of a plain answer, once all of its tokens were added."""
         ...
 
     def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
@@ -37,11 +41,31 @@ async def plain(completion: Completion, choices: Sequence[Choice]) -> Response:
         for choice in choices:
             await stack.enter_async_context(choice.stream)
         try:
-            # One after the other is no slower: the rows run at the same time, and their streams keep what comes.
-            done = [await choice.whole() for choice in choices]
+            async for step in deltas_of(choices):
+                for choice, arrived in step:
+                    choice.add(arrived)
         except BatchingError as error:
             raise from_batching(error) from None
+    done = [choice.whole() for choice in choices]
     return Response(completion.whole(done, usage(choices)), media_type="application/json")
+
+
+async def deltas_of(choices: Iterable[Choice]) -> AsyncIterator[list[tuple[Choice, Delta]]]:
+    """The tokens of all choices as they come; those that came together are one list. Raises what a stream raises.
+
+    Read as they come also where nothing is sent before the end, because a whole answer's tokens would hold the event
+    loop up.
+    """
+    going = {choice.stream: choice for choice in choices}
+    while going:
+        step = []
+        for stream in await with_deltas(going):
+            arrived = stream.take()
+            if arrived is None:
+                del going[stream]
+            else:
+                step.append((going[stream], arrived))
+        yield step
 
 
 async def streamed(
@@ -70,16 +94,8 @@ async def begun(choices: Sequence[Choice], news: AsyncIterator[T]) -> T:
 
 async def news_of(choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
     """The news of all choices as they come; those that came together are one list."""
-    going = {choice.stream: choice for choice in choices}
-    while going:
-        news = []
-        for stream in await with_deltas(going):
-            arrived = stream.take()
-            if arrived is None:
-                del going[stream]
-            else:
-                news += going[stream].chunks(arrived)
-        if news:
+    async for step in deltas_of(choices):
+        if news := [chunk for choice, arrived in step for chunk in choice.chunks(arrived)]:
             yield news
 
 

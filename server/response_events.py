@@ -208,7 +208,8 @@ class ResponseChoice(ChatChoice):
         self._output = Output()
         self._numbers = count()
 
-    async def whole(self) -> Json:
+    async def response(self) -> Json:
+        """The whole of a plain answer."""
         response: Json = {}
         async for news in self.news():
             response = news[-1].get("response", response)

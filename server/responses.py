@@ -60,7 +60,7 @@ async def plain(choice: ResponseChoice) -> Response:
     """The whole answer as one JSON object."""
     async with choice.stream:
         try:
-            return Response(orjson.dumps(await choice.whole()), media_type="application/json")
+            return Response(orjson.dumps(await choice.response()), media_type="application/json")
         except BatchingError as error:
             raise from_batching(error) from None
 

@@ -31,6 +31,16 @@ from server.watchdog import stuck
 logger = logging.getLogger(__name__)
 
 
+MAX_LOGPROB_ENTRIES = 2**18
+"""In one answer; about 20 MB of JSON."""
+
+
+def logprob_entries(request: Request) -> int:
+    """How many log probabilities a row's answer can come to hold."""
+    top = request.sampling.top_logprobs
+    return 0 if top is None else request.sampling.max_tokens * (1 + top)
+
+
 class Loader(Protocol):
     """Where text and engine come from. `text` is called on a helper thread, `engine` on the worker thread meanwhile.
 
@@ -146,6 +156,10 @@ class Service:
         """Queue the rows of one HTTP request. Raises `ApiError` 429 or 503, or 400 if they never have room."""
         if not self._limits.allow(requests):
             raise bad_request("The queue can never hold this; ask for fewer choices or fewer tokens.", code="too_large")
+        if sum(map(logprob_entries, requests)) > MAX_LOGPROB_ENTRIES:
+            raise bad_request(
+                "That many log probabilities are too large an answer; ask for fewer tokens or choices.", "logprobs"
+            )
         try:
             return self.batcher.submit_all(requests)
         except BatchingError as error:

@@ -3,23 +3,45 @@
 from functools import partial
 from typing import Any
 
+import orjson
 from anyio import to_thread
 from starlette.requests import Request as HttpRequest
 
 from server.chat import names_in, render
-from server.errors import bad_request
+from server.errors import bad_request, thousands
 from server.request import read
 from server.schema import DetokenizeRequest, TokenizeRequest
 from server.service import Service
+
+MAX_STRINGS = 2**17
+"""Tokens whose strings one answer tells: a few megabytes of JSON."""
 
 
 async def tokenize(http: HttpRequest) -> dict[str, Any]:
     service: Service = http.app.state.service
     asked = await read(http, TokenizeRequest)
     service.served_name(asked.model)
-    ids = await to_thread.run_sync(partial(encode, service, asked), limiter=service.encoders)
-    shown = {"token_strs": [service.text.decode([token]) for token in ids]} if asked.return_token_strs else {}
-    return {"tokens": list(ids), "count": len(ids), "max_model_len": service.info.context_window} | shown
+    return await to_thread.run_sync(partial(tokenized, service, asked), limiter=service.encoders)
+
+
+def tokenized(service: Service, asked: TokenizeRequest) -> dict[str, Any]:
+    """The answer, its long lists as JSON. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
+    ids = encode(service, asked)
+    shown = {"token_strs": strings(service, ids)} if asked.return_token_strs else {}
+    tokens = orjson.Fragment(orjson.dumps(ids))
+    return {"tokens": tokens, "count": len(ids), "max_model_len": service.info.context_window} | shown
+
+
+def strings(service: Service, ids: tuple[int, ...]) -> orjson.Fragment:
+    """The text of each token, as JSON. Raises `ApiError` 400."""
+    if len(ids) > MAX_STRINGS:
+        raise bad_request(
+            f"The text has {thousands(len(ids))} tokens, but the strings of {thousands(MAX_STRINGS)} at most can be "
+            "told; shorten it.",
+            "return_token_strs",
+        )
+    vocabulary = service.text.vocabulary
+    return orjson.Fragment(orjson.dumps([vocabulary.bytes_of(token).decode(errors="replace") for token in ids]))
 
 
 def encode(service: Service, asked: TokenizeRequest) -> tuple[int, ...]:
@@ -36,4 +58,5 @@ async def detokenize(http: HttpRequest) -> dict[str, Any]:
     service.served_name(asked.model)
     if any(token >= service.info.vocab_size for token in asked.tokens):
         raise bad_request("A token id is beyond the model's vocabulary.", "tokens")
-    return {"prompt": service.text.decode(asked.tokens)}
+    decode = partial(service.text.decode, asked.tokens)
+    return {"prompt": await to_thread.run_sync(decode, limiter=service.encoders)}

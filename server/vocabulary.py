@@ -50,4 +50,6 @@ class Vocabulary:
 
     def decode(self, tokens: list[int], *, special: bool = True) -> str:
         """The text of ids, with special tokens or without."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
+        # Only methods for batches release the GIL.
+        [text] = self.tokenizer.decode_batch([tokens], skip_special_tokens=not special)
+        return str(text)

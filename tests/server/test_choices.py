@@ -332,6 +332,26 @@ def test_who_does_not_ask_is_told_nothing(pool: ThreadPoolExecutor) -> None:
         assert all(chunk["choices"][0]["logprobs"] is None for chunk in frames(streamed.result())[:-1])
 
 
+def test_a_whole_answer_s_log_probabilities_are_those_of_its_stream() -> None:
+    fields = {"logprobs": True, "top_logprobs": 2, "n": 2, "max_tokens": 5}
+    with live(telling("Hello!")) as service:
+        plain = service.chat(**fields).json()["choices"]
+        chunks = [one for chunk in frames(service.chat(stream=True, **fields))[:-1] for one in chunk["choices"]]
+    for choice in plain:
+        told = [one["logprobs"] for one in chunks if one["index"] == choice["index"] and one["logprobs"]]
+        content = [entry for one in told for entry in one["content"]]
+        assert choice["logprobs"] == {"content": content, "refusal": None}
+        assert len(choice["logprobs"]["content"]) == 5
+
+
+def test_more_log_probabilities_than_an_answer_may_hold_are_refused() -> None:
+    with live(scripted(context_window=8192)) as service:
+        fields = {"logprobs": True, "top_logprobs": 20, "max_tokens": 4096}
+        assert error_of(service.chat(n=4, **fields), 400, None)["param"] == "logprobs"
+        assert service.chat(n=3, **fields).status_code == 200
+        assert service.chat(n=16, max_tokens=4096).status_code == 200
+
+
 def test_log_probabilities_need_their_switch_and_have_a_bound() -> None:
     with live(telling("Hi")) as service:
         for fields in ({"top_logprobs": 2}, {"top_logprobs": 2, "logprobs": False}):
