@@ -90,7 +90,8 @@ def encode(text: Text, chat: ChatRequest, thinks: bool) -> tuple[tuple[int, ...]
 
 def render(text: Text, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinks: bool) -> str:
     """The text of a conversation. Raises `ApiError` 400."""
-    turns = [message.for_template() for message in messages]
+    turns = [text.as_text(message.for_template()) for message in messages]
+    tools = text.as_data(list(tools))
     options: dict[str, Any] = {"enable_thinking": thinks}
     if find_format(text.template) is None:
         turns = without_tools(turns, tools)

@@ -316,7 +316,9 @@ class TokenizeRequest(RequestBody):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: Flag = False
+    add_special_tokens: Flag | None = None
+    """Whether to add what the tokenizer puts around a text, its first token for instance; by default to a prompt and
+    not to messages, which have it from the chat template."""
     return_token_strs: Flag = False
     """Whether to answer with the text of each token, too."""
 

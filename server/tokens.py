@@ -25,8 +25,9 @@ async def tokenize(http: HttpRequest) -> dict[str, Any]:
 def encode(service: Service, asked: TokenizeRequest) -> tuple[int, ...]:
     """The ids. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
     if asked.messages is None:
-        return service.text.encode(asked.prompt or "", special=asked.add_special_tokens)
-    return service.text.encode(render(service.text, asked.messages, (), service.settings.thinking))
+        return service.text.encode(asked.prompt or "", special=asked.add_special_tokens is not False)
+    rendered = render(service.text, asked.messages, (), service.settings.thinking)
+    return service.text.encode(rendered, special=bool(asked.add_special_tokens))
 
 
 async def detokenize(http: HttpRequest) -> dict[str, Any]:
