@@ -94,6 +94,7 @@ def announce(service: Service, port: int) -> None:
         "device": f"{info.device}, {info.dtype}",
         "window": f"{info.context_window} tokens of prompt and answer",
         "answers": f"{settings.default_max_tokens} tokens by default, {settings.max_output_tokens} at most",
+        "sampling": f"{service.defaults} by default",
         "batches": f"up to {settings.max_batch_size} requests or {info.token_budget} {batches_of(service)}, "
         f"queue of {settings.queue_size}",
     }

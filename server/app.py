@@ -126,7 +126,8 @@ async def scrape(request: Request) -> Response:
 
 
 async def version(request: Request) -> Response:
-    return _json({"version": VERSION})
+    service: Service = request.app.state.service
+    return _json({"version": VERSION, "sampling": service.told_defaults})
 
 
 async def models(request: Request) -> Response:

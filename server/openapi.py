@@ -155,7 +155,7 @@ OPERATIONS = (
         open=True,
     ),
     Operation("/metrics", "Metrics for Prometheus", CONTENT_TYPE, open=True),
-    Operation("/version", "The service's version", replies.Version),
+    Operation("/version", "What runs", replies.Version),
 )
 
 

@@ -299,5 +299,16 @@ class Health(Reply):
     state: State
 
 
+class DefaultSampling(Reply):
+    temperature: float
+    top_p: float
+    top_k: int
+    """0: no limit."""
+    min_p: float
+    repetition_penalty: float
+
+
 class Version(Reply):
     version: str
+    sampling: DefaultSampling | None
+    """What a request gets that leaves its sampling open; null while the model loads."""

@@ -19,6 +19,7 @@ from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import ModelInfo, Request
 from server.caller import Caller
+from server.defaults import Defaults
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.grammar import Grammars
 from server.keys import load_keys
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Where text and engine come from. `text` is called on a helper thread, `engine` on the worker thread meanwhile.
+    """Where text and engine come from. `engine` is called on the worker thread, the others on helper threads meanwhile.
 
     `loading` is how far the engine is; any thread may read it.
     """
@@ -40,6 +41,7 @@ class Loader(Protocol):
     @property
     def loading(self) -> Loading: ...
 
+    def defaults(self) -> Defaults: ...
     def text(self) -> Text: ...
     def engine(self) -> Engine: ...
 
@@ -50,6 +52,7 @@ class Service:
     `stopped` is set once the process should end, and `exit_code` then says how.
     """
 
+    defaults: Defaults
     text: Text
     grammars: Grammars
     info: ModelInfo
@@ -98,6 +101,7 @@ class Service:
         self._end()
 
     async def _load_text(self) -> None:
+        self.defaults = await to_thread.run_sync(self._loader.defaults)
         self.text = await to_thread.run_sync(self._loader.text)
         self.grammars = await to_thread.run_sync(self.text.grammars)
 
@@ -137,6 +141,11 @@ class Service:
         if not self.ready:
             self.observe(Rejected("not_ready"))
             raise not_ready(self.batcher.state)
+
+    @property
+    def told_defaults(self) -> dict[str, float] | None:
+        """How tokens are chosen where a request does not say; None while that is not known yet."""
+        return self.defaults.model_dump() if hasattr(self, "defaults") else None
 
     @property
     def stop_token_ids(self) -> frozenset[int]:

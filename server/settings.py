@@ -124,6 +124,11 @@ class Settings(BaseSettings):
     )
     default_max_tokens: int = Field(128, ge=1, description="answer length when the request names none")
     max_output_tokens: int = Field(4096, ge=1, description="most tokens an answer may have, whatever is asked for")
+    generation_config: Literal["auto", "openai"] = Field(
+        "auto",
+        description="sampling where a request says nothing; auto: what the model's generation_config.json recommends "
+        "(its do_sample is ignored), openai: temperature 1 and top_p 1",
+    )
     thinking: bool = Field(False, description="let models that can think do so when the request does not say")
 
     # Limits

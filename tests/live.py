@@ -30,6 +30,7 @@ from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
 from server.connection import connections, listener
+from server.defaults import Defaults
 from server.loading import Loading
 from server.log import log_event
 from server.metrics import Metrics
@@ -123,6 +124,10 @@ class ScriptedLoader:
     may_load: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     loading: Loading = LOADING
+    sampling: Defaults = field(default_factory=Defaults)
+
+    def defaults(self) -> Defaults:
+        return self.sampling
 
     def text(self) -> Text:
         return Text(BYTES)
@@ -251,14 +256,19 @@ def settings_of(**values: Any) -> Settings:
 
 @contextlib.contextmanager
 def live(
-    engine: ScriptedEngine | None = None, *, ready: bool = True, listen_on: int = 0, **settings: Any
+    engine: ScriptedEngine | None = None,
+    *,
+    ready: bool = True,
+    listen_on: int = 0,
+    defaults: Defaults | None = None,
+    **settings: Any,
 ) -> Iterator[Live]:
     """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set.
 
-    `listen_on` is its port, where it is to be that of a server before it.
+    `listen_on` is its port, where it is to be that of a server before it. `defaults` are what its model recommends.
     """
     engine = engine or scripted()
-    loader = ScriptedLoader(engine)
+    loader = ScriptedLoader(engine, sampling=defaults or Defaults())
     events: list[Event] = []
     progress = Progress()
     metrics = Metrics(progress)

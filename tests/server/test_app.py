@@ -369,7 +369,7 @@ def test_paths_without_a_prefix_are_the_same() -> None:
         body = orjson.dumps({"messages": QUESTION})
         assert service.post(body, "/chat/completions").json()["object"] == "chat.completion"
         assert service.get("/models/scripted").json() == service.get("/v1/models/scripted").json()
-        assert set(service.get("/version").json()) == {"version"}
+        assert set(service.get("/version").json()) == {"version", "sampling"}
 
 
 def test_unknown_paths_and_methods_are_refused_in_openai_s_shape() -> None:
