@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationError
 
 from batching.errors import ModelError
-from server.fields import Body, Integer, Number
+from server.fields import Body, Integral, Number
 
 FILE = "generation_config.json"
 
@@ -16,7 +16,7 @@ class Defaults(Body):
 
     temperature: Annotated[Number, Field(ge=0)] = 1.0
     top_p: Annotated[Number, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[Integer, Field(ge=-1, lt=2**31), AfterValidator(lambda top_k: max(top_k, 0))] = 0
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31), Integral, AfterValidator(lambda k: max(k, 0))] = 0
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] = 1.0
 

@@ -8,6 +8,7 @@ from batching.types import Forced, Sampling
 from server.errors import bad_request
 from server.schema import GREEDY_BELOW, Generation
 from server.service import Service
+from server.settings import WHOLE_ANSWER, Settings
 
 Number = TypeVar("Number", int, float)
 
@@ -20,8 +21,7 @@ def sampling(
     A length that does not fit is cut to what does. Choice i of a seeded request has the seed + i, so that each can be
     had again alone. Raises `ApiError` 400 for a token id that the model does not have.
     """
-    settings = service.settings
-    wanted = min(asked.wanted_tokens or settings.default_max_tokens, settings.max_output_tokens, room)
+    wanted = length(service.settings, asked, room)
     vocab_size = service.info.vocab_size
     _check_ids(asked.logit_bias or (), vocab_size, "logit_bias")
     _check_ids(asked.stop_token_ids or (), vocab_size, "stop_token_ids")
@@ -45,6 +45,14 @@ def sampling(
         top_logprobs=asked.wanted_logprobs,
         forced=forced,
     )
+
+
+def length(settings: Settings, asked: Generation, room: int) -> int:
+    """The most tokens of an answer to a request that has room for `room` of them."""
+    default = settings.default_max_tokens or room
+    if asked.useless_if_cut:
+        default = max(default, WHOLE_ANSWER)
+    return min(asked.wanted_tokens or default, settings.max_output_tokens, room)
 
 
 def _or(value: Number | None, default: Number) -> Number:

@@ -212,6 +212,11 @@ class Generation(RequestBody):
         return self.max_tokens
 
     @property
+    def useless_if_cut(self) -> bool:
+        """Whether a program reads the answer, so that one that is cut is as good as none."""
+        return False
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """How many likeliest tokens to tell at each place; None for no log probabilities at all."""
         return None
@@ -262,6 +267,10 @@ class ChatRequest(Generation, ToolUse):
     def wanted_tokens(self) -> int | None:
         """The newer name wins."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def useless_if_cut(self) -> bool:
+        return bool(self.offered) or (self.response_format is not None and self.response_format.type != "text")
 
     @property
     def wanted_logprobs(self) -> int | None:

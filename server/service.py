@@ -25,7 +25,7 @@ from server.grammar import Grammars
 from server.keys import load_keys
 from server.live import LiveFeed
 from server.loading import Loading
-from server.settings import Settings
+from server.settings import WHOLE_ANSWER, Settings
 from server.text import Text
 from server.watchdog import stuck
 
@@ -182,7 +182,8 @@ class Service:
         after it trimmed, and the answer needs its place. Never less than half of the true window.
         """
         window = self.info.context_window
-        return max(window // 2, int(0.9 * (window - 1543 - self.settings.default_max_tokens)))
+        answer = min(self.settings.default_max_tokens or WHOLE_ANSWER, self.settings.max_output_tokens)
+        return max(window // 2, int(0.9 * (window - 1543 - answer)))
 
     def card(self, name: str) -> dict[str, object]:
         """What `/v1/models` says of a name. Clients read the window from one of several fields."""

@@ -24,6 +24,9 @@ from server.keys import load_keys
 
 PREFIX = "MICROBATCH_"
 
+WHOLE_ANSWER = 1024
+"""Tokens that are enough for most calls and documents of JSON; cut ones are of no use to a program."""
+
 RENAMED = {"memory_share": "gpu_memory_utilization", "prompt_piece": "prefill_chunk"}
 """Former names of settings, whose flags and variables still work."""
 
@@ -122,7 +125,12 @@ class Settings(BaseSettings):
         description="what becomes of a field that is not known: ignored and named in the header x-ignored-fields, or "
         "refused with a 400",
     )
-    default_max_tokens: int = Field(128, ge=1, description="answer length when the request names none")
+    default_max_tokens: int = Field(
+        128,
+        ge=0,
+        description="answer length when the request names none, at least 1024 where a cut one is useless (tools, a "
+        "response_format, /v1/responses); 0: what fits the window",
+    )
     max_output_tokens: int = Field(4096, ge=1, description="most tokens an answer may have, whatever is asked for")
     generation_config: Literal["auto", "openai"] = Field(
         "auto",

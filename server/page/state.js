@@ -45,7 +45,7 @@ function limits({ limits, model, sampling }) {
 	const tokens = (number) => plural(number, "token");
 	return [
 		...(model ? [["Window", `${tokens(model.context_window)} of prompt and answer`]] : []),
-		["Answers", `${tokens(limits.default_max_tokens)} by default, ${count(limits.max_output_tokens)} at most`],
+		["Answers", `${limits.default_max_tokens ? tokens(limits.default_max_tokens) : "what fits the window"} by default, ${count(limits.max_output_tokens)} at most`],
 		...(sampling ? [["Sampling", `${chosen(sampling)} by default`]] : []),
 		["Batches", `up to ${plural(limits.max_batch_size, "row")}${model ? ` or ${count(model.token_budget)} padded tokens` : ""}`],
 		["Batch window", `${limits.batch_window_ms} ms`],

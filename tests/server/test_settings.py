@@ -181,7 +181,7 @@ MALFORMED = {
     "batch_window_ms": ["-1", "nan", "inf", "10001"],
     "token_budget": ["0"],
     "queue_size": ["0", "-1"],
-    "default_max_tokens": ["0"],
+    "default_max_tokens": ["-1", "x"],
     "max_output_tokens": ["0"],
     "generation_config": ["vllm"],
     "request_timeout_s": ["0", "-1", "nan", "inf"],
