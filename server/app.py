@@ -131,14 +131,13 @@ async def version(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
+    """The names, at any time: a client that lists models while they load must not find that there are none."""
     service: Service = request.app.state.service
-    service.check_ready()
     return _json({"object": "list", "data": [service.card(name) for name in service.settings.served_names]})
 
 
 async def model(request: Request) -> Response:
     service: Service = request.app.state.service
-    service.check_ready()
     return _json(service.card(service.served_name(request.path_params["name"])))
 
 

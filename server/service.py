@@ -186,10 +186,14 @@ class Service:
         return max(window // 2, int(0.9 * (window - 1543 - answer)))
 
     def card(self, name: str) -> dict[str, object]:
-        """What `/v1/models` says of a name. Clients read the window from one of several fields."""
-        window = self.advertised_window
+        """What `/v1/models` says of a name, while the model loads without its windows.
+
+        vLLM's clients read `max_model_len`. RAGFlow, which fills what it finds, reads `context_length` first.
+        """
         card = {"id": name, "object": "model", "created": self._created, "owned_by": "microbatch"}
-        return card | {"max_model_len": window, "context_length": window}
+        if not hasattr(self, "info"):
+            return card
+        return card | {"max_model_len": self.info.context_window, "context_length": self.advertised_window}
 
     def room_for_output(self, prompt_tokens: int, param: str) -> int:
         """How many tokens can follow the prompt, which came in the field `param`. Raises `ApiError` 400 if none."""

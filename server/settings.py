@@ -61,7 +61,10 @@ class Settings(BaseSettings):
         "auto", description="auto: bfloat16 on CUDA, else float32"
     )
     context_window: int | None = Field(
-        None, ge=16, description="most tokens of prompt and answer; none: what the model was made for"
+        None,
+        ge=16,
+        description="most tokens of prompt and answer; none: what the model was made for, with YaRN if its config.json "
+        "says so",
     )
     trust_remote_code: bool = Field(False, description="run Python code found in the model's folder")
     cache_dir: Path = Field(Path.home() / ".cache" / "microbatch", description="where converted GGUF models are kept")

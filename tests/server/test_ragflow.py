@@ -190,6 +190,12 @@ def test_models_are_listed_with_a_body_and_a_window_below_the_true_one() -> None
             first = next(window for window in windows if window)
             # It fills 95% of the window counted its own way, and adds a guide after that.
             assert 0.95 * first + 1543 + service.service.settings.default_max_tokens < 32_768
+            assert card["max_model_len"] == 32_768
+
+
+def test_models_are_listed_while_they_load_because_it_takes_a_refusal_for_an_empty_list() -> None:
+    with live(ready=False, name=("qwen3-4b-local",)) as service:
+        assert [card["id"] for card in service.get("/v1/models").json()["data"]] == ["qwen3-4b-local"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"enable_thinking": False}, {"thinking": {"type": "disabled"}}])
