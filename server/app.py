@@ -100,7 +100,7 @@ def middleware(service: Service) -> list[Middleware]:
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after"],
+                expose_headers=["x-request-id", "retry-after", "x-should-retry"],
             )
         )
     if keys := load_keys(settings.api_keys, settings.api_keys_file):

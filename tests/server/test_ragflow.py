@@ -13,6 +13,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai import APIStatusError
 
 import server.body
 import server.errors
@@ -290,6 +291,26 @@ BATCHING: st.SearchStrategy[BatchingError] = st.one_of(
     st.builds(NotReady, st.sampled_from([state.value for state in State if state is not State.READY])),
     *(st.builds(kind, WORDS) for kind in (DeadlineExceeded, Drained, EngineError, OutOfMemory, BatchingError)),
 )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "limits", "status", "tries"),
+    [
+        ({"before_step": fails_at(0, OutOfMemory("full"))}, {}, 500, 1),
+        ({"stepped": True}, {"request_timeout_s": 0.2}, 504, 1),
+        ({"before_step": fails_at(0, RuntimeError("kernel"))}, {}, 500, 3),
+    ],
+    ids=["out of memory", "too late", "failed"],
+)
+def test_its_sdk_sends_again_what_may_go_well_and_not_what_would_end_the_same_way(
+    engine: dict[str, Any], limits: dict[str, Any], status: int, tries: int, stream: bool
+) -> None:
+    with live(scripted(**engine), **limits) as service, service.openai(max_retries=2) as client:
+        with pytest.raises(APIStatusError) as refused:
+            client.chat.completions.create(model="scripted", messages=HI, stream=stream)
+        assert refused.value.status_code == status
+        assert len(service.wait_ended(tries)) == tries
 
 
 @given(BATCHING)
