@@ -108,10 +108,23 @@ def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 def window_of(model: PreTrainedModel, wanted: int | None) -> int:
     """Tokens a row may have: `wanted`, or what the model was made for. Raises `ModelError` if it wants more."""
-    made_for = int(model.config.get_text_config().max_position_embeddings)
+    made_for = _longest(model.config.get_text_config())
     if wanted is not None and wanted > made_for:
-        raise ModelError(f"a context window of {wanted} was asked for, but the model was made for {made_for}")
+        raise ModelError(
+            f"a context window of {wanted} was asked for, but the model was made for {made_for}; where its authors say "
+            "so, rope_scaling of the type yarn in its config.json stretches that"
+        )
     return wanted or made_for
+
+
+def _longest(config: PreTrainedConfig) -> int:
+    """Positions the model was made for. With YaRN (Peng et al. 2023) those of its training times a factor: a config
+    written by hand, as Qwen documents it, leaves `max_position_embeddings` as it was."""
+    positions = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn":
+        return positions
+    return int(rope["factor"] * rope.get("original_max_position_embeddings", positions))
 
 
 def _device_count(kind: str) -> int:

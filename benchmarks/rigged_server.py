@@ -17,6 +17,7 @@ from batching.progress import Progress
 from batching.stream import Row
 from batching.types import ModelInfo, TokenLogprob
 from server.__main__ import run
+from server.defaults import Defaults
 from server.loader import ModelLoader
 from server.loading import Loading
 from server.service import Loader
@@ -95,6 +96,9 @@ class RiggedLoader:
     @property
     def loading(self) -> Loading:
         return self._loader.loading
+
+    def defaults(self) -> Defaults:
+        return self._loader.defaults()
 
     def text(self) -> Text:
         return self._loader.text()

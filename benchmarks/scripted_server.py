@@ -39,6 +39,7 @@ from benchmarks.words import LANGUAGES
 from server import sse
 from server.app import create_app
 from server.completion import Completion
+from server.defaults import Defaults
 from server.garbage import search_seldom, spare_what_is_loaded
 from server.loading import Loading
 from server.log import configure, log_event
@@ -114,6 +115,9 @@ class ScriptedLoader:
         self.words = WordsEngine(info, words, in_step=mode == "in step")
         self._fast = fast
         self.loading = Loading("Loading")
+
+    def defaults(self) -> Defaults:
+        return Defaults()
 
     def text(self) -> Text:
         return Text(self._fast)

@@ -23,7 +23,7 @@ from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
 from server.service import Loader, Service
-from server.settings import Settings, parse
+from server.settings import WHOLE_ANSWER, Settings, parse
 from server.version import VERSION
 
 if TYPE_CHECKING:
@@ -85,6 +85,16 @@ def batches_of(service: Service) -> str:
     return f"padded tokens, window {service.settings.batch_window_ms:g} ms"
 
 
+def answers_of(settings: Settings) -> str:
+    """How long answers are, in words."""
+    most = settings.max_output_tokens
+    if not settings.default_max_tokens:
+        return f"what fits the window by default, {most} tokens at most"
+    whole = min(max(settings.default_max_tokens, WHOLE_ANSWER), most)
+    unless = f" ({whole} with tools or a format)" if whole > settings.default_max_tokens else ""
+    return f"{settings.default_max_tokens} tokens by default{unless}, {most} at most"
+
+
 def announce(service: Service, port: int) -> None:
     """Tell a person where the service is and what its limits are, or a log of JSON the same in one line of its own."""
     settings, info = service.settings, service.info
@@ -93,7 +103,8 @@ def announce(service: Service, port: int) -> None:
         "model": f"{', '.join(settings.served_names)} ({info.parameters / 1e9:.2f} B parameters)",
         "device": f"{info.device}, {info.dtype}",
         "window": f"{info.context_window} tokens of prompt and answer",
-        "answers": f"{settings.default_max_tokens} tokens by default, {settings.max_output_tokens} at most",
+        "answers": answers_of(settings),
+        "sampling": f"{service.defaults} by default",
         "batches": f"up to {settings.max_batch_size} requests or {info.token_budget} {batches_of(service)}, "
         f"queue of {settings.queue_size}",
     }

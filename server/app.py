@@ -100,7 +100,7 @@ def middleware(service: Service) -> list[Middleware]:
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after"],
+                expose_headers=["x-request-id", "retry-after", "x-should-retry"],
             )
         )
     if keys := load_keys(settings.api_keys, settings.api_keys_file):
@@ -126,18 +126,18 @@ async def scrape(request: Request) -> Response:
 
 
 async def version(request: Request) -> Response:
-    return _json({"version": VERSION})
+    service: Service = request.app.state.service
+    return _json({"version": VERSION, "sampling": service.told_defaults})
 
 
 async def models(request: Request) -> Response:
+    """The names, at any time: a client that lists models while they load must not find that there are none."""
     service: Service = request.app.state.service
-    service.check_ready()
     return _json({"object": "list", "data": [service.card(name) for name in service.settings.served_names]})
 
 
 async def model(request: Request) -> Response:
     service: Service = request.app.state.service
-    service.check_ready()
     return _json(service.card(service.served_name(request.path_params["name"])))
 
 

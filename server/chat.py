@@ -104,8 +104,8 @@ def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()
 
 def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], names: ToolNames, thinks: bool) -> str:
     """The text of a conversation. Raises `ApiError` 400."""
-    turns = [names.in_turn(message.for_template()) for message in messages]
-    tools = [names.in_tool(tool.for_template()) for tool in offered]
+    turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
+    tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
     options: dict[str, Any] = {"enable_thinking": thinks}
     if find_format(text.template) is None:
         turns = without_tools(turns, tools)

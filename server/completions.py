@@ -44,7 +44,7 @@ async def respond(service: Service, asked: CompletionRequest, caller: Caller) ->
 
 def encode(service: Service, asked: CompletionRequest) -> list[tuple[int, ...]]:
     """The ids of each prompt. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
-    prompts = [service.text.encode(p) if isinstance(p, str) else tuple(p) for p in asked.prompt]
+    prompts = [service.text.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in asked.prompt]
     if not all(prompts):
         raise bad_request("A prompt must have at least one token.", "prompt")
     if any(max(prompt) >= service.info.vocab_size for prompt in prompts):
@@ -82,7 +82,8 @@ class TextChoice:
     def __init__(self, index: int, stream: Stream, text: Text, asked: CompletionRequest) -> None:
         self.stream = stream
         self._index = index
-        self._echo = text.decode(stream.row.request.prompt) if asked.echo else ""
+        prompt = asked.prompt[index // (asked.n or 1)] if asked.echo else ""
+        self._echo = prompt if isinstance(prompt, str) else text.decode(prompt)
         self._logprobs = CompletionLogprobs(text, len(self._echo))
         scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
         self._answer = AnswerReader(stream, text.detokenizer(), scanner)

@@ -26,6 +26,10 @@ from batching.errors import (
 
 RETRIED = re.compile(r"429|500|502|503|504|rate.?limit|server|time.?out|too many|retry|unavailable", re.IGNORECASE)
 
+FINAL = {"x-should-retry": "false"}
+"""Sending it again would do the same work and end the same way. OpenAI's SDKs, which send a request three times where
+its status is 500 or more, heed this header."""
+
 
 @dataclass
 class ApiError(Exception):
@@ -80,9 +84,11 @@ def from_batching(error: BatchingError) -> ApiError:
         case Drained():
             return ApiError(503, "The service is stopping; send the request again.", "server_error", "stopping")
         case DeadlineExceeded():
-            return ApiError(504, "The time limit for requests passed.", "server_error", "deadline_exceeded")
+            message = "The time limit for requests passed."
+            return ApiError(504, message, "server_error", "deadline_exceeded", headers=FINAL)
         case OutOfMemory():
-            return ApiError(500, "The device ran out of memory on this request.", "server_error", "out_of_memory")
+            message = "The device ran out of memory on this request."
+            return ApiError(500, message, "server_error", "out_of_memory", headers=FINAL)
         case EngineError():
             return ApiError(500, "The model failed on this request.", "server_error", "engine_error")
         case _:

@@ -33,7 +33,7 @@ async def state(request: Request) -> Response:
 
 
 def describe(service: Service) -> dict[str, Any]:
-    """What runs. `model` is None until the model is loaded, and `loading` from then on."""
+    """What runs. `model` and `sampling` are None until the model is loaded, and `loading` from then on."""
     settings, info = service.settings, getattr(service, "info", None)
     return {
         "state": service.batcher.state,
@@ -42,6 +42,7 @@ def describe(service: Service) -> dict[str, Any]:
         "uptime": round(time.monotonic() - service.begun),
         "model": {name: getattr(info, name) for name in MODEL} if info else None,
         "loading": None if info else service.loading,
+        "sampling": service.told_defaults,
         "limits": {name: getattr(settings, name) for name in LIMITS},
     }
 

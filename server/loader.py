@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from batching.engine import Engine
 from batching.errors import ModelError
 from batching.progress import Progress
+from server.defaults import Defaults, recommended
 from server.loading import Loading, follow_bars
 from server.settings import Settings
 from server.text import Text
@@ -77,6 +78,12 @@ class ModelLoader:
         settings = self._settings
         with self._locating:  # a GGUF file is converted once, and two threads ask
             return locate(settings.model, settings.load_format, settings.cache_dir)
+
+    def defaults(self) -> Defaults:
+        if self._settings.generation_config == "openai":
+            return Defaults()
+        self._import()
+        return recommended(self._settings.model)
 
     def text(self) -> Text:
         self._import()

@@ -142,8 +142,8 @@ OPERATIONS = (
         errors=READING,
         examples={"Plain": {"tokens": [1, 2, 3]}},
     ),
-    Operation("/v1/models", "The names the model is served under", replies.ModelList, errors=(500, 503)),
-    Operation("/v1/models/{name}", "One of these names", replies.Model, errors=(404, 500, 503)),
+    Operation("/v1/models", "The names the model is served under", replies.ModelList, errors=(500,)),
+    Operation("/v1/models/{name}", "One of these names", replies.Model, errors=(404, 500)),
     Operation("/health", "Whether requests are taken", replies.Health, errors=(503,), unwell=replies.Health, open=True),
     Operation("/health/ready", "The same", replies.Health, errors=(503,), unwell=replies.Health, open=True),
     Operation(
@@ -155,7 +155,7 @@ OPERATIONS = (
         open=True,
     ),
     Operation("/metrics", "Metrics for Prometheus", CONTENT_TYPE, open=True),
-    Operation("/version", "The service's version", replies.Version),
+    Operation("/version", "What runs", replies.Version),
 )
 
 

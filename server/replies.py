@@ -287,10 +287,10 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int
-    """The prompt length to trim to, in tokens: below the true window by what the answer and a margin need."""
-    context_length: int
-    """The same number, where other clients look for it."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; left out while the model loads."""
+    context_length: int | None = None
+    """The prompt length to trim to, in tokens: below the window by what the answer and a margin need."""
 
 
 class ModelList(Reply):
@@ -302,5 +302,16 @@ class Health(Reply):
     state: State
 
 
+class DefaultSampling(Reply):
+    temperature: float
+    top_p: float
+    top_k: int
+    """0: no limit."""
+    min_p: float
+    repetition_penalty: float
+
+
 class Version(Reply):
     version: str
+    sampling: DefaultSampling | None
+    """What a request gets that leaves its sampling open; null while the model loads."""

@@ -220,6 +220,14 @@ class ResponseRequest(RequestBody):
         return self
 
 
+class ResponseChat(ChatRequest):
+    """What `as_chat` makes of a request. Agents use this API, and go wrong with half an answer."""
+
+    @property
+    def useless_if_cut(self) -> bool:
+        return True
+
+
 def as_chat(asked: ResponseRequest) -> ChatRequest:
     """The same request to chat completions. Raises `ApiError` 400 in that one's words."""
     schema = asked.form if isinstance(asked.form, SchemaFormat) else None
@@ -236,7 +244,7 @@ def as_chat(asked: ResponseRequest) -> ChatRequest:
         "reasoning_effort": asked.reasoning and asked.reasoning.effort,
     }
     try:
-        return ChatRequest(**fields)
+        return ResponseChat(**fields)
     except ValidationError as error:
         raise explain(error) from None
 

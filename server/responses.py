@@ -13,6 +13,7 @@ from batching.errors import BatchingError
 from batching.types import Request
 from server.caller import Caller
 from server.chat import Prompt, prepare, reader
+from server.defaults import Defaults
 from server.disconnect import until_disconnect
 from server.errors import ApiError, from_batching
 from server.request import read
@@ -37,7 +38,7 @@ async def stored_response(http: HttpRequest) -> Response:
 
 async def respond(service: Service, asked: ResponseRequest, caller: Caller) -> Response:
     """Everything after the body was read. Raises `ApiError`."""
-    head = head_of(service.served_name(asked.model), asked)
+    head = head_of(service.served_name(asked.model), asked, service.defaults)
     with service.batcher.announce():
         chat, requests, prompt = await prepared(service, asked, caller)
         [stream] = service.submit(requests)
@@ -86,7 +87,7 @@ FIXED: Json = dict.fromkeys(["error", "incomplete_details", "completed_at", "usa
 """What is not known yet, or never different here. Some clients need the fields."""
 
 
-def head_of(model: str, asked: ResponseRequest) -> Json:
+def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> Json:
     """The response before there is any output.
 
     Definitions are encoded by pydantic, which has a form for integers of any size.
@@ -98,8 +99,8 @@ def head_of(model: str, asked: ResponseRequest) -> Json:
         "model": model,
         "instructions": asked.instructions,
         "max_output_tokens": asked.max_output_tokens,
-        "temperature": 1.0 if asked.temperature is None else asked.temperature,
-        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
+        "top_p": defaults.top_p if asked.top_p is None else asked.top_p,
         "tools": [as_json(tool) for tool in asked.tools or ()],
         "tool_choice": choice_of(asked),
         "parallel_tool_calls": asked.parallel_tool_calls is not False,

@@ -2,37 +2,43 @@
 
 import secrets
 from collections.abc import Iterable
+from typing import TypeVar
 
 from batching.types import Forced, Sampling
 from server.errors import bad_request
-from server.schema import Generation
+from server.schema import GREEDY_BELOW, Generation
 from server.service import Service
+from server.settings import WHOLE_ANSWER, Settings
+
+Number = TypeVar("Number", int, float)
 
 
 def sampling(
     service: Service, asked: Generation, room: int, *, choice: int = 0, forced: Forced | None = None
 ) -> Sampling:
-    """The sampling of one choice of a request that has room for `room` tokens.
+    """The sampling of one choice of a request that has room for `room` tokens; what it leaves open is the service's.
 
     A length that does not fit is cut to what does. Choice i of a seeded request has the seed + i, so that each can be
     had again alone. Raises `ApiError` 400 for a token id that the model does not have.
     """
-    settings = service.settings
-    wanted = min(asked.wanted_tokens or settings.default_max_tokens, settings.max_output_tokens, room)
+    wanted = length(service.settings, asked, room)
     vocab_size = service.info.vocab_size
     _check_ids(asked.logit_bias or (), vocab_size, "logit_bias")
     _check_ids(asked.stop_token_ids or (), vocab_size, "stop_token_ids")
+    defaults = service.defaults
+    temperature, top_p = _or(asked.temperature, defaults.temperature), _or(asked.top_p, defaults.top_p)
+    greedy = asked.greedy or temperature < GREEDY_BELOW or top_p == 0
     ends = frozenset() if asked.ignore_eos else service.stop_token_ids
     return Sampling(
         max_tokens=wanted,
         seed=secrets.randbits(63) if asked.seed is None else _wrapped(asked.seed + choice),
-        temperature=0.0 if asked.greedy else _or(asked.temperature, 1.0),
-        top_p=_or(asked.top_p, 1.0),
-        top_k=max(asked.top_k or 0, 0),
-        min_p=asked.min_p or 0.0,
+        temperature=0.0 if greedy else temperature,
+        top_p=top_p,
+        top_k=max(_or(asked.top_k, defaults.top_k), 0),
+        min_p=_or(asked.min_p, defaults.min_p),
         presence_penalty=asked.presence_penalty or 0.0,
         frequency_penalty=asked.frequency_penalty or 0.0,
-        repetition_penalty=asked.repetition_penalty or 1.0,
+        repetition_penalty=_or(asked.repetition_penalty, defaults.repetition_penalty),
         stop_token_ids=ends | frozenset(asked.stop_token_ids or ()),
         min_tokens=min(asked.min_tokens or 0, wanted),
         logit_bias=tuple((asked.logit_bias or {}).items()),
@@ -41,7 +47,15 @@ def sampling(
     )
 
 
-def _or(value: float | None, default: float) -> float:
+def length(settings: Settings, asked: Generation, room: int) -> int:
+    """The most tokens of an answer to a request that has room for `room` of them."""
+    default = settings.default_max_tokens or room
+    if asked.useless_if_cut:
+        default = max(default, WHOLE_ANSWER)
+    return min(asked.wanted_tokens or default, settings.max_output_tokens, room)
+
+
+def _or(value: Number | None, default: Number) -> Number:
     return default if value is None else value
 
 

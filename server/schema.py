@@ -212,6 +212,11 @@ class Generation(RequestBody):
         return self.max_tokens
 
     @property
+    def useless_if_cut(self) -> bool:
+        """Whether a program reads the answer, so that one that is cut is as good as none."""
+        return False
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """How many likeliest tokens to tell at each place; None for no log probabilities at all."""
         return None
@@ -261,6 +266,10 @@ class ChatRequest(Generation, ToolUse):
     def wanted_tokens(self) -> int | None:
         """The newer name wins."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def useless_if_cut(self) -> bool:
+        return bool(self.offered) or (self.response_format is not None and self.response_format.type != "text")
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -319,7 +328,9 @@ class TokenizeRequest(RequestBody):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: Flag = False
+    add_special_tokens: Flag | None = None
+    """Whether to add what the tokenizer puts around a text, its first token for instance; by default to a prompt and
+    not to messages, which have it from the chat template."""
     return_token_strs: Flag = False
     """Whether to answer with the text of each token, too."""
 

@@ -19,12 +19,13 @@ from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import ModelInfo, Request
 from server.caller import Caller
+from server.defaults import Defaults
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.grammar import Grammars
 from server.keys import load_keys
 from server.live import LiveFeed
 from server.loading import Loading
-from server.settings import Settings
+from server.settings import WHOLE_ANSWER, Settings
 from server.text import Text
 from server.watchdog import stuck
 
@@ -42,7 +43,7 @@ def logprob_entries(request: Request) -> int:
 
 
 class Loader(Protocol):
-    """Where text and engine come from. `text` is called on a helper thread, `engine` on the worker thread meanwhile.
+    """Where text and engine come from. `engine` is called on the worker thread, the others on helper threads meanwhile.
 
     `loading` is how far the engine is; any thread may read it.
     """
@@ -50,6 +51,7 @@ class Loader(Protocol):
     @property
     def loading(self) -> Loading: ...
 
+    def defaults(self) -> Defaults: ...
     def text(self) -> Text: ...
     def engine(self) -> Engine: ...
 
@@ -60,6 +62,7 @@ class Service:
     `stopped` is set once the process should end, and `exit_code` then says how.
     """
 
+    defaults: Defaults
     text: Text
     grammars: Grammars
     info: ModelInfo
@@ -108,6 +111,7 @@ class Service:
         self._end()
 
     async def _load_text(self) -> None:
+        self.defaults = await to_thread.run_sync(self._loader.defaults)
         self.text = await to_thread.run_sync(self._loader.text)
         self.grammars = await to_thread.run_sync(self.text.grammars)
 
@@ -149,6 +153,11 @@ class Service:
             raise not_ready(self.batcher.state)
 
     @property
+    def told_defaults(self) -> dict[str, float] | None:
+        """How tokens are chosen where a request does not say; None while that is not known yet."""
+        return self.defaults.model_dump() if hasattr(self, "defaults") else None
+
+    @property
     def stop_token_ids(self) -> frozenset[int]:
         return self.text.stop_token_ids | self.info.stop_token_ids
 
@@ -187,13 +196,18 @@ class Service:
         after it trimmed, and the answer needs its place. Never less than half of the true window.
         """
         window = self.info.context_window
-        return max(window // 2, int(0.9 * (window - 1543 - self.settings.default_max_tokens)))
+        answer = min(self.settings.default_max_tokens or WHOLE_ANSWER, self.settings.max_output_tokens)
+        return max(window // 2, int(0.9 * (window - 1543 - answer)))
 
     def card(self, name: str) -> dict[str, object]:
-        """What `/v1/models` says of a name. Clients read the window from one of several fields."""
-        window = self.advertised_window
+        """What `/v1/models` says of a name, while the model loads without its windows.
+
+        vLLM's clients read `max_model_len`. RAGFlow, which fills what it finds, reads `context_length` first.
+        """
         card = {"id": name, "object": "model", "created": self._created, "owned_by": "microbatch"}
-        return card | {"max_model_len": window, "context_length": window}
+        if not hasattr(self, "info"):
+            return card
+        return card | {"max_model_len": self.info.context_window, "context_length": self.advertised_window}
 
     def room_for_output(self, prompt_tokens: int, param: str) -> int:
         """How many tokens can follow the prompt, which came in the field `param`. Raises `ApiError` 400 if none."""

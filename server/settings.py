@@ -24,6 +24,9 @@ from server.keys import load_keys
 
 PREFIX = "MICROBATCH_"
 
+WHOLE_ANSWER = 1024
+"""Tokens that are enough for most calls and documents of JSON; cut ones are of no use to a program."""
+
 RENAMED = {"memory_share": "gpu_memory_utilization", "prompt_piece": "prefill_chunk"}
 """Former names of settings, whose flags and variables still work."""
 
@@ -58,7 +61,10 @@ class Settings(BaseSettings):
         "auto", description="auto: bfloat16 on CUDA, else float32"
     )
     context_window: int | None = Field(
-        None, ge=16, description="most tokens of prompt and answer; none: what the model was made for"
+        None,
+        ge=16,
+        description="most tokens of prompt and answer; none: what the model was made for, with YaRN if its config.json "
+        "says so",
     )
     trust_remote_code: bool = Field(False, description="run Python code found in the model's folder")
     cache_dir: Path = Field(Path.home() / ".cache" / "microbatch", description="where converted GGUF models are kept")
@@ -122,8 +128,18 @@ class Settings(BaseSettings):
         description="what becomes of a field that is not known: ignored and named in the header x-ignored-fields, or "
         "refused with a 400",
     )
-    default_max_tokens: int = Field(128, ge=1, description="answer length when the request names none")
+    default_max_tokens: int = Field(
+        128,
+        ge=0,
+        description="answer length when the request names none, at least 1024 where a cut one is useless (tools, a "
+        "response_format, /v1/responses); 0: what fits the window",
+    )
     max_output_tokens: int = Field(4096, ge=1, description="most tokens an answer may have, whatever is asked for")
+    generation_config: Literal["auto", "openai"] = Field(
+        "auto",
+        description="sampling where a request says nothing; auto: what the model's generation_config.json recommends "
+        "(its do_sample is ignored), openai: temperature 1 and top_p 1",
+    )
     thinking: bool = Field(False, description="let models that can think do so when the request does not say")
 
     # Limits

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from server.detokenizer import Detokenizer
+from server.markers import drop_breaks, markers_of
 from server.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Text:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocabulary = Vocabulary(self._tokenizer)
+        drop_breaks(self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._turn_markers, self._all_markers = markers_of(added, self.template)
         stop = tokenizer.eos_token_id
         self.stop_token_ids: frozenset[int] = frozenset() if stop is None else frozenset([stop])
 
@@ -53,6 +57,17 @@ class Text:
         if not tokenizer.chat_template:
             raise ModelError(f"the tokenizer in {checkpoint} has no chat template, so it cannot serve chats")
         return cls(tokenizer)
+
+    def as_text(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message for `render` of which nothing becomes a token of the model's own: see `server/markers.py`."""
+        markers = self._all_markers if message["role"] == "tool" else self._turn_markers
+        kept = {key: markers.broken(value) for key, value in message.items() if key not in ("role", "tool_calls")}
+        calls = {"tool_calls": self.as_data(message["tool_calls"])} if "tool_calls" in message else {}
+        return {"role": message["role"]} | kept | calls
+
+    def as_data(self, value: Any) -> Any:
+        """Definitions or calls of tools for `render`, likewise, and without tags of parts of a turn."""
+        return self._all_markers.broken(value)
 
     def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         """The text of a conversation up to where the assistant's answer starts.

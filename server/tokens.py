@@ -47,9 +47,10 @@ def strings(service: Service, ids: tuple[int, ...]) -> orjson.Fragment:
 def encode(service: Service, asked: TokenizeRequest) -> tuple[int, ...]:
     """The ids. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
     if asked.messages is None:
-        return service.text.encode(asked.prompt or "", special=asked.add_special_tokens)
+        return service.text.encode(asked.prompt or "", special=asked.add_special_tokens is not False)
     names = names_in(service.text, asked.messages)
-    return service.text.encode(render(service.text, asked.messages, (), names, service.settings.thinking))
+    rendered = render(service.text, asked.messages, (), names, service.settings.thinking)
+    return service.text.encode(rendered, special=bool(asked.add_special_tokens))
 
 
 async def detokenize(http: HttpRequest) -> dict[str, Any]:

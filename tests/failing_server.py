@@ -10,6 +10,7 @@ import torch
 import server.loader
 from batching.engine import Engine
 from batching.progress import Progress
+from server.defaults import Defaults
 from server.settings import Settings
 from server.text import Text
 from tests.live import BYTES, scripted
@@ -29,6 +30,9 @@ FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_d
 class FailingLoader:
     def __init__(self, settings: Settings, progress: Progress, when_imported: Callable[[], None]) -> None:
         self._fail = FAILURES[os.environ["FAIL"]]
+
+    def defaults(self) -> Defaults:
+        return Defaults()
 
     def text(self) -> Text:
         return Text(BYTES)

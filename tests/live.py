@@ -30,6 +30,7 @@ from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
 from server.connection import connections, listener
+from server.defaults import Defaults
 from server.loading import Loading
 from server.log import log_event
 from server.metrics import Metrics
@@ -125,6 +126,10 @@ class ScriptedLoader:
     error: Exception | None = None
     loading: Loading = LOADING
     tokenizer: PreTrainedTokenizerFast = BYTES
+    sampling: Defaults = field(default_factory=Defaults)
+
+    def defaults(self) -> Defaults:
+        return self.sampling
 
     def text(self) -> Text:
         return Text(self.tokenizer)
@@ -258,15 +263,16 @@ def live(
     ready: bool = True,
     listen_on: int = 0,
     tokenizer: PreTrainedTokenizerFast = BYTES,
+    defaults: Defaults | None = None,
     **settings: Any,
 ) -> Iterator[Live]:
     """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set.
 
-    `listen_on` is its port, where it is to be that of a server before it.
+    `listen_on` is its port, where it is to be that of a server before it. `defaults` are what its model recommends.
     """
     engine = engine or scripted()
     made = cast(ScriptedEngine, engine)  # a test with another one does not look at it
-    loader = ScriptedLoader(engine, tokenizer=tokenizer)
+    loader = ScriptedLoader(engine, tokenizer=tokenizer, sampling=defaults or Defaults())
     events: list[Event] = []
     progress = Progress()
     metrics = Metrics(progress)

@@ -23,15 +23,25 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+EXAMPLE_URL = "http://host.docker.internal:21010/v1"
 FIRST_WORD_SECONDS = 10.0  # what RAGFlow allows a model when it is added
 AT_ONCE = 10  # chats that a knowledge base being read in asks at a time
 WANTED_ANSWER = 1024  # tokens
 WANTED_WINDOW = 8192  # RAGFlow's prompts have about 5,000 tokens in the median
+LONGEST_TRIED = 16_384  # tokens as RAGFlow counts them; more would take minutes where there is no GPU
 DIALOG = {"temperature": 0.1, "top_p": 0.3, "presence_penalty": 0.4, "frequency_penalty": 0.7}
 
 SENTENCE = "The lighthouse at Grey Point, {n} metres above the sea, was lit by oil until 1923 and is automatic since. "
 CHUNK = "ID: {n}\n├── Title: lighthouses-{n}.pdf\n└── Content:\n" + SENTENCE * 16
-GUIDE = "Cite the chunk that a sentence comes from as [ID:n], at its end, and never invent an ID. " * 70
+GUIDE = "Cite the chunk that a sentence comes from as [ID:n], at its end, and never invent an ID. " * 64
+"""As long as RAGFlow's own, which comes after it has cut a prompt to its window."""
+
+TOOL = "智能体_0"
+CHINESE = (
+    "灰角灯塔高三十一米，建成于一八七四年，一九二三年以前用油点灯，后来改用电灯，"
+    "最后一位守塔人于一九六八年离开，此后由机器自动照管，每逢星期日对游客开放。"
+)
+CHINESE_TOKENS = 92  # as RAGFlow counts (cl100k)
 
 
 class Wrong(Exception):
@@ -48,7 +58,8 @@ class Answer:
     thought: str
     finish: str | None
     first: float
-    tokens: int
+    prompt_tokens: int = 0
+    tokens: int = 0
 
 
 class Service:
@@ -57,19 +68,32 @@ class Service:
     def __init__(self, base_url: str, model: str, key: str) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Wrong(f"{base_url} is no URL; it looks like http://host.docker.internal:21010/v1.")
+            raise Wrong(f"{base_url} is no URL; it looks like {EXAMPLE_URL}.")
         self.base_url = base_url
         self.model = model
         self._key = key
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname, parts.port
-        self._path = parts.path.rstrip("/")
+        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1"  # RAGFlow adds it where it is missing
 
     def models(self) -> Any:
         with self._asked("GET", "/models") as response:
             return self._json(response)
 
-    def chat(self, messages: list[dict[str, str]], **fields: Any) -> Answer:
+    def card(self) -> dict[str, Any]:
+        """What the service lists of the model."""
+        listed = self.models()
+        if not isinstance(listed, dict) or "data" not in listed:
+            raise Wrong(f"What answers at {self.base_url} is no OpenAI-compatible service.")
+        cards = {card["id"]: card for card in listed["data"]}
+        if self.model not in cards:
+            raise Wrong(f"The service has no model {self.model}, only {', '.join(cards)}. Names must match exactly.")
+        if "context_length" not in cards[self.model]:
+            raise Wrong("The service is there and its model is still loading. Try again later.")
+        found: dict[str, Any] = cards[self.model]
+        return found
+
+    def chat(self, messages: list[dict[str, Any]], **fields: Any) -> Answer:
         """One streamed or plain chat, as RAGFlow sends it: without max_tokens, thinking off."""
         stream = bool(fields.get("stream"))
         body = {"model": self.model, "messages": messages, "enable_thinking": False} | fields
@@ -111,7 +135,7 @@ class Service:
             case 404 if "model_not_found" in text:
                 return f"The service has no model {self.model}: {_message(text)}"
             case 404:
-                return f"There is no such service at {self.base_url}. The base URL must end with /v1."
+                return f"There is no such service at {self.base_url}; it looks like {EXAMPLE_URL}."
             case 429:
                 return "The queue is full (429). Set a larger --queue-size, or ask less at a time."
             case _:
@@ -132,11 +156,12 @@ class Service:
             message.get("reasoning_content") or "",
             choice["finish_reason"],
             time.monotonic() - start,
+            answer["usage"]["prompt_tokens"],
             answer["usage"]["completion_tokens"],
         )
 
     def _streamed(self, response: http.client.HTTPResponse, start: float) -> Answer:
-        answer = Answer("", "", None, 0.0, 0)
+        answer = Answer("", "", None, 0.0)
         for event in _events(response):
             if "error" in event:
                 raise Wrong(f"The answer broke off: {event['error']['message']}")
@@ -163,7 +188,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
             yield json.loads(data)
 
 
-def user(text: str) -> list[dict[str, str]]:
+def user(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
@@ -171,19 +196,14 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def check_models(service: Service) -> str:
-    listed = service.models()
-    if not isinstance(listed, dict) or "data" not in listed:
-        raise Wrong(f"What answers at {service.base_url} is no OpenAI-compatible service.")
-    cards = {card["id"]: card for card in listed["data"]}
-    if service.model not in cards:
-        raise Wrong(f"The service has no model {service.model}, only {', '.join(cards)}. Names must match exactly.")
-    window = cards[service.model].get("context_length") or 0
+    card = service.card()
+    window = card["max_model_len"]
     if window < WANTED_WINDOW:
         raise SmallWindow(
             f"The window is {window} tokens, and RAGFlow's prompts have about 5,000 besides the answer. Raise"
             " --context-window, or retrieve fewer chunks (top N) in RAGFlow's assistants."
         )
-    return f"the model is there; enter {window} as its maximum tokens"
+    return f"the model is there, with a window of {window}; enter {card['context_length']} as its maximum tokens"
 
 
 def check_first_word(service: Service) -> str:
@@ -204,11 +224,56 @@ def check_provider_name(service: Service) -> str:
 def check_dialog(service: Service) -> str:
     chunks = "\n\n".join(CHUNK.format(n=n) for n in range(6))
     system = f"Answer from these chunks alone.\n\n{chunks}\n\n{GUIDE}"
-    messages = [{"role": "system", "content": system}, *user("How was the lighthouse lit in 1900?")]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": system},
+        *user("How was the lighthouse lit in 1900?"),
+    ]
     answer = service.chat(messages, stream=True, tools=[], tool_choice="auto", **DIALOG)
     if answer.thought or "<think>" in answer.text:
         raise Wrong("The model thinks although it was asked not to. Its template has no switch for that; take another.")
     return f"a prompt of six chunks got its first word after {answer.first:.2f} s, without a thought before it"
+
+
+def check_history(service: Service) -> str:
+    """The web chat sends its messages as it stores them."""
+    kept = {"id": "a1", "files": [], "conversationId": "c1", "created_at": 1.5, "doc_ids": []}
+    turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "How high is the lighthouse?")]
+    service.chat([{"role": role, "content": text} | kept for role, text in turns], stream=True, **DIALOG)
+    return "messages are taken with what RAGFlow's web chat stores in them"
+
+
+def check_tools(service: Service) -> str:
+    """Agents name their tools after components, in a Chinese interface in Chinese."""
+    parameters = {"type": "object", "properties": {"question": {"type": "string"}}, "required": ["question"]}
+    tool = {"type": "function", "function": {"name": TOOL, "description": "问答", "parameters": parameters}}
+    call = {"id": "1", "index": 0, "type": "function", "function": {"name": TOOL, "arguments": '{"question": "高度"}'}}
+    messages = [
+        *user("灯塔有多高"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "三十一米"},
+    ]
+    service.chat(messages, stream=True, tools=[tool], tool_choice="auto", **DIALOG)
+    return "a tool may have a Chinese name"
+
+
+def check_chinese(service: Service) -> str:
+    """A prompt as long as RAGFlow makes it: cut by its own count to the number it was told, then the guide added."""
+    card = service.card()
+    told = card["context_length"]
+    short, long, guide = (tokens_of(service, text) for text in (CHINESE * 4, CHINESE * 8, GUIDE))
+    ratio = (long - short) / (4 * CHINESE_TOKENS)
+    fits = min(told, int((card["max_model_len"] - guide - WANTED_ANSWER) / ratio))
+    tried = min(fits, LONGEST_TRIED)
+    system = f"{CHINESE * (tried // CHINESE_TOKENS)}\n\n{GUIDE}"
+    messages = [{"role": "system", "content": system}, *user("灯塔有多高")]
+    answer = service.chat(messages, stream=True, max_completion_tokens=16, **DIALOG)
+    if fits < told:
+        return f"where documents are Chinese enter {fits}: the model has {ratio:.1f} tokens for one that RAGFlow counts"
+    return f"a Chinese prompt of {tried} tokens, as RAGFlow counts, got its first word after {answer.first:.2f} s"
+
+
+def tokens_of(service: Service, text: str) -> int:
+    return service.chat(user(text), max_completion_tokens=1).prompt_tokens
 
 
 def check_length(service: Service) -> str:
@@ -238,6 +303,9 @@ CHECKS: dict[str, Callable[[Service], str]] = {
     "adding it": check_first_word,
     "its name": check_provider_name,
     "a question": check_dialog,
+    "history": check_history,
+    "tools": check_tools,
+    "Chinese": check_chinese,
     "answers": check_length,
     "together": check_together,
 }

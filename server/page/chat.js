@@ -22,7 +22,9 @@ export function start() {
 	byId("options").open = matchMedia("(min-width: 60rem)").matches;
 	explainIn("chat-note");
 	onStatus(({ info }) => {
-		if (info) byId("max-tokens").placeholder = info.limits.default_max_tokens;
+		if (info) byId("max-tokens").placeholder = info.limits.default_max_tokens || "what fits";
+		if (info?.sampling) byId("temperature").placeholder = info.sampling.temperature;
+		if (info?.sampling) byId("top-p").placeholder = info.sampling.top_p;
 		enable();
 	});
 }

@@ -13,7 +13,7 @@ function draw({ state, info }) {
 	byId("words").textContent = WORDS[state];
 	loading(state === "starting" ? info.loading : null);
 	if (info) list("runs", runs(info));
-	if (info) list("limits", limits(info.limits, info.model));
+	if (info) list("limits", limits(info));
 }
 
 function loading(progress) {
@@ -41,11 +41,12 @@ function runs({ names, version, uptime, model }) {
 	return [["Model", names.join(", ")], ...loaded, ["Version", version], ["Up for", long(uptime)]];
 }
 
-function limits(limits, model) {
+function limits({ limits, model, sampling }) {
 	const tokens = (number) => plural(number, "token");
 	return [
 		...(model ? [["Window", `${tokens(model.context_window)} of prompt and answer`]] : []),
-		["Answers", `${tokens(limits.default_max_tokens)} by default, ${count(limits.max_output_tokens)} at most`],
+		["Answers", `${limits.default_max_tokens ? tokens(limits.default_max_tokens) : "what fits the window"} by default, ${count(limits.max_output_tokens)} at most`],
+		...(sampling ? [["Sampling", `${chosen(sampling)} by default`]] : []),
 		["Batches", `up to ${plural(limits.max_batch_size, "row")}${model ? ` or ${count(model.token_budget)} padded tokens` : ""}`],
 		["Batch window", `${limits.batch_window_ms} ms`],
 		["Queue", plural(limits.queue_size, "row")],
@@ -56,6 +57,17 @@ function limits(limits, model) {
 		["Largest body", `${limits.max_body_mib} MiB`],
 		["Thinking", limits.thinking ? "on unless a request says no" : "off unless a request asks for it"],
 	];
+}
+
+// Temperature and top_p, and whatever else has an effect.
+function chosen({ temperature, top_p, top_k, min_p, repetition_penalty }) {
+	return [
+		`temperature ${temperature}`,
+		`top_p ${top_p}`,
+		...(top_k ? [`top_k ${top_k}`] : []),
+		...(min_p ? [`min_p ${min_p}`] : []),
+		...(repetition_penalty !== 1 ? [`repetition_penalty ${repetition_penalty}`] : []),
+	].join(", ");
 }
 
 function long(value) {

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from batching import model as subject
 from batching.checkpoint import LoadFormat
 from batching.errors import ModelError
-from batching.model import load, pick_device, pick_dtype, weight_bytes
+from batching.model import load, pick_device, pick_dtype, weight_bytes, window_of
+from tests.tiny import SHAPE
 
 CPU = torch.device("cpu")
 PROMPT = torch.arange(6)[None]
@@ -154,6 +156,30 @@ def test_a_cuda_device_has_its_index(name: str, index: int) -> None:
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=f"no usable device {name}"):
         pick_device(name)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 200}
+
+
+@pytest.mark.parametrize(
+    ("rope", "window"),
+    [
+        ({}, 512),
+        ({"rope_scaling": YARN}, 800),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.5, "original_max_position_embeddings": 400}}, 1000),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 1024),
+        ({"rope_parameters": YARN | {"rope_theta": 1e6}}, 800),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}}, 512),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e6}}, 512),
+    ],
+)
+def test_the_window_is_the_config_s_or_what_yarn_stretches_it_to(rope: dict[str, Any], window: int) -> None:
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, **rope))
+    assert window_of(model, None) == window
+    assert window_of(model, window) == window
+    assert window_of(model, 16) == 16
+    with pytest.raises(ModelError, match=f"{window + 1} was asked for, but the model was made for {window};"):
+        window_of(model, window + 1)
 
 
 @pytest.mark.usefixtures("two_gpus")

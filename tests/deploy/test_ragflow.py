@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from batching.events import Outcome
+from batching.types import Request
 from deploy.ragflow import selftest
 from server.settings import parse
-from tests.live import ROOT, Live, free_port, live, scripted
-from tests.server.test_app import fails_at
+from server.text import Text
+from tests.live import ROOT, Live, byte_tokenizer, free_port, live, scripted, tokens_of
+from tests.server.test_app import fails_at, remembering
 
 FOLDER = ROOT / "deploy" / "ragflow"
 GOOD: dict[str, Any] = {"default_max_tokens": 1024, "max_batch_size": 64}
@@ -64,6 +67,59 @@ def test_each_fault_is_told_in_words(service: Any, check: str, words: str) -> No
     assert words in wrong(lines)[check]
 
 
+def test_a_number_for_chinese_documents_is_told_where_the_tokenizer_makes_more_of_them() -> None:
+    with live(scripted(LONG, context_window=2**16), **GOOD) as service:
+        told = selftest.check_chinese(selftest.Service(f"{service.url}/v1", "scripted", "x"))
+        assert service.ended()[-1].outcome is Outcome.ANSWERED
+    ratio = len(tokens_of(selftest.CHINESE)) / selftest.CHINESE_TOKENS
+    guide = len(tokens_of(f"<user>{selftest.GUIDE}<|end|><assistant>"))
+    assert f"enter {int((2**16 - guide - 1024) / ratio)}:" in told
+
+
+def test_a_chinese_prompt_that_fills_what_is_told_is_asked_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([selftest.CHINESE])  # a tokenizer that knows Chinese very well
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, LONG), context_window=10_000), **GOOD) as service:
+        monkeypatch.setattr(service.service, "text", Text(tokenizer))
+        told = selftest.check_chinese(selftest.Service(f"{service.url}/v1", "scripted", "x"))
+        sent = service.service.advertised_window
+    assert f"a Chinese prompt of {sent} tokens" in told
+    assert seen[-1].prompt.count(len(tokenizer) - 1) == sent // selftest.CHINESE_TOKENS
+
+
+def test_an_8192_token_model_is_not_called_wrong() -> None:
+    with live(scripted(LONG, context_window=8192), **GOOD) as service:
+        told = selftest.check_models(selftest.Service(f"{service.url}/v1", "scripted", "x"))
+        advertised = service.service.advertised_window
+    assert f"window of 8192; enter {advertised} " in told
+    assert advertised < 8192
+
+
+def test_a_base_url_may_leave_out_the_prefix_that_ragflow_adds() -> None:
+    with live(scripted(LONG, context_window=2**16)) as service:
+        for url in (service.url, f"{service.url}/", f"{service.url}/v1", f"{service.url}/v1/"):
+            assert selftest.check_models(selftest.Service(url, "scripted", "x"))
+
+
+def test_it_sends_what_ragflow_s_web_chat_stores_and_a_tool_with_a_chinese_name() -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Recording(selftest.Service):
+        def chat(self, messages: list[dict[str, Any]], **fields: Any) -> selftest.Answer:
+            sent.append({"messages": messages} | fields)
+            return super().chat(messages, **fields)
+
+    with live(scripted(LONG, context_window=2**16), **GOOD) as service:
+        for check in (selftest.check_history, selftest.check_tools):
+            assert check(Recording(f"{service.url}/v1", "scripted", "x"))
+    history, tools = sent
+    stored = {"id", "files", "conversationId", "created_at", "doc_ids"}
+    assert all(stored <= message.keys() for message in history["messages"])
+    assert tools["tools"][0]["function"]["name"] == "智能体_0"
+    assert "智能体_0" in str(tools["messages"])
+
+
 @pytest.fixture
 def keyed() -> Iterator[Live]:
     with live(scripted(LONG, context_window=2**16), api_keys=("secret",), **GOOD) as service:
@@ -86,7 +142,7 @@ def test_what_cannot_be_asked_at_all_ends_with_one_line() -> None:
             (run("ftp://127.0.0.1"), "is no URL"),
             (run(loading.url), "still loading"),
             (run(service.url, "other"), "only scripted"),
-            (run(f"{service.url}/nowhere"), "must end with /v1"),
+            (run(f"{service.url}/nowhere"), "no such service"),
         ]
     for (status, lines), words in cases:
         assert status == 1

@@ -9,6 +9,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from batching.events import State
+from server.defaults import Defaults
 from tests.live import Live, live, scripted
 from tests.page.browser import DESK, PHONE, Browser
 from tests.server.test_app import babble
@@ -61,13 +62,18 @@ def test_it_says_how_far_loading_is_and_then_takes_questions(page: Browser) -> N
 
 
 def test_it_says_what_runs_and_within_which_limits(page: Browser) -> None:
-    with live(default_max_tokens=99, queue_size=77, request_timeout_s=600, name=("one", "two")) as service:
+    defaults = Defaults(temperature=0.6, top_k=20)
+    with live(
+        default_max_tokens=99, queue_size=77, request_timeout_s=600, name=("one", "two"), defaults=defaults
+    ) as service:
         page.open(service.url, "state")
         runs, limits = page.text("#runs"), page.text("#limits")
         for fact in ("one, two", "scripted", "none"):
             assert fact in runs
         for fact in ("4,096 tokens of prompt and answer", "99 tokens by default", "77 rows", "10 minutes"):
             assert fact in limits
+        assert "temperature 0.6, top_p 1, top_k 20 by default" in limits
+        assert page.js("return document.getElementById('temperature').placeholder") == "0.6"
 
 
 def test_it_says_that_the_service_stops_and_that_it_is_gone(page: Browser) -> None:

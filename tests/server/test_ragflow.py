@@ -13,6 +13,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai import APIStatusError
 
 import server.body
 import server.errors
@@ -190,6 +191,12 @@ def test_models_are_listed_with_a_body_and_a_window_below_the_true_one() -> None
             first = next(window for window in windows if window)
             # It fills 95% of the window counted its own way, and adds a guide after that.
             assert 0.95 * first + 1543 + service.service.settings.default_max_tokens < 32_768
+            assert card["max_model_len"] == 32_768
+
+
+def test_models_are_listed_while_they_load_because_it_takes_a_refusal_for_an_empty_list() -> None:
+    with live(ready=False, name=("qwen3-4b-local",)) as service:
+        assert [card["id"] for card in service.get("/v1/models").json()["data"]] == ["qwen3-4b-local"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"enable_thinking": False}, {"thinking": {"type": "disabled"}}])
@@ -284,6 +291,26 @@ BATCHING: st.SearchStrategy[BatchingError] = st.one_of(
     st.builds(NotReady, st.sampled_from([state.value for state in State if state is not State.READY])),
     *(st.builds(kind, WORDS) for kind in (DeadlineExceeded, Drained, EngineError, OutOfMemory, BatchingError)),
 )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "limits", "status", "tries"),
+    [
+        ({"before_step": fails_at(0, OutOfMemory("full"))}, {}, 500, 1),
+        ({"stepped": True}, {"request_timeout_s": 0.2}, 504, 1),
+        ({"before_step": fails_at(0, RuntimeError("kernel"))}, {}, 500, 3),
+    ],
+    ids=["out of memory", "too late", "failed"],
+)
+def test_its_sdk_sends_again_what_may_go_well_and_not_what_would_end_the_same_way(
+    engine: dict[str, Any], limits: dict[str, Any], status: int, tries: int, stream: bool
+) -> None:
+    with live(scripted(**engine), **limits) as service, service.openai(max_retries=2) as client:
+        with pytest.raises(APIStatusError) as refused:
+            client.chat.completions.create(model="scripted", messages=HI, stream=stream)
+        assert refused.value.status_code == status
+        assert len(service.wait_ended(tries)) == tries
 
 
 @given(BATCHING)

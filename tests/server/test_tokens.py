@@ -51,15 +51,26 @@ def test_the_text_of_each_token_is_told_if_asked_for() -> None:
     assert found["token_strs"] == ["a", "\ufffd", "\ufffd", "<|end|>"]
 
 
-def test_special_tokens_are_put_around_a_text_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_tokenizer_puts_around_a_text_is_added_to_a_prompt_and_not_to_messages_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", END)]
     )
+    switches: list[dict[str, Any]] = [
+        {"add_special_tokens": False},
+        {"add_special_tokens": True},
+        {"add_special_tokens": None},
+        {},
+    ]
     with live() as service:
         monkeypatch.setattr(service.service, "text", Text(tokenizer))
-        found = [tokenize(service, prompt="a", add_special_tokens=add).json()["tokens"] for add in (False, True)]
-    assert found == [tokens_of("a"), [END, *tokens_of("a")]]
+        texts = [tokenize(service, prompt="a", **switch).json()["tokens"] for switch in switches]
+        chats = [tokenize(service, messages=QUESTION, **switch).json()["tokens"] for switch in switches]
+    assert texts == [tokens_of("a")] + [[END, *tokens_of("a")]] * 3
+    bare = [*tokens_of("<user>Hi"), END, *tokens_of("<assistant>")]
+    assert chats == [bare, [END, *bare], bare, bare]
 
 
 def test_ids_are_turned_back_into_text() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, PreTrainedModel
+from transformers import MistralConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from batching.checkpoint import locate
 from batching.errors import ModelError, OutOfMemory
@@ -164,6 +164,21 @@ def test_many_rows_take_fewer_passes_than_their_tokens(monkeypatch: pytest.Monke
     monkeypatch.setattr(engine.runner, "decode", counted)
     Run(engine, [request((number, 2), max_tokens=10) for number in range(8)])
     assert passes == [8] * 9
+
+
+def test_a_window_that_yarn_stretches_can_be_filled() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10_000.0}
+
+    def model() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, rope_parameters=rope))
+
+    engines = PackedEngine(model(), num_slots=2), PaddedEngine(model(), token_budget=1024)
+    assert [engine.info.context_window for engine in engines] == [256, 256]
+    asked = request(240, max_tokens=16)
+    packed, padded = (Run(engine, [asked]).answers for engine in engines)
+    assert packed == padded
+    assert len(packed[0]) == 16
 
 
 @pytest.mark.parametrize("prompt", [5, 32, 33, 100])

@@ -1,0 +1,66 @@
+"""How tokens are chosen where a request does not say: as the model's folder recommends, or as OpenAI's API does."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from batching.errors import ModelError
+from server.fields import Body, Integral, Number
+
+FILE = "generation_config.json"
+
+
+class Defaults(Body):
+    """OpenAI's own, but for what is given. A file's `do_sample` is ignored, as vLLM does, and so is its length."""
+
+    temperature: Annotated[Number, Field(ge=0)] = 1.0
+    top_p: Annotated[Number, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31), Integral, AfterValidator(lambda k: max(k, 0))] = 0
+    min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] = 1.0
+
+    def __str__(self) -> str:
+        """Temperature and top_p, and whatever else has an effect."""
+        others = self.model_dump(include={"top_k", "min_p", "repetition_penalty"}, exclude_defaults=True)
+        shown = {"temperature": self.temperature, "top_p": self.top_p} | others
+        return ", ".join(f"{name} {value:g}" for name, value in shown.items())
+
+
+DEMO = Defaults(temperature=0.2, top_p=0.9)
+"""What the authors of SmolLM2-135M-Instruct use in their examples. At temperature 1 a model so small rambles."""
+
+
+def recommended(model: str | None) -> Defaults:
+    """What comes with a model: a folder, a .gguf file (in its folder) or a hub id; None is the demo model.
+
+    Raises `ModelError` for values that cannot be.
+    """
+    if model is None:
+        return DEMO
+    path = Path(model).expanduser()
+    if not path.exists():
+        return _from_hub(model)
+    file = (path if path.is_dir() else path.parent) / FILE
+    return _checked(file.read_bytes(), str(file)) if file.is_file() else Defaults()
+
+
+def _from_hub(model: str) -> Defaults:
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(model)
+    except OSError:
+        return Defaults()  # it has none
+    return _checked(found.to_json_string(use_diff=False), f"{FILE} of {model}")
+
+
+def _checked(text: bytes | str, place: str) -> Defaults:
+    try:
+        return Defaults.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise ModelError(
+            f"{place} cannot be used: {where}{first['msg']}; or start with --generation-config openai"
+        ) from None

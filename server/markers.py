@@ -1,0 +1,95 @@
+"""Text from clients that looks like the model's own tokens, and how it stays text.
+
+A tokenizer takes the text of an added token, `<|im_end|>` say, for that token wherever it stands. In a message it would
+end the turn there, and a document that was retrieved could go on as somebody else. So such text is broken up before the
+chat template sees it: after its first character comes `BREAK`, which passes through templates and JSON as it is, and
+which the tokenizer drops once it has looked for added tokens. Text that holds nothing of the kind is tokenized as ever.
+
+What is broken up, in which part of a conversation:
+
+- everywhere, the tokens flagged as special and those that the template itself writes: they make turns;
+- tags of parts of a turn (`PART_TAGS`) only in tool definitions, calls and results, which are data and must not close
+  the part they are in. Elsewhere templates and clients may mean them: a history holds thoughts, a system message may
+  explain how to call a tool, and models know these tags only as the tokens they are.
+
+Prompts of `/v1/completions` are raw: every token in them counts.
+"""
+
+import re
+import secrets
+from collections.abc import Collection
+from itertools import groupby
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+BREAK = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
+"""Private-use characters that nobody can guess, so that no client's text has them by chance or on purpose."""
+
+PART_TAGS = frozenset(f"<{close}{part}>" for part in ("think", "tool_call", "tool_response") for close in ("", "/"))
+
+
+class Markers:
+    """Some added tokens' texts, of two characters or more: one of a single character cannot be broken up."""
+
+    def __init__(self, texts: Collection[str]) -> None:
+        self.texts = frozenset(texts)
+        self._starts = {text[:end] for text in texts for end in range(1, len(text))}
+        self._longest = max(map(len, self._starts), default=1)
+        self._first = {text[0] for text in texts}
+        groups = groupby(sorted(texts), key=lambda text: text[0])
+        # The first character, where the rest follows: one marker may begin inside another.
+        found = [f"{re.escape(first)}(?={_any_of([text[1:] for text in group])})" for first, group in groups]
+        self._pattern = re.compile("|".join(found) or r"(?!)")
+
+    def broken(self, value: Any) -> Any:
+        """The same text, or JSON, with a `BREAK` in each marker, and after the start of one at the text's end: the
+        template may put the rest behind it."""
+        match value:
+            case str():
+                return self._pattern.sub(rf"\g<0>{BREAK}", value) + (BREAK if self._begins_at_the_end(value) else "")
+            case list():
+                return [self.broken(item) for item in value]
+            case dict():
+                return {self.broken(key): self.broken(item) for key, item in value.items()}
+            case _:
+                return value
+
+    def _begins_at_the_end(self, text: str) -> bool:
+        tail = text[-self._longest :]
+        return not self._first.isdisjoint(tail) and any(tail[at:] in self._starts for at in range(len(tail)))
+
+
+def _any_of(texts: Collection[str]) -> str:
+    """A pattern for any of these. Those that begin alike are tried together, so each character is looked at once."""
+    if "" in texts:
+        return ""  # the shortest of them is enough
+    groups = groupby(sorted(texts), key=lambda text: text[0])
+    found = [re.escape(first) + _any_of([text[1:] for text in group]) for first, group in groups]
+    return found[0] if len(found) == 1 else f"(?:{'|'.join(found)})"
+
+
+def markers_of(added: Collection[AddedToken], template: str) -> tuple[Markers, Markers]:
+    """Of a tokenizer's added tokens those that make turns, and those together with the tags of parts of a turn.
+
+    Some tokenizers do not flag the tokens that make turns, hence the template. Others list plain words and white space
+    as added tokens, which a template's source holds by chance.
+    """
+    turns = {
+        token.content for token in added if token.special or (token.content in template and _is_tag(token.content))
+    }
+    tags = PART_TAGS.intersection(token.content for token in added)
+    return Markers(turns - tags), Markers(turns | tags)
+
+
+def _is_tag(text: str) -> bool:
+    """Whether it has a letter, and signs around it."""
+    return any(map(str.isalpha, text)) and not text[0].isalnum() and not text[0].isspace()
+
+
+def drop_breaks(tokenizer: Tokenizer) -> None:
+    """Have the tokenizer drop every `BREAK`, after it has looked for added tokens."""
+    former: pre_tokenizers.PreTokenizer | None = tokenizer.pre_tokenizer
+    if BREAK not in repr(former):  # or another `Text` has done it
+        dropped = pre_tokenizers.Split(BREAK, "removed")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([dropped, former] if former else [dropped])
