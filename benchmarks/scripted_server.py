@@ -39,6 +39,7 @@ from benchmarks.words import LANGUAGES
 from server import sse
 from server.app import create_app
 from server.completion import Completion
+from server.connection import Connections
 from server.defaults import Defaults
 from server.garbage import search_seldom, spare_what_is_loaded
 from server.loading import Loading
@@ -213,7 +214,9 @@ def settings_of(streams: int, tokens: int) -> Settings:
 
 async def serve(streams: int, tokens: int, mode: Mode) -> None:
     """Serve until the process is killed. The port is the one line on standard output."""
-    config = uvicorn.Config(Both(streams, tokens, mode), log_config=None, access_log=False, server_header=False)
+    http: Any = Connections(settings_of(streams, tokens))  # called as a class of connections would be
+    app = Both(streams, tokens, mode)
+    config = uvicorn.Config(app, http=http, log_config=None, access_log=False, server_header=False)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0), backlog=2048)) as listener:
         print(listener.getsockname()[1], flush=True)
         await uvicorn.Server(config).serve([listener])

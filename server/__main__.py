@@ -17,7 +17,7 @@ from rich.console import Console
 from batching.events import Observer
 from batching.progress import Progress
 from server.app import create_app
-from server.connection import connections, listener
+from server.connection import Connections, listener
 from server.garbage import search_seldom, spare_imports, spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
@@ -148,7 +148,7 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),
-        http=connections(settings.send_timeout_s),
+        http=Connections(settings),  # type: ignore[arg-type]  # it is called as the class would be
         ws="none",
         log_config=None,
         access_log=False,

@@ -1,29 +1,88 @@
-"""Reading a request's body: bounded in size while it comes in, and in time."""
+"""Reading a request's body: bounded in size while it comes in and is decompressed, and in time."""
+
+import asyncio
+import zlib
+from codecs import BOM_UTF8
+from collections.abc import AsyncIterator
 
 import anyio
 from starlette.requests import Request
 
-from server.errors import ApiError
+from server.errors import ApiError, bad_request
 
 READ_SECONDS = 30.0
 
+PIECE_BYTES = 65_536
+"""So much is decompressed at a time: a fraction of a millisecond."""
+
+GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
+"""The window bits that let zlib find out which of the two it is."""
+
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, of at most `limit` bytes. Raises `ApiError` 413 as soon as it is longer, 408 if it comes too slowly."""
+    """The body, of at most `limit` bytes, also once it is decompressed, and without a byte order mark.
+
+    Raises `ApiError` 413 as soon as it is longer, 408 if it comes too slowly, 415 or 400 if it cannot be decompressed.
+    """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(limit)
-    chunks, size = [], 0
+    arriving = _bounded(request.stream(), limit)
+    chunks = []
     try:
         with anyio.fail_after(READ_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise _too_large(limit)
+            async for chunk in _bounded(_decompressed(arriving), limit) if _compressed(request) else arriving:
                 chunks.append(chunk)
     except TimeoutError:
-        raise ApiError(408, "The request's body came too slowly.", code="request_timeout") from None
-    return b"".join(chunks)
+        raise ApiError(408, "Timed out reading the request body.", code="request_timeout") from None
+    return b"".join(chunks).removeprefix(BOM_UTF8)
+
+
+async def _bounded(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        yield chunk
+
+
+def _compressed(request: Request) -> bool:
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("gzip", "x-gzip", "deflate", "identity", ""):
+        raise ApiError(
+            415,
+            "The content-encoding of this body is not known here; send it with gzip, deflate or none.",
+            code="unsupported_encoding",
+            headers={"accept-encoding": "gzip, deflate"},
+        )
+    return coding not in ("identity", "")
+
+
+async def _decompressed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """What comes out, a piece at a time; others have the event loop in between."""
+    decompressor = zlib.decompressobj(GZIP_OR_ZLIB)
+    async for chunk in chunks:
+        if chunk and decompressor.eof:
+            raise _corrupt()
+        full = True  # a full piece may leave something inside, though all of the chunk was taken
+        while (chunk or full) and not decompressor.eof:
+            yield (piece := _decompress(decompressor, chunk))
+            chunk, full = decompressor.unconsumed_tail, len(piece) == PIECE_BYTES
+            await asyncio.sleep(0)
+    if decompressor.unused_data or not decompressor.eof:
+        raise _corrupt()
+
+
+def _decompress(decompressor: "zlib._Decompress", chunk: bytes) -> bytes:
+    try:
+        return decompressor.decompress(chunk, PIECE_BYTES)
+    except zlib.error:
+        raise _corrupt() from None
+
+
+def _corrupt() -> ApiError:
+    return bad_request("The body is not what its content-encoding says.", code="corrupt_body")
 
 
 def _too_large(limit: int) -> ApiError:

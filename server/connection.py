@@ -1,20 +1,33 @@
-"""One client's connection: uvicorn's, with bounds on what it may send and on how long it may take. Event loop only.
+"""One client's connection: bytes in and out, in bounded amounts and bounded time. Event loop only.
 
-uvicorn waits for ever for a request's first lines, for the rest of a body that was refused, and for a client that
-reads nothing.
+h11 parses: it holds a request back until the one before is answered, and bounds heads, chunk headers and trailers.
+uvicorn's faster parser, httptools, can do neither, nor keep the body of a request that asks for another protocol. h11
+costs a request a tenth of a millisecond, and a token nothing: the chunks of a streamed answer do not pass through it.
+uvicorn accepts the connections, runs the lifespan and shuts down.
 """
 
 import asyncio
+import contextlib
 import socket
 from typing import Any
 
-from httptools import HttpParserError
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import h11
+from uvicorn import Config
+from uvicorn.server import ServerState
 
 from server.errors import ApiError
+from server.exchange import Exchange, reason, scope_of
+from server.log import log_refusal
+from server.settings import Settings
 
-HEAD_BYTES = 65_536
-"""Most bytes of a request's line and headers (h11's limit)."""
+READ_BYTES = 8192
+"""Most bytes of one read: even of the smallest chunks, so many are parsed in a few milliseconds."""
+
+HEAD_BYTES = 16_384
+"""Most bytes of a request's line and headers, of a chunk's header, and of trailers (the limit of h11 and Node)."""
+
+MOST_HEADERS = 100
+"""Apache's limit. Python needs a hundred times the bytes of a short header to hold it."""
 
 HEAD_SECONDS = 10.0
 """How long a request's line and headers may take, from the connection or the first byte on."""
@@ -26,136 +39,294 @@ SEND_BYTES = 65_536
 """What the kernel keeps for a client that does not read: some 300 tokens of a stream. Left alone it takes megabytes."""
 
 
-class Connection(HttpToolsProtocol):
-    """See the module. `send_seconds`: how long a client may take nothing of what waits for it."""
+HEAD_TOO_LARGE = ApiError(
+    431,
+    f"The request's headers are larger than the {HEAD_BYTES // 1024} KiB or more than the {MOST_HEADERS} allowed.",
+    code="headers_too_large",
+)
 
-    send_seconds = 30.0
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._head: int | None = None  # bytes of the request's head so far; None between requests and in a body
-        self._receiving: asyncio.TimerHandle | None = None
+class Connections:
+    """Makes the connections of one server, as uvicorn's `http`, and holds what they share."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.send_seconds = settings.send_timeout_s
+        self.keep_alive_seconds = settings.keep_alive_s
+        self.buffer = memoryview(bytearray(READ_BYTES))
+
+    def __call__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> "Connection":
+        return Connection(self, config, server_state, app_state)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """See the module. At most one request is being answered; `exchange` is its own, and None between requests.
+
+    Two timers: `_deadline`, for what the client has still to send, runs only while nothing is being answered;
+    `_sending` runs while bytes wait for the client, and acts only if it took none of them.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, shared: Connections, config: Config, server: ServerState, app_state: dict[str, Any]) -> None:
+        self._shared = shared
+        self._app = config.loaded_app
+        self._server = server
+        self._app_state = app_state
+        self._loop = asyncio.get_running_loop()
+        self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
+        self.exchange: Exchange | None = None
+        self._framing = 0  # bytes received that are not known to be a body's, since the end of the last request
+        self._body = 0  # bytes received that are
+        self._held_back = False  # a further request waits in the parser
+        self._reading = True
+        self._deadline: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
-        self._leaving = False
+        self._written = 0
+        self.full = False  # enough waits to be sent
+        self._writable = asyncio.Event()
+        self._leaving = False  # nothing more is read, all is written
+        self.client_ended = False  # the client sends nothing more
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # no other comes here
+        self.transport = transport
+        self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn means its own
+        self._expect(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._expect(None)
+        if self._sending is not None:
+            self._sending.cancel()
+        if self.exchange is not None:
+            self.exchange.lose()
+        self.resume_writing()
+
+    def shutdown(self) -> None:
+        """Close, once the answer that is on its way is out. uvicorn calls this when the service stops."""
+        if self.exchange is None:
+            self.transport.close()
+        else:
+            self.exchange.last = True
 
     # Receiving
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        super().connection_made(transport)
-        self._receive_within(HEAD_SECONDS)
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._shared.buffer
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._head = 0
-        self._receive_within(HEAD_SECONDS)
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(self._shared.buffer[:nbytes])
+        if self.exchange is None and not self._framing:
+            data = data.lstrip(b"\r\n")  # empty lines between requests mean nothing (RFC 9112, section 2.2)
+            if data and self._parser.their_state is h11.IDLE:
+                self._expect(HEAD_SECONDS)
+        if data and self._wanted:
+            self._framing += len(data)
+            self._parser.receive_data(data)
+            self._parse()
 
-    def data_received(self, data: bytes) -> None:
-        if self._leaving:
-            return
-        super().data_received(data)
-        if self._head is not None and not self._leaving and not self.transport.is_closing():
-            self._head += len(data)
-            if self._head > HEAD_BYTES:
-                self.send_400_response("")
+    def _parse(self) -> None:
+        try:
+            while self._wanted and self._take(self._parser.next_event()):
+                pass
+            if self._framing > HEAD_BYTES + self._body and self._parser.their_state is h11.SEND_BODY:
+                self.refuse(ApiError(400, "The body's chunks are smaller than what frames them; send larger ones."))
+        except h11.RemoteProtocolError as error:
+            self.refuse(refusal_of(error))
+        self.regulate()
 
-    def on_headers_complete(self) -> None:
-        self._head = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if self._head > HEAD_BYTES:
-            raise HttpParserError  # which the caller answers through `send_400_response`
-        self._head = None
-        self._received()
-        super().on_headers_complete()
-        self.cycle.transport = Lingering(self)  # type: ignore[assignment]  # all of it that a cycle uses
+    @property
+    def _wanted(self) -> bool:
+        """Whether what the client sends is of use: not after the last request, nor once it was refused."""
+        return not self._leaving and self._parser.their_state is not h11.MUST_CLOSE
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.cycle.response_complete and self.cycle.more_body:
-            self._receive_within(REST_SECONDS)
-        if self.transport.get_write_buffer_size():
-            self._watch_sending()
+    def _take(self, event: object) -> bool:
+        """Whether there may be more to take."""
+        match event:
+            case h11.Request():
+                self._begin(event)
+            case h11.Data():
+                self._framing -= len(event.data)
+                self._body += len(event.data)
+                if self.exchange is not None:
+                    self.exchange.take(event.data)
+            case h11.EndOfMessage():
+                if self.exchange is not None:
+                    self.exchange.end()
+                else:
+                    self._next()
+            case _:
+                self._held_back = event is h11.PAUSED
+                return False
+        return True
 
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._received()
+    def _begin(self, request: h11.Request) -> None:
+        unparsed, _ = self._parser.trailing_data
+        head, self._framing, self._body = self._framing - len(unparsed), len(unparsed), 0
+        if error := fault_of(request, head):
+            return self.refuse(error)
+        self._expect(None)
+        self.exchange = Exchange(self, scope_of(request, self.transport, self._app_state))
+        task = self._loop.create_task(self.exchange.run(self._app))
+        self._server.tasks.add(task)
+        task.add_done_callback(self._server.tasks.discard)
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP request, or has too large a head, in OpenAI's shape, and close."""
-        if self._head is not None and self._head > HEAD_BYTES:
-            self._refuse("431 Request Header Fields Too Large", "The request's headers are too large.")
+    def answered(self) -> None:
+        """The exchange is over. Goes on with the next request, or closes."""
+        self.exchange = None
+        incomplete = self._parser.their_state is h11.SEND_BODY
+        if self.client_ended or (self._parser.our_state is not h11.DONE and not incomplete):
+            self.transport.close()
+        elif self._parser.our_state is not h11.DONE:
+            self.leave()
+        elif incomplete:
+            self._expect(REST_SECONDS)
+            self.regulate()
         else:
-            self._refuse("400 Bad Request", "This is not a request in HTTP/1.1.")
+            self._next()
+            self._parse()
 
-    def _refuse(self, status: str, message: str) -> None:
-        body = ApiError(int(status[:3]), message).body()
-        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.leave()
+    def _next(self) -> None:
+        """A parser for the next request, with what is here of it."""
+        unparsed, _ = self._parser.trailing_data
+        unparsed = unparsed.lstrip(b"\r\n")
+        self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
+        self._framing, self._held_back = len(unparsed), False
+        if unparsed:
+            self._parser.receive_data(unparsed)
+        self._expect(HEAD_SECONDS if unparsed else self._shared.keep_alive_seconds)
+
+    def regulate(self) -> None:
+        """Read, unless enough waits to be used. What is not read, the kernel holds back from the client."""
+        wanted = not self._held_back and not (self.exchange and self.exchange.full)
+        if wanted != self._reading and not self.client_ended and not self.transport.is_closing():
+            self._reading = wanted
+            (self.transport.resume_reading if wanted else self.transport.pause_reading)()
+
+    def eof_received(self) -> bool:
+        """The client sends nothing more. In the midst of a request it has left, as for nginx and Go: whether it would
+        still read cannot be told. The handler learns of it, and what it answers is still sent."""
+        self.client_ended = True
+        if self.exchange is None:
+            return False
+        self.exchange.leave()
+        return True
+
+    def refuse(self, error: ApiError) -> None:
+        """Answer what is no HTTP request, or too large to be one, if that is still possible, and close."""
+        log_refusal("-", "-", error.status, error.code)
+        if self.exchange is not None:
+            self.exchange.lose()
+        if self._parser.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = error.body()
+            headers = [("content-type", "application/json"), ("connection", "close")]
+            headers.append(("content-length", str(len(body))))
+            self.send(h11.Response(status_code=error.status, headers=headers, reason=reason(error.status)))
+            self.send(h11.Data(data=body))
+            self.send(h11.EndOfMessage())
+            self.leave()
+        else:
+            self.transport.close()
+
+    def close(self) -> None:
+        self.transport.close()
 
     def leave(self) -> None:
         """Close, once the client has. One in the midst of sending would lose the answer with a connection that is
         closed at once (RFC 9112, section 9.6)."""
         if not self._leaving and not self.transport.is_closing():
             self._leaving = True
-            self.transport.write_eof()
-            self._receive_within(REST_SECONDS)
+            self.exchange, self._held_back = None, False
+            with contextlib.suppress(OSError):  # the client has just broken off, which the next read will tell
+                self.transport.write_eof()
+            self._expect(REST_SECONDS)
+            self.regulate()
 
-    def _receive_within(self, seconds: float) -> None:
-        self._received()
-        # Not before an answer that is on its way is out.
-        self._receiving = self.loop.call_later(seconds, self.shutdown)
-
-    def _received(self) -> None:
-        if self._receiving is not None:
-            self._receiving.cancel()
+    def _expect(self, seconds: float | None) -> None:
+        """Within so many seconds the client has to send what is due, else the connection is closed."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        # What is on its way out is still sent.
+        self._deadline = None if seconds is None else self._loop.call_later(seconds, self.transport.close)
 
     # Sending
 
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return self._server.default_headers
+
+    @property
+    def client_waits(self) -> bool:
+        return self._parser.they_are_waiting_for_100_continue
+
+    def send(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None:
+        """Write what h11 makes of it. Raises `h11.LocalProtocolError` if it does not fit what was sent before."""
+        self.write(self._parser.send(event))
+
+    def write(self, data: bytes) -> None:
+        if not data or self.transport.is_closing():
+            return
+        self.transport.write(data)
+        self._written += len(data)
+        if self._sending is None and self.transport.get_write_buffer_size():
+            self._watch_sending()
+
     def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_sending()
+        self.full = True
+        self._writable.clear()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
-        self._sent()
-        if self.cycle is not None and self.cycle.response_complete:
-            self._watch_sending()  # nothing more is written, but the rest must be taken too
+        self.full = False
+        self._writable.set()
+
+    async def writable(self) -> None:
+        """Wait until little is left to write, or the connection is lost."""
+        await self._writable.wait()
 
     def _watch_sending(self) -> None:
-        """Break the connection off, and with it the answer, unless the client takes something of it in time."""
-        self._sent()
-        waiting = self.transport.get_write_buffer_size()
-        self._sending = self.loop.call_later(self.send_seconds, self._check_sending, waiting)
+        taken = self._written - self.transport.get_write_buffer_size()
+        self._sending = self._loop.call_later(self._shared.send_seconds, self._check_sending, taken)
 
     def _check_sending(self, before: int) -> None:
+        """Break the connection off if the client took nothing, so that what waited then still waits.
+
+        How much was taken is what counts, not how much waits: meanwhile another answer may have come.
+        """
+        self._sending = None
         waiting = self.transport.get_write_buffer_size()
-        if waiting >= before:
+        if waiting and self._written - waiting == before:
             self.transport.abort()
         elif waiting:
             self._watch_sending()
 
-    def _sent(self) -> None:
-        if self._sending is not None:
-            self._sending.cancel()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._received()
-        self._sent()
-        super().connection_lost(exc)
+def fault_of(request: h11.Request, head: int) -> ApiError | None:
+    """What is wrong with a request's head of so many bytes that h11 leaves to its callers."""
+    names = [name for name, _ in request.headers]
+    if head > HEAD_BYTES or len(names) > MOST_HEADERS:
+        return HEAD_TOO_LARGE
+    if request.http_version not in (b"1.0", b"1.1"):
+        return ApiError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
+        # A proxy in front might see another end of the body (RFC 9112, section 6.1).
+        return ApiError(400, "The body's length is told in two ways, or in one that HTTP/1.0 does not have.")
+    return None
 
 
-class Lingering:
-    """What uvicorn writes an answer to: a connection's transport, but one that lingers where not all was received."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self.write = connection.transport.write
-        self.is_closing = connection.transport.is_closing
-
-    def close(self) -> None:
-        if self._connection.cycle.more_body:
-            self._connection.leave()
-        else:
-            self._connection.transport.close()
+def refusal_of(error: h11.RemoteProtocolError) -> ApiError:
+    """What a client is told about bytes that h11 does not take."""
+    match error.error_status_hint:
+        case 431:
+            return HEAD_TOO_LARGE
+        case 501:
+            return ApiError(501, "Of transfer codings only chunked is known here.")
+        case _:
+            return ApiError(400, "Malformed HTTP request.", code="malformed_request")
 
 
 def listener(host: str, port: int) -> socket.socket:
@@ -163,8 +334,3 @@ def listener(host: str, port: int) -> socket.socket:
     found = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # which accepted ones inherit
     return found
-
-
-def connections(send_seconds: float) -> type[Connection]:
-    """The class of connections whose clients may take nothing for so long."""
-    return type("Connection", (Connection,), {"send_seconds": send_seconds})

@@ -155,6 +155,9 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="how long a client may take nothing of its answer"
     )
+    keep_alive_s: float = Field(
+        90.0, gt=0, allow_inf_nan=False, description="how long a connection may stay open without a request"
+    )
     max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="largest request body")
 
     # Logs and traces

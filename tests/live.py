@@ -29,7 +29,7 @@ from batching.events import Event, RowEnded, State
 from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
-from server.connection import connections, listener
+from server.connection import Connections, listener
 from server.defaults import Defaults
 from server.loading import Loading
 from server.log import log_event
@@ -279,7 +279,7 @@ def live(
     service = Service(settings_of(**settings), loader, progress, [metrics, log_event, events.append])
     app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings, "0"))
     with contextlib.closing(listener("127.0.0.1", listen_on)) as bound:
-        http = connections(service.settings.send_timeout_s)
+        http: Any = Connections(service.settings)
         config = uvicorn.Config(
             app, http=http, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5
         )

@@ -14,10 +14,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching.types import Request
-from server.chat import render
+from server.chat import names_in, render
 from server.markers import BREAK, PART_TAGS, Markers, markers_of
 from server.messages import Message
 from server.text import Text
+from server.tools import Tool
 from tests.live import END, byte_tokenizer, live, scripted, tokens_of
 from tests.server.test_app import remembering
 
@@ -114,7 +115,8 @@ def text_of(tokenizer: PreTrainedTokenizerFast) -> Text:
 
 def prompt(text: Text, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
     parsed = [Message.model_validate_json(orjson.dumps(message)) for message in messages]
-    return text.encode(render(text, parsed, tools or [], False))
+    offered = [Tool.model_validate(tool) for tool in tools or []]
+    return text.encode(render(text, parsed, offered, names_in(text, parsed, offered), False))
 
 
 def turn_tokens(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> list[int]:

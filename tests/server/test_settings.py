@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "drain_timeout_s": ("0", 0.0),
     "watchdog_s": ("20", 20.0),
     "send_timeout_s": ("7.5", 7.5),
+    "keep_alive_s": ("75", 75.0),
     "max_body_mib": ("0.5", 0.5),
     "log_format": ("json", "json"),
     "log_level": ("warning", "warning"),
