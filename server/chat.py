@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from anyio import to_thread
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -66,7 +65,7 @@ async def respond(service: Service, chat: ChatRequest, caller: Caller) -> Respon
 async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[list[Request], Prompt]:
     """Template, tokens and limits: all that can be wrong with a request is found here, before the queue."""
     thinks = service.settings.thinking if chat.thinks is None else chat.thinks
-    prompt = await to_thread.run_sync(partial(encode, service.text, chat, thinks), limiter=service.encoders)
+    prompt = await service.encoders.run(partial(encode, service.text, chat, thinks), chat.size, caller)
     grammar = await grammar_of(service, chat, prompt.names, prompt.thought)
     room = service.room_for_output(len(prompt.tokens), "messages")
     forced = end_of_thought(service.text, chat, prompt.thought)

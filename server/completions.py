@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from anyio import to_thread
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -34,7 +33,7 @@ async def respond(service: Service, asked: CompletionRequest, caller: Caller) ->
     """Everything after the body was read. Raises `ApiError`."""
     completion = Completion(service.served_name(asked.model), "text_completion", "cmpl")
     with service.batcher.announce():
-        prompts = await to_thread.run_sync(partial(encode, service, asked), limiter=service.encoders)
+        prompts = await service.encoders.run(partial(encode, service, asked), asked.size, caller)
         streams = service.submit(rows(service, asked, prompts, caller))
     choices = [TextChoice(index, stream, service.text, asked) for index, stream in enumerate(streams)]
     if asked.stream:

@@ -23,13 +23,14 @@ class Body(BaseModel):
 
 
 class RequestBody(Body):
-    """A whole request. `ignored` names the top-level fields that were sent and are not known here, and `skipped`.
+    """A whole request, of `size` bytes. `ignored` names top-level fields that are not known here, and `skipped`.
 
     `unsupported` are those that would change the answer if they were honoured, and that are refused for it.
     """
 
     unsupported: ClassVar[frozenset[str]] = frozenset()
     _ignored: tuple[str, ...] = PrivateAttr(())
+    _size: int = PrivateAttr(0)
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -40,8 +41,13 @@ class RequestBody(Body):
         """What is known and was left out of account without changing what the answer is to."""
         return ()
 
-    def note_ignored(self, names: tuple[str, ...]) -> None:
-        self._ignored = names
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def note(self, size: int, ignored: tuple[str, ...] = ()) -> None:
+        """What is known of the body that it came in."""
+        self._size, self._ignored = size, ignored
 
 
 def _integral(value: Any) -> Any:

@@ -5,7 +5,6 @@ import re
 from functools import partial
 from typing import TypeVar
 
-from anyio import to_thread
 from starlette.requests import Request
 
 from server.body import read_body
@@ -33,7 +32,8 @@ async def read(http: Request, kind: type[Asked]) -> Asked:
     service.check_ready()
     body = await read_body(http, service.max_body_bytes)
     check = partial(parse, kind, body, refuse_unknown=service.settings.unknown_fields == "refuse")
-    asked = check() if len(body) <= INLINE_BYTES else await to_thread.run_sync(check, limiter=service.encoders)
+    small = len(body) <= INLINE_BYTES
+    asked = check() if small else await service.encoders.run(check, len(body), http.state.caller)
     if asked.ignored:
         http.app.state.metrics.ignored_fields.inc(len(asked.ignored))
         http.state.ignored = ", ".join(name if FIT.fullmatch(name) else "?" for name in asked.ignored[:MAX_NAMED])

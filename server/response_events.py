@@ -3,16 +3,17 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from itertools import count
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import orjson
-from anyio import to_thread
 
 from batching.errors import BatchingError
 from batching.stream import Stream
 from batching.types import Finish
 from server import sse
+from server.caller import Caller
 from server.chat import ChatChoice
 from server.errors import from_batching
 from server.message import Event, MessageReader, Reasoning
@@ -265,7 +266,9 @@ class ResponseChoice(ChatChoice):
         thought = self._output.thought
         if not thought:
             return 0
-        return len(await to_thread.run_sync(self._text.encode, thought, limiter=self._service.encoders))
+        request = self.stream.row.request
+        work = partial(self._text.encode, thought)
+        return len(await self._service.encoders.run(work, len(thought), Caller(request.id, request.client)))
 
     def _as_event(self, kind: str, status: str, **fields: Any) -> Json:
         response = self._head | {"status": status, "output": self._output.json()} | fields

@@ -52,6 +52,7 @@ async def prepared(
     """The chat request, and what `prepare` makes of it. Raises `ApiError` that names this request's fields."""
     try:
         chat = as_chat(asked)
+        chat.note(asked.size)
         return chat, *await prepare(service, chat, caller)
     except ApiError as error:
         raise renamed(error) from None

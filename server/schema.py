@@ -368,7 +368,7 @@ def parse(kind: type[Asked], body: bytes, *, refuse_unknown: bool = False) -> As
         asked = kind.model_validate(fields)
     except ValidationError as error:
         raise explain(error) from None
-    asked.note_ignored(ignored)
+    asked.note(len(body), ignored)
     if asked.ignored and refuse_unknown:
         raise unsupported(asked.ignored[0])
     return asked

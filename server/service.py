@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-import anyio
 from anyio import to_thread
 
 from batching.batcher import Batcher, BatchingConfig
@@ -20,6 +18,7 @@ from batching.stream import Stream
 from batching.types import ModelInfo, Request
 from server.caller import Caller
 from server.defaults import Defaults
+from server.encoders import Encoders
 from server.errors import ApiError, bad_request, from_batching, not_ready, thousands
 from server.grammar import Grammars
 from server.keys import load_keys
@@ -72,8 +71,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.max_body_bytes = int(settings.max_body_mib * 2**20)
-        # Encoding is pure CPU work in Rust: so few at a time leave the event loop and the worker their cores.
-        self.encoders = anyio.CapacityLimiter(max(2, (os.cpu_count() or 1) // 4))
+        self.encoders = Encoders()
         self.stopped = asyncio.Event()
         self.exit_code = 0
         self.begun = time.monotonic()

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import orjson
-from anyio import to_thread
 from starlette.requests import Request as HttpRequest
 
 from server.chat import names_in, render
@@ -21,7 +20,7 @@ async def tokenize(http: HttpRequest) -> dict[str, Any]:
     service: Service = http.app.state.service
     asked = await read(http, TokenizeRequest)
     service.served_name(asked.model)
-    return await to_thread.run_sync(partial(tokenized, service, asked), limiter=service.encoders)
+    return await service.encoders.run(partial(tokenized, service, asked), asked.size, http.state.caller)
 
 
 def tokenized(service: Service, asked: TokenizeRequest) -> dict[str, Any]:
@@ -60,4 +59,4 @@ async def detokenize(http: HttpRequest) -> dict[str, Any]:
     if any(token >= service.info.vocab_size for token in asked.tokens):
         raise bad_request("A token id is beyond the model's vocabulary.", "tokens")
     decode = partial(service.text.decode, asked.tokens)
-    return {"prompt": await to_thread.run_sync(decode, limiter=service.encoders)}
+    return {"prompt": await service.encoders.run(decode, asked.size, http.state.caller)}
