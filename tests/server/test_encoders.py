@@ -48,7 +48,7 @@ def test_keys_take_turns() -> None:
         await asyncio.gather(*flood, other)
 
     asyncio.run(main())
-    assert order.index("other") <= 1
+    assert order.index("other") <= 2
 
 
 def test_what_the_work_raises_is_raised_and_its_place_is_free_again() -> None:
