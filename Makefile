@@ -3,6 +3,7 @@
 # make test     install what is missing, then run every test
 # make browser  install what the tests of the page need: Chromium and axe-core (Debian, as root)
 # make test-deploy    run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
+# make test-clients   run other people's clients against the service: installs them; those from npm need node and npm
 # make check    lint, types and tests
 # make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32), and draw the result
 # make fuzz     fuzz every parser (CPU=600 seconds of CPU time each), see tests/fuzz
@@ -25,10 +26,11 @@ FLOOD ?= 120
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+CLIENTS := .clients
 AXE := .browser/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-deploy browser check bench fuzz soak overload audit clean
+.PHONY: help install run test test-deploy test-clients browser check bench fuzz soak overload audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -56,6 +58,20 @@ test: install
 test-deploy: install
 	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev,deploy,ray]'
 	$(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
+
+test-clients: install $(CLIENTS)/python/installed $(CLIENTS)/node_modules
+	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
+
+$(CLIENTS)/python/installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)/python
+	$(CLIENTS)/python/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+# Without npm the tests of what comes from there are skipped, and fail where CI=true.
+$(CLIENTS)/node_modules: tests/clients/package.json
+	@mkdir -p $(CLIENTS) && cp $< $(CLIENTS)
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts \
+		--prefix $(CLIENTS) && touch $@; else echo "npm is missing, so clients from npm are skipped"; fi
 
 check: install
 	$(BIN)/ruff check .
@@ -92,4 +108,4 @@ audit: install
 	$(BIN)/pip-audit --skip-editable
 
 clean:
-	rm -rf .venv .browser out .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .browser .clients out .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

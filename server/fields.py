@@ -38,7 +38,7 @@ class RequestBody(Body):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """What is known and was left out of account without changing what the answer is to."""
+        """Parts of known fields that are ignored, too."""
         return ()
 
     @property

@@ -1,19 +1,35 @@
 """What `POST /v1/responses` takes, and how chat completions would say it."""
 
+import json
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError
 
 from server.errors import ApiError
-from server.fields import Body, Flag, Number, RequestBody, Tokens
-from server.messages import MAX_MESSAGES, Content
+from server.fields import Body, Flag, Integral, NoEffect, Tokens
+from server.messages import MAX_MESSAGES, Content, Message
 from server.response_events import Json
-from server.schema import ChatRequest, JsonSchema, ResponseFormat, explain
-from server.tools import MAX_TOOLS, CallId, ChosenFunction, Function, Name, Tool, ToolChoice
+from server.schema import (
+    UNSUPPORTED,
+    ChatRequest,
+    Generation,
+    JsonSchema,
+    ResponseFormat,
+    TemplateOptions,
+    Thinking,
+    explain,
+)
+from server.tools import MAX_TOOLS, CalledFunction, CallId, ChosenFunction, Function, OtherTool, ToolChoice, is_other
 
-CHAT_FIELDS = {"messages": "input", "response_format": "text.format"}
+CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
 """What the fields of a chat request are called here."""
+
+ABOUT_THE_ITEM = frozenset(["type", "id", "call_id", "name", "status"])
+UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"])
+"""Items in place of a part of the conversation, encrypted by the service that made them."""
+
+TOKEN_LOGPROBS = "message.output_text.logprobs"
 
 
 def only(*allowed: Any) -> BeforeValidator:
@@ -30,95 +46,113 @@ def only(*allowed: Any) -> BeforeValidator:
 Unstored = Annotated[None, only(None)]
 
 
-def _parts(content: Any) -> Any:
-    """Parts under the names that chat completions give them."""
-    if not isinstance(content, list):
-        return content
-    return [{"type": "text", "text": part.get("text")} if _is_text(part) else part for part in content]
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in ("input_text", "output_text")
-
-
-Parts = Annotated[Content, BeforeValidator(_parts, json_schema_input_type=str | list[dict[str, Any]])]
-
-
-class Item(Body):
-    """What every item may have. Clients send items of an answer back as they got them."""
-
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-
-class MessageItem(Item):
+class MessageItem(Message):
     type: Literal["message"]
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Parts
-    phase: Literal["commentary", "final_answer"] | None = None
 
 
-class CallItem(Item):
+class CallItem(CalledFunction):
     type: Literal["function_call"]
     call_id: CallId
-    name: Name
-    arguments: Annotated[str, Field(strict=True)]
 
 
-class CallOutputItem(Item):
+class CallOutputItem(Body):
     type: Literal["function_call_output"]
     call_id: CallId
-    output: Parts
+    output: Content = ""
 
 
-class ReasoningItem(Item):
-    """Accepted and dropped: models are not shown what they thought in earlier turns."""
+class ReasoningItem(Body):
+    """A thought. Only its own text is read: a summary is not what the model thought, and the rest is encrypted."""
 
     type: Literal["reasoning"]
-    summary: list[Any] | None = None
-    content: list[Any] | None = None
-    encrypted_content: str | None = None
+    content: Any = None
+
+    @property
+    def text(self) -> str:
+        content = self.content if isinstance(self.content, list) else []
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in parts if isinstance(text, str))
 
 
-def _typed(value: Any) -> Any:
-    """Checked here because pydantic's own sentence repeats a type that is not a string."""
-    if isinstance(value, dict) and not isinstance(value.get("type"), str):
-        raise ValueError("the field type must be a string")
-    return value
+class OtherItem(Body):
+    """What another service did by itself, such as a search, and told beside its answer. Skipped."""
+
+    type: str
+
+
+ITEMS = frozenset(["message", "function_call", "function_call_output", "reasoning"])
+
+
+def _kind(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else item.type
+    return kind if kind in ITEMS else "other"
 
 
 AnyItem = Annotated[
-    MessageItem | CallItem | CallOutputItem | ReasoningItem,
-    Discriminator(
-        "type",
-        custom_error_type="item_type",
-        custom_error_message="must be a message, function_call, function_call_output or reasoning",
-    ),
-    BeforeValidator(_typed),
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[OtherItem, Tag("other")],
+    Discriminator(_kind),
 ]
 
 
-def _items(value: Any) -> Any:
-    """A list of items, each with its type and without nulls, which SDKs add to what they send back."""
-    if isinstance(value, str):
-        return [{"type": "message", "role": "user", "content": value}]
-    return [_item(item) if isinstance(item, dict) else item for item in value] if isinstance(value, list) else value
-
-
-def _item(item: Json) -> Json:
-    kept = {key: value for key, value in item.items() if value is not None}
-    kind = kept.setdefault("type", "message" if "role" in kept else "item_reference")
+def _item(value: Any) -> Any:
+    """An item by one of the types that are read here, if it is a turn of the conversation."""
+    if not isinstance(value, dict):
+        raise ValueError("an item must be an object")
+    item = {key: part for key, part in value.items() if part is not None}
+    kind = item.setdefault("type", "message" if "role" in item else "item_reference")
+    if not isinstance(kind, str):
+        raise ValueError("the field type must be a string")
     if kind == "item_reference":
         raise ValueError("an item_reference names an item that was stored, but stored state is not kept here")
-    return kept
+    if kind in UNREADABLE:
+        raise ValueError(f"an item of type {kind} can be read only by the service that made it")
+    if kind not in ITEMS and "role" in item:
+        return item | {"type": "message"}
+    if kind not in ITEMS and kind.endswith("_call") and "call_id" in item:
+        return _function_call(item)
+    if kind.endswith("_output") and "call_id" in item:
+        return item | {"type": "function_call_output", "output": _output(item.get("output", ""))}
+    return item
 
 
+def _function_call(item: Json) -> Json:
+    """A call of a tool that is no function, as a call of a function that takes what else the item says."""
+    name = item.get("name", item["type"].removesuffix("_call"))
+    arguments = {key: value for key, value in item.items() if key not in ABOUT_THE_ITEM}
+    return {"type": "function_call", "call_id": item["call_id"], "name": name, "arguments": arguments}
+
+
+def _output(value: Any) -> Any:
+    """A text, or a list of parts; what is neither is told as JSON."""
+    parts = value if isinstance(value, list) else [value]
+    if all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts):
+        return parts
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _input(value: Any) -> Any:
+    return [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
+
+
+Item = Annotated[AnyItem, BeforeValidator(_item)]
 # One less than the messages of a chat: the instructions are one, too.
-Items = Annotated[list[AnyItem], Field(min_length=1, max_length=MAX_MESSAGES - 1)]
+Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]
 
 
 class FlatTool(Function):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
+
+
+def _tool(value: Any) -> Any:
+    """By its type and no other sign, so that what is wrong with a function is told as such."""
+    return (OtherTool if is_other(value) else FlatTool).model_validate(value)
+
+
+AnyTool = Annotated[FlatTool | OtherTool, PlainValidator(_tool, json_schema_input_type=FlatTool | OtherTool)]
 
 
 class FlatChoice(ChosenFunction):
@@ -140,12 +174,22 @@ def _choice(value: Any) -> Any:
     return {"type": value.get("type"), "function": {key: value[key] for key in value if key != "type"}}
 
 
+FlatToolChoice = Literal["none", "auto", "required"] | FlatChoice | FlatAllowed
+
+
 class PlainFormat(Body):
     type: Literal["text", "json_object"]
 
 
 class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
+
+
+def _typed(value: Any) -> Any:
+    """Checked here because pydantic's own sentence repeats a type that is not a string."""
+    if isinstance(value, dict) and not isinstance(value.get("type"), str):
+        raise ValueError("the field type must be a string")
+    return value
 
 
 Format = Annotated[
@@ -159,65 +203,60 @@ Format = Annotated[
 
 class TextConfig(Body):
     format: Format = PlainFormat(type="text")
-    verbosity: Literal["medium"] | None = None
+    verbosity: NoEffect = None
 
 
 class ReasoningConfig(Body):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """"none" and "minimal" turn thinking off, the others on."""
-    summary: Literal["auto"] | None = None
-    """Accepted and without effect: thinking is shown as it is."""
+    summary: NoEffect = None
 
 
-class ResponseRequest(RequestBody):
-    """`POST /v1/responses`."""
+class ResponseRequest(Generation):
+    """`POST /v1/responses`. What chat completions know of sampling and thinking is known here, too."""
 
-    model: str | None = None
-    input: Annotated[Items, BeforeValidator(_items, json_schema_input_type=str | Items)]
+    unsupported = UNSUPPORTED | {"messages", "functions", "response_format"}
+
+    input: Annotated[Items, BeforeValidator(_input, json_schema_input_type=str | Items)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    stream: Flag | None = None
-    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: (
-        Annotated[
-            ToolChoice,
-            BeforeValidator(
-                _choice, json_schema_input_type=Literal["none", "auto", "required"] | FlatChoice | FlatAllowed
-            ),
-        ]
-        | None
-    ) = None
+    n: Annotated[int, Field(strict=True, ge=1, le=1), Integral] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Those that are no functions are not offered to the model."""
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_choice, json_schema_input_type=FlatToolChoice)] | None = None
     parallel_tool_calls: Flag | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=0)] | None = None
-    truncation: Annotated[Literal["disabled"] | None, only("disabled", None)] = None
+    enable_thinking: Flag | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking: Thinking | None = None
+    thinking_budget: Tokens | None = None
+    thinking_token_budget: Tokens | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=0), Integral] | None = None
     background: Annotated[Flag | None, only(False, None)] = None
-    include: Annotated[list[str] | None, only([], None)] = None
     previous_response_id: Unstored = None
     conversation: Unstored = None
     prompt: Unstored = None
-    metadata: dict[str, str] | None = None
-    """Accepted and told in the answer, like the rest below."""
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
-    store: Flag | None = None
-    """Accepted, but nothing is stored, and the answer says false."""
+    include: list[str] | None = None
+    """Encrypted thoughts are here in plain text, and of the rest there is nothing to include."""
+    truncation: NoEffect = None
+    max_tool_calls: NoEffect = None
+    client_metadata: NoEffect = None
 
     @property
-    def form(self) -> PlainFormat | SchemaFormat:
-        return PlainFormat(type="text") if self.text is None else self.text.format
+    def functions(self) -> list[FlatTool]:
+        return [tool for tool in self.tools or () if isinstance(tool, FlatTool)]
 
-    @model_validator(mode="after")
-    def _form_is_one(self) -> Self:
-        demanded = bool(self.tools) and self.tool_choice not in (None, "none", "auto")
-        if demanded and self.form.type != "text":
-            raise ValueError("an answer cannot be a demanded tool call and of a text.format at once")
-        return self
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
+        items = [f"input.{item.type}" for item in self.input if isinstance(item, OtherItem)]
+        included = [f"include.{name}" for name in self.include or () if name == TOKEN_LOGPROBS]
+        return tuple(dict.fromkeys(tools + items + included))
+
+
+SAME = ChatRequest.model_fields.keys() & ResponseRequest.model_fields.keys() - {"tools"}
+"""Fields that mean the same in both."""
 
 
 class ResponseChat(ChatRequest):
@@ -230,17 +269,16 @@ class ResponseChat(ChatRequest):
 
 def as_chat(asked: ResponseRequest) -> ChatRequest:
     """The same request to chat completions. Raises `ApiError` 400 in that one's words."""
-    schema = asked.form if isinstance(asked.form, SchemaFormat) else None
-    tools = None if asked.tools is None else [Tool(type="function", function=tool) for tool in asked.tools]
-    fields: Json = {
+    form = PlainFormat(type="text") if asked.text is None else asked.text.format
+    schema = form if isinstance(form, SchemaFormat) else None
+    biases = {str(token): bias for token, bias in (asked.logit_bias or {}).items()}
+    same: Json = {name: getattr(asked, name) for name in SAME}
+    fields = same | {
         "messages": turns(asked),
         "max_completion_tokens": asked.max_output_tokens,
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
-        "tools": tools,
-        "tool_choice": asked.tool_choice,
-        "parallel_tool_calls": asked.parallel_tool_calls,
-        "response_format": ResponseFormat(type=asked.form.type, json_schema=schema),
+        "tools": None if asked.tools is None else [_chat_tool(tool) for tool in asked.tools],
+        "response_format": ResponseFormat(type=form.type, json_schema=schema),
+        "logit_bias": biases,
         "reasoning_effort": asked.reasoning and asked.reasoning.effort,
     }
     try:
@@ -249,15 +287,26 @@ def as_chat(asked: ResponseRequest) -> ChatRequest:
         raise explain(error) from None
 
 
+def _chat_tool(tool: FlatTool | OtherTool) -> Json:
+    return {"function": tool} if isinstance(tool, FlatTool) else {"type": tool.type}
+
+
 def turns(asked: ResponseRequest) -> list[Json]:
-    """The messages of a chat. Calls are part of the assistant's turn before them."""
+    """The messages of a chat. A thought is part of the assistant's turn after it, and calls of the one before them."""
     found: list[Json] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     for item in asked.input:
+        last = found[-1] if found and found[-1]["role"] == "assistant" else None
         match item:
             case MessageItem():
-                found.append({"role": item.role, "content": item.content})
+                turn = item.model_dump(exclude={"type"}, exclude_none=True)
+                if item.role == "assistant" and last is not None and last.keys() == {"role", "reasoning_content"}:
+                    found[-1] = last | turn
+                else:
+                    found.append(turn)
+            case ReasoningItem() if item.text:
+                found.append({"role": "assistant", "reasoning_content": item.text})
             case CallItem():
-                if not found or found[-1]["role"] != "assistant":
+                if last is None:
                     found.append({"role": "assistant"})
                 call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
                 found[-1].setdefault("tool_calls", []).append(call)

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import orjson
-from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -76,9 +76,6 @@ async def streamed(choice: ResponseChoice) -> Response:
 
 FIXED: Json = dict.fromkeys(["error", "incomplete_details", "completed_at", "usage"]) | {
     "previous_response_id": None,
-    "max_tool_calls": None,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
     "top_logprobs": 0,
     "truncation": "disabled",
     "background": False,
@@ -89,10 +86,7 @@ FIXED: Json = dict.fromkeys(["error", "incomplete_details", "completed_at", "usa
 
 
 def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> Json:
-    """The response before there is any output.
-
-    Definitions are encoded by pydantic, which has a form for integers of any size.
-    """
+    """The response before there is any output."""
     told: Json = {
         "id": f"resp_{secrets.token_hex(12)}",
         "object": "response",
@@ -102,15 +96,18 @@ def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> Json:
         "max_output_tokens": asked.max_output_tokens,
         "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
         "top_p": defaults.top_p if asked.top_p is None else asked.top_p,
-        "tools": [as_json(tool) for tool in asked.tools or ()],
+        "presence_penalty": asked.presence_penalty or 0.0,
+        "frequency_penalty": asked.frequency_penalty or 0.0,
+        "tools": [as_json(tool) for tool in asked.functions],
         "tool_choice": choice_of(asked),
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "text": as_json(asked.text or TextConfig()),
         "reasoning": {"effort": asked.reasoning and asked.reasoning.effort, "summary": None},
-        "metadata": asked.metadata or {},
-        "user": asked.user,
-        "safety_identifier": asked.safety_identifier,
-        "prompt_cache_key": asked.prompt_cache_key,
+        "metadata": as_json(asked.metadata or {}),
+        "user": as_json(asked.user),
+        "safety_identifier": as_json(asked.safety_identifier),
+        "prompt_cache_key": as_json(asked.prompt_cache_key),
+        "max_tool_calls": as_json(asked.max_tool_calls),
     }
     return told | FIXED
 
@@ -127,5 +124,6 @@ def choice_of(asked: ResponseRequest) -> Any:
             return choice or "auto"
 
 
-def as_json(value: BaseModel) -> orjson.Fragment:
-    return orjson.Fragment(value.model_dump_json(by_alias=True))
+def as_json(value: Any) -> orjson.Fragment:
+    """What a client sent, encoded by pydantic, which has a form for integers of any size."""
+    return orjson.Fragment(to_json(value, by_alias=True, inf_nan_mode="null"))

@@ -121,14 +121,14 @@ class OtherTool(Body):
     type: Annotated[str, Field(strict=True, json_schema_extra={"not": {"const": "function"}})]
 
 
-def _is_other(tool: Any) -> bool:
+def is_other(tool: Any) -> bool:
     kind = tool.get("type") if isinstance(tool, dict) else None
     return isinstance(kind, str) and kind != "function"
 
 
 def _tool(value: Any) -> Any:
     """By its type and no other sign, so that what is wrong with a function is told as such."""
-    return (OtherTool if _is_other(value) else Tool).model_validate(value)
+    return (OtherTool if is_other(value) else Tool).model_validate(value)
 
 
 AnyTool = Annotated[Tool | OtherTool, PlainValidator(_tool, json_schema_input_type=Tool | OtherTool)]
@@ -146,7 +146,7 @@ class NamedChoice(Body):
 
 
 def _functions(tools: Any) -> Any:
-    return [tool for tool in tools if not _is_other(tool)] if isinstance(tools, list) else tools
+    return [tool for tool in tools if not is_other(tool)] if isinstance(tools, list) else tools
 
 
 class AllowedTools(Body):

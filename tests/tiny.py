@@ -17,15 +17,15 @@ SHAPE: dict[str, Any] = {
 }
 
 CONFIGS = {
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
-    "qwen2": lambda: Qwen2Config(**SHAPE),
-    "llama": lambda: LlamaConfig(**SHAPE),
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "qwen3": lambda **others: Qwen3Config(**SHAPE | others, head_dim=16),
+    "qwen2": lambda **others: Qwen2Config(**SHAPE | others),
+    "llama": lambda **others: LlamaConfig(**SHAPE | others),
+    "mistral": lambda **others: MistralConfig(**SHAPE | others, sliding_window=None),
 }
 
 
-def tiny_model(kind: str = "qwen3", seed: int = 0) -> PreTrainedModel:
-    """A model of random weights in float32 on the CPU, in eval mode."""
+def tiny_model(kind: str = "qwen3", seed: int = 0, **others: int) -> PreTrainedModel:
+    """A model of random weights in float32 on the CPU, in eval mode. `others` replace sizes of `SHAPE`."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[kind](**others)).eval()
     return model

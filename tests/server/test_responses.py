@@ -9,12 +9,16 @@ from typing import Any
 import openai
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
 from pydantic import BaseModel
 
 from batching.events import Outcome
 from batching.types import Request
+from server.response_request import ResponseRequest, as_chat
+from server.schema import ChatRequest, parse
 from tests.fakes import Script
 from tests.live import BYTES, Live, eventually, live, says, scripted, tokens_of
 
@@ -374,6 +378,228 @@ def test_tools_that_may_not_be_called_are_not_offered() -> None:
     assert answer["output"][0]["content"][0]["text"] == CALL
 
 
+# What clients send beside, and send back
+
+SEARCH: Json = {"type": "web_search", "external_web_access": False}
+GROUP: Json = {"type": "namespace", "name": "agents", "tools": [OTHER]}
+PATCH: Json = {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark"}}
+
+
+def test_tools_of_other_types_are_not_offered_and_are_named() -> None:
+    seen: list[Request] = []
+    body: Json = {"input": "Hi", "tools": [SEARCH, TOOL, GROUP, SEARCH, PATCH], "tool_choice": "auto", "made_up": 1}
+    with live(scripted(remembering(seen))) as service:
+        answer = service.post(orjson.dumps(body), "/v1/responses")
+        alone = ask(service, tools=[TOOL])
+        ask(service)
+        assert ask(service, tools=[SEARCH])["tools"] == []
+    assert answer.status_code == 200
+    assert answer.headers["x-ignored-fields"] == "made_up, tools.web_search, tools.namespace, tools.custom"
+    assert answer.json()["tools"] == alone["tools"] == [TOOL]
+    mixed, function, none, search = map(prompt_of, seen)
+    assert mixed == function
+    assert search == none
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOL, SEARCH]}, "tools.web_search"),
+        ({"input": [{"role": "user", "content": "Hi"}, {"type": "web_search_call"}]}, "input.web_search_call"),
+        ({"include": ["message.output_text.logprobs"]}, "include.message.output_text.logprobs"),
+    ],
+)
+def test_what_is_skipped_can_be_refused(fields: Json, param: str) -> None:
+    with live(unknown_fields="refuse") as service:
+        error = refusal(service, 400, **fields)
+    assert (error["param"], error["code"]) == (param, "unsupported_field")
+
+
+def test_fields_without_effect_are_accepted() -> None:
+    fields: Json = {
+        "include": ["reasoning.encrypted_content", "web_search_call.action.sources"],
+        "client_metadata": {"session_id": "a"},
+        "text": {"verbosity": "low"},
+        "reasoning": {"summary": "detailed", "generate_summary": "auto"},
+        "max_tool_calls": 3,
+        "stream_options": {"include_obfuscation": False},
+        "truncation": "auto",
+        "background": False,
+        "store": True,
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+        "safety_identifier": "s",
+        "service_tier": "scale",
+        "metadata": {"a": 10**30, "b": None},
+        "user": "u",
+    }
+    with live() as service:
+        plain = service.post(orjson.dumps({"input": "Hi"}), "/v1/responses")
+        answer = service.post(json.dumps({"input": "Hi"} | fields).encode(), "/v1/responses")
+    assert answer.status_code == 200, answer.text
+    assert "x-ignored-fields" not in answer.headers
+    assert answer.json()["metadata"] == fields["metadata"]
+    assert (answer.json()["max_tool_calls"], answer.json()["store"]) == (3, False)
+    assert answer.json()["usage"] == plain.json()["usage"]
+
+
+def test_null_is_a_field_left_out_wherever_it_is() -> None:
+    fields: Json = dict.fromkeys(set(ResponseRequest.model_fields) - {"input"})
+    nulls = dict.fromkeys(["id", "status", "phase", "name", "summary", "encrypted_content", "content"])
+    items: list[Json] = [
+        nulls | {"type": None, "role": "user", "content": [{"type": "input_text", "text": "Hi", "x": None}]},
+        nulls | {"type": "reasoning"},
+        nulls | {"type": "message", "role": "assistant"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": None, "id": None, "namespace": None},
+        {"type": "function_call_output", "call_id": "c", "output": None, "id": None},
+    ]
+    with live() as service:
+        answer = service.post(orjson.dumps(fields | {"input": items}), "/v1/responses")
+        assert answer.status_code == 200, answer.text
+        assert ask(service, tools=[dict.fromkeys(TOOL) | {"type": "function", "name": "f"}], text={"format": None})
+    assert "x-ignored-fields" not in answer.headers
+
+
+def test_what_chats_know_of_sampling_and_thinking_is_known_here() -> None:
+    seen: list[Request] = []
+    settings: Json = {
+        **{"top_k": 5, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.5},
+        **{"seed": 7, "logit_bias": {"3": 2}, "stop": ["o"], "min_tokens": 1, "max_tokens": 9},
+    }
+    with live(scripted(remembering(seen, "Hello!"))) as service:
+        answer = ask(service, **settings)
+        service.chat(**settings)
+        for spelled in ({"chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": True}):
+            ask(service, **spelled)
+    one, other, *thinking = seen
+    assert one.sampling == other.sampling
+    assert one.sampling.seed == 7
+    assert answer["output"][0]["content"][0]["text"] == "Hell"
+    assert (answer["presence_penalty"], answer["frequency_penalty"]) == (0.5, 0.25)
+    assert all(prompt_of(each).endswith("<think>") for each in thinking)
+
+
+def called(name: str, arguments: Any, result: str = "done") -> list[Json]:
+    return [
+        {"type": "function_call", "call_id": "c", "name": name, "arguments": json.dumps(arguments)},
+        {"type": "function_call_output", "call_id": "c", "output": result},
+    ]
+
+
+OF: Json = {"call_id": "c", "id": "x_1", "status": "completed"}
+RAN: list[Any] = [{"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]
+TEXT_PARTS: list[Any] = [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b", "annotations": []}]
+CITED: list[Any] = [
+    {"type": "output_text", "text": "It is.", "annotations": [{"type": "url_citation"}], "logprobs": []}
+]
+SUMMARY: list[Any] = [{"type": "summary_text", "text": "s"}]
+IT_IS: Json = {"role": "assistant", "content": "It is."}
+SPELLINGS: dict[str, tuple[list[Json], list[Json]]] = {
+    "a tool of free text": (
+        [
+            OF | {"type": "custom_tool_call", "name": "apply_patch", "input": "*** Begin"},
+            OF | {"type": "custom_tool_call_output", "output": "done"},
+        ],
+        called("apply_patch", {"input": "*** Begin"}),
+    ),
+    "the local shell": (
+        [
+            OF | {"type": "local_shell_call", "action": {"type": "exec", "command": ["ls"]}},
+            OF | {"type": "local_shell_call_output", "output": "done"},
+        ],
+        called("local_shell", {"action": {"type": "exec", "command": ["ls"]}}),
+    ),
+    "a shell": (
+        [
+            OF | {"type": "shell_call", "action": {"commands": ["ls"]}},
+            OF | {"type": "shell_call_output", "output": RAN},
+        ],
+        called("shell", {"action": {"commands": ["ls"]}}, json.dumps(RAN)),
+    ),
+    "parts of an output": (
+        [called("f", {})[0], OF | {"type": "function_call_output", "output": TEXT_PARTS}],
+        called("f", {}, "ab"),
+    ),
+    "arguments as an object": (
+        [OF | {"type": "function_call", "name": "f", "arguments": {"a": 1}}],
+        called("f", {"a": 1})[:1],
+    ),
+    "a text with sources": (
+        [
+            {"type": "web_search_call", "id": "ws_1", "action": {"type": "search", "query": "q"}},
+            {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": CITED},
+        ],
+        [IT_IS],
+    ),
+    "a refusal": (
+        [{"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}],
+        [{"role": "assistant", "content": "No."}],
+    ),
+    "a thought that is encrypted": (
+        [{"type": "reasoning", "id": "rs_1", "encrypted_content": "gAAA", "summary": SUMMARY}, IT_IS],
+        [IT_IS],
+    ),
+    "a turn of an unknown type": ([IT_IS | {"type": "agent_message", "author": "x"}], [IT_IS]),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_turns_in_any_spelling_are_the_same_prompt(name: str) -> None:
+    seen: list[Request] = []
+    user: Json = {"role": "user", "content": [{"type": "input_text", "text": "H"}, {"type": "text", "text": "i"}]}
+    with live(scripted(remembering(seen))) as service:
+        for items in SPELLINGS[name]:
+            assert ask(service, input=[user, *items, user])["status"] == "completed"
+    first, second = map(prompt_of, seen)
+    assert first == second
+
+
+def test_items_that_are_no_turns_are_skipped_and_named() -> None:
+    items: list[Json] = [
+        {"role": "user", "content": "Hi"},
+        {"type": "web_search_call", "id": "a"},
+        {"type": "mcp_list_tools"},
+    ]
+    with live() as service:
+        answer = service.post(orjson.dumps({"input": items}), "/v1/responses")
+    assert answer.headers["x-ignored-fields"] == "input.web_search_call, input.mcp_list_tools"
+
+
+TEXTS = st.text("ab ", min_size=1, max_size=5)
+CALLED = st.tuples(st.sampled_from("fg"), st.dictionaries(TEXTS, st.integers(), max_size=2), TEXTS)
+ASSISTANT = st.tuples(st.none() | TEXTS, st.none() | TEXTS, st.lists(CALLED, max_size=3))
+TURNS = st.lists(st.tuples(TEXTS, ASSISTANT.filter(lambda turn: bool(turn[1] or turn[2]))), min_size=1, max_size=3)
+KEPT: Any = st.fixed_dictionaries(
+    {}, optional={"id": st.none() | TEXTS, "status": st.just("completed"), "phase": st.none(), "created_by": TEXTS}
+)
+
+
+@given(turns=TURNS, data=st.data())
+def test_the_same_conversation_is_the_same_as_in_chats(turns: list[Any], data: st.DataObject) -> None:
+    messages: list[Json] = [{"role": "system", "content": "Be brief."}]
+    items: list[Json] = []
+    for question, (thought, text, calls) in turns:
+        messages.append({"role": "user", "content": question})
+        items.append({"role": "user", "content": question})
+        made: list[Json] = [
+            {"id": str(n), "function": {"name": name, "arguments": json.dumps(arguments)}}
+            for n, (name, arguments, _) in enumerate(calls)
+        ]
+        said: Json = {"role": "assistant", "content": text, "reasoning_content": thought, "tool_calls": made or None}
+        messages.append(said)
+        if thought:
+            items.append({"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": thought}]})
+        if text:
+            items.append({"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]})
+        items += [{"type": "function_call", "call_id": call["id"]} | call["function"] for call in made]
+        for n, (*_, result) in enumerate(calls):
+            messages.append({"role": "tool", "tool_call_id": str(n), "content": result})
+            items.append({"type": "function_call_output", "call_id": str(n), "output": result})
+    items = [data.draw(KEPT) | item for item in items]
+    asked = parse(ResponseRequest, orjson.dumps({"input": items, "instructions": "Be brief."}))
+    assert as_chat(asked).messages == parse(ChatRequest, orjson.dumps({"messages": messages})).messages
+
+
 # Refusals
 
 
@@ -386,23 +612,29 @@ def refusing() -> Iterator[Live]:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "param"),
     [
-        ("previous_response_id", "resp_1"),
-        ("conversation", "conv_1"),
-        ("conversation", {"id": "conv_1"}),
-        ("prompt", {"id": "pmpt_1"}),
-        ("background", True),
-        ("include", ["reasoning.encrypted_content"]),
-        ("truncation", "auto"),
-        ("input", [{"type": "item_reference", "id": "msg_1"}]),
-        ("input", [{"id": "msg_1"}]),
+        ("previous_response_id", "resp_1", "previous_response_id"),
+        ("conversation", "conv_1", "conversation"),
+        ("conversation", {"id": "conv_1"}, "conversation"),
+        ("prompt", {"id": "pmpt_1"}, "prompt"),
+        ("background", True, "background"),
+        ("input", [{"type": "item_reference", "id": "msg_1"}], "input.0"),
+        ("input", [{"id": "msg_1"}], "input.0"),
+        ("input", [{"id": "msg_1", "type": None}], "input.0"),
     ],
 )
-def test_what_needs_stored_state_is_refused_by_name(refusing: Live, field: str, value: Any) -> None:
+def test_what_needs_stored_state_is_refused_by_name(refusing: Live, field: str, value: Any, param: str) -> None:
     error = refusal(refusing, 400, **{field: value})
-    assert error["param"] == field
+    assert error["param"] == param
     assert "stored state is not kept here" in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["compaction", "context_compaction"])
+def test_a_conversation_that_only_another_service_can_read_is_refused(refusing: Live, kind: str) -> None:
+    error = refusal(refusing, 400, input=[{"type": kind, "encrypted_content": "x"}, {"role": "user", "content": "Hi"}])
+    assert error["param"] == "input.0"
+    assert kind in error["message"]
 
 
 def test_what_asks_for_no_stored_state_is_answered() -> None:
@@ -420,14 +652,13 @@ def test_what_asks_for_no_stored_state_is_answered() -> None:
         ({"input": None}, "input"),
         ({"input": []}, "input"),
         ({"input": [7]}, "input.0"),
-        ({"input": [{"type": "computer_call"}]}, "input.0"),
+        ({"input": [{"type": "computer_call"}]}, "input"),
         ({"input": [{"type": {"a": 1}}]}, "input.0"),
         ({"text": {"format": {"type": ["a"]}}}, "text.format"),
         ({"input": [{"role": "robot", "content": "Hi"}]}, "input.0.message.role"),
-        ({"input": [{"role": "user"}]}, "input.0.message.content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.message.content"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input.0.message.content"),
-        ({"input": [{"type": "function_call", "call_id": "a", "name": "f"}]}, "input.0.function_call.arguments"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": ""}]}, "input.0.function_call.call_id"),
         ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input"),
         ({"input": [{"role": "user", "content": "refuse me"}]}, "input"),
         ({"input": "x" * 5000}, "input"),
@@ -437,18 +668,19 @@ def test_what_asks_for_no_stored_state_is_answered() -> None:
         ({"top_p": "1"}, "top_p"),
         ({"top_logprobs": 5}, "top_logprobs"),
         ({"stream": 1}, "stream"),
-        ({"seed": 7}, "seed"),
+        ({"seed": "7"}, "seed"),
+        ({"top_k": -2}, "top_k"),
+        ({"n": 2}, "n"),
         ({"background": 0}, "background"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
+        ({"tools": [{"type": 5, "name": "f"}]}, "tools.0.type"),
         ({"tools": [TOOL | {"parameters": {"type": "array"}}]}, "tools.0.parameters"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name"),
         ({"tools": [TOOL], "tool_choice": "weather"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.json_schema.schema"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
     ],
 )
 def test_what_is_wrong_is_refused_with_the_field_s_name(refusing: Live, fields: Json, param: str) -> None:
@@ -460,7 +692,8 @@ def test_what_is_wrong_is_refused_with_the_field_s_name(refusing: Live, fields: 
     [
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": "required", "text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
     ],
 )
 def test_fields_that_do_not_agree_are_refused(refusing: Live, fields: Json, words: str) -> None:

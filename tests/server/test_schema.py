@@ -327,8 +327,9 @@ def test_null_is_as_good_as_absent_everywhere() -> None:
         "thinking": {"type": "enabled"},
     }
     every = dict.fromkeys(ChatRequest.model_fields)
-    found = parse(ChatRequest, orjson.dumps(every | nulled(body)))
-    assert found.model_dump() == parse(ChatRequest, orjson.dumps(body)).model_dump()
+    found, plain = parse(ChatRequest, orjson.dumps(every | nulled(body))), parse(ChatRequest, orjson.dumps(body))
+    found.note(plain.size)
+    assert found == plain
 
 
 def test_an_unknown_field_is_ignored_and_named() -> None:

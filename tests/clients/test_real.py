@@ -1,0 +1,28 @@
+"""Other people's clients, run for real against a scripted model: each is answered, and understands the answer."""
+
+import pytest
+
+from batching.events import Rejected
+from tests.clients.client import CLIENTS
+from tests.clients.model import ANSWERS, scripted_model
+from tests.clients.recording import FOLDER, Recording, different, recording, shape
+from tests.live import live
+
+pytestmark = pytest.mark.clients
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_client_understands_every_answer_and_its_history_is_answered(name: str) -> None:
+    client = CLIENTS[name]
+    version = client.needed()
+    with live(scripted_model(), default_max_tokens=1024) as service, recording() as sent:
+        found = client.run(service.url)
+        refused = [event for event in service.events if isinstance(event, Rejected)]
+    assert found == {what: ANSWERS[what.split(":")[0]] for what in found}
+    assert {what.split(":")[0] for what in found} == client.does
+    assert not refused
+    recorded = Recording.read(FOLDER / f"{name}.json")
+    if version == recorded.version:
+        shapes = [(one.path, set(shape(one.body))) for one in recorded.requests]
+        for one in different(sent):
+            assert (one.path, set(shape(one.body))) in shapes, f"python -m tests.clients.recording {name}"
