@@ -189,7 +189,8 @@ class Batcher:
         self._queue_changed()
         self._observe(self._joined(rows, now) if joining else self._started(rows, now, opened))
         for row in rows:
-            self._observe(RowStarted(row.request.id, now, now - row.arrived, len(self._running)))
+            request = row.request
+            self._observe(RowStarted(request.id, now, now - row.arrived, len(self._running), request.client))
         return rows
 
     def _started(self, rows: Sequence[Row], now: float, opened: float) -> BatchStarted:

@@ -74,12 +74,13 @@ class RowsJoined:
 
 @dataclass(frozen=True, slots=True)
 class RowStarted:
-    """A row was handed to the worker at `at`, with `batch_size` rows in the batch, itself among them."""
+    """A row of `client` was handed to the worker at `at`, with `batch_size` rows in the batch, itself among them."""
 
     id: str
     at: float
     queue_wait: float
     batch_size: int
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ class RowEnded:
     batch_size: int
     num_cached_tokens: int = 0
     trace: tuple[tuple[str, str], ...] = ()
+    client: str = ""
 
 
 Event = (

@@ -171,6 +171,7 @@ class Stream:
                 batch_size=self._batch_size,
                 num_cached_tokens=self.row.num_cached_tokens,
                 trace=request.trace,
+                client=request.client,
             ),
         )
 

@@ -1,6 +1,7 @@
 """What the page at `/` reads beside the API: `/internal/live`, the batcher's life as it happens, and `/internal/state`.
 
-Any key may read them. They tell request ids, times and counts of tokens of all keys, never a prompt or an answer.
+A key hears of its own requests, `--admin-keys` and a service without keys of everyone's: ids, times and counts of
+tokens, never a prompt or an answer. Totals are everyone's, as on /metrics.
 """
 
 import time
@@ -25,7 +26,9 @@ LIMITS = (
 
 async def live(request: Request) -> Response:
     service: Service = request.app.state.service
-    return StreamingResponse(service.live.listen(), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+    name = request.state.caller.name
+    frames = service.live.listen(None if not name or name in service.settings.admin_keys else name)
+    return StreamingResponse(frames, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
 
 
 async def state(request: Request) -> Response:

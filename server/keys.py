@@ -29,6 +29,10 @@ class Keys:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(key.name for key in self._keys)
+
     def find(self, secret: bytes) -> Key | None:
         """The key with this secret. All are compared, each in constant time, so that timing tells nothing of them."""
         digest = sha256(secret).digest()

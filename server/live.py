@@ -6,7 +6,7 @@ The last minutes are kept in any case, so that a listener starts with them; noth
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import fields
 from typing import Any
 
@@ -29,12 +29,16 @@ Message = dict[str, Any]
 
 
 class Listener:
-    """What one client has still to be sent."""
+    """What one client has still to be sent. It hears of `client`'s rows alone, or of everyone's if None."""
 
-    def __init__(self, *, over: bool) -> None:
+    def __init__(self, client: str | None = None, *, over: bool) -> None:
+        self.client = client
         self._waiting: list[bytes] = []
         self._news = asyncio.Event()
         self.over = over
+
+    def hears(self, owner: str) -> bool:
+        return self.client is None or self.client == owner
 
     def tell(self, message: bytes) -> None:
         if len(self._waiting) == MOST_WAITING:
@@ -63,7 +67,7 @@ class LiveFeed:
     def __init__(self) -> None:
         self._meter = Meter(time.monotonic())
         self._ticks: deque[Tick] = deque(maxlen=TICKS_KEPT)
-        self._rows: deque[Message] = deque(maxlen=ROWS_KEPT)
+        self._rows: deque[tuple[str, Message]] = deque(maxlen=ROWS_KEPT)  # whose, and what
         self._listeners: set[Listener] = set()
         self._state = State.STARTING
         self._closed = False
@@ -79,9 +83,9 @@ class LiveFeed:
             case BatchStarted():
                 self._batch += 1
             case RowStarted():
-                self._tell_row({"started": event, "batch": self._batch})
+                self._tell_row(event.client, {"started": event, "batch": self._batch})
             case RowEnded():
-                self._tell_row({"ended": event, "at": now})
+                self._tell_row(event.client, {"ended": event, "at": now})
             case StateChanged(state=state):
                 self._state = state
                 self._tell({"state": state})
@@ -92,16 +96,17 @@ class LiveFeed:
     def listeners(self) -> int:
         return len(self._listeners)
 
-    def listen(self) -> AsyncIterator[bytes]:
-        """The frames for one more client. Raises `ApiError` 429 when there are too many."""
-        if len(self._listeners) == MOST_LISTENERS:
-            raise ApiError(
-                429, "As many watch already as may; close another page.", "rate_limit_error", "too_many_listeners"
-            )
-        return self._frames()
+    def listen(self, client: str | None = None) -> AsyncIterator[bytes]:
+        """The frames for one more listener: of the rows of one client, or of all if None.
 
-    async def _frames(self) -> AsyncIterator[bytes]:
-        listener, history = Listener(over=self._closed), self.history()
+        Raises `ApiError` 429 when there are too many.
+        """
+        if len(self._listeners) == MOST_LISTENERS:
+            raise ApiError(429, "Too many live viewers; close another tab.", "rate_limit_error", "too_many_listeners")
+        return self._frames(client)
+
+    async def _frames(self, client: str | None) -> AsyncIterator[bytes]:
+        listener, history = Listener(client, over=self._closed), self.history(client)
         if len(self._listeners) == MOST_LISTENERS:
             return  # many came at the same moment
         self._listeners.add(listener)
@@ -131,22 +136,27 @@ class LiveFeed:
             self._ticks.append(tick)
             self._tell({"tick": tick})
 
-    def _tell_row(self, message: Message) -> None:
-        self._rows.append(message)
-        self._tell(message)
+    def _tell_row(self, owner: str, message: Message) -> None:
+        self._rows.append((owner, message))
+        self._send(message, [listener for listener in self._listeners if listener.hears(owner)])
 
     def _tell(self, message: Message) -> None:
-        if self._listeners:
+        self._send(message, self._listeners)
+
+    @staticmethod
+    def _send(message: Message, listeners: Collection[Listener]) -> None:
+        if listeners:
             encoded = frame(message)
-            for listener in self._listeners:
+            for listener in listeners:
                 listener.tell(encoded)
 
-    def history(self) -> Message:
+    def history(self, client: str | None = None) -> Message:
         """What a listener begins with: ticks by column, and what rows did."""
         now = time.monotonic()
         self._advance(now)
         columns = {field.name: [getattr(tick, field.name) for tick in self._ticks] for field in fields(Tick)}
-        return {"now": now, "period": PERIOD, "state": self._state, "ticks": columns, "rows": list(self._rows)}
+        rows = [message for owner, message in self._rows if client in (None, owner)]
+        return {"now": now, "period": PERIOD, "state": self._state, "ticks": columns, "rows": rows}
 
 
 def frame(message: Message) -> bytes:

@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(
         None, description="file of more keys, a line each: name, key and, if it is not 1, the key's share of the device"
     )
+    admin_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names of the API keys whose holders see everyone's requests on the page; others see their own"
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="web origins allowed to call, separated by commas; * for all"
     )
@@ -167,7 +170,7 @@ class Settings(BaseSettings):
         None, pattern="^https?://", description="URL that traces are sent to with OTLP over HTTP; needs the extra otel"
     )
 
-    @field_validator("name", "api_keys", "cors_origins", mode="before")
+    @field_validator("name", "api_keys", "admin_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -176,7 +179,9 @@ class Settings(BaseSettings):
     def _agree(self) -> Self:
         if self.default_max_tokens > self.max_output_tokens:
             raise ValueError("default-max-tokens is larger than max-output-tokens")
-        load_keys(self.api_keys, self.api_keys_file)
+        keys = load_keys(self.api_keys, self.api_keys_file)
+        if keys and (unknown := set(self.admin_keys) - keys.names):
+            raise ValueError(f"admin-keys names {min(unknown)}, which is not the name of an API key")
         if self.otlp_endpoint and not _can_trace():
             raise ValueError("otlp-endpoint needs the extra otel: pip install 'microbatch[otel]'")
         if self.load_format == "dummy" and self.model is None:

@@ -256,6 +256,21 @@ def test_a_listener_that_ended_still_gets_what_it_was_told() -> None:
     run(main)
 
 
+@pytest.mark.parametrize(("who", "sees"), [("sesame", {"a"}), ("poppy", {"p"}), ("owner", {"a", "p"})])
+def test_a_key_hears_of_its_own_requests_and_an_admin_s_of_everyone_s(who: str, sees: set[str]) -> None:
+    keys = ("sesame", "poppy", "owner")
+    with live(api_keys=keys, admin_keys=("key-3",)) as service:
+        for key, name in (("sesame", "a"), ("poppy", "p")):
+            service.chat(headers={"authorization": f"Bearer {key}", "x-request-id": f"{name}1"})
+        with listening(service, authorization=f"Bearer {who}") as ear:
+            for key, name in (("sesame", "a"), ("poppy", "p")):
+                service.chat(headers={"authorization": f"Bearer {key}", "x-request-id": f"{name}2"})
+            eventually(lambda: len(ear.all("ended")) == len(sees), "the news came")
+            told = [row for row in ear.heard[0]["rows"] if "ended" in row]
+            ids = [row["ended"]["id"] for row in told] + [row["id"] for row in ear.all("ended")]
+    assert set(ids) == {f"{name}{n}" for name in sees for n in (1, 2)}
+
+
 # The state
 
 

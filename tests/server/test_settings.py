@@ -21,6 +21,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "port": ("8000", 8000),
     "api_keys": ("a,b", ("a", "b")),
     "api_keys_file": ("keys", Path("keys")),
+    "admin_keys": ("alice,bob", ("alice", "bob")),
     "cors_origins": ("*", ("*",)),
     "page": ("false", False),
     "max_batch_size": ("7", 7),
@@ -101,6 +102,11 @@ def test_an_empty_variable_is_as_good_as_none(field: str, monkeypatch: pytest.Mo
     default = getattr(parse([]), field)
     monkeypatch.setenv(variable(field), "")
     assert getattr(parse([]), field) == default
+
+
+def test_an_admin_s_key_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--api-keys-file", "keys", "--admin-keys", "somebody"]).admin_keys == ("somebody",)
+    assert "nobody" in told(capsys, "--api-keys-file", "keys", "--admin-keys", "nobody")
 
 
 def test_a_flag_beats_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
