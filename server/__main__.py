@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.service import Loader, Service
 from server.settings import WHOLE_ANSWER, Settings, parse
 from server.version import VERSION
+from server.watchdog import Watchdog, end_process, end_unless_called_again
 
 if TYPE_CHECKING:
     from server.tracing import Tracing
@@ -156,10 +157,19 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     bound = listen(settings.host, settings.port)
-    await Server(config, service).serve_until_stopped(bound)
-    if tracing:
-        await to_thread.run_sync(tracing.close)
-    return service.exit_code
+    with Watchdog(
+        asyncio.get_running_loop(),
+        settings.watchdog_s,
+        progress,
+        service.worker_stuck,
+        metrics.loop_lag.observe,
+        end_process,
+        end_unless_called_again,
+    ):
+        await Server(config, service).serve_until_stopped(bound)
+        if tracing:
+            await to_thread.run_sync(tracing.close)
+        return service.exit_code
 
 
 SWITCH_SECONDS = 0.0005

@@ -1,6 +1,8 @@
-"""`python -m server`, but for its engine: a scripted one that fails at its second step as the variable FAIL says."""
+"""`python -m server`, but for its engine, a scripted one that fails at its second step, or its text, which does so on
+the event loop, as the variable FAIL says."""
 
 import os
+import re
 import runpy
 import threading
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import server.loader
 from batching.engine import Engine
 from batching.progress import Progress
 from server.defaults import Defaults
+from server.detokenizer import Detokenizer
 from server.settings import Settings
 from server.text import Text
 from tests.live import BYTES, scripted
@@ -24,18 +27,34 @@ def break_device() -> None:
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
-FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_device, "nothing": lambda: None}
+def stand() -> None:
+    threading.Event().wait()
+
+
+def hold() -> None:
+    """In native code, which keeps the interpreter."""
+    re.match("(a|a)*b", "a" * 64)
+
+
+LOOP_FAILURES: dict[str, Callable[[], None]] = {"stand": stand, "hold": hold}
+FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_device}
+
+
+class FailingText(Text):
+    def detokenizer(self) -> Detokenizer:
+        LOOP_FAILURES.get(os.environ["FAIL"], lambda: None)()
+        return super().detokenizer()
 
 
 class FailingLoader:
     def __init__(self, settings: Settings, progress: Progress, when_imported: Callable[[], None]) -> None:
-        self._fail = FAILURES[os.environ["FAIL"]]
+        self._fail = FAILURES.get(os.environ["FAIL"], lambda: None)
 
     def defaults(self) -> Defaults:
         return Defaults()
 
     def text(self) -> Text:
-        return Text(BYTES)
+        return FailingText(BYTES)
 
     def engine(self) -> Engine:
         return scripted("Hello!", before_step=lambda step: self._fail() if step else None)

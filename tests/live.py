@@ -37,6 +37,7 @@ from server.metrics import Metrics
 from server.service import Service
 from server.settings import PREFIX, Settings
 from server.text import Text
+from server.watchdog import Watchdog
 from tests.fakes import INFO, Script, ScriptedEngine
 
 ROOT = Path(__file__).parents[1]
@@ -287,8 +288,11 @@ def live(
         loops: list[asyncio.AbstractEventLoop] = []
 
         async def serve() -> None:
-            loops.append(asyncio.get_running_loop())
-            await server.serve([bound])
+            loop = asyncio.get_running_loop()
+            loops.append(loop)
+            limit, lag = service.settings.watchdog_s, metrics.loop_lag.observe
+            with Watchdog(loop, limit, progress, service.worker_stuck, lag, end=lambda reason: None):
+                await server.serve([bound])
             for connection in list(server.server_state.connections):
                 connection.transport.abort()  # what a browser kept open: the loop does not close it
             await asyncio.sleep(0)
