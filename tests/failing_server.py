@@ -1,9 +1,10 @@
-"""`python -m server`, but for its engine, a scripted one that fails at its second step, or its text, which does so on
-the event loop, as the variable FAIL says."""
+"""`python -m server`, but for what the variable FAIL names: a scripted engine that fails at its second step, or text
+that does so on the event loop, on a helper thread, or while it is loaded."""
 
 import os
 import re
 import runpy
+import sys
 import threading
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from tests.live import BYTES, scripted
 
 
 def hang() -> None:
+    print("hangs", file=sys.stderr, flush=True)
     threading.Event().wait()
 
 
@@ -28,7 +30,7 @@ def break_device() -> None:
 
 
 def stand() -> None:
-    threading.Event().wait()
+    hang()
 
 
 def hold() -> None:
@@ -41,6 +43,11 @@ FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_d
 
 
 class FailingText(Text):
+    def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+        if os.environ["FAIL"] == "encode":
+            hang()
+        return super().encode(text, special=special)
+
     def detokenizer(self) -> Detokenizer:
         LOOP_FAILURES.get(os.environ["FAIL"], lambda: None)()
         return super().detokenizer()
@@ -54,6 +61,8 @@ class FailingLoader:
         return Defaults()
 
     def text(self) -> Text:
+        if os.environ["FAIL"] == "load":
+            hang()
         return FailingText(BYTES)
 
     def engine(self) -> Engine:

@@ -124,7 +124,7 @@ class ScriptedLoader:
 
     made: Engine
     may_load: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
+    error: BaseException | None = None
     loading: Loading = LOADING
     tokenizer: PreTrainedTokenizerFast = BYTES
     sampling: Defaults = field(default_factory=Defaults)
