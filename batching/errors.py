@@ -1,5 +1,13 @@
 """What can go wrong below the HTTP layer. `server/errors.py` turns each into a status and a body."""
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+UNWINDING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+"""What is raised to end a task, a generator or the process. Any other BaseException is a fault: a panic in a library
+written in Rust is one, and no Exception."""
+
 
 class BatchingError(Exception):
     """Base of all that the batcher raises or hands to a stream."""
@@ -51,6 +59,18 @@ class Stuck(EngineError):
 
 class OutOfMemory(EngineError):
     """The device ran out of memory with this row alone in a batch, or after it had produced tokens."""
+
+
+@contextmanager
+def explained(failure: str) -> Iterator[None]:
+    """Turn whatever a library raises into a ModelError: `failure`, then the first line of its reason."""
+    try:
+        yield
+    except (ModelError, *UNWINDING):
+        raise
+    except BaseException as error:  # the libraries have no common base for what a bad file makes them raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{failure}: {reason}") from error
 
 
 SHORTAGE = ("out of memory", "ALLOC_FAILED")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from batching.errors import UNWINDING
 from batching.logits_processors import ForcedTokens
 from batching.types import Grammar, Matcher, Request, TokenBitmask
 
@@ -127,7 +128,9 @@ class GuidedDecoding:
             self._time_left[place] += SLOW_STEP - (time.thread_time() - started)
             if self._time_left[place] < 0:
                 raise TimeoutError("the grammar takes too long")
-        except Exception:
+        except UNWINDING:
+            raise
+        except BaseException:
             logger.warning("request %s goes on without its grammar", self._ids[place], exc_info=True)
             self._matchers[place] = None
             self._allowed[place] = ~self._stops[place]

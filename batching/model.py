@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from batching.checkpoint import LoadFormat, explained
-from batching.errors import ModelError
+from batching.checkpoint import LoadFormat
+from batching.errors import ModelError, explained
 from batching.memory import free_bytes, total_bytes
 from batching.types import ModelInfo
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from batching.engine import NO_LOGPROBS, Engine
-from batching.errors import BatchingError, EngineError, OutOfMemory, is_sticky
+from batching.errors import UNWINDING, BatchingError, EngineError, OutOfMemory, is_sticky
 from batching.stream import Row
 from batching.types import Finish, ModelInfo, TokenLogprob
 
@@ -86,7 +86,9 @@ class Worker:
             return steps.count
         except OutOfMemory as error:
             shortage = OutOfMemory(*error.args)
-        except Exception as error:
+        except UNWINDING:
+            raise
+        except BaseException as error:
             if is_sticky(error):
                 raise  # no batch can succeed any more: the thread ends, and the process with it
             logger.exception("a batch of %d rows failed", steps.count)

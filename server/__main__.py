@@ -7,7 +7,7 @@ import resource
 import socket
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import uvicorn
 import uvloop
@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.service import Loader, Service
 from server.settings import WHOLE_ANSWER, Settings, parse
 from server.version import VERSION
+from server.watchdog import Watchdog, end_process, end_unless_called_again
 
 if TYPE_CHECKING:
     from server.tracing import Tracing
@@ -59,9 +60,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn calls this from the signal handler."""
         if self._signalled:
-            self._service.exit_code = 128 + sig
-            self.should_exit = self.force_exit = True
-            return
+            end(128 + sig)  # at once, also where the event loop stands
         self._signalled = True
         self._loop.call_soon_threadsafe(self._drain)
 
@@ -156,15 +155,30 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     bound = listen(settings.host, settings.port)
-    await Server(config, service).serve_until_stopped(bound)
-    if tracing:
-        await to_thread.run_sync(tracing.close)
-    return service.exit_code
+    with Watchdog(
+        asyncio.get_running_loop(),
+        settings.watchdog_s,
+        progress,
+        service.worker_stuck,
+        metrics.loop_lag.observe,
+        end_process,
+        end_unless_called_again,
+    ):
+        await Server(config, service).serve_until_stopped(bound)
+        if tracing:
+            await to_thread.run_sync(tracing.close)
+        return service.exit_code
 
 
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter while another waits for it. The usual 5 ms are half a decode step: so long
 the event loop could keep the worker from giving the device its next orders."""
+
+
+def end(status: int) -> Never:
+    """End the process without waiting: a thread inside a kernel, a download or a native call cannot be joined."""
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(settings: Settings, loader: Loader, progress: Progress) -> None:
@@ -174,10 +188,7 @@ def run(settings: Settings, loader: Loader, progress: Progress) -> None:
     configure(settings.log_format, settings.log_level)
     allow_many_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(serve(settings, loader, progress))
-        sys.stderr.flush()
-        # A worker thread inside a kernel or a download cannot be joined, and must not keep the process alive.
-        os._exit(status)
+        end(runner.run(serve(settings, loader, progress)))
 
 
 if __name__ == "__main__":

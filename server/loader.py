@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from batching.checkpoint import find, prepare
 from batching.engine import Engine
-from batching.errors import ModelError
+from batching.errors import ModelError, explained
 from batching.progress import Progress
 from server.defaults import Defaults, recommended
 from server.loading import Loading, follow_bars
@@ -60,24 +61,27 @@ class ModelLoader:
             hide(UNUSED)
 
     def _import(self) -> None:
-        """What both threads use is imported by one: two that import transformers at once may find half of it."""
+        """What both threads use is imported by one: two that import transformers at once may find half of it.
+
+        The model's files are looked at first, because the imports take seconds.
+        """
         with self._locating:
             if self._imported:
                 return
-            from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-            import batching.model  # noqa: F401
+            self._found = find(self._settings.model, self._settings.load_format)
+            with explained("the libraries that run the model cannot be imported"):
+                import batching.model  # noqa: F401, I001  # torch comes first, whose reason transformers would keep to itself
+                from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
             self._when_imported()
             self._imported = True
 
     @property
     def _checkpoint(self) -> str:
-        from batching.checkpoint import locate
-
-        settings = self._settings
+        self._import()
         with self._locating:  # a GGUF file is converted once, and two threads ask
-            return locate(settings.model, settings.load_format, settings.cache_dir)
+            self._found = prepare(self._found, self._settings.cache_dir)
+            return self._found
 
     def defaults(self) -> Defaults:
         if self._settings.generation_config == "openai":

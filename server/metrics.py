@@ -60,6 +60,7 @@ SECONDS_PER_TOKEN = (
 SECONDS_WHOLE = (0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+SECONDS_OF_LAG = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 RATIO = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -125,6 +126,9 @@ class Metrics:
         self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
         tasks = gauge("tasks", "Tasks on the event loop, the scrape's own among them.")
         tasks.set_function(lambda: len(asyncio.all_tasks()))
+        self.loop_lag = histogram(
+            "loop_lag_seconds", "How long the event loop took to answer the watchdog, 4 times a second.", SECONDS_OF_LAG
+        )
         self._idle_seconds = gauge(
             "worker_seconds_since_progress", "How long the worker has work and made no progress."
         )

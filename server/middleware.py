@@ -10,9 +10,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from batching.errors import UNWINDING
 from server.caller import Caller
 from server.errors import ApiError
 from server.keys import Keys
+
+
+class NativeFault(Exception):
+    """Stands for a fault that is no `Exception`, such as a panic in a library in Rust, where an `Exception` is handled."""
+
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
@@ -42,7 +48,12 @@ class RequestId:
                     added["x-ignored-fields"] = ignored
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except (Exception, *UNWINDING):
+            raise
+        except BaseException as error:
+            raise NativeFault("a library failed") from error
 
 
 def trace_of(headers: Headers) -> tuple[tuple[str, str], ...]:

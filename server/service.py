@@ -10,7 +10,7 @@ from anyio import to_thread
 
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
-from batching.errors import BatchingError, ModelError, NotReady, Stuck
+from batching.errors import UNWINDING, BatchingError, ModelError, NotReady, Stuck
 from batching.events import Observer, Rejected, State, broadcast
 from batching.progress import Progress
 from batching.queue import QueueLimits
@@ -26,7 +26,6 @@ from server.live import LiveFeed
 from server.loading import Loading
 from server.settings import WHOLE_ANSWER, Settings
 from server.text import Text
-from server.watchdog import stuck
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,6 @@ class Service:
             window=settings.batch_window_ms / 1000,
             queue=self._limits,
         )
-        self._progress = progress
         self.observe = broadcast([progress, *observers, *([self.live] if settings.page else [])])
         self.batcher = Batcher(loader.engine, config, [self.observe])
 
@@ -98,11 +96,13 @@ class Service:
             text = asyncio.create_task(self._load_text())
             self.info = await self.batcher.start(text)
             when_ready()
-            await self._until_ended()
+            await self.batcher.ended.wait()
         except (ModelError, NotReady) as error:
             if self.batcher.state is not State.STOPPED:
-                logger.error("%s", error)
-        except Exception:
+                logger.error("%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        except UNWINDING:
+            raise
+        except BaseException:
             logger.exception("the service could not start")
         if self.batcher.state is not State.STOPPED:
             self.exit_code = 1
@@ -113,18 +113,11 @@ class Service:
         self.text = await to_thread.run_sync(self._loader.text)
         self.grammars = await to_thread.run_sync(self.text.grammars)
 
-    async def _until_ended(self) -> None:
-        """Wait for the batcher's end, and bring it about if its worker is stuck."""
-        limit = self.settings.watchdog_s
-        watchdog = asyncio.create_task(stuck(self._progress, limit), name="watchdog")
-        ended = asyncio.create_task(self.batcher.ended.wait())
-        try:
-            await asyncio.wait([watchdog, ended], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            watchdog.cancel()
-            ended.cancel()
+    def worker_stuck(self) -> None:
+        """The worker has a batch and makes no progress: only a new process helps."""
         if not self.batcher.ended.is_set():
-            logger.critical("the model made no progress for %g s with a batch in hand: the process ends", limit)
+            limit = self.settings.watchdog_s
+            logger.critical("the model made no progress for %g s while a batch was running; exiting", limit)
             self.batcher.on_worker_died(Stuck("the worker makes no progress"))
 
     async def drain(self) -> None:

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
         "says so",
     )
     trust_remote_code: bool = Field(False, description="run Python code found in the model's folder")
-    cache_dir: Path = Field(Path.home() / ".cache" / "microbatch", description="where converted GGUF models are kept")
+    cache_dir: Path = Field(Path("~/.cache/microbatch"), description="where converted GGUF models are kept")
 
     # Address
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one")

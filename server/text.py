@@ -6,11 +6,13 @@ the event loop.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from batching.errors import ModelError, explained
 from server.detokenizer import Detokenizer
 from server.markers import drop_breaks, markers_of
 from server.vocabulary import Vocabulary
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from server.grammar import Grammars
+
+
+logger = logging.getLogger(__name__)
 
 
 class TemplateError(Exception):
@@ -46,16 +51,13 @@ class Text:
         """The tokenizer in a model's folder. Raises `ModelError` if there is none, or one without a chat template."""
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        from batching.errors import ModelError
-
-        try:
+        with explained(f"no usable tokenizer in {checkpoint}"):
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"no usable tokenizer in {checkpoint}: {_first_line(error)}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ModelError(f"the tokenizer in {checkpoint} has no fast form (tokenizer.json), which streaming needs")
         if not tokenizer.chat_template:
             raise ModelError(f"the tokenizer in {checkpoint} has no chat template, so it cannot serve chats")
+        _check_template(tokenizer, checkpoint)
         return cls(tokenizer)
 
     def as_text(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +106,19 @@ class Text:
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self.vocabulary)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None:
+    """Raises `ModelError` if the chat template is not one. What it refuses is no error: it may want other messages."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        place = f"has a syntax error in line {error.lineno}"
+        raise ModelError(f"the chat template in {checkpoint} {place}: {error.message}") from error
+    except Exception as error:
+        logger.debug("the chat template refuses a single question: %s", error)
 
 
 def _first_line(error: Exception) -> str:

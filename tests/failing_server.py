@@ -1,7 +1,10 @@
-"""`python -m server`, but for its engine: a scripted one that fails at its second step as the variable FAIL says."""
+"""`python -m server`, but for what the variable FAIL names: a scripted engine that fails at its second step, or text
+that does so on the event loop, on a helper thread, or while it is loaded."""
 
 import os
+import re
 import runpy
+import sys
 import threading
 from collections.abc import Callable
 
@@ -11,12 +14,14 @@ import server.loader
 from batching.engine import Engine
 from batching.progress import Progress
 from server.defaults import Defaults
+from server.detokenizer import Detokenizer
 from server.settings import Settings
 from server.text import Text
 from tests.live import BYTES, scripted
 
 
 def hang() -> None:
+    print("hangs", file=sys.stderr, flush=True)
     threading.Event().wait()
 
 
@@ -24,18 +29,41 @@ def break_device() -> None:
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
-FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_device, "nothing": lambda: None}
+def stand() -> None:
+    hang()
+
+
+def hold() -> None:
+    """In native code, which keeps the interpreter."""
+    re.match("(a|a)*b", "a" * 64)
+
+
+LOOP_FAILURES: dict[str, Callable[[], None]] = {"stand": stand, "hold": hold}
+FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_device}
+
+
+class FailingText(Text):
+    def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+        if os.environ["FAIL"] == "encode":
+            hang()
+        return super().encode(text, special=special)
+
+    def detokenizer(self) -> Detokenizer:
+        LOOP_FAILURES.get(os.environ["FAIL"], lambda: None)()
+        return super().detokenizer()
 
 
 class FailingLoader:
     def __init__(self, settings: Settings, progress: Progress, when_imported: Callable[[], None]) -> None:
-        self._fail = FAILURES[os.environ["FAIL"]]
+        self._fail = FAILURES.get(os.environ["FAIL"], lambda: None)
 
     def defaults(self) -> Defaults:
         return Defaults()
 
     def text(self) -> Text:
-        return Text(BYTES)
+        if os.environ["FAIL"] == "load":
+            hang()
+        return FailingText(BYTES)
 
     def engine(self) -> Engine:
         return scripted("Hello!", before_step=lambda step: self._fail() if step else None)

@@ -37,6 +37,7 @@ from server.metrics import Metrics
 from server.service import Service
 from server.settings import PREFIX, Settings
 from server.text import Text
+from server.watchdog import Watchdog
 from tests.fakes import INFO, Script, ScriptedEngine
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +124,7 @@ class ScriptedLoader:
 
     made: Engine
     may_load: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
+    error: BaseException | None = None
     loading: Loading = LOADING
     tokenizer: PreTrainedTokenizerFast = BYTES
     sampling: Defaults = field(default_factory=Defaults)
@@ -287,8 +288,11 @@ def live(
         loops: list[asyncio.AbstractEventLoop] = []
 
         async def serve() -> None:
-            loops.append(asyncio.get_running_loop())
-            await server.serve([bound])
+            loop = asyncio.get_running_loop()
+            loops.append(loop)
+            limit, lag = service.settings.watchdog_s, metrics.loop_lag.observe
+            with Watchdog(loop, limit, progress, service.worker_stuck, lag, end=lambda reason: None):
+                await server.serve([bound])
             for connection in list(server.server_state.connections):
                 connection.transport.abort()  # what a browser kept open: the loop does not close it
             await asyncio.sleep(0)
@@ -363,10 +367,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(*flags: str, module: str = "server", **variables: str) -> Iterator[Process]:
+def process(*flags: str, module: str = "server", program: tuple[str, ...] = (), **variables: str) -> Iterator[Process]:
     """`python -m server`, or a stand-in, with these settings, on a free port. Killed at the end if need be."""
     port = free_port()
-    command = [sys.executable, "-m", module, "--port", str(port), *flags]
+    command = [sys.executable, *(program or ("-m", module)), "--port", str(port), *flags]
     with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stderr=subprocess.PIPE, text=True) as popen:
         found = Process(f"http://127.0.0.1:{port}", popen)
         assert popen.stderr is not None

@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.service import Service
 from server.settings import parse
 from server.version import VERSION
+from server.watchdog import Watchdog, end_process
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
@@ -49,12 +50,15 @@ def replica_app() -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         """The application's own, but started only once the model is loaded: before that a replica gets no requests."""
+        loop = asyncio.get_running_loop()
+        lag = metrics.loop_lag.observe
         async with loading(app), told(metrics, replica):
-            await first_of(ready, service.stopped)
-            if not ready.is_set():
-                raise RuntimeError("the model could not be loaded; the replica's log says why")
-            yield
-            await service.drain()
+            with Watchdog(loop, settings.watchdog_s, progress, service.worker_stuck, lag, end_process):
+                await first_of(ready, service.stopped)
+                if not ready.is_set():
+                    raise RuntimeError("the model could not be loaded; the replica's log says why")
+                yield
+                await service.drain()
 
     app.router.lifespan_context = lifespan
     return app

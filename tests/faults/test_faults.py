@@ -73,10 +73,17 @@ class Once:
             raise self._errors.pop()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("secret"), OutOfMemory("secret")], ids=["fails", "out of memory"])
+class Panic(BaseException):
+    """What libraries in Rust raise where they find themselves at fault: no `Exception`."""
+
+
+FAULTS = [RuntimeError("secret"), Panic("secret")]
+
+
+@pytest.mark.parametrize("error", [*FAULTS, OutOfMemory("secret")], ids=["fails", "panics", "out of memory"])
 @pytest.mark.parametrize("step", [1, 3, STEPS - 1], ids=["after the first token", "in the midst", "in the last step"])
 def test_a_batch_that_fails_late_is_an_error_for_each_of_its_rows(
-    step: int, error: Exception, pool: ThreadPoolExecutor
+    step: int, error: BaseException, pool: ThreadPoolExecutor
 ) -> None:
     with live(scripted(ANSWER, before_step=Once(step, error)), max_batch_size=4, batch_window_ms=10_000) as service:
         for answer in [one.result() for one in together(service, pool, 4)]:
@@ -89,8 +96,11 @@ def test_a_batch_that_fails_late_is_an_error_for_each_of_its_rows(
         assert [answer.result().status_code for answer in answers] == [200] * 4
 
 
-def test_a_batch_that_fails_in_its_prompt_is_a_500_for_each_of_its_rows(pool: ThreadPoolExecutor) -> None:
-    engine = scripted(ANSWER, before_step=Once(0, RuntimeError("secret")))
+@pytest.mark.parametrize("error", FAULTS, ids=["fails", "panics"])
+def test_a_batch_that_fails_in_its_prompt_is_a_500_for_each_of_its_rows(
+    error: BaseException, pool: ThreadPoolExecutor
+) -> None:
+    engine = scripted(ANSWER, before_step=Once(0, error))
     with live(engine, max_batch_size=4, batch_window_ms=10_000) as service:
         assert [answer.result().status_code for answer in together(service, pool, 4)] == [500] * 4
         check_quiet(service, 4)
@@ -123,6 +133,16 @@ def test_a_worker_that_dies_is_an_error_for_all_and_the_process_s_end(pool: Thre
         assert service.service.exit_code == 1
 
 
+@pytest.mark.parametrize("error", FAULTS, ids=["fails", "panics"])
+def test_a_model_whose_loading_fails_is_the_process_s_end(error: BaseException) -> None:
+    with live(scripted(ANSWER), ready=False) as service:
+        service.loader.error = error
+        service.loader.may_load.set()
+        eventually(service.service.stopped.is_set, "the process is told to end")
+        assert service.service.exit_code == 1
+        assert service.get("/health/live").status_code == 503
+
+
 # What stands around it
 
 
@@ -138,12 +158,13 @@ def test_observers_that_raise_hurt_nobody(monkeypatch: pytest.MonkeyPatch, pool:
         assert said(service.chat()) == ANSWER
 
 
+@pytest.mark.parametrize("error", FAULTS, ids=["fails", "panics"])
 @pytest.mark.parametrize("part", ["render", "encode"])
 def test_a_tokenizer_that_raises_hurts_only_its_request(
-    part: str, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+    part: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
     def fail(*arguments: object, **named: object) -> None:
-        raise RuntimeError("secret")
+        raise error
 
     with live(scripted(ANSWER, stepped=True)) as service:
         neighbour = pool.submit(service.chat)
@@ -153,6 +174,7 @@ def test_a_tokenizer_that_raises_hurts_only_its_request(
             for stream in (True, False):
                 answer = service.chat(stream=stream)
                 assert answer.status_code == 500
+                assert answer.json()["error"]["code"] == "internal_error"
                 assert "secret" not in answer.text
         service.engine.release(100)
         assert said(neighbour.result()) == ANSWER
@@ -160,15 +182,16 @@ def test_a_tokenizer_that_raises_hurts_only_its_request(
         check_serves(service, pool)
 
 
+@pytest.mark.parametrize("error", FAULTS, ids=["fails", "panics"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_decoder_that_raises_ends_only_its_row(
-    stream: bool, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+    stream: bool, error: BaseException, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
     push = Detokenizer.push
 
     def fail_at_second(self: Detokenizer, tokens: list[int]) -> str:
         if hasattr(self, "_seen"):
-            raise RuntimeError("secret")
+            raise error
         self._seen = True  # type: ignore[attr-defined]
         return push(self, tokens)
 

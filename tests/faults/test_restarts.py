@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import pytest
 
-from tests.live import PATIENCE, ROOT, Address, Process, environment, eventually, free_port
+from tests.live import PATIENCE, ROOT, Address, Process, environment, eventually, free_port, process
 
 COMMAND = [sys.executable, "-m", "benchmarks.rigged_server", "--step-ms", "20", "--max-batch-size", "4"]
 CLIENTS = 8
@@ -106,3 +107,29 @@ def test_a_signal_in_the_midst_of_answers_is_an_outcome_for_each() -> None:
     assert lines.count(" request ") == CLIENTS
     assert all(answer.status_code == 503 or "stopping" in answer.text for answer in answers)
     assert lines.count("outcome=drained") == CLIENTS
+
+
+@pytest.mark.parametrize(("fail", "signals"), [("load", 1), ("encode", 1), ("encode", 2)])
+def test_a_thread_that_hangs_does_not_keep_the_process_from_ending(fail: str, signals: int) -> None:
+    with process(module="tests.failing_server", FAIL=fail) as service, ThreadPoolExecutor() as pool:
+        if fail == "encode":
+            service.wait_ready()
+            pool.submit(service.chat)
+        eventually(lambda: "hangs\n" in service.lines, "a thread hangs")
+        service.terminate()
+        if signals == 2:
+            eventually(lambda: any("state stopped" in line for line in service.lines), "the first signal is heard")
+            service.terminate()
+        assert service.wait() == (0 if signals == 1 else 128 + signal.SIGTERM)
+
+
+def test_a_second_signal_ends_a_process_whose_event_loop_stands() -> None:
+    with process(module="tests.failing_server", FAIL="stand") as service, ThreadPoolExecutor() as pool:
+        service.wait_ready()
+        pool.submit(service.chat)
+        eventually(lambda: "hangs\n" in service.lines, "the event loop stands")
+        service.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            service.popen.wait(0.5)
+        service.terminate()
+        assert service.wait() == 128 + signal.SIGTERM

@@ -858,6 +858,7 @@ CONTRACT = {
     "microbatch_device_memory_bytes": "gauge",
     "microbatch_device_memory_total_bytes": "gauge",
     "microbatch_tasks": "gauge",
+    "microbatch_loop_lag_seconds": "histogram",
     "microbatch_worker_seconds_since_progress": "gauge",
     "process_start_time_seconds": "gauge",
     "process_cpu_seconds": "counter",

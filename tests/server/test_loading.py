@@ -50,13 +50,24 @@ def test_the_loading_of_weights_is_counted(folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("bars")
-def test_imports_are_told_once_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_imports_are_told_once_before_anything_is_loaded(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
     told: list[str] = []
-    loader = ModelLoader(parse(["--model", str(tmp_path)]), Progress(), lambda: told.append(loader.loading.step))
+    loader = ModelLoader(parse(["--model", str(folder)]), Progress(), lambda: told.append(loader.loading.step))
     for part in (loader.text, loader.engine, loader.text):
         with pytest.raises(ModelError):
             part()
     assert told == ["Reading the model's files"]
+
+
+def test_nothing_is_imported_for_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    told: list[str] = []
+    loader = ModelLoader(parse(["--model", str(tmp_path)]), Progress(), lambda: told.append("imported"))
+    for part in (loader.text, loader.engine):
+        with pytest.raises(ModelError, match=r"no config\.json"):
+            part()
+    assert told == []
 
 
 @pytest.mark.usefixtures("bars")

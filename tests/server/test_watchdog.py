@@ -1,18 +1,69 @@
 """Laws of the watchdog: what is stuck ends the process, what is only slow does not, and probes never wait."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
+import httpx2
 import pytest
 
 from batching.events import BatchEnded, BatchStarted, Outcome, Stepped
 from batching.progress import Progress
-from server.watchdog import LOOKS, stuck
+from server import watchdog
+from server.watchdog import HELD, LOOK_SECONDS, LOOKS, Watchdog, end_process
+from tests.failing_server import LOOP_FAILURES
 from tests.live import eventually, live, process, scripted
 from tests.server.test_app import error_of
 
 STARTED = BatchStarted(rows=1, prompt_tokens=1, padded_tokens=1, window_wait=0.0, queue_waits=(0.0,))
+
+
+class Loop:
+    """An event loop that does what it is asked to as soon as it does not stand."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+        self.stands = False
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: object) -> None:
+        self._waiting.append(lambda: callback(*arguments) and None)
+        self.go_on()
+
+    def go_on(self) -> None:
+        while self._waiting and not self.stands:
+            self._waiting.pop(0)()
+
+
+class Watched:
+    """A watchdog that looks only when it is told to, with a limit of 60 seconds; `told` is what it did."""
+
+    def __init__(self, progress: Progress, limit: float = 60.0) -> None:
+        self.told: list[str] = []
+        self.lags: list[float] = []
+        self.held_off: list[float] = []
+        self.loop = Loop()
+        self._dog = Watchdog(
+            cast(asyncio.AbstractEventLoop, self.loop),
+            limit,
+            progress,
+            lambda: self.told.append("worker"),
+            self.lags.append,
+            self.told.append,
+            self.held_off.append,
+        )
+        self.looks = round(limit / min(LOOK_SECONDS, limit / LOOKS))
+
+    def look(self, times: int) -> list[str]:
+        """What it did meanwhile."""
+        before = len(self.told)
+        for _ in range(times):
+            self._dog.look()
+        return self.told[before:]
 
 
 @pytest.fixture
@@ -21,48 +72,33 @@ def progress() -> Progress:
 
 
 @pytest.fixture
-def looks_until_stuck(monkeypatch: pytest.MonkeyPatch, progress: Progress) -> Callable[[Iterable[object]], int | None]:
-    """How often the watchdog looks until it finds the worker stuck, None if it does not while `between` goes on.
-
-    Each item of `between` happens while the watchdog sleeps, after its start.
-    """
-
-    def count(between: Iterable[object]) -> int | None:
-        happening, looks = iter(between), 0
-
-        async def sleep(seconds: float) -> None:
-            nonlocal looks
-            assert seconds == 60.0 / LOOKS
-            try:
-                next(happening)
-            except StopIteration:
-                raise TimeoutError from None
-            looks += 1
-
-        monkeypatch.setattr(asyncio, "sleep", sleep)
-        try:
-            asyncio.run(stuck(progress, 60.0))
-        except TimeoutError:
-            return None
-        return looks
-
-    return count
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the watchdog logs."""
+    found: list[str] = []
+    monkeypatch.setattr(watchdog, "tell", lambda level, message: found.append(message))
+    return found
 
 
-def test_a_worker_without_work_is_not_stuck(
-    progress: Progress, looks_until_stuck: Callable[[Iterable[object]], int | None]
-) -> None:
-    assert looks_until_stuck(range(100)) is None
+@pytest.fixture
+def watched(progress: Progress, lines: list[str]) -> Watched:
+    return Watched(progress)
+
+
+# The worker
+
+
+def test_a_worker_without_work_is_not_stuck(progress: Progress, watched: Watched) -> None:
+    assert watched.look(10 * watched.looks) == []
     progress(STARTED)
     progress(BatchEnded(rows=1, running=0, duration=1.0, memory=0))
-    assert looks_until_stuck(range(100)) is None
+    assert watched.look(10 * watched.looks) == []
 
 
-def test_a_worker_with_work_that_makes_no_progress_is_stuck(
-    progress: Progress, looks_until_stuck: Callable[[Iterable[object]], int | None]
-) -> None:
+def test_a_worker_with_work_that_makes_no_progress_is_stuck(progress: Progress, watched: Watched) -> None:
     progress(STARTED)
-    assert looks_until_stuck(range(100)) == LOOKS
+    assert watched.look(watched.looks) == []  # at the first look the work was news
+    assert watched.look(1) == ["worker"]
+    assert watched.look(10 * watched.looks) == []
 
 
 @pytest.mark.parametrize(
@@ -75,13 +111,88 @@ def test_a_worker_with_work_that_makes_no_progress_is_stuck(
     ids=["a step", "another batch", "a layer of a long prompt"],
 )
 def test_each_sign_of_progress_starts_the_time_anew(
-    sign: Callable[[Progress], object],
-    progress: Progress,
-    looks_until_stuck: Callable[[Iterable[object]], int | None],
+    sign: Callable[[Progress], object], progress: Progress, watched: Watched
 ) -> None:
     progress(STARTED)
-    assert looks_until_stuck(sign(progress) if n % (LOOKS - 1) == 0 else None for n in range(100)) is None
-    assert looks_until_stuck(sign(progress) if n == 4 else None for n in range(100)) == 5 + LOOKS
+    for _ in range(5):
+        assert watched.look(watched.looks - 1) == []
+        sign(progress)
+    assert watched.look(watched.looks) == []
+    assert watched.look(1) == ["worker"]
+
+
+def test_a_worker_whose_news_the_loop_cannot_take_is_not_stuck(progress: Progress, watched: Watched) -> None:
+    progress(STARTED)
+    watched.look(watched.looks - 1)
+    watched.loop.stands = True
+    assert watched.look(watched.looks // 2) == []
+    progress(Stepped(at=0.0, tokens=1, running=1))
+    watched.loop.stands = False
+    watched.loop.go_on()
+    assert watched.look(watched.looks) == []
+
+
+# The loop
+
+
+def test_a_loop_that_answers_each_time_does_not_stand(watched: Watched) -> None:
+    assert watched.look(10 * watched.looks) == []
+    assert len(watched.lags) == 10 * watched.looks
+
+
+def test_a_loop_that_does_not_answer_within_the_limit_is_the_end(watched: Watched) -> None:
+    watched.loop.stands = True
+    assert watched.look(watched.looks) == []  # at the first look it was asked
+    [reason] = watched.look(1)
+    assert "the event loop has stood for 60 s; exiting" in reason
+    assert watched.look(10 * watched.looks) == []
+
+
+def test_each_answer_of_the_loop_starts_the_time_anew(watched: Watched) -> None:
+    for _ in range(5):
+        watched.loop.stands = True
+        assert watched.look(watched.looks) == []
+        watched.loop.stands = False
+        watched.loop.go_on()
+        assert watched.look(1) == []
+    assert len(watched.lags) == 10
+
+
+def test_a_loop_that_stands_for_a_second_is_told_once_with_where_it_is(watched: Watched, lines: list[str]) -> None:
+    watched.loop.stands = True
+    watched.look(round(1 / LOOK_SECONDS))
+    assert lines == []
+    watched.look(watched.looks // 2)
+    [line] = lines
+    assert line.startswith("the event loop has stood for 1 s. It is in ")
+    assert "server/test_watchdog.py" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("limit", [0.1, 1.0, 7.3, 120.0, 1000.0])
+def test_what_ends_the_process_without_the_watchdog_is_held_off_in_time(limit: float) -> None:
+    watched = Watched(Progress(), limit)
+    watched.look(watched.looks)
+    assert len(watched.held_off) >= LOOKS - 1
+    assert set(watched.held_off) == {HELD * limit}
+
+
+def test_a_log_that_nobody_reads_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(watchdog, "TELL_SECONDS", 0.01)
+    stuck = logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger("server.watchdog")
+    logger.addHandler(stuck)
+    try:
+        with stuck.lock:  # type: ignore[union-attr]
+            end_process("nobody hears this")
+    finally:
+        logger.removeHandler(stuck)
+    assert statuses == [1]
+
+
+# What both keep
 
 
 def test_a_mark_without_a_batch_is_no_work(progress: Progress) -> None:
@@ -117,12 +228,20 @@ def test_a_stuck_worker_turns_liveness_red_and_fails_what_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fail", "reason"), [("hang", "no progress for 0.5 s"), ("break_device", "an illegal memory access")]
+    ("fail", "reason"),
+    [
+        ("hang", "no progress for 1 s"),
+        ("break_device", "an illegal memory access"),
+        ("stand", "the event loop has stood for 1 s; exiting. It is in "),
+        ("hold", "Timeout (0:00:03"),
+    ],
 )
 def test_the_process_ends_with_an_error_so_that_its_supervisor_restarts_it(fail: str, reason: str) -> None:
-    with process("--watchdog-s", "0.5", module="tests.failing_server", FAIL=fail) as service:
+    with process("--watchdog-s", "1", module="tests.failing_server", FAIL=fail) as service:
         service.wait_ready()
-        response = service.chat(stream=True)
-        assert "engine_error" in response.text
+        with contextlib.suppress(httpx2.TransportError):  # a loop that stands answers nobody
+            assert "engine_error" in service.chat(stream=True).text
         assert service.wait() == 1
-    assert reason in "".join(service.lines)
+    lines = "".join(service.lines)
+    assert reason in lines
+    assert fail not in LOOP_FAILURES or fail in lines.partition(reason)[2], "where the loop is"

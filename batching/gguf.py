@@ -1,0 +1,143 @@
+"""GGUF files, each converted once into a folder of safetensors in a cache that several processes may share.
+
+A folder of the cache is named after its file's content. It is moved there whole, with a list of the sizes of all files
+in it, so that one that was damaged later is found out and made again.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock, Timeout
+from packaging.version import Version
+
+from batching.errors import ModelError, explained
+
+logger = logging.getLogger(__name__)
+
+READS_GGUF = "5.18"
+"""The first transformers that reads a GGUF file's tokenizer right: the one before gave SmolLM2's a wrong
+end-of-sequence token, and tokens that are not bytes."""
+
+SIZES = "sizes.txt"
+SCRATCH = ".converting-"
+
+
+def converted(file: Path, cache: Path) -> Path:
+    """The folder of `cache` that holds the model of a GGUF file, made if it is not there or not whole.
+
+    Weights are in float32, so that they are exactly the file's dequantised values, at 4 bytes a parameter on disk and,
+    meanwhile, in memory. A process that comes while another one converts waits for it.
+
+    Raises ModelError if the file cannot be converted, or the cache cannot be written to and has to be.
+    """
+    folder = cache / _key(file)
+    if _is_whole(folder):
+        return folder
+    _check_tools(file)
+    with _alone_in(cache):
+        if not _is_whole(folder):  # nor has it become so while another process had the cache
+            _clear(cache, folder)
+            _convert(file, folder)
+    return folder
+
+
+def _key(file: Path) -> str:
+    # The library's version is part of it because what is read from a GGUF file changes between versions.
+    with explained(f"{file} cannot be read"), file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return f"{file.stem}-{digest[:16]}-transformers-{version('transformers')}"
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return (folder / SIZES).read_text() == _sizes(folder)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sizes(folder: Path) -> str:
+    return "".join(f"{file.stat().st_size} {file.name}\n" for file in sorted(folder.iterdir()) if file.name != SIZES)
+
+
+def _check_tools(file: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading {file.name} needs the package gguf: pip install gguf")
+    if Version(version("transformers")) < Version(READS_GGUF):
+        raise ModelError(f"reading {file.name} needs transformers {READS_GGUF} or newer: pip install -U transformers")
+
+
+@contextmanager
+def _alone_in(cache: Path) -> Iterator[None]:
+    """While entered no other process converts into the cache. The lock goes with the process that holds it."""
+    lock = FileLock(cache / ".lock")
+    with _writable(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _announce(f"waiting for another process that converts a model into {cache}")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _writable(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{cache} cannot be written to ({error.strerror}): name another with --cache-dir") from error
+
+
+def _clear(cache: Path, folder: Path) -> None:
+    """Remove what is broken, and what conversions left behind that were killed."""
+    if folder.exists():
+        _announce(f"{folder} is damaged, and is made again")
+    with _writable(cache):
+        for left in [*cache.glob(f"{SCRATCH}*"), *([folder] if folder.exists() else [])]:
+            shutil.rmtree(left)
+
+
+def _announce(message: str) -> None:
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr)
+    else:
+        logger.info(message)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    _announce(f"converting {file.name} to safetensors, this once, into {folder}")
+    with (
+        explained(f"{file} cannot be converted to safetensors"),
+        TemporaryDirectory(prefix=SCRATCH, dir=folder.parent) as scratch,
+    ):
+        fresh = Path(scratch) / folder.name
+        _save(file, fresh)
+        (fresh / SIZES).write_text(_sizes(fresh))
+        fresh.rename(folder)
+
+
+def _save(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    # Without `dequantize` the model counts as quantised, and the library refuses to save it.
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
