@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from batching.events import Rejected, State
+from server.browsers import BrowserGuard, allowed_hosts
 from server.chat import chat_completions
 from server.completions import completions
 from server.disconnect import CLIENT_CLOSED
@@ -103,6 +104,8 @@ def middleware(service: Service) -> list[Middleware]:
                 expose_headers=["x-request-id", "retry-after", "x-should-retry"],
             )
         )
+    hosts = allowed_hosts(settings.host, settings.allowed_hosts)
+    found.append(Middleware(BrowserGuard, hosts=hosts, origins=settings.cors_origins, refuse=on_api_error))
     if keys := load_keys(settings.api_keys, settings.api_keys_file):
         found.append(Middleware(ApiKey, keys=keys, open_paths=OPEN_PATHS, refuse=on_api_error))
     return found

@@ -17,7 +17,7 @@ from server.keys import Keys
 
 
 class NativeFault(Exception):
-    """Stands for a fault that is no `Exception`, such as a panic in a library in Rust, where an `Exception` is handled."""
+    """Stands for a fault that is no `Exception`, such as a panic in a Rust library, where an `Exception` is handled."""
 
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)

@@ -44,13 +44,14 @@ STATUSES = {
     404: "There is no model of that name.",
     408: "The body came too slowly.",
     413: "The body is too large.",
+    415: "The body is of another type than JSON.",
     429: "All places in the queue are taken.",
     500: "The model or the service failed on this request.",
     503: "The model is loading, or the service is stopping.",
     504: "The time limit for requests passed.",
 }
 RETRIED_AFTER = (429, 503)
-READING = (400, 404, 408, 413, 500, 503)
+READING = (400, 404, 408, 413, 415, 500, 503)
 """What can go wrong with any request that has a body."""
 
 HEADERS: Json = {

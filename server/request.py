@@ -8,6 +8,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from server.body import read_body
+from server.errors import ApiError
 from server.fields import RequestBody
 from server.schema import parse
 from server.service import Service
@@ -23,13 +24,22 @@ FIT = re.compile(r"[\w.-]{1,64}", re.ASCII)
 Asked = TypeVar("Asked", bound=RequestBody)
 
 
+def check_content_type(value: str) -> None:
+    """Raises `ApiError` 415 for types that are not JSON: a page's form may send those anywhere without being asked."""
+    kind = value.partition(";")[0].strip().lower()
+    if kind and not (kind in ("application/json", "text/json") or kind.endswith("+json")):
+        message = "The body must be JSON; send it with the header content-type: application/json."
+        raise ApiError(415, message, code="unsupported_content_type")
+
+
 async def read(http: Request, kind: type[Asked]) -> Asked:
-    """The request of this kind. Raises `ApiError`: 400, 408 or 413, or 503 unless requests are taken.
+    """The request of this kind. Raises `ApiError`: 400, 408, 413 or 415, or 503 unless requests are taken.
 
     Fields that were ignored are named in the answer's `x-ignored-fields`, which `RequestId` writes.
     """
     service: Service = http.app.state.service
     service.check_ready()
+    check_content_type(http.headers.get("content-type", ""))
     body = await read_body(http, service.max_body_bytes)
     check = partial(parse, kind, body, refuse_unknown=service.settings.unknown_fields == "refuse")
     small = len(body) <= INLINE_BYTES

@@ -72,6 +72,11 @@ class Settings(BaseSettings):
     # Address
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one")
     port: int = Field(21010, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="host names that requests may be addressed to, separated by commas; * for any; none: any, or only "
+        "those of loopback if host is one",
+    )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (), repr=False, description="keys that clients may use, separated by commas; none: no key is asked for"
     )
@@ -170,7 +175,7 @@ class Settings(BaseSettings):
         None, pattern="^https?://", description="URL that traces are sent to with OTLP over HTTP; needs the extra otel"
     )
 
-    @field_validator("name", "api_keys", "admin_keys", "cors_origins", mode="before")
+    @field_validator("name", "api_keys", "admin_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

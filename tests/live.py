@@ -252,8 +252,8 @@ class Live(Address):
 
 
 def settings_of(**values: Any) -> Settings:
-    """Settings for a scripted server: no batch window, and a name."""
-    defaults: dict[str, Any] = {"batch_window_ms": 0.0, "name": ("scripted",)}
+    """Settings for a scripted server: no batch window, a name, and any `Host`, as bare connections write it."""
+    defaults: dict[str, Any] = {"batch_window_ms": 0.0, "name": ("scripted",), "allowed_hosts": ("*",)}
     return Settings(**defaults | values)
 
 

@@ -21,6 +21,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "port": ("8000", 8000),
     "api_keys": ("a,b", ("a", "b")),
     "api_keys_file": ("keys", Path("keys")),
+    "allowed_hosts": ("a.example,b", ("a.example", "b")),
     "admin_keys": ("alice,bob", ("alice", "bob")),
     "cors_origins": ("*", ("*",)),
     "page": ("false", False),

@@ -27,11 +27,11 @@ class Loop:
     """An event loop that does what it is asked to as soon as it does not stand."""
 
     def __init__(self) -> None:
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], object]] = []
         self.stands = False
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: object) -> None:
-        self._waiting.append(lambda: callback(*arguments) and None)
+        self._waiting.append(lambda: callback(*arguments))
         self.go_on()
 
     def go_on(self) -> None:
