@@ -34,7 +34,7 @@ RECORDINGS = [Recording.read(file) for file in sorted(FOLDER.glob("*.json"))]
 def service(request: pytest.FixtureRequest) -> Iterator[Live]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with live(ENGINES[request.param](), default_max_tokens=8, max_batch_size=8) as found:
+    with live(ENGINES[request.param](), default_max_tokens=8, max_output_tokens=8, max_batch_size=8) as found:
         yield found
     torch.set_num_threads(threads)
 
