@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +33,7 @@ UUID = re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
 class Sent:
     path: str
     body: Any
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Recording:
 
     def write(self) -> None:
         file = FOLDER / f"{self.client}.json"
-        file.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        told = asdict(self, dict_factory=lambda pairs: {name: value for name, value in pairs if value != {}})
+        file.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What clients were recorded to send, replayed against every engine with a tiny model: each body is answered."""
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,11 +31,19 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 RECORDINGS = [Recording.read(file) for file in sorted(FOLDER.glob("*.json"))]
 
 
+ROW = re.compile(r"^\| ([\w-]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", re.MULTILINE)
+
+
+def test_the_table_tells_of_every_recording_and_of_no_other() -> None:
+    _, _, *rows = ROW.findall((FOLDER.parent / "README.md").read_text())
+    assert sorted(rows) == sorted((each.client, each.version, each.source) for each in RECORDINGS)
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def service(request: pytest.FixtureRequest) -> Iterator[Live]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with live(ENGINES[request.param](), default_max_tokens=8, max_batch_size=8) as found:
+    with live(ENGINES[request.param](), default_max_tokens=8, max_output_tokens=8, max_batch_size=8) as found:
         yield found
     torch.set_num_threads(threads)
 
@@ -53,7 +62,7 @@ def last_of(sent: Sent, answer: httpx2.Response) -> Any:
 @pytest.mark.parametrize("recording", RECORDINGS, ids=lambda recording: recording.client)
 def test_what_a_client_sends_is_answered(service: Live, recording: Recording) -> None:
     def send(sent: Sent) -> httpx2.Response:
-        return service.post(orjson.dumps(sent.body), sent.path)
+        return service.post(orjson.dumps(sent.body), sent.path, headers=sent.headers)
 
     with ThreadPoolExecutor(8) as pool:
         for sent, answer in zip(recording.requests, pool.map(send, recording.requests), strict=True):
