@@ -1,0 +1,89 @@
+"""One small request of a stranger's, made to hold up everybody: each gets its answer or its refusal, and nobody waits.
+
+The loop guard of these tests fails them where the event loop stood.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.live import QUESTION, Live, live, scripted, tokens_of
+
+CHAT = "/v1/chat/completions"
+MIB = 2**20
+HALF = tokens_of("中")[0]
+"""The first byte of a character that never comes to its end."""
+
+
+def body(**fields: Any) -> bytes:
+    return orjson.dumps({"messages": QUESTION} | fields)
+
+
+def with_field(name: str, value: str) -> bytes:
+    """A request with a field of 4 MiB of JSON."""
+    return orjson.dumps({"messages": QUESTION})[:-1] + f', "{name}": {value}}}'.encode()
+
+
+def many(item: str, size: int = 4 * MIB - 1024) -> str:
+    return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
+
+
+def keys(value: str, size: int = 4 * MIB - 1024) -> str:
+    return "{" + ",".join(f'"{n}":{value}' for n in range(size // 13)) + "}"
+
+
+REFUSED: dict[str, tuple[str, bytes]] = {
+    "a million kinds of output": (CHAT, with_field("modalities", many("1"))),
+    "a million tools": (CHAT, with_field("tools", many("{}"))),
+    "a million messages": (CHAT, b'{"messages": ' + many("[]").encode() + b"}"),
+    "a million bad parts": (CHAT, b'{"messages": [{"role": "user", "content": ' + many("7").encode() + b"}]}"),
+    "a million biases": (CHAT, with_field("logit_bias", keys("1"))),
+    "a million biases of no tokens": (CHAT, with_field("logit_bias", keys('"x"'))),
+    "a million stop strings": (CHAT, with_field("stop", many('""'))),
+    "a million negative tokens": ("/v1/completions", b'{"prompt": ' + many("-1").encode() + b"}"),
+    "a million prompts": ("/v1/completions", b'{"prompt": ' + many("[]").encode() + b"}"),
+    "a million items": ("/v1/responses", b'{"input": ' + many("{}").encode() + b"}"),
+    "a million ids that are none": ("/detokenize", b'{"tokens": ' + many('""').encode() + b"}"),
+    "a text longer than any window": (CHAT, body(messages=[{"role": "user", "content": "a" * (4 * MIB - 1024)}])),
+}
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Live]:
+    with live() as found:
+        yield found
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_is_refused_without_holding_anybody_up(what: str, service: Live) -> None:
+    path, sent = REFUSED[what]
+    assert len(sent) <= 4 * MIB
+    assert service.post(sent, path).status_code == 400
+    assert service.get("/health/live").status_code == 200
+
+
+def test_a_million_unknown_fields_are_counted_and_not_all_named(service: Live) -> None:
+    answer = service.post(body()[:-1] + b"," + keys("1").encode()[1:])
+    assert answer.status_code == 200
+    assert len(answer.headers["x-ignored-fields"]) < 2000
+
+
+@pytest.mark.parametrize("text", ["a" * (4 * MIB - 1024), "中" * 300_000, "<|end|>" * 300_000])
+def test_a_long_text_is_tokenized_beside_everybody_else(text: str, service: Live) -> None:
+    answer = service.post(orjson.dumps({"prompt": text}), "/tokenize")
+    assert answer.status_code == 200
+    assert answer.json()["count"] >= 300_000
+    strings = service.post(orjson.dumps({"prompt": text, "return_token_strs": True}), "/tokenize")
+    assert strings.status_code == 400
+    tokens = answer.json()["tokens"][:900_000]
+    assert service.post(orjson.dumps({"tokens": tokens}), "/detokenize").status_code == 200
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True, "top_logprobs": 2}, {"stream": True}], ids=str)
+def test_answers_of_halves_of_characters_are_read_as_they_come(fields: dict[str, Any]) -> None:
+    with live(scripted(lambda request, position: HALF)) as service:
+        answer = service.chat(n=16, max_tokens=2048, **fields)
+    assert answer.status_code == 200
+    assert answer.text.count("\ufffd") >= 16 * 2000
