@@ -106,7 +106,7 @@ class BatchEnded:
 class RowEnded:
     """An accepted request reached its one outcome. `queue_wait` and `ttft` are None if it never got that far.
 
-    `num_cached_tokens` of the prompt came from the prefix cache.
+    `num_cached_tokens` of the prompt came from the prefix cache. The row gave way `num_preemptions` times.
     """
 
     id: str
@@ -119,6 +119,7 @@ class RowEnded:
     duration: float
     batch_size: int
     num_cached_tokens: int = 0
+    num_preemptions: int = 0
     trace: tuple[tuple[str, str], ...] = ()
     client: str = ""
 

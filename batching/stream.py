@@ -24,8 +24,9 @@ class Row:
     `cancelled`, which the event loop may set at any time and the worker reads at the next step.
 
     `arrived` is in monotonic seconds; `rank` orders a client's rows and `virtual_finish` the queue, `passed_over`
-    counts batches that took a row behind it instead. `num_output_tokens` counts the tokens handed over, and
-    `num_cached_tokens` those of the prompt whose keys and values came from the prefix cache.
+    counts batches that took a row behind it instead. `num_output_tokens` counts the tokens handed over,
+    `num_cached_tokens` those of the prompt whose keys and values came from the prefix cache, `num_shared_tokens` those
+    of them that other running rows hold too, and `num_preemptions` how often the row gave way to older ones.
     """
 
     __slots__ = (
@@ -33,6 +34,8 @@ class Row:
         "cancelled",
         "num_cached_tokens",
         "num_output_tokens",
+        "num_preemptions",
+        "num_shared_tokens",
         "over",
         "passed_over",
         "rank",
@@ -47,6 +50,8 @@ class Row:
         self.arrived = arrived
         self.passed_over = 0
         self.num_cached_tokens = 0
+        self.num_shared_tokens = 0
+        self.num_preemptions = 0
         self.rank = 0.0
         self.virtual_finish = 0.0
         self.num_output_tokens = 0
@@ -170,6 +175,7 @@ class Stream:
                 duration=time.monotonic() - self.row.arrived,
                 batch_size=self._batch_size,
                 num_cached_tokens=self.row.num_cached_tokens,
+                num_preemptions=self.row.num_preemptions,
                 trace=request.trace,
                 client=request.client,
             ),

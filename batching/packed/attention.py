@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from batching.packed.kv_cache import BLOCK_SIZE
+
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Queries [tokens, heads, head size], keys and values [KV heads, KV slots, head size], scale -> like queries."""
 
@@ -59,10 +61,10 @@ class Chunk:
     """Neighbouring tokens of one sequence in a forward pass: a prefill chunk, or the one token of a decode step.
 
     There are `num_tokens` of them, after the `num_computed_tokens` whose keys and values the sequence has in its
-    allocation, which begins at KV slot `kv_start`.
+    `blocks`.
     """
 
-    kv_start: int
+    blocks: Sequence[int]
     num_computed_tokens: int
     num_tokens: int
 
@@ -75,9 +77,14 @@ class Chunk:
         """The same tokens in chunks of at most `max_tokens`."""
         ends = [*range(max_tokens, self.num_tokens, max_tokens), self.num_tokens]
         return [
-            Chunk(self.kv_start, self.num_computed_tokens + begin, end - begin)
+            Chunk(self.blocks, self.num_computed_tokens + begin, end - begin)
             for begin, end in zip([0, *ends], ends, strict=False)
         ]
+
+    def kv_slots(self) -> Tensor:
+        """KV slots of all tokens that its last one attends to [seq_len]."""
+        starts = torch.tensor(self.blocks[: -(-self.seq_len // BLOCK_SIZE)]) * BLOCK_SIZE
+        return (starts[:, None] + torch.arange(BLOCK_SIZE)).flatten()[: self.seq_len]
 
 
 class TorchAttention:
@@ -93,7 +100,7 @@ class TorchAttention:
 
     def _one(self, chunk: Chunk, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
         past = chunk.num_computed_tokens
-        kv_slots = slice(chunk.kv_start, chunk.kv_start + chunk.seq_len)
+        kv_slots = chunk.kv_slots().to(q.device)
         mask = None
         if past and chunk.num_tokens > 1:
             mask = torch.ones(chunk.num_tokens, chunk.seq_len, dtype=torch.bool, device=q.device).tril(past)

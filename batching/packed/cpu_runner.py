@@ -41,41 +41,37 @@ class CPURunner:
         self.logits = torch.empty(0)
 
     def add_sequence(self, sequence: RunningSequence) -> None:
-        self._samplers[sequence] = Sampler([sequence.row.request], self._vocab_size, self._kv_cache.device)
+        if sequence not in self._samplers:
+            self._samplers[sequence] = Sampler([sequence.row.request], self._vocab_size, self._kv_cache.device)
+
+    def preempt_sequence(self, sequence: RunningSequence) -> None:
+        """Nothing to do: nothing here goes by slots, and the sampler knows how far the row is."""
 
     def remove_sequence(self, sequence: RunningSequence) -> None:
-        del self._samplers[sequence]
+        self._samplers.pop(sequence, None)
         self._newest.pop(sequence, None)
 
-    def copy_kv(self, source: int, target: int, count: int) -> None:
-        self._kv_cache[:, :, :, target : target + count] = self._kv_cache[:, :, :, source : source + count]
-
-    def prefill(self, chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
-        ids = [
-            token
-            for sequence, chunk in chunks
-            for token in sequence.row.request.prompt[chunk.num_computed_tokens : chunk.seq_len]
+    def forward(
+        self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]] = ()
+    ) -> None:
+        ids = [self._newest[sequence] for sequence in decoding]
+        ids += [
+            token for sequence, chunk in chunks for token in sequence.tokens[chunk.num_computed_tokens : chunk.seq_len]
         ]
-        complete = [sequence.remaining_prompt == chunk.num_tokens for sequence, chunk in chunks]
-        self._forward(ids, [chunk for _, chunk in chunks], complete)
-
-    def decode(self, sequences: Sequence[RunningSequence]) -> None:
-        ids = [self._newest[sequence] for sequence in sequences]
-        self._forward(ids, [sequence.decode_chunk() for sequence in sequences], [True] * len(sequences))
+        complete = [sequence.remaining_prefill == chunk.num_tokens for sequence, chunk in chunks]
+        all_chunks = [sequence.decode_chunk() for sequence in decoding] + [chunk for _, chunk in chunks]
+        self._forward(ids, all_chunks, [True] * len(decoding) + complete)
 
     def _forward(self, ids: list[int], chunks: list[Chunk], wants_logits: list[bool]) -> None:
         positions = torch.cat([torch.arange(chunk.num_computed_tokens, chunk.seq_len) for chunk in chunks])
-        starts = torch.tensor([chunk.kv_start for chunk in chunks])
-        counts = torch.tensor([chunk.num_tokens for chunk in chunks])
-        last = counts.cumsum(0) - 1
+        kv_slots = torch.cat([chunk.kv_slots()[chunk.num_computed_tokens :] for chunk in chunks])
+        last = torch.tensor([chunk.num_tokens for chunk in chunks]).cumsum(0) - 1
         self.logits = self._model(
             input_ids=torch.tensor([ids]),
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=last[torch.tensor(wants_logits)],
-            attention_metadata=AttentionMetadata(
-                self._kv_cache, starts.repeat_interleave(counts) + positions, TorchAttention(chunks)
-            ),
+            attention_metadata=AttentionMetadata(self._kv_cache, kv_slots, TorchAttention(chunks)),
         ).logits[0]
 
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:

@@ -1,78 +1,80 @@
-"""Forward passes captured as CUDA graphs: prefill by how many tokens, decode steps by how many sequences.
+"""Forward passes captured as CUDA graphs: mixed passes by how many tokens, decode steps by how many sequences.
 
-Worker thread only. A pass is two graphs, the model's forward pass and the sampling, because a row's grammar may be
-matched on the host while the model runs. All state is on the device and is advanced there, so a decode step is two
-launches and a copy of the tokens back; a prefill is one copy more. Launched one by one, the kernels of a pass would
-each have to get the interpreter back from the event loop first.
+Worker thread only. A mixed pass computes prompts, and the newest tokens of sequences that decode along with them: the
+weights are read once for both. A pass is two graphs, the model's forward pass and the sampling, because a row's grammar
+may be matched on the host while the model runs. All state is on the device and is advanced there, so a decode step is
+two launches and a copy of the tokens back; a mixed pass is one copy more. Launched one by one, the kernels of a pass
+would each have to get the interpreter back from the event loop first.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching.packed import triton_sampling
-from batching.packed.attention import AttentionMetadata
+from batching.packed.attention import Attend, AttentionMetadata
 from batching.packed.sampling_state import SamplingState
-from batching.packed.triton_attention import QUERY_BLOCK, DecodeAttention, PrefillAttention
+from batching.packed.triton_attention import QUERY_BLOCK, DecodeAttention, MixedAttention, PrefillAttention
 
 Graph = torch.cuda.CUDAGraph
 
 
 @dataclass(frozen=True, slots=True)
 class PassOutputs:
-    """What a forward pass leaves: `logits` of the sequences in `slots` [sequences, int32], from which the graph
-    `sample` takes `tokens`."""
+    """What forward passes leave: `logits` of the sequences in `slots` [sequences, int32], from which the graphs
+    `samples`, by how many sequences, take `tokens`."""
 
     slots: Tensor
     logits: Tensor
     tokens: Tensor
-    sample: Graph
+    samples: dict[int, Graph]
 
 
-class PrefillInputs:
-    """What a prefill reads, in one integer tensor that is written with one copy."""
+class PassInputs:
+    """What a mixed pass reads from the host, in one integer tensor that is written with one copy."""
 
     def __init__(self, tokens: int, num_slots: int, device: torch.device | str) -> None:
         blocks = num_slots + tokens // QUERY_BLOCK
-        sizes = [tokens, tokens, tokens, blocks + 1, blocks, blocks, num_slots, num_slots]
+        sizes = [tokens, tokens, tokens, blocks + 1, blocks, blocks, num_slots, num_slots, 1]
         self.all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        # By token; those of sequences that decode come first, and are written on the device.
         self.ids, self.positions, self.kv_slots, *rest = torch.split(self.all, sizes)
-        # By block of at most QUERY_BLOCK tokens of a sequence, as `PrefillAttention` has them; and by prompt that is
-        # complete with this pass: the index of its last token, and its sequence slot.
-        self.cu_seqlens_q, self.kv_starts, self.seq_lens, self.last_tokens, self.slots = rest
+        # By block of at most QUERY_BLOCK tokens of a prompt, as `PrefillAttention` has them; by sequence that gets a
+        # token, those that decode first: the index of its last token, and its sequence slot; how many decode.
+        self.cu_seqlens_q, self.block_slots, self.seq_lens, self.last_tokens, self.slots, self.num_decodes = rest
 
 
 @dataclass(frozen=True, slots=True)
-class PassGraph:
-    """A captured forward pass over `size` tokens of prompts, or over `size` decoding sequences."""
+class MixedGraph:
+    """A captured forward pass over `size` tokens."""
 
     size: int
-    out: PassOutputs
     forward: Graph
+    inputs: PassInputs
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillGraph(PassGraph):
-    inputs: PrefillInputs
+class DecodeGraph:
+    """A captured forward pass over the newest tokens of `size` sequences."""
 
-
-@dataclass(frozen=True, slots=True)
-class DecodeGraph(PassGraph):
-    attention: DecodeAttention  # a graph knows only the addresses of what it reads, so this keeps the tensors alive
+    size: int
+    forward: Graph
+    kept: tuple[Tensor, ...]  # a graph knows only the addresses of what it reads, so this keeps the tensors alive
 
 
 def decode_sizes(num_slots: int) -> list[int]:
     """The numbers of sequences that decode steps are captured for: a step uses the next larger one."""
     few = (n for n in (1, 2, 4) if n < num_slots)
-    return sorted({*few, *range(8, num_slots, 8 if num_slots <= 128 else 32), num_slots})
+    spaced = (*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1024, 128))
+    return sorted({*few, *(n for n in spaced if n < num_slots), num_slots})
 
 
-def prefill_sizes(prefill_chunk: int, max_prefill_tokens: int) -> list[int]:
-    """The numbers of tokens that prefills are captured for."""
+def mixed_sizes(prefill_chunk: int, max_prefill_tokens: int) -> list[int]:
+    """The numbers of tokens that mixed passes are captured for."""
     sizes = [*range(256, 2049, 256), *(n << power for power in range(10, 20) for n in (3, 4))]
     return sorted({*(size for size in sizes if size < max_prefill_tokens), prefill_chunk, max_prefill_tokens})
 
@@ -85,68 +87,86 @@ class GraphCapture:
         self._kv_cache = kv_cache
         self._state = state
         self._memory_pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: cuBLAS keeps memory for each
-        self._spare_slot = len(state.int_params) - 1
-        self._prefill_outputs = self._outputs(self._spare_slot)
+        # One of each, because cuBLAS keeps memory for every stream. Decode attention, which waits for memory, runs
+        # beside prefill attention, which waits for the matrix units.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+        self._num_slots = len(state.int_params) - 1
+        slots = torch.full((self._num_slots,), self._num_slots, dtype=torch.int32, device=kv_cache.device)
+        logits = torch.zeros(self._num_slots, state.counts.shape[1], dtype=kv_cache.dtype, device=kv_cache.device)
+        self._mixed_decodes: DecodeAttention | None = None
+        self.out = PassOutputs(slots, logits, torch.zeros_like(slots, dtype=torch.int64), {})
+
+    def sample(self, sequences: int) -> None:
+        """Sampling of the first so many of `out`."""
+        out, state = self.out, self._state
+        logits, slots, tokens = (each[:sequences] for each in (out.logits, out.slots, out.tokens))
+        tensors = state.int_params, state.float_params, state.counts, state.bias, state.bitmask
+        out.samples[sequences] = self._graph(lambda: triton_sampling.sample(logits, slots, *tensors, tokens))
 
     def decode(self, sequences: int) -> DecodeGraph:
         """A decode step of so many sequences."""
-        out, attention = self._outputs(sequences), self._decode_attention(sequences)
-        forward = self._graph(lambda: out.logits.copy_(self._decode_logits(out.slots, attention)))
-        return DecodeGraph(sequences, out, forward, attention)
-
-    def prefill(self, tokens: int, inputs: PrefillInputs) -> PrefillGraph:
-        """A forward pass over so many tokens of prompts."""
-        inputs.kv_slots.fill_(self._kv_cache.shape[3] - 1)
-        inputs.slots.fill_(self._spare_slot)
-        out = self._prefill_outputs
+        slots, device = self.out.slots[:sequences], self._kv_cache.device
+        ids, positions, kv_slots = torch.zeros(3, sequences, dtype=torch.int64, device=device)
+        attend = self._decode_attention(slots)
+        num_decodes = torch.full((1,), sequences, dtype=torch.int64, device=device)
 
         def run() -> None:
-            out.slots.copy_(inputs.slots)
-            out.logits.copy_(self.prefill_logits(inputs))
+            self._place_decodes(slots, num_decodes, ids, positions, kv_slots, attend.seq_lens)
+            self.out.logits[:sequences].copy_(self._logits(ids, positions, kv_slots, attend, 0))
 
-        return PrefillGraph(tokens, out, self._graph(run), inputs)
+        return DecodeGraph(sequences, self._graph(run), (ids, positions, kv_slots, num_decodes, *attend.tensors))
 
-    def prefill_logits(self, inputs: PrefillInputs) -> Tensor:
+    def mixed(self, tokens: int, inputs: PassInputs) -> MixedGraph:
+        """A pass over so many tokens."""
+        inputs.kv_slots.fill_(self._kv_cache.shape[3] - 1)
+        inputs.slots.fill_(self._num_slots)
+        decodes = self._mixed_decode_attention(inputs)
+
+        def run() -> None:
+            self.out.slots.copy_(inputs.slots)
+            self.out.logits.copy_(self.mixed_logits(inputs, decodes))
+
+        return MixedGraph(tokens, self._graph(run), inputs)
+
+    def mixed_logits(self, inputs: PassInputs, decodes: DecodeAttention | None = None) -> Tensor:
         """Logits [slots, vocabulary] of the `last_tokens`. Tokens beyond the end of `cu_seqlens_q` have no effect."""
-        attend = PrefillAttention(inputs.cu_seqlens_q.int(), inputs.kv_starts.int(), inputs.seq_lens.int())
+        decodes = decodes or self._mixed_decode_attention(inputs)
+        places = inputs.ids, inputs.positions, inputs.kv_slots
+        self._place_decodes(decodes.slots, inputs.num_decodes, *places, decodes.seq_lens)
+        prefills = PrefillAttention(
+            inputs.cu_seqlens_q.int(), inputs.block_slots.int(), inputs.seq_lens.int(), self._state.block_tables
+        )
+        attend = MixedAttention(prefills, decodes, self._beside)
+        return self._logits(*places, attend, inputs.last_tokens)
+
+    def _logits(self, ids: Tensor, positions: Tensor, kv_slots: Tensor, attend: Attend, keep: int | Tensor) -> Tensor:
         logits: Tensor = self._model(
-            input_ids=inputs.ids[None],
-            position_ids=inputs.positions[None],
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=inputs.last_tokens,
-            attention_metadata=AttentionMetadata(self._kv_cache, inputs.kv_slots, attend),
+            logits_to_keep=keep,
+            attention_metadata=AttentionMetadata(self._kv_cache, kv_slots, attend),
         ).logits
         return logits[0]
 
-    def _decode_attention(self, sequences: int) -> DecodeAttention:
+    def _place_decodes(
+        self, slots: Tensor, num_decodes: Tensor, ids: Tensor, positions: Tensor, kv_slots: Tensor, seq_lens: Tensor
+    ) -> None:
+        state = self._state
+        triton_sampling.place_decodes(
+            slots, num_decodes, state.int_params, state.block_tables, ids, positions, kv_slots, seq_lens
+        )
+
+    def _mixed_decode_attention(self, inputs: PassInputs) -> DecodeAttention:
+        if self._mixed_decodes is None:
+            self._mixed_decodes = self._decode_attention(self.out.slots)
+        return self._mixed_decodes.of_first(len(inputs.ids))
+
+    def _decode_attention(self, slots: Tensor) -> DecodeAttention:
         _, _, kv_heads, _, size = self._kv_cache.shape
         heads = self._model.config.get_text_config().num_attention_heads
-        kv_starts, seq_lens = torch.zeros(2, sequences, dtype=torch.int32, device=self._kv_cache.device)
-        return DecodeAttention.of(kv_starts, seq_lens, kv_heads, heads // kv_heads, size)
-
-    def _decode_logits(self, slots: Tensor, attention: DecodeAttention) -> Tensor:
-        int_params = self._state.int_params[slots.long()]
-        position = int_params[:, triton_sampling.POSITION.value]
-        kv_start = int_params[:, triton_sampling.KV_START.value]
-        attention.kv_starts.copy_(kv_start)
-        attention.seq_lens.copy_(position + 1)
-        logits: Tensor = self._model(
-            input_ids=int_params[None, :, triton_sampling.TOKEN.value],
-            position_ids=position[None],
-            use_cache=False,
-            attention_metadata=AttentionMetadata(self._kv_cache, kv_start + position, attention),
-        ).logits
-        return logits[0]
-
-    def _outputs(self, sequences: int) -> PassOutputs:
-        state, device = self._state, self._kv_cache.device
-        slots = torch.full((sequences,), self._spare_slot, dtype=torch.int32, device=device)
-        logits = torch.zeros(sequences, state.counts.shape[1], dtype=self._kv_cache.dtype, device=device)
-        tokens = torch.zeros(sequences, dtype=torch.int64, device=device)
-        tensors = state.int_params, state.float_params, state.counts, state.bias, state.bitmask
-        sample = self._graph(lambda: triton_sampling.sample(logits, slots, *tensors, tokens))
-        return PassOutputs(slots, logits, tokens, sample)
+        return DecodeAttention.of(slots, self._state.block_tables, kv_heads, heads // kv_heads, size)
 
     def _graph(self, run: Callable[[], object]) -> Graph:
         stream = self._stream
@@ -160,7 +180,12 @@ class GraphCapture:
         return graph
 
 
-AnyGraph = TypeVar("AnyGraph", bound=PassGraph)
+class Sized(Protocol):
+    @property
+    def size(self) -> int: ...
+
+
+AnyGraph = TypeVar("AnyGraph", bound=Sized)
 
 
 def smallest(graphs: Sequence[AnyGraph], size: int) -> AnyGraph:

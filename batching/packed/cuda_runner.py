@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from batching.engine import NO_LOGPROBS
 from batching.grammar import GuidedRow
 from batching.packed.attention import Chunk
-from batching.packed.cuda_graphs import DecodeGraph, GraphCapture, PassOutputs, PrefillGraph, PrefillInputs, smallest
+from batching.packed.cuda_graphs import DecodeGraph, GraphCapture, MixedGraph, PassInputs, PassOutputs, smallest
+from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.runner import RunningSequence
 from batching.packed.sampling_state import SamplingState
 from batching.packed.triton_attention import QUERY_BLOCK
@@ -82,84 +83,94 @@ class AsyncLogprobs:
 
 
 class CUDARunner:
-    """`kv_cache` is laid out as in `AttentionMetadata`; its last KV slot belongs to no row."""
+    """`kv_cache` is laid out as in `AttentionMetadata`; its last block belongs to no row. A row has at most
+    `max_blocks`."""
 
-    def __init__(self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int, max_blocks: int) -> None:
         self.num_slots = num_slots
-        self._model = model
-        self._kv_cache = kv_cache
         self._vocab_size = model.config.get_text_config().vocab_size
-        self._spare_kv_slot = kv_cache.shape[3] - 1
-        self._state = SamplingState(num_slots, self._vocab_size, self._spare_kv_slot, kv_cache.device)
+        self._device = kv_cache.device
+        self._spare_block = kv_cache.shape[3] // BLOCK_SIZE - 1
+        self._state = SamplingState(num_slots, self._vocab_size, max_blocks, self._spare_block, self._device)
+        self._capture = GraphCapture(model, kv_cache, self._state)
         self._decode_graphs: list[DecodeGraph] = []
-        self._prefill_graphs: list[PrefillGraph] = []
-        self._slots_on_device: dict[int, list[int]] = {}  # by a decode graph's size: the slots it was last given
+        self._mixed_graphs: list[MixedGraph] = []
+        self._slots_on_device: list[int] = []
         self._new: list[RunningSequence] = []
         self._below_min_tokens: set[RunningSequence] = set()
         self._want_logprobs: set[RunningSequence] = set()
         self._guided: dict[RunningSequence, GuidedRow] = {}
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._pinned_outputs = cycle([PinnedOutput(num_slots) for _ in range(MAX_IN_FLIGHT)])
-        self._last_pass: PassOutputs
 
-    def capture(self, prefills: Sequence[int], decodes: Sequence[int]) -> Iterator[None]:
-        """Capture prefills of so many tokens and decode steps of so many sequences, one each
+    def capture(self, mixed: Sequence[int], decodes: Sequence[int]) -> Iterator[None]:
+        """Capture mixed passes of so many tokens and decode steps of so many sequences, one each
         time the iterator moves on."""
-        capture = GraphCapture(self._model, self._kv_cache, self._state)
-        for tokens in sorted(prefills, reverse=True):
-            inputs = PrefillInputs(tokens, self.num_slots, self._kv_cache.device)
-            self._prefill_graphs.insert(0, capture.prefill(tokens, inputs))
+        for tokens in sorted(mixed, reverse=True):
+            inputs = PassInputs(tokens, self.num_slots, self._device)
+            self._mixed_graphs.insert(0, self._capture.mixed(tokens, inputs))
             yield
         for sequences in sorted(decodes, reverse=True):
-            self._decode_graphs.insert(0, capture.decode(sequences))
+            self._decode_graphs.insert(0, self._capture.decode(sequences))
+            self._capture.sample(sequences)
             yield
 
     def profile_run(self, tokens: int) -> None:
-        """A prefill of so many tokens that belong to no row, without capture: to see how much memory it takes."""
-        inputs = PrefillInputs(tokens, self.num_slots, self._kv_cache.device)
-        inputs.kv_slots.fill_(self._spare_kv_slot)
-        GraphCapture(self._model, self._kv_cache, self._state).prefill_logits(inputs)
-        torch.cuda.synchronize(self._kv_cache.device)
+        """A pass over so many tokens that belong to no row, without capture: to see how much memory it takes."""
+        inputs = PassInputs(tokens, self.num_slots, self._device)
+        inputs.kv_slots.fill_(self._spare_block * BLOCK_SIZE)
+        self._capture.mixed_logits(inputs)
+        torch.cuda.synchronize(self._device)
 
     def add_sequence(self, sequence: RunningSequence) -> None:
         request = sequence.row.request
         self._new.append(sequence)
-        if GuidedRow.is_needed(request):
+        if GuidedRow.is_needed(request) and sequence not in self._guided:
             self._guided[sequence] = GuidedRow(request, self._vocab_size, self._helper)
-        if request.sampling.min_tokens:
+        if sequence.num_output_tokens < request.sampling.min_tokens:
             self._below_min_tokens.add(sequence)
         if request.sampling.top_logprobs is not None:
             self._want_logprobs.add(sequence)
 
-    def remove_sequence(self, sequence: RunningSequence) -> None:
+    def preempt_sequence(self, sequence: RunningSequence) -> None:
         if sequence in self._new:
             self._new.remove(sequence)
+        self._state.remove_sequence(sequence)
+
+    def remove_sequence(self, sequence: RunningSequence) -> None:
+        self.preempt_sequence(sequence)
         self._guided.pop(sequence, None)
         self._below_min_tokens.discard(sequence)
         self._want_logprobs.discard(sequence)
 
-    def copy_kv(self, source: int, target: int, count: int) -> None:
-        self._kv_cache[:, :, :, target : target + count] = self._kv_cache[:, :, :, source : source + count]
-
-    def prefill(self, chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
+    def forward(
+        self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]] = ()
+    ) -> None:
         if self._new:
             self._state.add_sequences(self._new, [sequence in self._guided for sequence in self._new])
             self._new = []
-        graph = smallest(self._prefill_graphs, sum(chunk.num_tokens for _, chunk in chunks))
-        inputs = PrefillInputs(graph.size, self.num_slots, "cpu")
-        fill(inputs, chunks, spare_kv_slot=self._spare_kv_slot, spare_slot=self.num_slots)
+        self._state.send_blocks([*decoding, *(sequence for sequence, _ in chunks)])
+        if chunks:
+            self._mixed(decoding, chunks)
+        else:
+            self._decode(decoding)
+
+    def _mixed(self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
+        graph = smallest(self._mixed_graphs, len(decoding) + sum(chunk.num_tokens for _, chunk in chunks))
+        inputs = PassInputs(graph.size, self.num_slots, "cpu")
+        fill(inputs, decoding, chunks, spare_kv_slot=self._spare_block * BLOCK_SIZE, spare_slot=self.num_slots)
         graph.inputs.all.copy_(inputs.all.pin_memory(), non_blocking=True)
         graph.forward.replay()
-        self._last_pass = graph.out
+        self._slots_on_device = []
 
-    def decode(self, sequences: Sequence[RunningSequence]) -> None:
+    def _decode(self, sequences: Sequence[RunningSequence]) -> None:
         graph = smallest(self._decode_graphs, len(sequences))
         slots = [sequence.slot for sequence in sequences] + [self.num_slots] * (graph.size - len(sequences))
-        if self._slots_on_device.get(graph.size) != slots:
-            graph.out.slots.copy_(torch.tensor(slots, dtype=torch.int32).pin_memory(), non_blocking=True)
-            self._slots_on_device[graph.size] = slots
+        if self._slots_on_device != slots:
+            pinned = torch.tensor(slots, dtype=torch.int32).pin_memory()
+            self._out.slots[: graph.size].copy_(pinned, non_blocking=True)
+            self._slots_on_device = slots
         graph.forward.replay()
-        self._last_pass = graph.out
 
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
         return bool(self._guided) and any(sequence in self._guided for sequence in sequences)
@@ -169,9 +180,9 @@ class CUDARunner:
             self._guided[sequence].accept_token(token)
 
     def sample(self, sequences: Sequence[RunningSequence]) -> AsyncOutput:
-        out = self._last_pass
+        out = self._out
         self._restrict(sequences)
-        out.sample.replay()
+        out.samples[min(size for size in out.samples if size >= len(sequences))].replay()
         tokens = out.tokens[: len(sequences)]
         pinned = next(self._pinned_outputs)
         pinned.copy(tokens)
@@ -181,7 +192,11 @@ class CUDARunner:
 
     @property
     def logits(self) -> Tensor:
-        return self._last_pass.logits
+        return self._out.logits
+
+    @property
+    def _out(self) -> PassOutputs:
+        return self._capture.out
 
     def _restrict(self, sequences: Sequence[RunningSequence]) -> None:
         """Send what only the host knows of the next tokens: which a grammar allows, and whether a row may stop."""
@@ -206,29 +221,37 @@ class CUDARunner:
 
 
 def fill(
-    inputs: PrefillInputs, chunks: Sequence[tuple[RunningSequence, Chunk]], *, spare_kv_slot: int, spare_slot: int
+    inputs: PassInputs,
+    decoding: Sequence[RunningSequence],
+    chunks: Sequence[tuple[RunningSequence, Chunk]],
+    *,
+    spare_kv_slot: int,
+    spare_slot: int,
 ) -> None:
-    """Write a prefill's chunks. Padding goes to the KV slot and the sequence slot that belong to no row."""
-    end = 0
+    """Write a mixed pass. Padding goes to the KV slot and the sequence slot that belong to no row."""
+    end = first = len(decoding)
     for sequence, chunk in chunks:
         past, seq_len = chunk.num_computed_tokens, chunk.seq_len
         here = slice(end, end := end + chunk.num_tokens)
-        inputs.ids[here] = torch.tensor(sequence.row.request.prompt[past:seq_len])
+        inputs.ids[here] = torch.tensor(sequence.tokens[past:seq_len])
         torch.arange(past, seq_len, out=inputs.positions[here])
-        torch.arange(chunk.kv_start + past, chunk.kv_start + seq_len, out=inputs.kv_slots[here])
+        inputs.kv_slots[here] = chunk.kv_slots()[past:]
     inputs.kv_slots[end:] = spare_kv_slot
-    blocks = [block for _, chunk in chunks for block in chunk.split(QUERY_BLOCK)]
-    cu_seqlens_q = list(accumulate((block.num_tokens for block in blocks), initial=0))
+    blocks = [(block, sequence.slot) for sequence, chunk in chunks for block in chunk.split(QUERY_BLOCK)]
+    cu_seqlens_q = list(accumulate((block.num_tokens for block, _ in blocks), initial=first))
     inputs.cu_seqlens_q[: len(cu_seqlens_q)] = torch.tensor(cu_seqlens_q)
     inputs.cu_seqlens_q[len(cu_seqlens_q) :] = end
-    inputs.kv_starts[: len(blocks)] = torch.tensor([block.kv_start for block in blocks])
-    inputs.seq_lens[: len(blocks)] = torch.tensor([block.seq_len for block in blocks])
-    ends = accumulate(chunk.num_tokens for _, chunk in chunks)
-    complete = [
-        (end, sequence.slot)
+    inputs.block_slots[: len(blocks)] = torch.tensor([slot for _, slot in blocks])
+    inputs.seq_lens[: len(blocks)] = torch.tensor([block.seq_len for block, _ in blocks])
+    ends = accumulate((chunk.num_tokens for _, chunk in chunks), initial=first)
+    next(ends)
+    sampled = [(index, sequence.slot) for index, sequence in enumerate(decoding)]
+    sampled += [
+        (end - 1, sequence.slot)
         for end, (sequence, chunk) in zip(ends, chunks, strict=True)
-        if sequence.remaining_prompt == chunk.num_tokens
+        if sequence.remaining_prefill == chunk.num_tokens
     ]
-    inputs.last_tokens[: len(complete)] = torch.tensor([end - 1 for end, _ in complete])
-    inputs.slots[: len(complete)] = torch.tensor([slot for _, slot in complete])
-    inputs.slots[len(complete) :] = spare_slot
+    inputs.last_tokens[: len(sampled)] = torch.tensor([last for last, _ in sampled], dtype=torch.int64)
+    inputs.slots[: len(sampled)] = torch.tensor([slot for _, slot in sampled], dtype=torch.int64)
+    inputs.slots[len(sampled) :] = spare_slot
+    inputs.num_decodes[0] = first

@@ -23,7 +23,7 @@ from batching.memory import cache_bytes_per_token, free_bytes, is_shortage, out_
 from batching.model import describe, stop_token_ids, window_of
 from batching.packed import attention, layer, reference
 from batching.packed.cpu_runner import CPURunner
-from batching.packed.kv_cache import PrefixCache
+from batching.packed.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
 from batching.packed.runner import Runner
 from batching.packed.scheduler import Scheduler
 from batching.stream import Row
@@ -46,7 +46,7 @@ class PackedEngine:
     """`Engine` whose rows may join a running batch. Takes the model over: its layers and its attention are replaced.
 
     `num_slots` is the most rows that run at a time, `gpu_memory_utilization` the share of a GPU's memory that may be
-    used, model included, `prefill_chunk` the most prompt tokens computed between two decode steps. Raises `ModelError`
+    used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode. Raises `ModelError`
     if there is no room for a KV cache.
     """
 
@@ -73,10 +73,14 @@ class PackedEngine:
         model.set_attn_implementation(attention.NAME)
         layer.fuse(model, _ops(model.device))
         window = window_of(model, context_window)
-        most = num_slots * window if token_budget is None else min(token_budget, num_slots * window)
-        capacity = self._capacity(most, gpu_memory_utilization)
-        self.runner = self._make_runner(num_slots, capacity)
-        self._cache = PrefixCache(capacity, enabled=self._prefix_caching)
+        self._max_blocks = blocks_for(window)
+        most = num_slots * self._max_blocks
+        if token_budget is not None:
+            most = min(most, blocks_for(token_budget))
+        num_blocks = self._num_blocks(most, gpu_memory_utilization)
+        self.runner = self._make_runner(num_slots, num_blocks)
+        self._pool = BlockPool(num_blocks, caching=self._prefix_caching)
+        capacity = min(num_blocks * BLOCK_SIZE, token_budget or num_slots * window)
         self.info = describe(model, window, capacity, stops, joins=True)
 
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
@@ -85,7 +89,7 @@ class PackedEngine:
             return
         except BaseException as error:
             # The rows' part of the KV cache is given up with them, and no other row may find any of it.
-            self._cache = PrefixCache(self._cache.capacity, enabled=self._prefix_caching)
+            self._pool = BlockPool(self._pool.num_blocks, caching=self._prefix_caching)
             if not (isinstance(error, RuntimeError) and is_shortage(error)):
                 raise
         # Only here, where the caught error is gone: its traceback kept the batch's tensors.
@@ -100,7 +104,7 @@ class PackedEngine:
         first = torch.tensor([rows[0].request.prompt[:1]], device=self._model.device)
         scheduler = Scheduler(
             self.runner,
-            self._cache,
+            self._pool,
             steps,
             prefill_chunk=self._prefill_chunk,
             max_prefill_tokens=self._max_prefill_tokens,
@@ -115,18 +119,18 @@ class PackedEngine:
             rows=rows,
         )
 
-    def _capacity(self, most: int, gpu_memory_utilization: float) -> int:
-        """KV slots that fit into memory beside the model and its forward passes, at most `most`."""
-        per_slot = cache_bytes_per_token(self._model.config, self._model.dtype)
+    def _num_blocks(self, most: int, gpu_memory_utilization: float) -> int:
+        """Blocks of the KV cache that fit into memory beside the model and its forward passes, at most `most`."""
+        block = BLOCK_SIZE * cache_bytes_per_token(self._model.config, self._model.dtype)
         if self._model.device.type == "cuda":
             room = self._room_on_gpu(gpu_memory_utilization)
         else:
             room = int(0.5 * free_bytes(self._model.device))
-        capacity = min(most, room // per_slot)
-        if capacity < 256:
+        num_blocks = min(most, room // block)
+        if num_blocks * BLOCK_SIZE < 256:
             left = f"only {room / 2**20:.0f} MiB are left for the KV cache beside the model"
             raise ModelError(f"{left}, too few for a batch")
-        return int(capacity)
+        return int(num_blocks)
 
     def _room_on_gpu(self, gpu_memory_utilization: float) -> int:
         device = self._model.device
@@ -138,32 +142,32 @@ class PackedEngine:
         free, total = torch.cuda.mem_get_info(device)
         return int(gpu_memory_utilization * total) - (total - free) - passes - GRAPH_BYTES
 
-    def _make_runner(self, num_slots: int, capacity: int) -> Runner:
+    def _make_runner(self, num_slots: int, num_blocks: int) -> Runner:
         if self._model.device.type != "cuda":
-            return CPURunner(self._model, self._kv_cache(capacity), num_slots)
-        from batching.packed.cuda_graphs import decode_sizes, prefill_sizes
+            return CPURunner(self._model, self._kv_cache(num_blocks), num_slots)
+        from batching.packed.cuda_graphs import decode_sizes, mixed_sizes
 
-        runner = self._cuda_runner(num_slots, capacity)
-        prefills = prefill_sizes(self._prefill_chunk, self._max_prefill_tokens)
+        runner = self._cuda_runner(num_slots, num_blocks)
+        mixed = mixed_sizes(self._prefill_chunk, self._max_prefill_tokens)
         decodes = [num_slots] if self._batch_invariant else decode_sizes(num_slots)
         with torch.inference_mode():
-            captured = runner.capture(prefills, decodes)
+            captured = runner.capture(mixed, decodes)
             shown = sys.stderr.isatty()
-            for _ in track(captured, "capturing", len(prefills) + len(decodes), disable=not shown, transient=True):
+            for _ in track(captured, "capturing", len(mixed) + len(decodes), disable=not shown, transient=True):
                 pass
         return runner
 
-    def _cuda_runner(self, num_slots: int, capacity: int) -> "CUDARunner":
+    def _cuda_runner(self, num_slots: int, num_blocks: int) -> "CUDARunner":
         from batching.packed.cuda_runner import CUDARunner
 
-        return CUDARunner(self._model, self._kv_cache(capacity), num_slots)
+        return CUDARunner(self._model, self._kv_cache(num_blocks), num_slots, self._max_blocks)
 
-    def _kv_cache(self, capacity: int) -> Tensor:
-        """The tensor, with one KV slot more that belongs to no row. Zeros: what is there may be multiplied by 0."""
+    def _kv_cache(self, num_blocks: int) -> Tensor:
+        """The tensor, with one block more that belongs to no row. Zeros: what is there may be multiplied by 0."""
         config = self._model.config.get_text_config()
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = config.num_hidden_layers, 2, heads, capacity + 1, size
+        shape = config.num_hidden_layers, 2, heads, (num_blocks + 1) * BLOCK_SIZE, size
         return torch.zeros(shape, dtype=self._model.dtype, device=self._model.device)
 
 

@@ -1,142 +1,141 @@
-"""Who has which part of the KV cache, and what finished rows left there for prompts that share a prefix with theirs.
+"""Who has which blocks of the KV cache, and which of them hold prefixes that later prompts can share.
 
-Worker thread only. Bookkeeping alone: no tensor is touched here. A KV slot is one token position of the cache tensor.
-Prompts often share a prefix (instructions, a conversation's earlier turns). The keys and values computed for it stay
-until their room is needed, and are looked up by token ids, in blocks of `BLOCK_SIZE`.
+Worker thread only. Bookkeeping alone: no tensor is touched here. The cache tensor is cut into blocks of `BLOCK_SIZE` KV
+slots, and a row's block table lists those that hold its tokens, in order (Kwon et al. 2023, PagedAttention). Whole
+blocks whose tokens are computed stand in a tree, found by the block before and the tokens in it, so that prompts which
+begin alike share them. A block that no row refers to any more keeps its content until it is needed.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCK_SIZE = 64
-"""Tokens in a block of the prefix cache: a shorter prefix is cheaper to compute than to look up."""
+"""Tokens in a block: few enough that a row's last one wastes little, as many as attention reads at a time."""
+
+Node = int | str
+"""A place in the tree of prefixes: the salt at its root, then a number for each block that was ever inserted."""
 
 
-class KVAllocator:
-    """First fit over `capacity` KV slots, with holes kept in order and neighbours joined (Knuth, TAOCP 1, section 2.5).
-
-    Every KV slot is in exactly one hole or one allocation.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._holes: list[tuple[int, int]] = [(0, capacity)] if capacity else []
-
-    @property
-    def num_free(self) -> int:
-        """How many KV slots are in holes."""
-        return sum(length for _, length in self._holes)
-
-    def allocate(self, length: int) -> int | None:
-        """The first of `length` neighbouring KV slots, or None if no hole is long enough."""
-        for place, (start, room) in enumerate(self._holes):
-            if room >= length:
-                self._holes[place : place + 1] = [(start + length, room - length)] if room > length else []
-                return start
-        return None
-
-    def free(self, start: int, length: int) -> None:
-        """Make a hole of KV slots that were allocated: a whole allocation or a part of one."""
-        if length == 0:
-            return
-        place = bisect_left(self._holes, (start, 0))
-        first, last = start, start + length
-        if place < len(self._holes) and self._holes[place][0] == last:
-            last += self._holes.pop(place)[1]
-        if place and sum(self._holes[place - 1]) == first:
-            place -= 1
-            first = self._holes.pop(place)[0]
-        self._holes.insert(place, (first, last - first))
+def blocks_for(tokens: int) -> int:
+    """How many blocks so many tokens need."""
+    return -(-tokens // BLOCK_SIZE)
 
 
 @dataclass(eq=False, slots=True)
-class KVAllocation:
-    """`length` KV slots from `start` on. The first `len(tokens)` hold the keys and values of these tokens."""
+class BlockTable:
+    """A row's blocks. The first `num_inserted` are in the tree, the last of them at `node`."""
 
-    start: int
-    length: int
-    salt: str
-    tokens: Sequence[int] = ()
-    hashes: list[int] = field(default_factory=list)
+    node: Node
+    blocks: list[int] = field(default_factory=list)
+    num_inserted: int = 0
 
 
-class PrefixCache:
-    """Allocates KV slots to rows, and finds prefixes that were computed before. Not `enabled`: nothing is kept."""
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A new row's block table, how many of its tokens are computed already, and how many of those other rows hold."""
 
-    def __init__(self, capacity: int, *, enabled: bool = True) -> None:
-        self._allocator = KVAllocator(capacity)
-        self._enabled = enabled
-        self._blocks: dict[int, KVAllocation] = {}
-        self._evictable: dict[KVAllocation, None] = {}  # of finished rows, least recently used first
+    table: BlockTable
+    num_cached_tokens: int
+    num_shared_tokens: int
+
+
+class BlockPool:
+    """`num_blocks` blocks, each free, or referred to by the block tables of rows, or kept for a later prompt.
+
+    Not `caching`: nothing is kept and nothing shared.
+    """
+
+    def __init__(self, num_blocks: int, *, caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self._caching = caching
+        self._free = list(range(num_blocks))
+        self._num_references = [0] * num_blocks
+        self._evictable: dict[int, None] = {}  # kept for later prompts, least recently used first
+        self._blocks: dict[tuple[Node, tuple[int, ...]], int] = {}
+        self._places: dict[int, tuple[tuple[Node, tuple[int, ...]], int]] = {}  # of a block: its key, and its node
+        self._num_nodes = 0
 
     @property
-    def capacity(self) -> int:
-        return self._allocator.capacity
+    def num_free(self) -> int:
+        """Blocks that can be had, those that are kept for later prompts included."""
+        return len(self._free) + len(self._evictable)
 
     @property
     def num_evictable(self) -> int:
-        """KV slots that hold what finished rows left."""
-        return sum(allocation.length for allocation in self._evictable)
+        """Blocks that are kept for later prompts."""
+        return len(self._evictable)
 
-    @property
-    def num_used(self) -> int:
-        """KV slots that running rows have."""
-        return self.capacity - self._allocator.num_free - self.num_evictable
+    def start(self, salt: str, tokens: Sequence[int], reserve: int = 0) -> Started | None:
+        """Blocks for `tokens`, the longest cached prefix among them, but never all of them, for one has to be computed.
 
-    def allocate(self, length: int, salt: str) -> KVAllocation | None:
-        """Room for a row, or None until others finish. Evicts what finished rows left, least recently used first."""
-        while (start := self._allocator.allocate(length)) is None:
-            if not self._evictable:
-                return None
-            self._evict(next(iter(self._evictable)))
-        return KVAllocation(start, length, salt)
-
-    def match_prefix(self, salt: str, prompt: Sequence[int]) -> tuple[KVAllocation, int] | None:
-        """The allocation with the longest cached prefix of `prompt`, and its length: whole blocks, never all of it."""
-        found = None
-        for key, end in _block_hashes(salt, prompt[:-1]):
-            allocation = self._blocks.get(key)
-            if allocation is None:
-                break
-            found = allocation, end
-        if found is None or tuple(found[0].tokens[: found[1]]) != tuple(prompt[: found[1]]):  # a hash may collide
+        None if fewer than `reserve` blocks would be left.
+        """
+        shared, node = self._match(salt, tokens)
+        num_new = blocks_for(len(tokens)) - len(shared)
+        if num_new + reserve > self.num_free - sum(block in self._evictable for block in shared):
             return None
-        if found[0] in self._evictable:
-            self._evictable[found[0]] = self._evictable.pop(found[0])
-        return found
+        num_held = sum(block not in self._evictable for block in shared)
+        for block in shared:
+            self._evictable.pop(block, None)
+            self._num_references[block] += 1
+        table = BlockTable(node, [*shared, *(self._take() for _ in range(num_new))], len(shared))
+        return Started(table, len(shared) * BLOCK_SIZE, num_held * BLOCK_SIZE)
 
-    def insert(self, allocation: KVAllocation, tokens: Sequence[int]) -> None:
-        """The keys and values of `tokens` are in this allocation now, for later prompts to match."""
-        if self._enabled:
-            allocation.tokens = tokens
-            for key, _ in _block_hashes(allocation.salt, tokens):
-                if key not in self._blocks:
-                    self._blocks[key] = allocation
-                    allocation.hashes.append(key)
+    def grow(self, table: BlockTable, tokens: int) -> bool:
+        """Make room for `tokens` in all, at most one block more; False if no block is left."""
+        if len(table.blocks) < blocks_for(tokens):
+            if not self.num_free:
+                return False
+            table.blocks.append(self._take())
+        return True
 
-    def release(self, allocation: KVAllocation, tokens: Sequence[int]) -> None:
-        """The row has finished. Its `tokens` stay cached, if any prompt can still match them."""
-        self.insert(allocation, tokens)
-        if not allocation.hashes:
-            self._allocator.free(allocation.start, allocation.length)
+    def insert(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """The keys and values of `tokens`, the row's first ones, are computed: later prompts may share whole blocks."""
+        if not self._caching:
             return
-        self._allocator.free(allocation.start + len(tokens), allocation.length - len(tokens))
-        allocation.length = len(tokens)
-        self._evictable[allocation] = None
+        for number in range(table.num_inserted, len(tokens) // BLOCK_SIZE):
+            content = tuple(tokens[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE])
+            key, block = (table.node, content), table.blocks[number]
+            known = self._blocks.get(key)
+            if known is None:  # else another row was sooner, and this one's block is nobody else's
+                self._num_nodes += 1
+                self._blocks[key] = block
+                self._places[block] = key, self._num_nodes
+                known = block
+            table.node = self._places[known][1]
+            table.num_inserted = number + 1
 
-    def _evict(self, allocation: KVAllocation) -> None:
-        del self._evictable[allocation]
-        for key in allocation.hashes:
-            del self._blocks[key]
-        self._allocator.free(allocation.start, allocation.length)
+    def release(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """The row has no use for its blocks any more. `tokens` are those computed: they stay for later prompts."""
+        self.insert(table, tokens)
+        for block in reversed(table.blocks):  # the end of a text is evicted before its beginning
+            self._num_references[block] -= 1
+            if not self._num_references[block]:
+                if block in self._places:
+                    self._evictable[block] = None
+                else:
+                    self._free.append(block)
+        table.blocks = []
 
+    def _match(self, salt: str, tokens: Sequence[int]) -> tuple[list[int], Node]:
+        """The blocks of the longest cached prefix that is not all of `tokens`, and the node that it ends at."""
+        found: list[int] = []
+        node: Node = salt
+        for begin in range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE):
+            block = self._blocks.get((node, tuple(tokens[begin : begin + BLOCK_SIZE])))
+            if block is None:
+                break
+            found.append(block)
+            node = self._places[block][1]
+        return found, node
 
-def _block_hashes(salt: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
-    """For each whole block a hash of it and all before it, and where the block ends."""
-    key = hash(salt)
-    found = []
-    for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE):
-        key = hash((key, *tokens[end - BLOCK_SIZE : end]))
-        found.append((key, end))
-    return found
+    def _take(self) -> int:
+        """A block that holds nothing, evicted if need be."""
+        if not self._free:
+            block = next(iter(self._evictable))
+            del self._evictable[block]
+            del self._blocks[self._places.pop(block)[0]]
+            self._free.append(block)
+        block = self._free.pop()
+        self._num_references[block] = 1
+        return block

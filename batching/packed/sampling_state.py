@@ -4,7 +4,7 @@ Worker thread only, CUDA only. A slot's state is written when a row gets it and 
 that a decode step needs nothing from the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,17 +14,20 @@ from batching.packed.runner import RunningSequence
 
 
 class SamplingState:
-    """`num_slots` sequence slots, and one more without a row that pads a CUDA graph's batch: it writes to the KV slot
-    `spare_kv_slot`."""
+    """`num_slots` sequence slots of at most `max_blocks` blocks of the KV cache, and one more without a row that pads a
+    CUDA graph's batch: it writes to the block `spare_block`."""
 
-    def __init__(self, num_slots: int, vocab_size: int, spare_kv_slot: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, max_blocks: int, spare_block: int, device: torch.device
+    ) -> None:
         self.int_params = torch.zeros(num_slots + 1, columns.NUM_COLUMNS.value, dtype=torch.int64, device=device)
         self.float_params = torch.ones(num_slots + 1, columns.NUM_COLUMNS.value, device=device)
         self.counts = torch.zeros(num_slots + 1, vocab_size, dtype=torch.int16, device=device)
         self.bias = torch.zeros(num_slots + 1, vocab_size, device=device)
         self.bitmask = torch.zeros(num_slots + 1, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        self.int_params[num_slots, columns.KV_START.value] = spare_kv_slot
+        self.block_tables = torch.full((num_slots + 1, max_blocks), spare_block, dtype=torch.int64, device=device)
         self._device = device
+        self._num_sent: dict[RunningSequence, int] = {}  # how many of its blocks are in the table
 
     def add_sequences(self, sequences: Sequence[RunningSequence], guided: Sequence[bool]) -> None:
         """Write the state of new sequences; `guided` says which will have a token bitmask from the host."""
@@ -38,7 +41,26 @@ class SamplingState:
             if sampling.penalised:
                 self._reset_counts(sequence)
             if sampling.logit_bias or sampling.min_tokens:
-                self.set_bias(sequence, may_stop=sampling.min_tokens == 0)
+                self.set_bias(sequence, may_stop=sequence.num_output_tokens >= sampling.min_tokens)
+
+    def send_blocks(self, sequences: Iterable[RunningSequence]) -> None:
+        """Write the blocks that these have got since the last time."""
+        places: list[int] = []
+        blocks: list[int] = []
+        for sequence in sequences:
+            known, mine = self._num_sent.get(sequence, 0), sequence.blocks
+            if known != len(mine):
+                first = sequence.slot * self.block_tables.shape[1]
+                places += range(first + known, first + len(mine))
+                blocks += mine[known:]
+                self._num_sent[sequence] = len(mine)
+        if places:
+            at, values = self.to_device(torch.tensor([places, blocks]))
+            self.block_tables.view(-1).index_copy_(0, at, values)
+
+    def remove_sequence(self, sequence: RunningSequence) -> None:
+        """It has lost its slot and its blocks."""
+        self._num_sent.pop(sequence, None)
 
     def set_bias(self, sequence: RunningSequence, *, may_stop: bool) -> None:
         """A sequence's `logit_bias`; and unless it `may_stop` already, its stop tokens are kept out."""
@@ -58,6 +80,9 @@ class SamplingState:
         counts = self.counts[sequence.slot].zero_()
         if request.sampling.repetition_penalty != 1.0:
             counts.index_fill_(0, self.to_device(torch.tensor(request.prompt)), columns.IN_PROMPT.value)
+        if sequence.num_output_tokens:
+            own = self.to_device(torch.tensor(sequence.tokens[len(request.prompt) :]))
+            counts.index_add_(0, own, torch.ones_like(own, dtype=counts.dtype))
 
 
 def _int_params(sequence: RunningSequence, guided: bool) -> list[int]:
@@ -65,8 +90,9 @@ def _int_params(sequence: RunningSequence, guided: bool) -> list[int]:
     sampling = request.sampling
     flags = columns.RANDOM.value * (not sampling.greedy) | columns.PENALISED.value * sampling.penalised
     flags |= columns.BIASED.value * bool(sampling.logit_bias or sampling.min_tokens) | columns.GUIDED.value * guided
-    # As if the prompt's last token had been the newest: sampling the first one moves the slot on to where that goes.
-    return [0, len(request.prompt) - 1, sequence.kv.start, 0, sampling.seed, sampling.top_k, flags, 0]
+    # As if the last token had been the newest: sampling the next one moves the slot on to where that goes.
+    position = len(sequence.tokens) - 1
+    return [0, position, sequence.num_output_tokens, sampling.seed, sampling.top_k, flags, 0, 0]
 
 
 def _float_params(sequence: RunningSequence) -> list[float]:

@@ -1,35 +1,43 @@
-"""The scheduler of the packed engine: who is computed next, who joins, who leaves. Worker thread only.
+"""The scheduler of the packed engine: who is computed next, who joins, who gives way, who leaves. Worker thread only.
 
-An iteration has three parts: prefill chunks of waiting prompts, a decode step of all running sequences, and the
-delivery of the tokens sampled in the iteration before. Reading one iteration behind keeps the device busy: its next
-work is queued before it finishes the last. A row that turns out to be over has then sampled one token more, which is
-dropped.
+An iteration is one forward pass, in which every running sequence gets its next token and waiting prompts are computed
+with what room is left, and the delivery of the tokens sampled in the iteration before. Reading one iteration behind
+keeps the device busy: its next work is queued before it finishes the last. A row that turns out to be over has then
+sampled one token more, which is dropped.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 
 from batching.engine import Steps
 from batching.packed.attention import Chunk
-from batching.packed.kv_cache import PrefixCache
+from batching.packed.kv_cache import BlockPool
 from batching.packed.runner import Runner, RunningSequence, SamplerOutput
 from batching.stream import Row
 from batching.types import TokenLogprob
+
+ROWS_PER_SPARE_BLOCK = 2
+"""A row starts only if it leaves one block for so many running sequences, which grow: few have to give way then."""
 
 
 class Scheduler:
     """One batch, from its first rows to the end of the last one that joined.
 
-    An iteration computes at most `prefill_chunk` prompt tokens, which bounds how long running sequences are held up;
-    but `max_prefill_tokens` while more rows wait for their prompts than decode, for many are served sooner then and few
-    are held up longer. With `one_prompt_a_pass` no prompt shares a forward pass with another: what is computed for it
-    does not depend on who waits.
+    A pass has at most `prefill_chunk` tokens, decoding sequences included, which bounds how long these are held up; but
+    `max_prefill_tokens` while more rows wait for their prompts than decode, for many are served sooner then and few are
+    held up longer. With `one_prompt_a_pass` no prompt shares a forward pass with another sequence: what is computed for
+    it does not depend on who else is there.
+
+    A row is started with the blocks that its tokens need, and gets more as it grows. When none are left the youngest
+    gives way: its tokens are kept, and computed again once there is room. Its next token is the same, because what is
+    drawn depends on seed and position alone. The oldest never gives way, so every row comes to its end.
     """
 
     def __init__(
         self,
         runner: Runner,
-        cache: PrefixCache,
+        pool: BlockPool,
         steps: Steps,
         *,
         prefill_chunk: int,
@@ -37,109 +45,157 @@ class Scheduler:
         one_prompt_a_pass: bool = False,
     ) -> None:
         self._runner = runner
-        self._cache = cache
+        self._pool = pool
         self._steps = steps
         self._prefill_chunk = prefill_chunk
         self._max_prefill_tokens = max_prefill_tokens
         self._one_prompt_a_pass = one_prompt_a_pass
         self._free_slots = list(range(runner.num_slots))
-        self._waiting: deque[Row] = deque()
+        self._arrivals = count()
+        self._waiting: deque[RunningSequence] = deque()
         self._prefilling: list[RunningSequence] = []  # their prompts are not complete yet, first come first
         self._decoding: list[RunningSequence] = []
         self._in_flight: deque[SamplerOutput] = deque()
 
     def run(self, rows: Sequence[Row]) -> None:
         """Blocks until every row is over, those that join meanwhile included."""
-        self._waiting.extend(rows)
+        self._wait(rows)
         try:
             while self._waiting or self._prefilling or self._decoding or self._in_flight:
                 self._iterate()
-                self._waiting.extend(self._steps.admit())
+                self._wait(self._steps.admit())
         finally:
-            for sequence in self._prefilling + self._decoding:  # none, unless it failed
+            for sequence in [*self._waiting, *self._prefilling, *self._decoding]:  # none, unless it failed
                 self._runner.remove_sequence(sequence)
 
+    def _wait(self, rows: Iterable[Row]) -> None:
+        self._waiting += [RunningSequence(row, next(self._arrivals)) for row in rows]
+
     def _iterate(self) -> None:
-        self._admit_waiting()
-        before = len(self._in_flight)
-        self._prefill()
-        self._decode()
-        # All but what this iteration sampled, if anything: the device is busy with that.
-        self._deliver(before if len(self._in_flight) > before else len(self._in_flight))
+        decoding = self._next_to_decode()
+        many_wait = len(self._waiting) + len(self._prefilling) > len(decoding)
+        tokens = self._max_prefill_tokens if many_wait else self._prefill_chunk
+        if self._one_prompt_a_pass:
+            launched = self._pass([], self._next_chunks(tokens)) + self._pass(decoding, [])
+        else:
+            room = max(tokens - len(decoding), tokens // 4)
+            launched = self._pass(decoding, self._next_chunks(room))
+        self._deliver(len(self._in_flight) - launched)  # the device is busy with the rest
 
-    def _admit_waiting(self) -> None:
-        """Give slots and KV cache to waiting rows in their order, until one finds no room."""
-        while self._waiting:
-            row = self._waiting[0]
-            if row.cancelled:
-                row.over = True
-            elif (sequence := self._admit(row)) is not None:
-                self._prefilling.append(sequence)
-            else:
-                return
-            self._waiting.popleft()
-
-    def _admit(self, row: Row) -> RunningSequence | None:
-        if not self._free_slots:
-            return None
-        kv = self._cache.allocate(row.request.total_tokens, row.request.salt)
-        if kv is None:
-            return None
-        sequence = RunningSequence(row, self._free_slots.pop(), kv)
-        self._runner.add_sequence(sequence)
-        return sequence
-
-    def _prefill(self) -> None:
-        held_up = sum(sequence.wants_decode for sequence in self._decoding)
-        many_wait = len(self._prefilling) > held_up
-        chunks = self._next_chunks(self._max_prefill_tokens if many_wait else self._prefill_chunk)
-        if not chunks:
-            return
-        self._runner.prefill(chunks)
-        complete = [sequence for sequence, chunk in chunks if sequence.remaining_prompt == chunk.num_tokens]
+    def _pass(self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> int:
+        """Launch a forward pass, and the sampling of its sequences; returns how many sampler outputs that gives."""
+        if not decoding and not chunks:
+            return 0
+        self._runner.forward(decoding, chunks)
         for sequence, chunk in chunks:
             sequence.num_computed_tokens += chunk.num_tokens
-        for sequence in complete:
-            self._prefilling.remove(sequence)
-            self._cache.insert(sequence.kv, sequence.row.request.prompt)
-        self._sample(complete)
+            self._keep_prefix(sequence)
+        complete = [sequence for sequence, _ in chunks if not sequence.remaining_prefill]
+        self._prefilling = [sequence for sequence in self._prefilling if sequence.remaining_prefill]
+        launched = self._sample([*decoding, *complete])
         self._decoding += complete
+        return launched
 
-    def _next_chunks(self, max_tokens: int) -> list[tuple[RunningSequence, Chunk]]:
-        chunks = list[tuple[RunningSequence, Chunk]]()
-        for sequence in list(self._prefilling):
-            if sequence.row.cancelled:
-                sequence.row.over = True
-                self._prefilling.remove(sequence)
-                self._release(sequence, sequence.row.request.prompt[: sequence.num_computed_tokens])
-            elif max_tokens:
-                if not sequence.num_computed_tokens:
-                    self._reuse_prefix(sequence)
-                chunks.append((sequence, sequence.prefill_chunk(max_tokens)))
-                max_tokens = 0 if self._one_prompt_a_pass else max_tokens - chunks[-1][1].num_tokens
-        return chunks
-
-    def _reuse_prefix(self, sequence: RunningSequence) -> None:
-        found = self._cache.match_prefix(sequence.row.request.salt, sequence.row.request.prompt)
-        if found is not None:
-            cached, sequence.num_computed_tokens = found
-            self._runner.copy_kv(cached.start, sequence.kv.start, sequence.num_computed_tokens)
-            sequence.row.num_cached_tokens = sequence.num_computed_tokens
-
-    def _decode(self) -> None:
-        sequences = [sequence for sequence in self._decoding if sequence.wants_decode]
-        if sequences:
-            self._runner.decode(sequences)
-            self._sample(sequences)
-
-    def _sample(self, sequences: Sequence[RunningSequence]) -> None:
+    def _sample(self, sequences: Sequence[RunningSequence]) -> int:
         if not sequences:
-            return
+            return 0
         if self._runner.needs_host_sync(sequences):
             self._deliver(len(self._in_flight))
         self._in_flight.append(self._runner.sample(sequences))
         for sequence in sequences:
             sequence.num_output_tokens += 1
+        return 1
+
+    # Who is computed
+
+    def _next_to_decode(self) -> list[RunningSequence]:
+        """The sequences that decode, each with room in the KV cache for its newest token."""
+        for sequence in self._decoding:
+            if sequence.row.cancelled and sequence.is_read:  # no output that is in flight will report its end
+                sequence.row.over = True
+                self._release(sequence, sequence.tokens[:-1])
+        self._decoding = [sequence for sequence in self._decoding if sequence.table]
+        for sequence in list(self._decoding):
+            while sequence.table and sequence.wants_decode:
+                if self._pool.grow(sequence.table, sequence.num_tokens):
+                    break
+                self._make_room()
+        return [sequence for sequence in self._decoding if sequence.wants_decode]
+
+    def _next_chunks(self, max_tokens: int) -> list[tuple[RunningSequence, Chunk]]:
+        self._drop_cancelled()
+        chunks = list[tuple[RunningSequence, Chunk]]()
+        prefilling = iter(self._prefilling)
+        while max_tokens > 0:
+            sequence = next(prefilling, None) or self._start_next()
+            if sequence is None:
+                break
+            chunks.append((sequence, sequence.prefill_chunk(max_tokens)))
+            max_tokens = 0 if self._one_prompt_a_pass else max_tokens - chunks[-1][1].num_tokens
+        return chunks
+
+    def _drop_cancelled(self) -> None:
+        for sequence in self._prefilling:
+            if sequence.row.cancelled:
+                sequence.row.over = True
+                self._release(sequence, sequence.tokens[: sequence.num_computed_tokens])
+        self._prefilling = [sequence for sequence in self._prefilling if sequence.table]
+
+    # Who has a slot and blocks
+
+    def _start_next(self) -> RunningSequence | None:
+        """Start the first waiting sequence, if it finds room."""
+        while self._waiting and self._waiting[0].row.cancelled:
+            sequence = self._waiting.popleft()
+            sequence.row.over = True
+            self._runner.remove_sequence(sequence)
+        if not self._waiting or not self._free_slots:
+            return None
+        sequence = self._waiting[0]
+        spare = (len(self._prefilling) + len(self._decoding)) // ROWS_PER_SPARE_BLOCK
+        started = self._pool.start(sequence.row.request.salt, sequence.tokens, spare)
+        if started is None:
+            return None
+        self._waiting.popleft()
+        sequence.start(self._free_slots.pop(), started.table, started.num_cached_tokens)
+        if not sequence.num_output_tokens:
+            sequence.row.num_cached_tokens = started.num_cached_tokens
+            sequence.row.num_shared_tokens = started.num_shared_tokens
+        self._runner.add_sequence(sequence)
+        self._prefilling.append(sequence)
+        return sequence
+
+    def _make_room(self) -> None:
+        """Let the youngest sequence give way, unless rows that have finished meanwhile leave room."""
+        self._deliver(len(self._in_flight))  # a row's tokens are known before it gives way
+        if self._pool.num_free:
+            return
+        youngest = max(self._prefilling + self._decoding, key=lambda sequence: sequence.order)
+        for running in (self._prefilling, self._decoding):
+            if youngest in running:
+                running.remove(youngest)
+        youngest.row.num_preemptions += 1
+        computed = youngest.num_computed_tokens if youngest.remaining_prefill else len(youngest.tokens) - 1
+        self._free(youngest, youngest.tokens[:computed])
+        self._runner.preempt_sequence(youngest)
+        self._waiting.appendleft(youngest)
+
+    def _keep_prefix(self, sequence: RunningSequence) -> None:
+        if sequence.table:
+            self._pool.insert(sequence.table, sequence.tokens[: sequence.num_computed_tokens])
+
+    def _release(self, sequence: RunningSequence, tokens: Sequence[int]) -> None:
+        self._free(sequence, tokens)
+        self._runner.remove_sequence(sequence)
+
+    def _free(self, sequence: RunningSequence, tokens: Sequence[int]) -> None:
+        """Give up its slot and blocks, in which `tokens` were computed."""
+        if sequence.table:
+            self._pool.release(sequence.table, tokens)
+            self._free_slots.append(sequence.slot)
+            sequence.table = None
+
+    # What was sampled
 
     def _deliver(self, outputs: int) -> None:
         """Read the oldest sampler outputs, hand their tokens over in one report, and release the rows that are over."""
@@ -155,22 +211,13 @@ class Scheduler:
         if not sequences:
             return
         over = self._steps.emit([sequence.row for sequence in sequences], tokens, logprobs)
-        finished = set[RunningSequence]()
         for sequence, token, is_over in zip(sequences, tokens, over, strict=True):
-            if is_over:
-                finished.add(sequence)
-            else:
+            if not is_over:
                 sequence.tokens.append(token)
                 self._runner.accept_token(sequence, token)
-        if finished:
-            for sequence in finished.intersection(self._decoding):
+            elif sequence.table:
                 self._release(sequence, sequence.tokens)
-            self._decoding = [sequence for sequence in self._decoding if sequence not in finished]
-
-    def _release(self, sequence: RunningSequence, tokens: Sequence[int]) -> None:
-        self._cache.release(sequence.kv, tokens)
-        self._runner.remove_sequence(sequence)
-        self._free_slots.append(sequence.slot)
+        self._decoding = [sequence for sequence in self._decoding if sequence.table]
 
 
 def shift_indices(logprobs: Mapping[int, TokenLogprob], by: int) -> dict[int, TokenLogprob]:

@@ -5,21 +5,26 @@ Softmax is accumulated block by block of keys as in Dao 2023 (FlashAttention-2);
 over many programs, as in Dao et al. 2023 (Flash-Decoding).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from batching.packed.kv_cache import BLOCK_SIZE
+
 QUERY_BLOCK = 64
 """Queries that one program of a prefill has at most."""
 
-KEY_BLOCK = 64
-"""Keys that it reads at a time."""
+KEY_BLOCK = BLOCK_SIZE
+"""Keys that it reads at a time: a block of the KV cache."""
 
 DECODE_KEY_BLOCK = 32
-"""Keys that a program of a decode step reads at a time."""
+"""Keys that a program of a decode step reads at a time: a part of a block of the KV cache."""
+
+PAGE = tl.constexpr(BLOCK_SIZE)
+"""KV slots in a block of the KV cache."""
 
 MAX, SUM, NUM_STATS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Columns of a split's softmax statistics: the largest score, and the sum of weights relative to it."""
@@ -47,7 +52,7 @@ def _online_softmax(scores, values, highest, weight_sum, value_sums):
 
 @triton.jit
 def _prefill_kernel(
-    q, k_cache, v_cache, out, cu_seqlens_q, kv_starts, seq_lens, head_stride, scale,
+    q, k_cache, v_cache, out, cu_seqlens_q, slots, seq_lens, block_tables, max_blocks, head_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +72,8 @@ def _prefill_kernel(
     mine = ((first + query).to(tl.int64) * HEADS + head)[:, None] * SIZE + at[None, :]
     real = (query < count)[:, None] & inside[None, :]
     queries = tl.load(q + mine, mask=real, other=0.0)
-    base = (head // GROUP).to(tl.int64) * head_stride + tl.load(kv_starts + block).to(tl.int64) * SIZE
+    base = (head // GROUP).to(tl.int64) * head_stride
+    table = block_tables + tl.load(slots + block).to(tl.int64) * max_blocks
     k_block = k_cache + base + key[None, :] * SIZE + at[:, None]
     v_block = v_cache + base + key[:, None] * SIZE + at[None, :]
     factor = scale * LOG2_E
@@ -76,16 +82,18 @@ def _prefill_kernel(
     value_sums = tl.zeros([QUERY_BLOCK, BLOCK], tl.float32)
     seen_by_all = (before + 1) // KEY_BLOCK * KEY_BLOCK
     for begin in range(0, seen_by_all, KEY_BLOCK):
-        keys = _load(k_block + begin * SIZE, inside[:, None], SIZE == BLOCK)
+        place = tl.load(table + begin // PAGE) * (PAGE * SIZE)
+        keys = _load(k_block + place, inside[:, None], SIZE == BLOCK)
         scores = tl.dot(queries, keys, input_precision="ieee") * factor
-        values = _load(v_block + begin * SIZE, inside[None, :], SIZE == BLOCK)
+        values = _load(v_block + place, inside[None, :], SIZE == BLOCK)
         highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
     for begin in range(seen_by_all, total, KEY_BLOCK):
         there = begin + key < total
-        keys = tl.load(k_block + begin * SIZE, mask=there[None, :] & inside[:, None], other=0.0)
+        place = tl.load(table + begin // PAGE) * (PAGE * SIZE)
+        keys = tl.load(k_block + place, mask=there[None, :] & inside[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision="ieee") * factor
         scores = tl.where((begin + key)[None, :] <= (before + query)[:, None], scores, -float("inf"))
-        values = tl.load(v_block + begin * SIZE, mask=there[:, None] & inside[None, :], other=0.0)
+        values = tl.load(v_block + place, mask=there[:, None] & inside[None, :], other=0.0)
         highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
     tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
 
@@ -94,19 +102,23 @@ def _prefill_kernel(
 class PrefillAttention:
     """`Attend` for prefill chunks, cut into blocks of at most `QUERY_BLOCK` queries, all in one call.
 
-    `cu_seqlens_q` [blocks + 1], `kv_starts` and `seq_lens` [blocks], int32 on the device and read at each call: where
-    each block's queries begin in the pass, the first KV slot of its sequence, and how many keys its last query sees.
+    `cu_seqlens_q` [blocks + 1], `slots` and `seq_lens` [blocks], int32 on the device and read at each call: where each
+    block's queries begin in the pass, the row of `block_tables` [slots, blocks of the KV cache, int64] that its
+    sequence has, and how many keys its last query sees.
     """
 
     cu_seqlens_q: Tensor
-    kv_starts: Tensor
+    slots: Tensor
     seq_lens: Tensor
+    block_tables: Tensor
 
-    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        """Written to `out` if that is given."""
         _, heads, size = q.shape
-        out = torch.empty_like(q)
-        _prefill_kernel[(heads, len(self.kv_starts))](
-            q, k_cache, v_cache, out, self.cu_seqlens_q, self.kv_starts, self.seq_lens, k_cache.stride(0), scale,
+        out = torch.empty_like(q) if out is None else out
+        _prefill_kernel[(heads, len(self.slots))](
+            q, k_cache, v_cache, out, self.cu_seqlens_q, self.slots, self.seq_lens, self.block_tables,
+            self.block_tables.shape[1], k_cache.stride(0), scale,
             HEADS=heads, GROUP=heads // k_cache.shape[0], SIZE=size, BLOCK=max(16, triton.next_power_of_2(size)),
             QUERY_BLOCK=QUERY_BLOCK, KEY_BLOCK=KEY_BLOCK, num_warps=4, num_stages=_stages(q),
         )  # fmt: skip
@@ -150,17 +162,20 @@ def _merged_splits(
 
 @triton.jit
 def _decode_kernel(
-    q, k_cache, v_cache, out, partial, stats, arrived, kv_starts, seq_lens, head_stride, scale,
+    q, k_cache, v_cache, out, partial, stats, arrived, slots, seq_lens, block_tables, max_blocks, head_stride, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, SPLITS: tl.constexpr,
     MERGE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program: one sequence, the query heads of one KV head, one split of the keys. There are at most SPLITS splits,
-    # of MIN_SPLIT keys or more; and GROUP heads, padded to GROUP_BLOCK, though a product needs DOT_ROWS.
+    # of MIN_SPLIT keys or more; and GROUP heads, padded to GROUP_BLOCK, though a product needs DOT_ROWS. A sequence
+    # without keys has no result.
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(seq_lens + sequence)
+    if length == 0:
+        return
     splits = tl.minimum(tl.cdiv(length, MIN_SPLIT), SPLITS)
     share = tl.cdiv(tl.cdiv(length, splits), KEY_BLOCK) * KEY_BLOCK
     first = split * share
@@ -175,13 +190,15 @@ def _decode_kernel(
     pair = sequence * KV_HEADS + kv_head
     mine = (pair * GROUP + head)[:, None] * SIZE + at[None, :]
     queries = tl.load(q + mine, mask=real, other=0.0)
-    base = kv_head.to(tl.int64) * head_stride + tl.load(kv_starts + sequence).to(tl.int64) * SIZE
+    base = kv_head.to(tl.int64) * head_stride
+    table = block_tables + tl.load(slots + sequence).to(tl.int64) * max_blocks
     highest = tl.full([DOT_ROWS], -float("inf"), tl.float32)
     weight_sum = tl.zeros([DOT_ROWS], tl.float32)
     value_sums = tl.zeros([DOT_ROWS, BLOCK], tl.float32)
     for begin in range(first, last, KEY_BLOCK):
         there = begin + key < last
-        place = base + (begin + key)[:, None] * SIZE + at[None, :]
+        block = tl.load(table + begin // PAGE)
+        place = base + (block * PAGE + begin % PAGE + key)[:, None] * SIZE + at[None, :]
         wanted = there[:, None] & inside[None, :]
         keys = tl.load(k_cache + place, mask=wanted, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
@@ -213,12 +230,14 @@ def _decode_kernel(
 class DecodeAttention:
     """`Attend` for a decode step: one query a sequence. Made once for a number of sequences.
 
-    `kv_starts` and `seq_lens` [sequences, int32] are read at each call: each sequence's first KV slot, and how many
-    keys it has. `partial`, `stats` and `arrived` are scratch memory, left as it was found.
+    `slots` and `seq_lens` [sequences, int32] are read at each call: the row of `block_tables` [slots, blocks of the KV
+    cache, int64] that each sequence has, and how many keys; without any its part of the result is not written.
+    `partial`, `stats` and `arrived` are scratch memory, left as it was found.
     """
 
-    kv_starts: Tensor
+    slots: Tensor
     seq_lens: Tensor
+    block_tables: Tensor
     partial: Tensor
     stats: Tensor
     arrived: Tensor
@@ -227,17 +246,18 @@ class DecodeAttention:
 
     @classmethod
     def of(
-        cls, kv_starts: Tensor, seq_lens: Tensor, kv_heads: int, group: int, size: int, min_split: int | None = None
+        cls, slots: Tensor, block_tables: Tensor, kv_heads: int, group: int, size: int, min_split: int | None = None
     ) -> "DecodeAttention":
-        """Its scratch memory included. `min_split`: fewest keys of a split; None: by the number of sequences, so that
-        few of them keep a GPU busy and a long one does not hold up many short ones."""
-        sequences, device = len(kv_starts), kv_starts.device
+        """With `seq_lens` to be written, and scratch memory. `min_split`: fewest keys of a split; None: by the number
+        of sequences, so that few of them keep a GPU busy and a long one does not hold up many short ones."""
+        sequences, device = len(slots), slots.device
         min_split = min_split or min(1024, max(64, 4 * sequences * kv_heads))
         splits = 16 if sequences <= 16 else 8
         parts = sequences * kv_heads * splits, triton.next_power_of_2(group)
         return cls(
-            kv_starts,
-            seq_lens,
+            slots,
+            torch.zeros(sequences, device=device, dtype=torch.int32),
+            block_tables,
             torch.empty(*parts, triton.next_power_of_2(size), device=device, dtype=torch.float32),
             torch.empty(*parts, NUM_STATS.value, device=device, dtype=torch.float32),
             torch.zeros(sequences * kv_heads, device=device, dtype=torch.int32),
@@ -245,16 +265,46 @@ class DecodeAttention:
             min_split,
         )
 
-    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
-        sequences, heads, size = q.shape
-        kv_heads, (group_block, block) = k_cache.shape[0], self.partial.shape[1:]
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a call reads or writes beside its arguments."""
+        return self.slots, self.seq_lens, self.block_tables, self.partial, self.stats, self.arrived
+
+    def of_first(self, sequences: int) -> "DecodeAttention":
+        """The same for at most so many of the sequences."""
+        return replace(self, slots=self.slots[:sequences], seq_lens=self.seq_lens[:sequences])
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        """Written to `out` if that is given."""
+        _, heads, size = q.shape
+        sequences, kv_heads, (group_block, block) = len(self.slots), k_cache.shape[0], self.partial.shape[1:]
         merge_block = max(1, 8192 // (group_block * block))  # sums of splits that fit into a program's registers
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         _decode_kernel[(sequences, kv_heads, self.splits)](
-            q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.kv_starts, self.seq_lens,
-            k_cache.stride(0), scale,
+            q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.slots, self.seq_lens,
+            self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, DOT_ROWS=max(16, group_block),
             GROUP_BLOCK=group_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
             SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), num_warps=2, num_stages=_stages(q),
         )  # fmt: skip
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class MixedAttention:
+    """`Attend` for a pass in which sequences decode, whose tokens come first, and prompts are computed, side by side:
+    `decodes` on the stream `beside`."""
+
+    prefills: PrefillAttention
+    decodes: DecodeAttention
+    beside: torch.cuda.Stream
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+        out = torch.empty_like(q)
+        here = torch.cuda.current_stream()
+        self.beside.wait_stream(here)
+        with torch.cuda.stream(self.beside):
+            self.decodes(q, k_cache, v_cache, scale, out)
+        self.prefills(q, k_cache, v_cache, scale, out)
+        here.wait_stream(self.beside)
         return out

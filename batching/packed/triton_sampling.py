@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batching.packed.kv_cache import BLOCK_SIZE
+
 # Columns of a slot's integer parameters and of its float parameters, NUM_COLUMNS each.
-TOKEN, POSITION, KV_START, NUM_OUTPUT_TOKENS, SEED, TOP_K, FLAGS = map(tl.constexpr, range(7))
+TOKEN, POSITION, NUM_OUTPUT_TOKENS, SEED, TOP_K, FLAGS = map(tl.constexpr, range(6))
 TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = map(tl.constexpr, range(6))
 NUM_COLUMNS = tl.constexpr(8)
 
@@ -30,6 +32,9 @@ IN_PROMPT, MAX_COUNT = map(tl.constexpr, (0x4000, 0x3FFF))
 # Columns of what the scan finds in a block of the vocabulary: numbers, and tokens.
 MAX_LOGIT, MASS, MAX_SCORE, NUM_STATS = map(tl.constexpr, range(4))
 ARGMAX, SAMPLED, NUM_CANDIDATES = map(tl.constexpr, range(3))
+
+# KV slots in a block of the KV cache.
+PAGE = tl.constexpr(BLOCK_SIZE)
 
 FLOAT32_MIN = tl.constexpr(-3.4028234663852886e38)
 
@@ -255,4 +260,40 @@ def sample(
     _sample_kernel[(sequences,)](
         *state, out, size, bitmask_width, len(int_params) - 1,
         BLOCK=block, BLOCKS=blocks, SPAN=triton.next_power_of_2(blocks), num_warps=16,
+    )  # fmt: skip
+
+
+@triton.jit
+def _place_kernel(
+    slots, num_decodes, int_params, block_tables, ids, positions, kv_slots, seq_lens, max_blocks,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    if sequence < tl.load(num_decodes):
+        slot = tl.load(slots + sequence).to(tl.int64)
+        ints = int_params + slot * NUM_COLUMNS
+        position = tl.load(ints + POSITION)
+        block = tl.load(block_tables + slot * max_blocks + position // PAGE)
+        tl.store(ids + sequence, tl.load(ints + TOKEN))
+        tl.store(positions + sequence, position)
+        tl.store(kv_slots + sequence, block * PAGE + position % PAGE)
+        tl.store(seq_lens + sequence, (position + 1).to(tl.int32))
+    else:
+        tl.store(seq_lens + sequence, 0)
+
+
+def place_decodes(
+    slots: Tensor,
+    num_decodes: Tensor,
+    int_params: Tensor,
+    block_tables: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    """The newest tokens of the first `num_decodes` [1] of `slots`, with positions and KV slots, written to the first
+    `ids`, `positions` and `kv_slots`; and how many keys each has to `seq_lens`, 0 for the rest of the slots."""
+    _place_kernel[(len(slots),)](
+        slots, num_decodes, int_params, block_tables, ids, positions, kv_slots, seq_lens, block_tables.shape[1],
+        num_warps=1,
     )  # fmt: skip

@@ -47,7 +47,9 @@ def attention(stages: int) -> Iterator[Case]:
         "k_cache": HALF,
         "v_cache": HALF,
         "out": HALF,
-        "kv_starts": WHOLE,
+        "slots": WHOLE,
+        "block_tables": LONG,
+        "max_blocks": "i32",
         "head_stride": "i32",
         "scale": "fp32",
     }
@@ -100,6 +102,9 @@ def sampling() -> Iterator[Case]:
     scan = state | {"logits": HALF, "stats": SINGLE, "candidates": WHOLE, "size": "i32", "bitmask_width": "i32"}
     shape = {"BLOCK": 8192}
     yield Case(triton_sampling._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
+    place = {"slots": WHOLE, "seq_lens": WHOLE, "max_blocks": "i32"}
+    place |= dict.fromkeys(("num_decodes", "int_params", "block_tables", "ids", "positions", "kv_slots"), LONG)
+    yield Case(triton_sampling._place_kernel, place, {}, (), {"num_warps": 1})
     sample = scan | {"out": LONG, "spare_slot": "i32"}
     yield Case(triton_sampling._sample_kernel, sample, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",), {"num_warps": 16})
 

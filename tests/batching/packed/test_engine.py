@@ -13,6 +13,7 @@ from batching.checkpoint import locate
 from batching.errors import ModelError, OutOfMemory
 from batching.model import load
 from batching.packed import layer
+from batching.packed.attention import Chunk
 from batching.packed.engine import PackedEngine, unsupported
 from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.runner import RunningSequence
@@ -155,15 +156,15 @@ def test_a_batch_is_one_call_of_generate(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_many_rows_take_fewer_passes_than_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = PackedEngine(tiny_model(), num_slots=8, token_budget=2000)
     passes: list[int] = []
-    decode = engine.runner.decode
+    forward = engine.runner.forward
 
-    def counted(sequences: Sequence[RunningSequence]) -> None:
-        passes.append(len(sequences))
-        decode(sequences)
+    def counted(decoding: Sequence[RunningSequence], chunks: Any) -> None:
+        passes.append(len(decoding) + len(chunks))
+        forward(decoding, chunks)
 
-    monkeypatch.setattr(engine.runner, "decode", counted)
+    monkeypatch.setattr(engine.runner, "forward", counted)
     Run(engine, [request((number, 2), max_tokens=10) for number in range(8)])
-    assert passes == [8] * 9
+    assert passes == [8] * 10
 
 
 def test_a_window_that_yarn_stretches_can_be_filled() -> None:
@@ -182,27 +183,24 @@ def test_a_window_that_yarn_stretches_can_be_filled() -> None:
 
 
 @pytest.mark.parametrize("prompt", [5, 32, 33, 100])
-def test_a_prompt_is_computed_in_chunks_between_decode_steps_of_other_rows(
-    prompt: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = PackedEngine(tiny_model(), num_slots=2, token_budget=500, prefill_chunk=32)
-    order: list[str] = []
+def test_a_prompt_is_computed_in_chunks_while_other_rows_go_on(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=3, token_budget=500, prefill_chunk=32)
+    passes: list[tuple[int, int]] = []
+    forward = engine.runner.forward
 
-    def noted(name: str, ordered: Callable[[Any], None]) -> Callable[[Any], None]:
-        def order_it(work: Any) -> None:
-            order.append(name)
-            ordered(work)
+    def noted(decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
+        passes.append((len(decoding), sum(chunk.num_tokens for _, chunk in chunks)))
+        forward(decoding, chunks)
 
-        return order_it
-
-    for name in ("decode", "prefill"):
-        monkeypatch.setattr(engine.runner, name, noted(name, getattr(engine.runner, name)))
+    monkeypatch.setattr(engine.runner, "forward", noted)
     running = request((1,), max_tokens=60)
     late = request(tuple(range(prompt)), max_tokens=1)
-    Run(engine, [running, running, late], first=2, joining=lambda: int(len(order) == 6))
-    between = "".join(name[0] for name in order).strip("d").split("p")
-    assert order.count("prefill") <= 1 + -(-prompt // 32) + 1
-    assert all(between[1:-1]), "a decode step between any two prefill chunks"
+    Run(engine, [running, running, late], first=2, joining=lambda: int(len(passes) == 6))
+    mixed = [tokens for decoding, tokens in passes[1:] if tokens]
+    assert sum(mixed) == prompt
+    assert len(mixed) == -(-prompt // (32 - 2))
+    assert all(decoding == 2 for decoding, _ in passes[1:7])
+    assert all(decoding + tokens <= 32 for decoding, tokens in passes[1:])
 
 
 class Broken(RuntimeError):
@@ -216,15 +214,15 @@ def test_after_a_failed_batch_the_next_one_is_served(
     engine = PackedEngine(tiny_model(), num_slots=2, token_budget=500)
     asked = long_requests(random.Random(1), 3)
     wanted = alone("qwen3", asked)
-    decode, count = engine.runner.decode, [0]
+    forward, count = engine.runner.forward, [0]
 
-    def failing(sequences: Any) -> None:
+    def failing(decoding: Any, chunks: Any) -> None:
         count[0] += 1
-        if count[0] == 2:
+        if count[0] == 3:
             raise error
-        decode(sequences)
+        forward(decoding, chunks)
 
-    monkeypatch.setattr(engine.runner, "decode", failing)
+    monkeypatch.setattr(engine.runner, "forward", failing)
     with pytest.raises(raised):
         Run(engine, [replace(r, sampling=replace(r.sampling, max_tokens=9)) for r in asked])
     assert Run(engine, asked).answers == wanted

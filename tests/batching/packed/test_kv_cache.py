@@ -1,124 +1,152 @@
-"""KV allocations and the prefix cache, against a model that keeps one flag per KV slot."""
+"""The pool of KV cache blocks, against a model that keeps what was written to each block."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.packed.kv_cache import BLOCK_SIZE, KVAllocation, KVAllocator, PrefixCache
+from batching.packed.kv_cache import BLOCK_SIZE, BlockPool, BlockTable, blocks_for
 
-CAPACITY = 60
-
-Action = tuple[str, int]
-actions = st.lists(st.tuples(st.sampled_from(["allocate", "free", "trim"]), st.integers(0, 30)), max_size=60)
+Text = tuple[int, ...]
 
 
-def longest_run(free: list[bool]) -> int:
-    longest = run = 0
-    for flag in free:
-        run = run + 1 if flag else 0
-        longest = max(longest, run)
-    return longest
-
-
-@given(actions)
-def test_a_kv_slot_is_in_one_allocation_or_free_and_first_fit_never_misses_room(steps: list[Action]) -> None:
-    allocator, free, taken = KVAllocator(CAPACITY), [True] * CAPACITY, list[tuple[int, int]]()
-    for action, number in steps:
-        if action == "allocate" and number:
-            start = allocator.allocate(number)
-            assert (start is None) == (longest_run(free) < number)
-            if start is not None:
-                assert all(free[start : start + number])
-                assert not any(all(free[at : at + number]) for at in range(start)), "an earlier hole has room"
-                free[start : start + number] = [False] * number
-                taken.append((start, number))
-        elif taken and action != "allocate":
-            start, length = taken.pop(number % len(taken))
-            kept = number % (length + 1) if action == "trim" else 0
-            allocator.free(start + kept, length - kept)
-            free[start + kept : start + length] = [True] * (length - kept)
-            if kept:
-                taken.append((start, kept))
-        assert allocator.num_free == sum(free)
-    for start, length in taken:
-        allocator.free(start, length)
-    assert allocator.allocate(CAPACITY) == 0
-
-
-def tokens(words: list[int]) -> tuple[int, ...]:
+def tokens(words: list[int]) -> Text:
     """A text of whole blocks, one for each word."""
     return tuple(word for word in words for _ in range(BLOCK_SIZE))
 
 
 texts = st.lists(st.integers(0, 2), min_size=0, max_size=4).map(tokens)
-requests = st.tuples(texts, st.sampled_from(["", "a"]), st.integers(1, 90), st.booleans())
+rows = st.tuples(texts, st.sampled_from(["", "a"]), st.integers(0, 150), st.integers(0, 3))
 
 
-@given(st.lists(requests, max_size=40))
-def test_a_matched_prefix_is_what_was_inserted(asked: list[tuple[tuple[int, ...], str, int, bool]]) -> None:
-    cache = PrefixCache(4 * BLOCK_SIZE * 4)
-    content: dict[int, tuple[str, int]] = {}  # by slot: the salt and token of the row that wrote it last
-    alive: list[tuple[KVAllocation, tuple[int, ...]]] = []
-    for text, salt, extra, stays in asked:
-        prompt = (*text, 7)
-        allocation = cache.allocate(len(prompt) + extra, salt)
-        if allocation is None:
-            assert alive, "nothing else had room, and yet there was none"
-            for other, said in alive:
-                cache.release(other, said)
-            alive = []
-            continue
-        found = cache.match_prefix(salt, prompt)
-        if found is not None:
-            source, length = found
-            assert 0 < length < len(prompt)
-            at = range(source.start, source.start + length)
-            assert [content[slot] for slot in at] == [(salt, token) for token in prompt[:length]]
-            assert (
-                source.start >= allocation.start + allocation.length or source.start + source.length <= allocation.start
-            )
-        content |= {allocation.start + place: (salt, token) for place, token in enumerate(prompt)}
-        cache.insert(allocation, prompt)
-        if stays:
-            alive.append((allocation, prompt))
-        else:
-            cache.release(allocation, prompt)
-        assert cache.num_used == sum(held.length for held, _ in alive)
-    for allocation, said in alive:
-        cache.release(allocation, said)
-    assert cache.num_used == 0
-    assert cache.allocate(cache.capacity, "") is not None
-    assert cache.num_evictable == 0
+class Told:
+    """Rows on a pool, and by block what was written to it last: salt, and all tokens up to its end."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.content: dict[int, tuple[str, Text]] = {}
+        self.alive: list[tuple[BlockTable, str, Text]] = []
+
+    def start(self, salt: str, prompt: Text, reserve: int) -> bool:
+        free = self.pool.num_free
+        started = self.pool.start(salt, prompt, reserve)
+        if started is None:
+            assert self.pool.num_free == free
+            return False
+        table, cached = started.table, started.num_cached_tokens
+        assert 0 <= started.num_shared_tokens <= cached < len(prompt)
+        assert self.pool.num_free >= reserve
+        assert len(table.blocks) == blocks_for(len(prompt))
+        for number in range(cached // BLOCK_SIZE):
+            assert self.content[table.blocks[number]] == (salt, prompt[: (number + 1) * BLOCK_SIZE])
+        self.alive.append((table, salt, prompt))
+        self.write(table, salt, prompt, cached // BLOCK_SIZE)
+        return True
+
+    def write(self, table: BlockTable, salt: str, said: Text, first: int) -> None:
+        others = {block for other, _, _ in self.alive if other is not table for block in other.blocks}
+        for number in range(first, len(table.blocks)):
+            assert table.blocks[number] not in others, "nobody writes to a block that another row reads"
+            self.content[table.blocks[number]] = salt, said[: (number + 1) * BLOCK_SIZE]
+        self.pool.insert(table, said)
+
+    def grow(self, place: int, by: int) -> None:
+        table, salt, said = self.alive[place]
+        before, free = len(table.blocks), self.pool.num_free
+        longer = said + (7,) * by
+        while len(table.blocks) < blocks_for(len(longer)):
+            if not self.pool.grow(table, len(longer)):
+                assert self.pool.num_free == 0
+                longer = longer[: len(table.blocks) * BLOCK_SIZE]
+        assert self.pool.num_free == free - (len(table.blocks) - before)
+        self.alive[place] = table, salt, longer
+        self.write(table, salt, longer, len(said) // BLOCK_SIZE)
+
+    def release(self, place: int) -> None:
+        table, _, said = self.alive.pop(place)
+        self.pool.release(table, said)
 
 
-def test_the_longest_cached_prefix_is_matched_and_only_with_the_same_salt() -> None:
-    cache = PrefixCache(4096)
-    first = tokens([1, 2])
-    allocation = cache.allocate(len(first) + 10, "a")
-    assert allocation is not None
-    cache.release(allocation, first)
-    assert cache.match_prefix("a", tokens([1, 2, 3])) == (allocation, 2 * BLOCK_SIZE)
-    assert cache.match_prefix("a", first) == (allocation, BLOCK_SIZE), "one token at least has to be processed"
-    assert cache.match_prefix("a", tokens([2, 1])) is None
-    assert cache.match_prefix("b", first) is None
+@given(st.lists(rows, max_size=40), st.booleans())
+def test_a_shared_prefix_is_what_was_computed_and_no_block_is_lost(
+    asked: list[tuple[Text, str, int, int]], caching: bool
+) -> None:
+    told = Told(BlockPool(12, caching=caching))
+    for text, salt, extra, what in asked:
+        prompt = (*text, 8)
+        while not told.start(salt, prompt, what):
+            if not told.alive:
+                assert blocks_for(len(prompt)) + what > 12, "nothing else had room, and yet there was none"
+                break
+            told.release(0)
+        if told.alive and what % 2:
+            told.grow(len(told.alive) // 2, extra)
+        if told.alive and what == 2:
+            told.release(len(told.alive) - 1)
+        held = {block for table, _, _ in told.alive for block in table.blocks}
+        assert told.pool.num_free == 12 - len(held)
+    while told.alive:
+        told.release(0)
+    assert told.pool.num_free == 12
+    assert told.pool.num_evictable == 0 or caching
+    assert told.start("", (9,) * (12 * BLOCK_SIZE), 0), "all of it can be had"
 
 
-def test_what_finished_rows_left_is_evicted_least_recently_used_first() -> None:
-    cache = PrefixCache(4 * BLOCK_SIZE)
-    for word in (1, 2):
-        allocation = cache.allocate(2 * BLOCK_SIZE, "")
-        assert allocation is not None
-        cache.release(allocation, tokens([word, word]))
-    assert cache.match_prefix("", tokens([1, 1, 1])) is not None  # used again, so the other is the oldest now
-    assert cache.allocate(BLOCK_SIZE, "") is not None
-    assert cache.match_prefix("", tokens([2, 2, 2])) is None
-    assert cache.match_prefix("", tokens([1, 1, 1])) is not None
+def cached(pool: BlockPool, salt: str, prompt: Text) -> int:
+    """How many of the prompt's tokens are found, by a row that comes and goes."""
+    started = pool.start(salt, prompt)
+    assert started is not None
+    pool.release(started.table, prompt[: started.num_cached_tokens])
+    return started.num_cached_tokens
+
+
+def leave(pool: BlockPool, salt: str, said: Text) -> None:
+    """A row comes, is computed and goes."""
+    started = pool.start(salt, said)
+    assert started is not None
+    pool.release(started.table, said)
+
+
+def test_the_longest_cached_prefix_is_shared_and_only_within_its_salt() -> None:
+    pool = BlockPool(20)
+    leave(pool, "a", tokens([1, 2]))
+    assert cached(pool, "a", tokens([1, 2, 3])) == 2 * BLOCK_SIZE
+    assert cached(pool, "a", tokens([1, 3, 2])) == BLOCK_SIZE
+    assert cached(pool, "a", tokens([1, 2])) == BLOCK_SIZE, "one token at least has to be computed"
+    assert cached(pool, "a", tokens([2, 1])) == 0
+    assert cached(pool, "b", tokens([1, 2, 3])) == 0
+
+
+def test_rows_that_run_at_the_same_time_hold_a_prefix_once() -> None:
+    pool = BlockPool(10)
+    prompt = (*tokens([1, 2, 3]), 5)
+    first = pool.start("", prompt)
+    assert first is not None
+    pool.insert(first.table, prompt)
+    second = pool.start("", prompt)
+    assert second is not None
+    assert second.num_shared_tokens == 3 * BLOCK_SIZE
+    assert second.table.blocks[:3] == first.table.blocks[:3]
+    assert pool.num_free == 10 - 5
+    pool.release(first.table, prompt)
+    assert pool.num_free == 10 - 4, "the other one still has it"
+
+
+def test_what_finished_rows_left_is_evicted_least_recently_used_first_and_from_its_end() -> None:
+    pool = BlockPool(4)
+    leave(pool, "", tokens([1, 1]))
+    leave(pool, "", tokens([2, 2]))
+    assert cached(pool, "", (*tokens([1]), 5)) == BLOCK_SIZE  # used again, so the other is the oldest now
+    assert pool.start("", (9,) * 2 * BLOCK_SIZE) is not None
+    assert cached(pool, "", (*tokens([1]), 5)) == BLOCK_SIZE
+    pool = BlockPool(4)
+    leave(pool, "", tokens([1, 1, 1]))
+    other = pool.start("", (9,) * 2 * BLOCK_SIZE)
+    assert other is not None
+    pool.release(other.table, ())
+    assert cached(pool, "", (*tokens([1, 1]), 5)) == 2 * BLOCK_SIZE
 
 
 def test_nothing_stays_where_prefix_caching_is_off() -> None:
-    cache = PrefixCache(4 * BLOCK_SIZE, enabled=False)
-    allocation = cache.allocate(2 * BLOCK_SIZE, "")
-    assert allocation is not None
-    cache.insert(allocation, tokens([1, 1]))
-    assert cache.match_prefix("", tokens([1, 1, 1])) is None
-    cache.release(allocation, tokens([1, 1]))
-    assert cache.num_used == cache.num_evictable == 0
+    pool = BlockPool(4, caching=False)
+    leave(pool, "", tokens([1, 1]))
+    assert pool.num_evictable == 0
+    assert cached(pool, "", tokens([1, 1, 1])) == 0

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from batching.packed import reference
 from batching.packed.attention import Chunk, TorchAttention
+from batching.packed.kv_cache import BLOCK_SIZE
 from batching.sampling import Sampler
 from batching.types import Request
 from tests.batching.conftest import request
@@ -87,33 +87,57 @@ def test_rotate_and_store(kv_heads: int, group: int, size: int, normed: bool) ->
 @pytest.mark.parametrize(("group", "size"), [(3, 16), (1, 24)])
 def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(group: int, size: int) -> None:
     kv_heads = 2
-    k_cache, v_cache = noise(kv_heads, 500, size), noise(kv_heads, 500, size)
-    v_cache[:, 480:] = float("nan")  # another row's, whose model went wrong
-    chunks = [Chunk(5, 0, 64), Chunk(5, 64, 41), Chunk(400, 70, 10), Chunk(200, 0, 1)]
-    cu_seqlens_q, kv_starts, seq_lens = (
+    k_cache, v_cache = noise(kv_heads, 384, size), noise(kv_heads, 384, size)
+    v_cache[:, 2 * BLOCK_SIZE : 3 * BLOCK_SIZE] = float("nan")  # another row's, whose model went wrong
+    tables = [[5, 1], [0, 3], [4, 0]]
+    chunks = [Chunk(tables[0], 0, 64), Chunk(tables[0], 64, 41), Chunk(tables[1], 70, 10), Chunk(tables[2], 0, 1)]
+    cu_seqlens_q, slots, seq_lens = (
         torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
-        for numbers in ([0, 64, 105, 115, 116, 116, 116], [5, 5, 400, 200, 0, 0], [64, 105, 80, 1, 0, 0])
+        for numbers in ([3, 67, 108, 118, 119, 119, 119], [0, 0, 1, 2, 0, 0], [64, 105, 80, 1, 0, 0])
     )
-    q = noise(116, kv_heads * group, size)
-    found = triton_attention.PrefillAttention(cu_seqlens_q, kv_starts, seq_lens)(q, k_cache, v_cache, size**-0.5)
-    wanted = TorchAttention(chunks)(q, k_cache, v_cache, size**-0.5)
-    torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3)
+    q = noise(119, kv_heads * group, size)
+    attend = triton_attention.PrefillAttention(cu_seqlens_q, slots, seq_lens, torch.tensor(tables, device=DEVICE))
+    out = torch.ones_like(q)
+    attend(q, k_cache, v_cache, size**-0.5, out)
+    wanted = TorchAttention(chunks)(q[3:], k_cache, v_cache, size**-0.5)
+    torch.testing.assert_close(out[3:], wanted, rtol=5e-3, atol=5e-3)
+    assert (out[:3] == 1).all(), "what decodes beside them is not theirs"
 
 
 @pytest.mark.parametrize("min_split", [10, 64, 1000])
 def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(min_split: int) -> None:
     kv_heads, group, size = 2, 3, 16
-    k_cache, v_cache = noise(kv_heads, 700, size), noise(kv_heads, 700, size)
-    kv_starts = torch.tensor([5, 300, 690, 40], dtype=torch.int32, device=DEVICE)
-    seq_lens = torch.tensor([250, 321, 1, 65], dtype=torch.int32, device=DEVICE)
-    q = noise(4, kv_heads * group, size)
-    attend = triton_attention.DecodeAttention.of(kv_starts, seq_lens, kv_heads, group, size, min_split)
+    k_cache, v_cache = noise(kv_heads, 1024, size), noise(kv_heads, 1024, size)
+    blocks = torch.randperm(15)
+    tables = torch.stack([blocks[[0, 1, 2, 3, 0, 0]], blocks[4:10], blocks[10:16][[0] * 6], blocks[[11, 12] * 3]])
+    slots = torch.tensor([2, 0, 1, 3, 2], dtype=torch.int32, device=DEVICE)
+    lengths = [1, 250, 321, 65, 0]
+    q = noise(5, kv_heads * group, size)
+    attend = triton_attention.DecodeAttention.of(slots, tables.to(DEVICE), kv_heads, group, size, min_split)
+    attend.seq_lens.copy_(torch.tensor(lengths))
     for _ in range(2):  # it leaves its scratch memory as it found it
-        found = attend(q, k_cache, v_cache, size**-0.5)
-        for row, (start, length) in enumerate(zip(kv_starts.tolist(), seq_lens.tolist(), strict=True)):
-            keys, values = k_cache[:, start : start + length], v_cache[:, start : start + length]
-            wanted = scaled_dot_product_attention(q[row][None, :, None], keys[None], values[None], enable_gqa=True)
-            torch.testing.assert_close(found[row], wanted[0, :, 0], rtol=5e-3, atol=5e-3)
+        found = attend(q, k_cache, v_cache, size**-0.5, torch.ones_like(q))
+        for row, length in enumerate(lengths[:4]):
+            chunk = Chunk(tables[int(slots[row])].tolist(), length - 1, 1)
+            wanted = TorchAttention([chunk])(q[row][None], k_cache, v_cache, size**-0.5)
+            torch.testing.assert_close(found[row], wanted[0], rtol=5e-3, atol=5e-3)
+        assert (found[4] == 1).all(), "a sequence without keys has no result"
+
+
+def test_the_newest_tokens_are_placed_and_what_does_not_decode_is_left_alone() -> None:
+    state = State([request() for _ in range(3)])
+    state.int_params[:3, TOKEN] = torch.tensor([30, 31, 32])
+    state.int_params[:3, POSITION] = torch.tensor([0, 63, 64 + 7])
+    tables = torch.tensor([[5, 9], [6, 9], [9, 2], [9, 9]], device=DEVICE)
+    slots = torch.tensor([2, 0, 1], dtype=torch.int32, device=DEVICE)
+    ids, positions, kv_slots = torch.full((3, 4), -1, device=DEVICE)
+    seq_lens = torch.full((3,), -1, dtype=torch.int32, device=DEVICE)
+    decodes = torch.tensor([2], device=DEVICE)
+    triton_sampling.place_decodes(slots, decodes, state.int_params, tables, ids, positions, kv_slots, seq_lens)
+    assert ids.tolist() == [32, 30, -1, -1]
+    assert positions.tolist() == [71, 0, -1, -1]
+    assert kv_slots.tolist() == [2 * BLOCK_SIZE + 7, 5 * BLOCK_SIZE, -1, -1]
+    assert seq_lens.tolist() == [72, 1, 0]
 
 
 class State:
