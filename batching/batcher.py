@@ -31,7 +31,7 @@ from batching.events import (
     Stepped,
     broadcast,
 )
-from batching.queue import BatchLimits, QueueLimits, RowQueue
+from batching.queue import BatchLimits, QueueLimits, RowQueue, growing_cost
 from batching.stream import Row, Stream
 from batching.types import ModelInfo, Request
 from batching.worker import NewTokens, Worker
@@ -58,7 +58,6 @@ class Batcher:
         self._observe = broadcast(observers)
         self._queue = RowQueue(config.queue)
         self._running: dict[Row, None] = {}
-        self._running_tokens = 0
         self._announced = 0
         self._rate = ServiceRate()
         self._decided = asyncio.Event()  # built, failed, or drained before either
@@ -178,12 +177,12 @@ class Batcher:
 
     def _take(self, opened: float) -> list[Row]:
         joining = len(self._running)
-        rows = self._queue.take(self._limits.less(joining, self._running_tokens))
+        tokens = 0 if self._limits.padded else sum(map(growing_cost, self._running))
+        rows = self._queue.take(self._limits.less(joining, tokens))
         if not rows:
             return rows
         now = time.monotonic()
         self._running.update(dict.fromkeys(rows))
-        self._running_tokens += sum(row.request.total_tokens for row in rows)
         for row in rows:
             row.stream.started(now, len(self._running))
         self._queue_changed()
@@ -219,7 +218,6 @@ class Batcher:
             self._queue_changed()
         if row in self._running:
             del self._running[row]
-            self._running_tokens -= row.request.total_tokens
             self._queue.wake()
         self._rate.ended(event)
         self._observe(event)

@@ -9,7 +9,8 @@ Lives on the event loop's thread. The policy:
 3. A row may be passed over (a row behind it taken before it) `MAX_PASSED_OVER` times. After that nothing behind it is
    taken before it.
 4. A batch holds at most `max_rows` rows and costs at most `token_budget` tokens: padded, rows x (longest prompt +
-   longest allowed output), the memory that such a batch can come to need; else the sum of prompts and allowed outputs.
+   longest allowed output), the memory that such a batch can come to need; else the sum of what the rows have come to by
+   now, for where rows join memory is given out as they grow.
 """
 
 import asyncio
@@ -22,6 +23,9 @@ from batching.types import Request
 
 MAX_PASSED_OVER = 3
 CLIENT_SHARE = 3
+
+FIRST_OUTPUT = 64
+"""Output tokens that a row is counted with before it has as many: a block of the KV cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,14 @@ def padded_cost(rows: Iterable[Row]) -> int:
     longest_prompt = max(len(request.prompt) for request in requests)
     longest_output = max(request.sampling.max_tokens for request in requests)
     return len(requests) * (longest_prompt + longest_output)
+
+
+def growing_cost(row: Row) -> int:
+    """Tokens that memory is held for while a row runs without padding: its prompt, but for what it shares with other
+    rows, and its output, which counts as `FIRST_OUTPUT` from the beginning."""
+    request = row.request
+    output = max(row.num_output_tokens, min(FIRST_OUTPUT, request.sampling.max_tokens))
+    return len(request.prompt) - row.num_shared_tokens + output
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +183,7 @@ class Batch:
         request = row.request
         prompt = max(self._longest_prompt, len(request.prompt))
         output = max(self._longest_output, request.sampling.max_tokens)
-        tokens = self._tokens + request.total_tokens
+        tokens = self._tokens + growing_cost(row)
         size = len(self.rows) + 1
         cost = size * (prompt + output) if self._limits.padded else tokens
         # A padded batch takes its head whatever that costs: a row that does not fit alone is refused before the queue.

@@ -144,7 +144,7 @@ class Delta(NamedTuple):
 class ModelInfo:
     """What the layers above need to know of a loaded model. Sizes in tokens, memory in bytes.
 
-    `joins`: rows can join a running batch, and cost their `total_tokens`, without padding.
+    `joins`: rows can join a running batch, and cost the tokens that they have come to by now, without padding.
     """
 
     device: str

@@ -198,7 +198,7 @@ def _decode_kernel(
     for begin in range(first, last, KEY_BLOCK):
         there = begin + key < last
         block = tl.load(table + begin // PAGE)
-        place = base + (block * PAGE + begin % PAGE + key)[:, None] * SIZE + at[None, :]
+        place = base + ((block - begin // PAGE) * PAGE + begin + key)[:, None] * SIZE + at[None, :]
         wanted = there[:, None] & inside[None, :]
         keys = tl.load(k_cache + place, mask=wanted, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
