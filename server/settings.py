@@ -114,7 +114,9 @@ class Settings(BaseSettings):
         0.9, gt=0, le=0.98, description="share of a GPU's memory that the packed engine may use, model included"
     )
     prefill_chunk: int = Field(
-        2048, ge=16, description="max prompt tokens that the packed engine computes between two decode steps"
+        1024,
+        ge=16,
+        description="most tokens that the packed engine computes in one pass while requests are being answered",
     )
     prefix_sharing: Literal["all", "key", "off"] = Field(
         "all",

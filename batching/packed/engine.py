@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 MAX_PREFILL_TOKENS = 8192
-"""Prompt tokens in one forward pass while no row is decoding: as many as keep the matrix units busy."""
+"""Tokens of a prompt that is alone in one forward pass: as many as keep the matrix units busy."""
 
 COMPILERS = (os.environ.get("CC", ""), "gcc", "clang", "cc")
 """What Triton may build its kernels' launchers with."""
@@ -58,7 +58,7 @@ class PackedEngine:
         context_window: int | None = None,
         token_budget: int | None = None,
         gpu_memory_utilization: float = 0.9,
-        prefill_chunk: int = 2048,
+        prefill_chunk: int = 1024,
         prefix_caching: bool = True,
         batch_invariant: bool = False,
     ) -> None:
@@ -79,7 +79,7 @@ class PackedEngine:
             most = min(most, blocks_for(token_budget))
         num_blocks = self._num_blocks(most, gpu_memory_utilization)
         self.runner = self._make_runner(num_slots, num_blocks)
-        self._pool = BlockPool(num_blocks, caching=self._prefix_caching)
+        self.pool = BlockPool(num_blocks, caching=self._prefix_caching)
         capacity = min(num_blocks * BLOCK_SIZE, token_budget or num_slots * window)
         self.info = describe(model, window, capacity, stops, joins=True)
 
@@ -89,7 +89,7 @@ class PackedEngine:
             return
         except BaseException as error:
             # The rows' part of the KV cache is given up with them, and no other row may find any of it.
-            self._pool = BlockPool(self._pool.num_blocks, caching=self._prefix_caching)
+            self.pool = BlockPool(self.pool.num_blocks, caching=self._prefix_caching)
             if not (isinstance(error, RuntimeError) and is_shortage(error)):
                 raise
         # Only here, where the caught error is gone: its traceback kept the batch's tensors.
@@ -104,7 +104,7 @@ class PackedEngine:
         first = torch.tensor([rows[0].request.prompt[:1]], device=self._model.device)
         scheduler = Scheduler(
             self.runner,
-            self._pool,
+            self.pool,
             steps,
             prefill_chunk=self._prefill_chunk,
             max_prefill_tokens=self._max_prefill_tokens,

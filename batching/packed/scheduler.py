@@ -24,10 +24,11 @@ ROWS_PER_SPARE_BLOCK = 2
 class Scheduler:
     """One batch, from its first rows to the end of the last one that joined.
 
-    A pass has at most `prefill_chunk` tokens, decoding sequences included, which bounds how long these are held up; but
-    `max_prefill_tokens` while more rows wait for their prompts than decode, for many are served sooner then and few are
-    held up longer. With `one_prompt_a_pass` no prompt shares a forward pass with another sequence: what is computed for
-    it does not depend on who else is there.
+    How many tokens a pass has, those of sequences that decode included, bounds how long these are held up:
+    `prefill_chunk` while one prompt is computed beside them, twice as many beside more prompts. While more rows wait
+    for their prompts than decode, many are served sooner and few are held up longer by larger passes, an eighth of what
+    waits each; and a prompt that is alone has passes of up to `max_prefill_tokens`. With `one_prompt_a_pass` no prompt
+    shares a pass with another sequence: what is computed for it does not depend on who else is there.
 
     A row is started with the blocks that its tokens need, and gets more as it grows. When none are left the youngest
     gives way: its tokens are kept, and computed again once there is room. Its next token is the same, because what is
@@ -56,6 +57,7 @@ class Scheduler:
         self._prefilling: list[RunningSequence] = []  # their prompts are not complete yet, first come first
         self._decoding: list[RunningSequence] = []
         self._in_flight: deque[SamplerOutput] = deque()
+        self._is_full = False  # whether the first that waits found no room the last time
 
     def run(self, rows: Sequence[Row]) -> None:
         """Blocks until every row is over, those that join meanwhile included."""
@@ -73,14 +75,22 @@ class Scheduler:
 
     def _iterate(self) -> None:
         decoding = self._next_to_decode()
-        many_wait = len(self._waiting) + len(self._prefilling) > len(decoding)
-        tokens = self._max_prefill_tokens if many_wait else self._prefill_chunk
         if self._one_prompt_a_pass:
-            launched = self._pass([], self._next_chunks(tokens)) + self._pass(decoding, [])
+            launched = self._pass([], self._next_chunks(self._prefill_chunk)) + self._pass(decoding, [])
         else:
-            room = max(tokens - len(decoding), tokens // 4)
-            launched = self._pass(decoding, self._next_chunks(room))
+            launched = self._pass(decoding, self._next_chunks(self._room_beside(len(decoding))))
         self._deliver(len(self._in_flight) - launched)  # the device is busy with the rest
+
+    def _room_beside(self, num_decoding: int) -> int:
+        """How many prompt tokens a pass may have beside so many sequences that decode."""
+        prompts = [*self._prefilling, *(() if self._is_full else self._waiting)]
+        if not num_decoding and len(prompts) == 1:
+            return self._max_prefill_tokens
+        tokens = self._prefill_chunk * (2 if len(prompts) > 1 else 1)
+        if len(prompts) > num_decoding:
+            tokens = max(tokens, sum(sequence.remaining_prefill for sequence in prompts) // 8)
+        tokens = min(tokens, self._max_prefill_tokens)
+        return max(tokens - num_decoding, tokens // 4)
 
     def _pass(self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> int:
         """Launch a forward pass, and the sampling of its sequences; returns how many sampler outputs that gives."""
@@ -149,11 +159,12 @@ class Scheduler:
             sequence = self._waiting.popleft()
             sequence.row.over = True
             self._runner.remove_sequence(sequence)
-        if not self._waiting or not self._free_slots:
+        if not self._waiting:
             return None
         sequence = self._waiting[0]
         spare = (len(self._prefilling) + len(self._decoding)) // ROWS_PER_SPARE_BLOCK
-        started = self._pool.start(sequence.row.request.salt, sequence.tokens, spare)
+        started = self._pool.start(sequence.row.request.salt, sequence.tokens, spare) if self._free_slots else None
+        self._is_full = started is None
         if started is None:
             return None
         self._waiting.popleft()

@@ -3,10 +3,14 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from transformers import MistralConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from batching.checkpoint import locate
@@ -98,6 +102,82 @@ def test_every_row_is_as_it_is_alone(kind: str, fused: bool, monkeypatch: pytest
         run = Run(engine, mixed, first=3, joining=lambda: dice.randint(0, 2))
         assert run.answers == alone(kind, mixed)
     assert any(row.num_cached_tokens for row in run.rows)
+
+
+@cache
+def memory_for_few() -> PackedEngine:
+    """Six blocks of 64 tokens for up to eight rows, so that rows give way all the time."""
+    return PackedEngine(tiny_model(), num_slots=8, token_budget=6 * BLOCK_SIZE, prefill_chunk=32)
+
+
+@cache
+def what_it_is_alone(asked: Request) -> list[int]:
+    [answer] = alone("qwen3", [asked])
+    return answer
+
+
+@cache
+def growing_requests() -> list[Request]:
+    """Whose prompts share up to two blocks, and whose answers need one or two more."""
+    dice = random.Random(9)
+    stems = [tuple(dice.choices(range(VOCABULARY), k=length)) for length in (0, 60, 2 * BLOCK_SIZE + 3)]
+    asked = [some_request(dice) for _ in range(9)]
+    return [
+        replace(
+            each,
+            prompt=(*stem, *each.prompt),
+            sampling=replace(each.sampling, max_tokens=dice.randint(1, 90), stop_token_ids=frozenset()),
+        )
+        for stem, each in zip(stems * 3, asked, strict=True)
+    ]
+
+
+class Mix(NamedTuple):
+    """Rows by number, how many are there at first and join at each step, and which leave after how many tokens."""
+
+    rows: list[int]
+    first: int
+    joining: list[int]
+    leaving: dict[int, int]
+
+
+mixes = st.builds(
+    Mix,
+    st.lists(st.integers(0, 8), min_size=2, max_size=10),
+    st.integers(1, 8),
+    st.lists(st.integers(0, 3), min_size=1, max_size=5),
+    st.dictionaries(st.integers(0, 9), st.integers(1, 60), max_size=3),
+)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(mixes)
+@example(Mix([2, 5, 8, 1, 4, 7, 2], 7, [1], {}))
+def test_in_any_mix_of_joining_leaving_and_giving_way_every_row_is_as_it_is_alone(mix: Mix) -> None:
+    engine, asked = memory_for_few(), [growing_requests()[number] for number in mix.rows]
+    joining = cycle(mix.joining)
+
+    def leave(run: Run) -> None:
+        for number, after in mix.leaving.items():
+            if number < len(run.rows) and len(run.sent[run.rows[number]]) >= after:
+                run.rows[number].cancelled = True
+
+    run = Run(engine, asked, first=mix.first, joining=lambda: next(joining), after=leave)
+    for number, (row, sent) in enumerate(zip(run.rows, run.answers, strict=True)):
+        wanted = what_it_is_alone(row.request)
+        assert sent == wanted[: len(sent)]
+        assert number in mix.leaving or len(sent) == len(wanted)
+        assert row.over
+    assert engine.pool.num_free == engine.pool.num_blocks, "nobody holds a block any more"
+
+
+def test_rows_give_way_when_blocks_run_out_and_the_oldest_does_not() -> None:
+    engine = PackedEngine(tiny_model(), num_slots=8, token_budget=6 * BLOCK_SIZE)
+    asked = [request((number, 2, 3), max_tokens=150) for number in range(5)]
+    run = Run(engine, asked)
+    assert run.answers == alone("qwen3", asked)
+    assert sum(row.num_preemptions for row in run.rows) > 0
+    assert run.rows[0].num_preemptions == 0
 
 
 def test_rows_that_leave_do_not_change_those_that_stay() -> None:
@@ -235,9 +315,9 @@ def test_a_prefix_is_reused_only_within_its_salt() -> None:
     assert [row.num_cached_tokens for row in Run(engine, asked).rows] == [0, 0, 2 * BLOCK_SIZE]
 
 
-@pytest.mark.parametrize("settings", [{"prefix_caching": False}, {"batch_invariant": True}])
-def test_nothing_is_reused_where_that_is_off(settings: dict[str, bool]) -> None:
-    engine = PackedEngine(tiny_model(), num_slots=1, token_budget=1000, **settings)
+@pytest.mark.parametrize("off", [{"prefix_caching": False}, {"batch_invariant": True}])
+def test_nothing_is_reused_where_that_is_off(off: dict[str, bool]) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=1, token_budget=1000, **off)
     asked = [request(tuple(range(2 * BLOCK_SIZE + 5))) for _ in range(2)]
     assert [row.num_cached_tokens for row in Run(engine, asked).rows] == [0, 0]
 
