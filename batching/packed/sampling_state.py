@@ -25,7 +25,8 @@ class SamplingState:
         self.counts = torch.zeros(num_slots + 1, vocab_size, dtype=torch.int16, device=device)
         self.bias = torch.zeros(num_slots + 1, vocab_size, device=device)
         self.bitmask = torch.zeros(num_slots + 1, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        self.block_tables = torch.full((num_slots + 1, max_blocks), spare_block, dtype=torch.int64, device=device)
+        # A column more than anything is written to: attention asks for a block ahead.
+        self.block_tables = torch.full((num_slots + 1, max_blocks + 1), spare_block, dtype=torch.int64, device=device)
         self._device = device
         self._num_sent: dict[RunningSequence, int] = {}  # how many of its blocks are in the table
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from batching.packed.kv_cache import BLOCK_SIZE
 
@@ -33,14 +34,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load(at, mask, ALL: tl.constexpr):
-    if ALL:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=mask, other=0.0)
-
-
-@triton.jit
 def _online_softmax(scores, values, highest, weight_sum, value_sums):
     # One more block of keys: the highest scores so far, the sums of weights relative to them, and of weighted values.
     higher = tl.maximum(highest, tl.max(scores, 1))
@@ -52,11 +45,13 @@ def _online_softmax(scores, values, highest, weight_sum, value_sums):
 
 @triton.jit
 def _prefill_kernel(
-    q, k_cache, v_cache, out, cu_seqlens_q, slots, seq_lens, block_tables, max_blocks, head_stride, scale,
+    q, k_blocks, v_blocks, out, cu_seqlens_q, slots, seq_lens, block_tables, max_blocks, kv_blocks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program: one block's queries of one head. The last blocks go first: they have the most keys to read.
+    # One program: one block's queries of one head. The last blocks go first: they have the most keys to read. Keys and
+    # values come by a block of the KV cache, of which each head has `kv_blocks`; where the next one is, is asked for a
+    # turn ahead.
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     first = tl.load(cu_seqlens_q + block)
@@ -68,32 +63,29 @@ def _prefill_kernel(
     query = tl.arange(0, QUERY_BLOCK)
     at = tl.arange(0, BLOCK)
     key = tl.arange(0, KEY_BLOCK)
-    inside = at < SIZE
     mine = ((first + query).to(tl.int64) * HEADS + head)[:, None] * SIZE + at[None, :]
-    real = (query < count)[:, None] & inside[None, :]
+    real = (query < count)[:, None] & (at < SIZE)[None, :]
     queries = tl.load(q + mine, mask=real, other=0.0)
-    base = (head // GROUP).to(tl.int64) * head_stride
+    own_blocks = (head // GROUP) * kv_blocks
     table = block_tables + tl.load(slots + block).to(tl.int64) * max_blocks
-    k_block = k_cache + base + key[None, :] * SIZE + at[:, None]
-    v_block = v_cache + base + key[:, None] * SIZE + at[None, :]
     factor = scale * LOG2_E
     highest = tl.full([QUERY_BLOCK], -float("inf"), tl.float32)
     weight_sum = tl.zeros([QUERY_BLOCK], tl.float32)
     value_sums = tl.zeros([QUERY_BLOCK, BLOCK], tl.float32)
     seen_by_all = (before + 1) // KEY_BLOCK * KEY_BLOCK
+    ahead = tl.load(table)
     for begin in range(0, seen_by_all, KEY_BLOCK):
-        place = tl.load(table + begin // PAGE) * (PAGE * SIZE)
-        keys = _load(k_block + place, inside[:, None], SIZE == BLOCK)
-        scores = tl.dot(queries, keys, input_precision="ieee") * factor
-        values = _load(v_block + place, inside[None, :], SIZE == BLOCK)
+        row = ((own_blocks + ahead) * KEY_BLOCK).to(tl.int32)
+        ahead = tl.load(table + begin // KEY_BLOCK + 1)
+        scores = tl.dot(queries, tl.trans(k_blocks.load([row, 0])), input_precision="ieee") * factor
+        values = v_blocks.load([row, 0])
         highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
     for begin in range(seen_by_all, total, KEY_BLOCK):
-        there = begin + key < total
-        place = tl.load(table + begin // PAGE) * (PAGE * SIZE)
-        keys = tl.load(k_block + place, mask=there[None, :] & inside[:, None], other=0.0)
-        scores = tl.dot(queries, keys, input_precision="ieee") * factor
+        row = ((own_blocks + tl.load(table + begin // KEY_BLOCK)) * KEY_BLOCK).to(tl.int32)
+        scores = tl.dot(queries, tl.trans(k_blocks.load([row, 0])), input_precision="ieee") * factor
         scores = tl.where((begin + key)[None, :] <= (before + query)[:, None], scores, -float("inf"))
-        values = tl.load(v_block + place, mask=there[:, None] & inside[None, :], other=0.0)
+        # What a block holds beyond the row's end is of nobody or of a row whose model went wrong: 0 x NaN is NaN.
+        values = tl.where((begin + key < total)[:, None], v_blocks.load([row, 0]), 0.0)
         highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
     tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
 
@@ -116,10 +108,15 @@ class PrefillAttention:
         """Written to `out` if that is given."""
         _, heads, size = q.shape
         out = torch.empty_like(q) if out is None else out
+        block = max(16, triton.next_power_of_2(size))
+        # On Hopper these are copied by the tensor memory accelerator, elsewhere by ordinary loads.
+        k_blocks, v_blocks = (
+            TensorDescriptor.from_tensor(cache.flatten(0, 1), [KEY_BLOCK, block]) for cache in (k_cache, v_cache)
+        )
         _prefill_kernel[(heads, len(self.slots))](
-            q, k_cache, v_cache, out, self.cu_seqlens_q, self.slots, self.seq_lens, self.block_tables,
-            self.block_tables.shape[1], k_cache.stride(0), scale,
-            HEADS=heads, GROUP=heads // k_cache.shape[0], SIZE=size, BLOCK=max(16, triton.next_power_of_2(size)),
+            q, k_blocks, v_blocks, out, self.cu_seqlens_q, self.slots, self.seq_lens, self.block_tables,
+            self.block_tables.shape[1], k_cache.shape[1] // KEY_BLOCK, scale,
+            HEADS=heads, GROUP=heads // k_cache.shape[0], SIZE=size, BLOCK=block,
             QUERY_BLOCK=QUERY_BLOCK, KEY_BLOCK=KEY_BLOCK, num_warps=4, num_stages=_stages(q),
         )  # fmt: skip
         return out
@@ -165,11 +162,12 @@ def _decode_kernel(
     q, k_cache, v_cache, out, partial, stats, arrived, slots, seq_lens, block_tables, max_blocks, head_stride, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-    MERGE_BLOCK: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     # One program: one sequence, the query heads of one KV head, one split of the keys. There are at most SPLITS splits,
     # of MIN_SPLIT keys or more; and GROUP heads, padded to GROUP_BLOCK, though a product needs DOT_ROWS. A sequence
-    # without keys has no result.
+    # without keys has no result. AHEAD: where the next block of the KV cache is, is asked for a turn ahead. That spares
+    # few programs a wait, and takes registers from many.
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -177,7 +175,7 @@ def _decode_kernel(
     if length == 0:
         return
     splits = tl.minimum(tl.cdiv(length, MIN_SPLIT), SPLITS)
-    share = tl.cdiv(tl.cdiv(length, splits), KEY_BLOCK) * KEY_BLOCK
+    share = tl.cdiv(tl.cdiv(length, splits), PAGE) * PAGE
     first = split * share
     if first >= length:
         return
@@ -195,16 +193,22 @@ def _decode_kernel(
     highest = tl.full([DOT_ROWS], -float("inf"), tl.float32)
     weight_sum = tl.zeros([DOT_ROWS], tl.float32)
     value_sums = tl.zeros([DOT_ROWS, BLOCK], tl.float32)
-    for begin in range(first, last, KEY_BLOCK):
-        there = begin + key < last
-        block = tl.load(table + begin // PAGE)
-        place = base + ((block - begin // PAGE) * PAGE + begin + key)[:, None] * SIZE + at[None, :]
-        wanted = there[:, None] & inside[None, :]
-        keys = tl.load(k_cache + place, mask=wanted, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
-        scores = tl.where(there[None, :], scores, -float("inf"))
-        values = tl.load(v_cache + place, mask=wanted, other=0.0)
-        highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
+    ahead = tl.load(table + first // PAGE)
+    for page in range(first // PAGE, tl.cdiv(last, PAGE)):
+        if AHEAD:
+            block = ahead
+            ahead = tl.load(table + page + 1)
+        else:
+            block = tl.load(table + page)
+        for part in tl.static_range(PAGE // KEY_BLOCK):
+            there = page * PAGE + part * KEY_BLOCK + key < last
+            place = base + (block * PAGE + part * KEY_BLOCK + key)[:, None] * SIZE + at[None, :]
+            wanted = there[:, None] & inside[None, :]
+            keys = tl.load(k_cache + place, mask=wanted, other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
+            scores = tl.where(there[None, :], scores, -float("inf"))
+            values = tl.load(v_cache + place, mask=wanted, other=0.0)
+            highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
     num_splits = tl.cdiv(length, share)
     if num_splits == 1:
         tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
@@ -285,7 +289,8 @@ class DecodeAttention:
             self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, DOT_ROWS=max(16, group_block),
             GROUP_BLOCK=group_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
-            SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), num_warps=2, num_stages=_stages(q),
+            SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=sequences <= 8, num_warps=2,
+            num_stages=_stages(q),
         )  # fmt: skip
         return out
 

@@ -42,19 +42,10 @@ class Case:
 
 
 def attention(stages: int) -> Iterator[Case]:
-    caches = {
-        "q": HALF,
-        "k_cache": HALF,
-        "v_cache": HALF,
-        "out": HALF,
-        "slots": WHOLE,
-        "block_tables": LONG,
-        "max_blocks": "i32",
-        "head_stride": "i32",
-        "scale": "fp32",
-    }
-    prefill = caches | {"cu_seqlens_q": WHOLE, "seq_lens": WHOLE}
-    decode = caches | {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "seq_lens": WHOLE}
+    places = {"q": HALF, "out": HALF, "slots": WHOLE, "seq_lens": WHOLE, "block_tables": LONG, "max_blocks": "i32"}
+    places |= {"scale": "fp32"}
+    decode = places | {"k_cache": HALF, "v_cache": HALF, "head_stride": "i32"}
+    decode |= {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE}
     for size, block in ((128, 128), (96, 128)):
         shape = {
             "HEADS": 32,
@@ -65,11 +56,15 @@ def attention(stages: int) -> Iterator[Case]:
             "KEY_BLOCK": triton_attention.KEY_BLOCK,
         }
         options = {"num_warps": 4, "num_stages": stages}
-        yield Case(triton_attention._prefill_kernel, prefill, shape, ("head_stride",), options)
+        blocks = dict.fromkeys(("k_blocks", "v_blocks"), f"tensordesc<bf16[{triton_attention.KEY_BLOCK},{block}]>")
+        prefill = places | blocks | {"cu_seqlens_q": WHOLE, "kv_blocks": "i32"}
+        yield Case(triton_attention._prefill_kernel, prefill, shape, (), options)
         heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "GROUP_BLOCK": 4, "BLOCK": block}
         splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "MIN_SPLIT": 64, "SPLITS": 16, "MERGE_BLOCK": 16}
         options = {"num_warps": 2, "num_stages": stages}
-        yield Case(triton_attention._decode_kernel, decode, heads | splits, ("head_stride",), options)
+        for ahead in (True, False):
+            shape = heads | splits | {"AHEAD": ahead}
+            yield Case(triton_attention._decode_kernel, decode, shape, ("head_stride",), options)
 
 
 def layer() -> Iterator[Case]:

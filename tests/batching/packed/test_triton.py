@@ -89,7 +89,7 @@ def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(group: int, size: 
     kv_heads = 2
     k_cache, v_cache = noise(kv_heads, 384, size), noise(kv_heads, 384, size)
     v_cache[:, 2 * BLOCK_SIZE : 3 * BLOCK_SIZE] = float("nan")  # another row's, whose model went wrong
-    tables = [[5, 1], [0, 3], [4, 0]]
+    tables = [[5, 1, 0], [0, 3, 0], [4, 0, 0]]
     chunks = [Chunk(tables[0], 0, 64), Chunk(tables[0], 64, 41), Chunk(tables[1], 70, 10), Chunk(tables[2], 0, 1)]
     cu_seqlens_q, slots, seq_lens = (
         torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
@@ -109,7 +109,8 @@ def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(mi
     kv_heads, group, size = 2, 3, 16
     k_cache, v_cache = noise(kv_heads, 1024, size), noise(kv_heads, 1024, size)
     blocks = torch.randperm(15)
-    tables = torch.stack([blocks[[0, 1, 2, 3, 0, 0]], blocks[4:10], blocks[10:16][[0] * 6], blocks[[11, 12] * 3]])
+    columns = [0, 1, 2, 3, 0, 0, 0], [4, 5, 6, 7, 8, 9, 0], [10] * 7, [11, 12, 0, 0, 0, 0, 0]
+    tables = torch.stack([blocks[list(column)] for column in columns])
     slots = torch.tensor([2, 0, 1, 3, 2], dtype=torch.int32, device=DEVICE)
     lengths = [1, 250, 321, 65, 0]
     q = noise(5, kv_heads * group, size)
