@@ -81,6 +81,12 @@ class BlockPool:
         table = BlockTable(node, [*shared, *(self._take() for _ in range(num_new))], len(shared))
         return Started(table, len(shared) * BLOCK_SIZE, num_held * BLOCK_SIZE)
 
+    def touch(self, salt: str, tokens: Sequence[int]) -> None:
+        """A row that will need them waits: the cached prefix of `tokens` is evicted after everything else."""
+        for block in reversed(self._match(salt, tokens)[0]):
+            if block in self._evictable:
+                self._evictable[block] = self._evictable.pop(block)
+
     def grow(self, table: BlockTable, tokens: int) -> bool:
         """Make room for `tokens` in all, at most one block more; False if no block is left."""
         if len(table.blocks) < blocks_for(tokens):

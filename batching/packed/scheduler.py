@@ -71,7 +71,9 @@ class Scheduler:
                 self._runner.remove_sequence(sequence)
 
     def _wait(self, rows: Iterable[Row]) -> None:
-        self._waiting += [RunningSequence(row, next(self._arrivals)) for row in rows]
+        for row in rows:
+            self._waiting.append(RunningSequence(row, next(self._arrivals)))
+            self._pool.touch(row.request.salt, row.request.prompt)
 
     def _iterate(self) -> None:
         decoding = self._next_to_decode()

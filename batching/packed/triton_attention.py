@@ -162,12 +162,12 @@ def _decode_kernel(
     q, k_cache, v_cache, out, partial, stats, arrived, slots, seq_lens, block_tables, max_blocks, head_stride, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-    MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # One program: one sequence, the query heads of one KV head, one split of the keys. There are at most SPLITS splits,
     # of MIN_SPLIT keys or more; and GROUP heads, padded to GROUP_BLOCK, though a product needs DOT_ROWS. A sequence
     # without keys has no result. AHEAD: where the next block of the KV cache is, is asked for a turn ahead. That spares
-    # few programs a wait, and takes registers from many.
+    # few programs a wait, and takes registers from many. A turn is of STEP keys, which divide a block.
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -194,15 +194,17 @@ def _decode_kernel(
     weight_sum = tl.zeros([DOT_ROWS], tl.float32)
     value_sums = tl.zeros([DOT_ROWS, BLOCK], tl.float32)
     ahead = tl.load(table + first // PAGE)
-    for page in range(first // PAGE, tl.cdiv(last, PAGE)):
+    for turn in range(first, last, STEP):
+        page = turn // PAGE
         if AHEAD:
             block = ahead
-            ahead = tl.load(table + page + 1)
+            ahead = tl.load(table + (turn + STEP) // PAGE)
         else:
             block = tl.load(table + page)
-        for part in tl.static_range(PAGE // KEY_BLOCK):
-            there = page * PAGE + part * KEY_BLOCK + key < last
-            place = base + (block * PAGE + part * KEY_BLOCK + key)[:, None] * SIZE + at[None, :]
+        for part in tl.static_range(STEP // KEY_BLOCK):
+            begin = turn + part * KEY_BLOCK
+            there = begin + key < last
+            place = base + ((block - page) * PAGE + begin + key)[:, None] * SIZE + at[None, :]
             wanted = there[:, None] & inside[None, :]
             keys = tl.load(k_cache + place, mask=wanted, other=0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
@@ -282,6 +284,7 @@ class DecodeAttention:
         """Written to `out` if that is given."""
         _, heads, size = q.shape
         sequences, kv_heads, (group_block, block) = len(self.slots), k_cache.shape[0], self.partial.shape[1:]
+        few = sequences <= 8
         merge_block = max(1, 8192 // (group_block * block))  # sums of splits that fit into a program's registers
         out = torch.empty_like(q) if out is None else out
         _decode_kernel[(sequences, kv_heads, self.splits)](
@@ -289,8 +292,8 @@ class DecodeAttention:
             self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, DOT_ROWS=max(16, group_block),
             GROUP_BLOCK=group_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
-            SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=sequences <= 8, num_warps=2,
-            num_stages=_stages(q),
+            SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=few,
+            STEP=DECODE_KEY_BLOCK if few else BLOCK_SIZE, num_warps=2, num_stages=_stages(q),
         )  # fmt: skip
         return out
 

@@ -63,7 +63,8 @@ def attention(stages: int) -> Iterator[Case]:
         splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "MIN_SPLIT": 64, "SPLITS": 16, "MERGE_BLOCK": 16}
         options = {"num_warps": 2, "num_stages": stages}
         for ahead in (True, False):
-            shape = heads | splits | {"AHEAD": ahead}
+            step = triton_attention.DECODE_KEY_BLOCK if ahead else triton_attention.KEY_BLOCK
+            shape = heads | splits | {"AHEAD": ahead, "STEP": step}
             yield Case(triton_attention._decode_kernel, decode, shape, ("head_stride",), options)
 
 

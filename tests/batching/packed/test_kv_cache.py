@@ -145,6 +145,18 @@ def test_what_finished_rows_left_is_evicted_least_recently_used_first_and_from_i
     assert cached(pool, "", (*tokens([1, 1]), 5)) == 2 * BLOCK_SIZE
 
 
+def test_what_a_waiting_row_will_share_is_evicted_last() -> None:
+    pool = BlockPool(4)
+    leave(pool, "", tokens([1, 1]))
+    leave(pool, "", tokens([2, 2]))
+    pool.touch("", (*tokens([1, 1]), 5))
+    other = pool.start("", (9,) * 2 * BLOCK_SIZE)
+    assert other is not None
+    pool.release(other.table, ())
+    assert cached(pool, "", (*tokens([1, 1]), 5)) == 2 * BLOCK_SIZE
+    assert cached(pool, "", (*tokens([2, 2]), 5)) == 0
+
+
 def test_nothing_stays_where_prefix_caching_is_off() -> None:
     pool = BlockPool(4, caching=False)
     leave(pool, "", tokens([1, 1]))

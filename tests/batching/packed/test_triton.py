@@ -104,16 +104,17 @@ def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(group: int, size: 
     assert (out[:3] == 1).all(), "what decodes beside them is not theirs"
 
 
+@pytest.mark.parametrize("more", [0, 4])
 @pytest.mark.parametrize("min_split", [10, 64, 1000])
-def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(min_split: int) -> None:
+def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(min_split: int, more: int) -> None:
     kv_heads, group, size = 2, 3, 16
     k_cache, v_cache = noise(kv_heads, 1024, size), noise(kv_heads, 1024, size)
     blocks = torch.randperm(15)
     columns = [0, 1, 2, 3, 0, 0, 0], [4, 5, 6, 7, 8, 9, 0], [10] * 7, [11, 12, 0, 0, 0, 0, 0]
     tables = torch.stack([blocks[list(column)] for column in columns])
-    slots = torch.tensor([2, 0, 1, 3, 2], dtype=torch.int32, device=DEVICE)
-    lengths = [1, 250, 321, 65, 0]
-    q = noise(5, kv_heads * group, size)
+    slots = torch.tensor([2, 0, 1, 3, *[2] * (1 + more)], dtype=torch.int32, device=DEVICE)
+    lengths = [1, 250, 321, 65, *[0] * (1 + more)]
+    q = noise(5 + more, kv_heads * group, size)
     attend = triton_attention.DecodeAttention.of(slots, tables.to(DEVICE), kv_heads, group, size, min_split)
     attend.seq_lens.copy_(torch.tensor(lengths))
     for _ in range(2):  # it leaves its scratch memory as it found it
