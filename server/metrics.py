@@ -118,6 +118,9 @@ class Metrics:
         self._reused_tokens = counter(
             "reused_prompt_tokens", "Prompt tokens that had been computed for another request."
         )
+        self._preemptions = counter(
+            "preemptions", "Times that a request gave its memory to older ones and was computed again later."
+        )
         self._output_tokens = counter("output_tokens", "Tokens generated.")
         self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
         self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
@@ -207,6 +210,7 @@ class Metrics:
 
     def _row_ended(self, event: RowEnded) -> None:
         self._reused_tokens.inc(event.num_cached_tokens)
+        self._preemptions.inc(event.num_preemptions)
         self._duration.labels(event.outcome).observe(event.duration)
         self._prompt_length.observe(event.prompt_tokens)
         self._output_length.observe(event.output_tokens)
