@@ -42,9 +42,10 @@ LATECOMERS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
-    """`window` in seconds: how long an idle device waits, from a batch's first row on, for others to join it."""
+    """`max_batch_rows`: None for what the engine names. `window` in seconds: how long an idle device waits, from a
+    batch's first row on, for others to join it."""
 
-    max_batch_rows: int = 16
+    max_batch_rows: int | None = 16
     window: float = 0.005
     queue: QueueLimits = field(default_factory=lambda: QueueLimits(rows=256))
 
@@ -86,7 +87,9 @@ class Batcher:
             self._worker.finish()
             raise self.error or NotReady(self.state)
         info = self._info
-        self._limits = BatchLimits(self._config.max_batch_rows, info.token_budget, padded=not info.joins)
+        self._limits = BatchLimits(
+            self._config.max_batch_rows or info.max_rows, info.token_budget, padded=not info.joins
+        )
         self._collector = asyncio.create_task(self._collect(), name="collector")
         self._collector.add_done_callback(self._collector_ended)
         self._move(State.READY)

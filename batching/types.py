@@ -14,6 +14,10 @@ TokenBitmask: TypeAlias = "NDArray[numpy.int32]"
 """A set of tokens [vocabulary / 32, int32]: token t is bit t % 32 of word t // 32."""
 
 
+DEFAULT_ROWS = 32
+"""Rows that run at a time where nothing else is known."""
+
+
 class Finish(StrEnum):
     """Why a row is over."""
 
@@ -145,6 +149,7 @@ class ModelInfo:
     """What the layers above need to know of a loaded model. Sizes in tokens, memory in bytes.
 
     `joins`: rows can join a running batch, and cost the tokens that they have come to by now, without padding.
+    `max_rows`: how many run at a time unless told otherwise.
     """
 
     device: str
@@ -156,3 +161,4 @@ class ModelInfo:
     stop_token_ids: frozenset[int]
     joins: bool = False
     device_memory: int = 0
+    max_rows: int = DEFAULT_ROWS

@@ -104,8 +104,8 @@ def announce(service: Service, port: int) -> None:
         "window": f"{info.context_window} tokens of prompt and answer",
         "answers": answers_of(settings),
         "sampling": f"{service.defaults} by default",
-        "batches": f"up to {settings.max_batch_size} requests or {info.token_budget} {batches_of(service)}, "
-        f"queue of {settings.queue_size}",
+        "batches": f"up to {settings.max_batch_size or info.max_rows} requests or {info.token_budget} "
+        f"{batches_of(service)}, queue of {settings.queue_size}",
     }
     if settings.log_format == "json":
         logger.info("ready", extra={"facts": lines})

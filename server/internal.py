@@ -46,7 +46,8 @@ def describe(service: Service) -> dict[str, Any]:
         "model": {name: getattr(info, name) for name in MODEL} if info else None,
         "loading": None if info else service.loading,
         "sampling": service.told_defaults,
-        "limits": {name: getattr(settings, name) for name in LIMITS},
+        "limits": {name: getattr(settings, name) for name in LIMITS}
+        | ({"max_batch_size": settings.max_batch_size or info.max_rows} if info else {}),
     }
 
 

@@ -180,7 +180,7 @@ class Metrics:
         """Say what is running, and within which limits."""
         self._info.labels(version, platform.python_version(), settings.served_names[0], info.device, info.dtype).set(1)
         self._queue_limit.set(settings.queue_size)
-        self._batch_limit.set(settings.max_batch_size)
+        self._batch_limit.set(settings.max_batch_size or info.max_rows)
         self._memory_total.set(info.device_memory)
 
     def exposition(self) -> bytes:

@@ -92,7 +92,12 @@ class Settings(BaseSettings):
     page: bool = Field(True, description="serve the page at / and what it reads, /internal/live and /internal/state")
 
     # Batching
-    max_batch_size: int = Field(32, ge=1, le=1024, description="most requests in one batch")
+    max_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="most requests in one batch; none: 256 with the packed engine on a GPU, else 32",
+    )
     batch_window_ms: float = Field(
         5.0,
         ge=0,

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from batching.packed.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
 from batching.packed.runner import Runner
 from batching.packed.scheduler import Scheduler
 from batching.stream import Row
+from batching.types import DEFAULT_ROWS
 
 if TYPE_CHECKING:
     from batching.packed.cuda_runner import CUDARunner
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 MAX_PREFILL_TOKENS = 8192
 """Tokens of a prompt that is alone in one forward pass: as many as keep the matrix units busy."""
+
+GPU_ROWS = 256
+"""Rows that run at a time on a GPU: what memory holds is the limit of longer ones."""
 
 COMPILERS = (os.environ.get("CC", ""), "gcc", "clang", "cc")
 """What Triton may build its kernels' launchers with."""
@@ -45,16 +50,16 @@ GRAPH_BYTES = 768 * 2**20
 class PackedEngine:
     """`Engine` whose rows may join a running batch. Takes the model over: its layers and its attention are replaced.
 
-    `num_slots` is the most rows that run at a time, `gpu_memory_utilization` the share of a GPU's memory that may be
-    used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode. Raises `ModelError`
-    if there is no room for a KV cache.
+    `num_slots` is the most rows that run at a time (None: by the device), `gpu_memory_utilization` the share of a GPU's
+    memory that may be used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode.
+    Raises `ModelError` if there is no room for a KV cache.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        num_slots: int,
+        num_slots: int | None = None,
         context_window: int | None = None,
         token_budget: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -62,6 +67,7 @@ class PackedEngine:
         prefix_caching: bool = True,
         batch_invariant: bool = False,
     ) -> None:
+        num_slots = num_slots or (GPU_ROWS if model.device.type == "cuda" else DEFAULT_ROWS)
         self._model = model
         self._prefill_chunk = prefill_chunk
         self._max_prefill_tokens = prefill_chunk if batch_invariant else max(prefill_chunk, MAX_PREFILL_TOKENS)
@@ -81,7 +87,7 @@ class PackedEngine:
         self.runner = self._make_runner(num_slots, num_blocks)
         self.pool = BlockPool(num_blocks, caching=self._prefix_caching)
         capacity = min(num_blocks * BLOCK_SIZE, token_budget or num_slots * window)
-        self.info = describe(model, window, capacity, stops, joins=True)
+        self.info = replace(describe(model, window, capacity, stops, joins=True), max_rows=num_slots)
 
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
         try:

@@ -47,7 +47,7 @@ function limits({ limits, model, sampling }) {
 		...(model ? [["Window", `${tokens(model.context_window)} of prompt and answer`]] : []),
 		["Answers", `${limits.default_max_tokens ? tokens(limits.default_max_tokens) : "what fits the window"} by default, ${count(limits.max_output_tokens)} at most`],
 		...(sampling ? [["Sampling", `${chosen(sampling)} by default`]] : []),
-		["Batches", `up to ${plural(limits.max_batch_size, "row")}${model ? ` or ${count(model.token_budget)} padded tokens` : ""}`],
+		...(limits.max_batch_size ? [["Batches", `up to ${plural(limits.max_batch_size, "row")}${model ? ` or ${count(model.token_budget)} padded tokens` : ""}`]] : []),
 		["Batch window", `${limits.batch_window_ms} ms`],
 		["Queue", plural(limits.queue_size, "row")],
 		...(limits.key_queue_size ? [["Queue of one key", plural(limits.key_queue_size, "row")]] : []),

@@ -105,7 +105,7 @@ def no_worker_outlives_its_batcher() -> Iterator[None]:
 async def serving(
     engine: ScriptedEngine,
     *,
-    rows: int = 4,
+    rows: int | None = 4,
     window: float = 0.0,
     queue: int = 64,
     observers: Sequence[Observer] = (),

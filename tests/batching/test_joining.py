@@ -3,8 +3,8 @@
 import asyncio
 from dataclasses import replace
 
-from batching.events import BatchEnded, BatchStarted, Outcome, RowEnded, RowsJoined, State, Stepped
-from batching.queue import MAX_PASSED_OVER, BatchLimits, select
+from batching.events import BatchEnded, BatchStarted, Outcome, RowEnded, RowsJoined, RowStarted, State, Stepped
+from batching.queue import FIRST_OUTPUT, MAX_PASSED_OVER, BatchLimits, select
 from tests.batching.conftest import Runner, all_tokens, loose_row, request
 from tests.batching.test_batcher import NEVER, serving
 from tests.fakes import INFO, ScriptedEngine
@@ -54,6 +54,34 @@ def test_rows_join_as_far_as_lanes_and_tokens_last(run_async: Runner) -> None:
                 "2": Outcome.ANSWERED,
                 "3": Outcome.ANSWERED,
             }
+
+    run_async(main)
+
+
+def test_as_many_rows_run_as_the_engine_names_unless_told_otherwise(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True, info=replace(JOINS, max_rows=2))
+        async with serving(engine, rows=None) as (batcher, log):
+            streams = [batcher.submit(request(id=str(n), max_tokens=3)) for n in range(3)]
+            engine.release(20)
+            for stream in streams:
+                await all_tokens(stream)
+            assert max(event.running for event in log.of(Stepped)) == 2
+
+    run_async(main)
+
+
+def test_a_row_is_counted_with_what_it_has_come_to_and_not_with_what_it_may_come_to(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True, info=replace(JOINS, token_budget=3 * (10 + FIRST_OUTPUT)))
+        async with serving(engine, rows=8) as (batcher, log):
+            asked = [request(10, id=str(n), max_tokens=FIRST_OUTPUT * 2) for n in range(3)]  # of them one would fit
+            streams = [batcher.submit(each) for each in asked]
+            engine.release()
+            await log.count(RowStarted, 3)
+            for _ in streams:
+                engine.release(FIRST_OUTPUT * 2)
+            assert [len(await all_tokens(stream)) for stream in streams] == [FIRST_OUTPUT * 2] * 3
 
     run_async(main)
 

@@ -12,6 +12,7 @@ import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 
+from batching.types import DEFAULT_ROWS
 from server.settings import PREFIX, Settings, parse
 from tests.deploy.dockerfile import stages
 from tests.live import ROOT
@@ -88,7 +89,7 @@ def test_service_budget_monitor_and_scaler_mean_the_deployment(gpu: dict[str, An
     assert gpu["ScaledObject"]["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     assert "replicas" not in deployment["spec"]
     [trigger] = gpu["ScaledObject"]["spec"]["triggers"]
-    assert int(trigger["metadata"]["threshold"]) == Settings.model_fields["max_batch_size"].default
+    assert int(trigger["metadata"]["threshold"]) == DEFAULT_ROWS
     assert "microbatch_queue_depth" in trigger["metadata"]["query"]
 
 

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
+from batching.types import DEFAULT_ROWS
 from server.settings import Settings
 from tests.live import QUESTION, ROOT, Address, environment, free_port
 
@@ -185,7 +186,7 @@ def test_the_file_waits_longer_than_the_service_and_has_only_its_settings() -> N
     assert read["http_options"]["request_timeout_s"] > limit
     assert deployment["graceful_shutdown_timeout_s"] > limit
     defaults = Settings.model_fields
-    rows = defaults["max_batch_size"].default
+    rows = DEFAULT_ROWS
     assert deployment["max_ongoing_requests"] == 2 * rows
     assert deployment["autoscaling_config"]["target_ongoing_requests"] == rows
     variables = deployment["ray_actor_options"]["runtime_env"]["env_vars"]

@@ -23,7 +23,7 @@ from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.runner import RunningSequence
 from batching.padded import PaddedEngine
 from batching.stream import Row
-from batching.types import Request
+from batching.types import DEFAULT_ROWS, Request
 from batching.worker import BatchSteps, NewTokens
 from server.settings import Settings
 from tests.batching.conftest import loose_row, request
@@ -342,6 +342,11 @@ def test_it_says_why_it_cannot_run_a_model(model: Callable[[], PreTrainedModel],
     found = unsupported(model())
     assert (found is None) == (reason is None)
     assert (reason or "") in (found or "")
+
+
+def test_it_runs_as_many_rows_as_asked_for_or_as_suit_the_device() -> None:
+    assert PackedEngine(tiny_model(), num_slots=3, token_budget=500).info.max_rows == 3
+    assert PackedEngine(tiny_model(), token_budget=500).info.max_rows == DEFAULT_ROWS
 
 
 def test_there_must_be_room_for_a_kv_cache() -> None:
