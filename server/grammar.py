@@ -17,15 +17,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from server.errors import ApiError, bad_request
-from server.schema_check import Schema, check, check_size, inline, parameters_of, refused
+from server.grammar_source import Part, PartError, Plan, matcher_of, write
+from server.schema_check import SchemaError, bound
+from server.schema_walk import Schema
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,9 +39,6 @@ THREADS = 2
 STACK = 128 * 2**20
 """Bytes of stack for a compiling thread, which take memory only where used. A chain of references recurses in native
 code: 2,000 of them overflow the usual 8 MiB, which would end the process."""
-
-LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
-"""llguidance's own limits on what one row may take: about 7 ms a step and 100 MB."""
 
 
 class TokenMatcher:
@@ -82,16 +80,6 @@ class TokenGrammar:
         return TokenMatcher(self._matcher.deep_copy(), self._tokens.vocab_size, self._tokens.eos_tokens)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to compile. `source` is the whole grammar and the key to the cache; `schemas` are the ones inside it."""
-
-    source: str
-    schemas: tuple[Schema, ...]
-    strict: bool
-    param: str
-
-
 class Grammars:
     """Compiles for one tokenizer. Its construction takes seconds of CPU for a large vocabulary: once, at the start."""
 
@@ -118,22 +106,14 @@ class Grammars:
         """How many compiled grammars are kept."""
         return len(self._cache)
 
-    async def json_object(self, *, thinking: bool = False) -> TokenGrammar:
-        """Any JSON object. `thinking`: the answer starts with the model's thoughts, which are free."""
-        return await self.json_schema({"type": "object"}, strict=True, thinking=thinking)
-
-    async def json_schema(
-        self, schema: Schema, *, strict: bool, thinking: bool = False, param: str = "response_format"
-    ) -> TokenGrammar:
+    async def json(self, form: Part, *, thinking: bool = False) -> TokenGrammar:
         """The values of a schema, of drafts up to 2020-12. Raises `ApiError` 400 that names what is wrong with it.
 
         A strict schema may only use what can be enforced. In another one, keywords and formats that cannot are left
-        to the model, and `oneOf` is read as `anyOf`.
+        to the model, and `oneOf` is read as `anyOf`. `thinking`: the answer starts with the model's thoughts, which
+        are free.
         """
-        body = inline(schema, strict, param)
-        check_size(len(body), param)
-        source = f"start: {self._thoughts(thinking)} json\njson: {body}\n"
-        return await self.compile(Plan(source, (schema,), strict, param))
+        return await self.compile(Plan((f"start: {self._thoughts(thinking)} a0",), (form,)))
 
     async def tool_calls(
         self,
@@ -142,28 +122,28 @@ class Grammars:
         *,
         named: str | None = None,
         parallel: bool = True,
+        otherwise: Part | None = None,
         thinking: bool = False,
         param: str = "tools",
     ) -> TokenGrammar:
         """One or more calls of `tools` (name, schema of the parameters), line by line; one if not `parallel`.
 
-        With `named`, exactly one call, of that function. A tool without parameters takes an empty object. Schemas are
-        read as ones that are not strict. `around` tells what the model writes before and after a function's arguments
-        (`ToolFormat.around`). Raises `ApiError` 400.
+        With `named`, exactly one call, of that function. With `otherwise`, calls or a value of that schema. A tool
+        without parameters takes an empty object. Schemas are read as ones that are not strict. `around` tells what the
+        model writes before and after a function's arguments (`ToolFormat.around`). Raises `ApiError` 400.
         """
-        offered = [(name, parameters_of(schema, param)) for name, schema in tools if named in (None, name)]
+        offered = [(name, schema) for name, schema in tools if named in (None, name)]
         if not offered:
             raise bad_request("There is no function of the name that tool_choice asks for.", "tool_choice")
-        bodies = [inline(schema, strict=False, param=param) for _, schema in offered]
-        check_size(sum(map(len, bodies)), param)
         more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
-        lines = [f"start: {self._thoughts(thinking)} call{more}"]
-        lines.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
-        for n, ((name, _), body) in enumerate(zip(offered, bodies, strict=True)):
+        form = f" | a{len(offered)}" if otherwise else ""
+        rules = [f"start: {self._thoughts(thinking)} (call{more}{form})"]
+        rules.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
+        for n, (name, _) in enumerate(offered):
             before, after = map(self._literal, around(name))
-            lines += [f"f{n}: {before} a{n} {after}", f"a{n}: {body}"]
-        source = "\n".join(lines) + "\n"
-        return await self.compile(Plan(source, tuple(schema for _, schema in offered), strict=False, param=param))
+            rules.append(f"f{n}: {before} a{n} {after}")
+        parts = [Part(_parameters(schema, param), strict=False, param=param) for _, schema in offered]
+        return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))))
 
     def _literal(self, text: str) -> str:
         """Text as a part of a grammar, with the tokenizer's own tokens where it holds one."""
@@ -184,25 +164,27 @@ class Grammars:
 
         Raises `ApiError`: 400 for what cannot be compiled in the time limit or at all, 503 if the threads are taken.
         """
-        if (grammar := self._known(plan)) is not None:
+        _check_size(plan)
+        key = plan.key
+        if (grammar := self._known(key)) is not None:
             return grammar
         try:
             async with asyncio.timeout(self._time_limit):
                 await self._slots.acquire()
         except TimeoutError:
             raise _busy() from None
-        if (grammar := self._known(plan)) is not None:  # another request asked for the same
+        if (grammar := self._known(key)) is not None:  # another request asked for the same
             self._slots.release()
             return grammar
-        return await self._wait_for(self._start(plan), plan)
+        return await self._wait_for(self._start(plan, key), plan)
 
-    def _known(self, plan: Plan) -> TokenGrammar | None:
-        grammar = self._cache.get(plan.source)
+    def _known(self, key: str) -> TokenGrammar | None:
+        grammar = self._cache.get(key)
         if grammar is not None:
-            self._cache.move_to_end(plan.source)
+            self._cache.move_to_end(key)
         return grammar
 
-    def _start(self, plan: Plan) -> asyncio.Future[TokenGrammar]:
+    def _start(self, plan: Plan, key: str) -> asyncio.Future[TokenGrammar]:
         """A new thread's answer. Its slot is free again when it ends, whether anybody still waits or not."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[TokenGrammar] = loop.create_future()
@@ -213,7 +195,7 @@ class Grammars:
             except BaseException as error:
                 done = partial(self._fail, error, answer)
             else:
-                done = partial(self._keep, plan, grammar, answer)
+                done = partial(self._keep, key, grammar, answer)
             with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
                 loop.call_soon_threadsafe(done)
 
@@ -228,11 +210,11 @@ class Grammars:
             threading.stack_size(usual)
         return answer
 
-    def _keep(self, plan: Plan, grammar: TokenGrammar, answer: asyncio.Future[TokenGrammar]) -> None:
+    def _keep(self, key: str, grammar: TokenGrammar, answer: asyncio.Future[TokenGrammar]) -> None:
         self._slots.release()
-        if plan.source not in self._cache:
-            self._bytes += len(plan.source)
-        self._cache[plan.source] = grammar
+        if key not in self._cache:
+            self._bytes += len(key)
+        self._cache[key] = grammar
         while len(self._cache) > self._cached or (self._bytes > self._cached_bytes and len(self._cache) > 1):
             source, _ = self._cache.popitem(last=False)
             self._bytes -= len(source)
@@ -249,53 +231,43 @@ class Grammars:
             async with asyncio.timeout(self._time_limit):
                 return await answer
         except TimeoutError:
-            raise refused("The schema takes too long to compile; make it simpler.", plan.param) from None
+            raise _refused("The schema takes too long to compile; make it simpler.", plan.parts[0].param) from None
 
 
 def build(plan: Plan, tokens: LLTokenizer) -> TokenGrammar:
     """Check and compile, on a helper thread. Raises `ApiError` 400."""
-    for schema in plan.schemas:
-        check(schema, plan.strict, plan.param)
-    matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(plan.source), log_level=0, limits=LIMITS)
-    grammar = TokenGrammar(matcher, tokens)
-    if not matcher.is_error():
-        # The first step finds what compiling does not; and the matcher keeps what it has computed for all its copies.
-        matcher.compute_bitmask()
-    if matcher.is_error():
-        raise refused(_explained(matcher.get_error()), plan.param)
-    return grammar
+    try:
+        return TokenGrammar(matcher_of(write(plan, tokens), tokens), tokens)
+    except PartError as error:
+        raise _refused(str(error), error.param) from None
+
+
+def _parameters(schema: Schema | None, param: str) -> Schema:
+    """The schema of a tool's arguments, which are an object whatever it says."""
+    if schema is None:
+        return {"type": "object", "properties": {}}
+    if schema.get("type", "object") != "object":
+        raise _refused("The parameters of a function must be of type object.", param)
+    return {"type": "object"} | schema
+
+
+def _check_size(plan: Plan) -> None:
+    try:
+        bound(*(part.schema for part in plan.parts))
+    except SchemaError as error:
+        raise _refused(str(error), plan.parts[-1].param) from None
 
 
 # Errors. None repeats what was sent but for names of keywords and formats.
 
 
+def _refused(sentence: str, param: str) -> ApiError:
+    return bad_request(sentence, param, "unsupported_schema")
+
+
 def _busy() -> ApiError:
     message = "Other schemas are being compiled; try again in a few seconds."
     return ApiError(503, message, "server_error", "compiler_busy", headers={"retry-after": "5"})
-
-
-REASONS = {
-    r"Unimplemented keys: \[([\w\", $]+)\]": "The schema uses keywords that cannot be enforced: {}.",
-    r"Unknown format: ([\w-]{1,30})\b": "The schema uses the format {}, which cannot be enforced.",
-    r"Unknown format": "The schema uses a format that cannot be enforced.",
-    r"look-around": "A pattern in the schema looks ahead or behind, which cannot be enforced.",
-    r"regex parse error|failed to compile regex|invalid regex": "A pattern in the schema is not a regular expression.",
-    r"oneOf constraints": "The schema uses oneOf with alternatives that may overlap; use anyOf.",
-    r"min/maxProperties": "The schema uses minProperties or maxProperties in a way that cannot be enforced.",
-    r"not disjoint": "The schema uses patternProperties that may overlap.",
-    r"Unsatisfiable|NoExtension": "No value could satisfy the schema.",
-    r"circular references": "The schema refers to itself beside other keywords, which cannot be enforced.",
-    r"registry|Pointer|Unresolvable|Anchor": "A $ref in the schema points to nothing inside it.",
-    r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine": "The schema is too complex to compile.",
-}
-"""llguidance's words for what is wrong, and ours."""
-
-
-def _explained(error: str) -> str:
-    for pattern, sentence in REASONS.items():
-        if found := re.search(pattern, error):
-            return sentence.format(*(group.replace('"', "") for group in found.groups() if group))
-    return "The schema is not a valid JSON Schema."
 
 
 def _first_line(error: str) -> str:

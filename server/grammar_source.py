@@ -1,0 +1,191 @@
+"""What llguidance compiles, made of rules and the schemas that clients sent.
+
+Takes as long as the schemas make it take: see `grammar_process`, where it is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.schema_check import MALFORMED, SchemaError
+from server.schema_rewrite import inline, rewrite, without
+from server.schema_walk import Schema
+
+LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
+"""llguidance's own limits on what one row may take: about 7 ms a step and 100 MB."""
+
+MAX_SOURCE = 2**22  # characters
+STEPS = 32  # that are tried, with the first token that may come; enough to get to a tool's arguments
+
+
+@dataclass(frozen=True)
+class Part:
+    """A schema inside a grammar. `param` is the field that it came in."""
+
+    schema: Schema
+    strict: bool
+    param: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compile: rules, a line each, which call the parts `a0`, `a1` and so on."""
+
+    rules: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def key(self) -> str:
+        """The same for plans of the same grammar."""
+        return json.dumps([self.rules, [(part.schema, part.strict) for part in self.parts]], separators=(",", ":"))
+
+
+class PartError(SchemaError):
+    """What is wrong with a part of a grammar, as a sentence, and the field that it came in."""
+
+    def __init__(self, sentence: str, param: str) -> None:
+        super().__init__(sentence)
+        self.param = param
+
+
+def write(plan: Plan, tokens: LLTokenizer) -> str:
+    """The plan's grammar, which compiles. Raises `PartError`.
+
+    What the compiler turns out not to know is left out of schemas that are not strict.
+    """
+    schemas = [_rewritten(part) for part in plan.parts]
+    while True:
+        source = _assembled(plan, schemas)
+        if not (error := _first_error(source, tokens)):
+            return source
+        n = _part_at_fault(error, plan)
+        part, reason = plan.parts[n], _reason(error)
+        less = schemas[n] if part.strict else reason.leave_out(schemas[n], error)
+        if less == schemas[n]:
+            raise PartError(reason.told(error), part.param)
+        schemas[n] = less
+
+
+def matcher_of(source: str, tokens: LLTokenizer) -> LLMatcher:
+    """A matcher at the grammar's beginning, or in error. It keeps what it has computed for all its copies."""
+    matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(source), log_level=0, limits=LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # the first step finds what compiling does not
+    return matcher
+
+
+def _first_error(source: str, tokens: LLTokenizer) -> str:
+    """The compiler's, or that of one of the first steps."""
+    matcher = matcher_of(source, tokens)
+    for _ in range(STEPS):
+        mask = 0 if matcher.is_error() or matcher.is_stopped() else int.from_bytes(matcher.compute_bitmask(), "little")
+        if not mask:
+            break
+        matcher.consume_token((mask & -mask).bit_length() - 1)
+    return matcher.get_error()
+
+
+def _rewritten(part: Part) -> Schema:
+    try:
+        return rewrite(part.schema, part.strict)
+    except SchemaError as error:
+        raise PartError(str(error), part.param) from None
+
+
+def _assembled(plan: Plan, schemas: Sequence[Schema]) -> str:
+    bodies = [f"a{n}: {inline(schema, plan.parts[n].strict)}" for n, schema in enumerate(schemas)]
+    source = "\n".join([*plan.rules, *bodies, ""])
+    if len(source) > MAX_SOURCE:
+        raise PartError(TOO_COMPLEX, plan.parts[0].param)
+    return source
+
+
+def _part_at_fault(error: str, plan: Plan) -> int:
+    """By the number of the line that the error names, if it names one."""
+    line = re.match(r"at (\d+)\(", error)
+    n = int(line[1]) - len(plan.rules) - 1 if line else 0
+    return n if 0 <= n < len(plan.parts) else 0
+
+
+# What llguidance says, and what is made of it. No sentence repeats what was sent but for names of keywords and formats.
+
+TOO_COMPLEX = "The schema is too complex to compile."
+
+
+class Reason(NamedTuple):
+    """An error by words in it, a sentence for the client, and the keywords that it is about, where they are known."""
+
+    words: str
+    sentence: str
+    keywords: tuple[str, ...] = ()
+
+    def told(self, error: str) -> str:
+        found = re.search(self.words, error)
+        groups = found.groups() if found else ()
+        return self.sentence.format(*(group.replace('"', "") for group in groups if group))
+
+    def leave_out(self, schema: Schema, error: str) -> Schema:
+        """The schema without what is at fault; without all such keywords if each is right by itself."""
+        less = schema
+        for keyword in self.keywords:
+            less = without(less, keyword, partial(_is_right, keyword, error))
+        if less == schema:
+            for keyword in self.keywords:
+                less = without(less, keyword, lambda value: False)
+        return less
+
+
+def _is_right(keyword: str, error: str, value: Any) -> bool:
+    match keyword:
+        case "pattern":
+            return _compiles(value)
+        case "patternProperties":
+            return all(map(_compiles, value))
+        case "$ref":
+            circle = re.search(CIRCLE, error)
+            return value.startswith("#") and not (circle and circle[1].endswith(value))
+        case _:
+            return False
+
+
+def _compiles(pattern: str) -> bool:
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern}))
+
+
+ORDER = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+PATTERNS = ("pattern", "patternProperties")
+CIRCLE = r"circular references[^:]*: (\S+)"
+REASONS = (
+    Reason(r"Unimplemented keys: \[([\w\", $]+)\]", "The schema uses keywords that cannot be enforced: {}."),
+    Reason(r"Unknown format: ([\w-]{1,30})\b", "The schema uses the format {}, which cannot be enforced."),
+    Reason(r"Unknown format", "The schema uses a format that cannot be enforced."),
+    Reason(r"look-?around", "A pattern in the schema looks ahead or behind, which cannot be enforced.", PATTERNS),
+    Reason(
+        r"regex parse error|failed to compile regex|invalid regex",
+        "A pattern in the schema is not a regular expression.",
+        PATTERNS,
+    ),
+    Reason(r"oneOf constraints", "The schema uses oneOf with alternatives that may overlap; use anyOf."),
+    Reason(r"min/maxProperties", "The schema uses minProperties or maxProperties in a way that cannot be enforced."),
+    Reason(r"disjoint", "The schema uses patternProperties that may overlap.", ("patternProperties",)),
+    Reason(r"Unsatisfiable|NoExtension", "No value could satisfy the schema."),
+    Reason(CIRCLE, "The schema refers to itself beside other keywords, which cannot be enforced.", ("$ref",)),
+    Reason(r"registry|Pointer|Unresolvable|Anchor", "A $ref in the schema points to nothing inside it.", ("$ref",)),
+    Reason(r"URI reference", MALFORMED, ("$id", "$ref")),
+    Reason(r"multipleOf", "The schema uses multipleOf with numbers that are too large.", ("multipleOf",)),
+    Reason(r"range:", MALFORMED, ORDER),
+    Reason(r"if regex is empty", TOO_COMPLEX, ("pattern",)),
+    Reason(r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is", TOO_COMPLEX),
+    Reason(r"", MALFORMED),
+)
+
+
+def _reason(error: str) -> Reason:
+    return next(reason for reason in REASONS if re.search(reason.words, error))
