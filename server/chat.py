@@ -60,7 +60,7 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
     """
     thinks = service.settings.thinking if chat.thinks is None else chat.thinks
     prompt, thinking = await to_thread.run_sync(partial(encode, service.text, chat, thinks), limiter=service.encoders)
-    grammar = await grammar_of(service, chat, thinking=thinks)
+    grammar = await grammar_of(service, chat, thinking=thinks, client=caller.name)
     room = service.room_for_output(len(prompt), "messages")
     forced = end_of_thought(service.text, chat) if thinks else None
     requests = [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from batching.types import Grammar
 
 
-async def grammar_of(service: Service, chat: ChatRequest, *, thinking: bool) -> Grammar | None:
+async def grammar_of(service: Service, chat: ChatRequest, *, thinking: bool, client: str = "") -> Grammar | None:
     """The grammar of the answer, after its thoughts if the model is `thinking`; None if it is free.
 
     A call that is demanded is what the answer is. Where calls are only offered, the answer is calls or of the format.
@@ -32,8 +32,9 @@ async def grammar_of(service: Service, chat: ChatRequest, *, thinking: bool) -> 
             parallel=chat.parallel_tool_calls is not False,
             otherwise=form,
             thinking=thinking,
+            client=client,
         )
-    return await service.grammars.json(form, thinking=thinking) if form else None
+    return await service.grammars.json(form, thinking=thinking, client=client) if form else None
 
 
 def form_of(wanted: ResponseFormat | None) -> Part | None:

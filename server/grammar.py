@@ -1,8 +1,8 @@
 """What a request's answer must look like, compiled for the served tokenizer: JSON, a JSON Schema, or tool calls.
 
-Compiling is done by llguidance on a helper thread, at most two at a time, within limits that are checked before and a
-time limit; compiled grammars are kept in a bounded cache. `Grammars` belongs to the event loop, and a compiled grammar
-to any thread.
+What a client sent is first tried in another process, which can be killed, and compiled here once it is known to take
+little, for each request anew. Clients have their turns at both. What is known is remembered within bounds. `Grammars`
+belongs to the event loop, and a compiled grammar to any thread.
 
 Objects have their properties in the schema's order, and the only white space is one optional blank after a comma and
 after a colon, so that a weak model cannot go on with white space for ever.
@@ -12,72 +12,43 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import re
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 
 from server.errors import ApiError, bad_request
-from server.grammar_source import Part, PartError, Plan, matcher_of, write
+from server.fair_slots import FairSlots, Full
+from server.grammar_process import STACK
+from server.grammar_sandbox import Sandbox, Unavailable, Written
+from server.grammar_source import Part, PartError, Plan, assembled
 from server.schema_check import SchemaError, bound
 from server.schema_walk import Schema
+from server.token_grammar import TokenGrammar
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
 
 MAX_CALLS = 16  # in one answer
-
-THREADS = 2
-STACK = 128 * 2**20
-"""Bytes of stack for a compiling thread, which take memory only where used. A chain of references recurses in native
-code: 2,000 of them overflow the usual 8 MiB, which would end the process."""
-
-
-class TokenMatcher:
-    """`batching.types.Matcher` over llguidance."""
-
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: Sequence[int]) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._words = -(-vocab_size // 32)
-        self._eos = eos
-
-    def fill(self, allowed: NDArray[np.int32]) -> bool:
-        """See `Matcher`. Tokens that only the tokenizer or only the model has are never allowed."""
-        fits = len(allowed) >= self._words
-        mask = allowed[: self._words] if fits else np.zeros(self._words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise ValueError(_first_line(self._matcher.get_error()))
-        for token in self._eos:  # the library's way to say that the text may end; the caller has its own
-            mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
-        if not fits:
-            allowed[:] = mask[: len(allowed)]
-        return self._matcher.is_accepting()
-
-    def advance(self, token: int) -> None:
-        """See `Matcher`."""
-        if token >= self._vocab_size or not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} may not come here")
-
-
-class TokenGrammar:
-    """`batching.types.Grammar` over llguidance. The matcher it holds stays at its beginning."""
-
-    def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
-        self._matcher = matcher
-        self._tokens = tokens
-
-    def matcher(self) -> TokenMatcher:
-        return TokenMatcher(self._matcher.deep_copy(), self._tokens.vocab_size, self._tokens.eos_tokens)
+SLOTS = 2  # grammars that are tried at once, and that are compiled at once, each for another client
+MAX_TRIALS = 64  # of one client that wait; they take 20 ms each, or a second
+MAX_WAITING = 1024  # known grammars of one client that wait to be compiled; they take a millisecond or two each
+HELD_BYTES = 2**30  # of memory in grammars of requests that wait or run
+SHARE = 0.5  # of that for one client
+NO_ARGUMENTS: Schema = {"type": "object", "properties": {}}
+HARMLESS: tuple[Schema, ...] = ({"type": "object"}, NO_ARGUMENTS)
+"""Schemas that need not be tried."""
 
 
 class Grammars:
@@ -87,33 +58,37 @@ class Grammars:
         self,
         tokenizer: PreTrainedTokenizerFast,
         *,
-        time_limit: float = 5.0,
-        cached: int = 128,
-        cached_bytes: int = 2**21,
+        time_limit: float = 10.0,
+        known_bytes: int = 2**24,
+        held_bytes: int = HELD_BYTES,
     ) -> None:
+        """`time_limit`: seconds that a request waits for its client's turn."""
         # As llguidance.hf does, which copies the tokenizer first: a third of the time, and only to switch off what
         # `Text` has switched off.
-        self._tokens = LLTokenizer(tokenizer.backend_tokenizer.to_str(), eos_token=tokenizer.eos_token_id)
+        source = tokenizer.backend_tokenizer.to_str()
+        self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
         self._added = tokenizer.get_added_vocab()
         self._time_limit = time_limit
-        self._slots = asyncio.Semaphore(THREADS)
-        self._cache: OrderedDict[str, TokenGrammar] = OrderedDict()
-        self._cached = cached
-        self._cached_bytes = cached_bytes
-        self._bytes = 0
+        self._sandbox = Sandbox(source, tokenizer.eos_token_id)
+        self._trials = FairSlots(SLOTS, MAX_TRIALS)
+        self._compilers = FairSlots(SLOTS, MAX_WAITING)
+        self._trying: dict[tuple[str, str], asyncio.Task[Written]] = {}
+        self._known = Known(known_bytes)
+        self._held_bytes = held_bytes
+        self._held: WeakKeyDictionary[TokenGrammar, tuple[str, int]] = WeakKeyDictionary()
 
-    def __len__(self) -> int:
-        """How many compiled grammars are kept."""
-        return len(self._cache)
+    def warm(self) -> None:
+        """Start what the first schema would otherwise wait for. Returns at once; any thread."""
+        threading.Thread(target=self._sandbox.start, name="grammar-sandbox", daemon=True).start()
 
-    async def json(self, form: Part, *, thinking: bool = False) -> TokenGrammar:
+    async def json(self, form: Part, *, thinking: bool = False, client: str = "") -> TokenGrammar:
         """The values of a schema, of drafts up to 2020-12. Raises `ApiError` 400 that names what is wrong with it.
 
         A strict schema may only use what can be enforced. In another one, keywords and formats that cannot are left
         to the model, and `oneOf` is read as `anyOf`. `thinking`: the answer starts with the model's thoughts, which
-        are free.
+        are free. `client`: whose turn it takes to compile it.
         """
-        return await self.compile(Plan((f"start: {self._thoughts(thinking)} a0",), (form,)))
+        return await self.compile(Plan((f"start: {self._thoughts(thinking)} a0",), (form,)), client)
 
     async def tool_calls(
         self,
@@ -124,6 +99,7 @@ class Grammars:
         parallel: bool = True,
         otherwise: Part | None = None,
         thinking: bool = False,
+        client: str = "",
         param: str = "tools",
     ) -> TokenGrammar:
         """One or more calls of `tools` (name, schema of the parameters), line by line; one if not `parallel`.
@@ -143,7 +119,7 @@ class Grammars:
             before, after = map(self._literal, around(name))
             rules.append(f"f{n}: {before} a{n} {after}")
         parts = [Part(_parameters(schema, param), strict=False, param=param) for _, schema in offered]
-        return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))))
+        return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))), client)
 
     def _literal(self, text: str) -> str:
         """Text as a part of a grammar, with the tokenizer's own tokens where it holds one."""
@@ -157,105 +133,138 @@ class Grammars:
             return ""
         return f"{self._literal('<think>')} /(.|\\n)*/ {self._literal('</think>')} {self._literal(chr(10) * 2)}"
 
-    # The cache and the threads
+    # From a plan to a compiled grammar
 
-    async def compile(self, plan: Plan) -> TokenGrammar:
-        """The plan's grammar, from the cache if it is there.
+    async def compile(self, plan: Plan, client: str = "") -> TokenGrammar:
+        """The plan's grammar.
 
-        Raises `ApiError`: 400 for what cannot be compiled in the time limit or at all, 503 if the threads are taken.
+        Raises `ApiError`: 400 for what cannot be compiled within the limits or at all, 503 if it cannot be told now.
         """
-        _check_size(plan)
-        key = plan.key
-        if (grammar := self._known(key)) is not None:
-            return grammar
-        try:
-            async with asyncio.timeout(self._time_limit):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise _busy() from None
-        if (grammar := self._known(key)) is not None:  # another request asked for the same
-            self._slots.release()
-            return grammar
-        return await self._wait_for(self._start(plan, key), plan)
-
-    def _known(self, key: str) -> TokenGrammar | None:
-        grammar = self._cache.get(key)
-        if grammar is not None:
-            self._cache.move_to_end(key)
+        key = await asyncio.to_thread(_checked, plan)
+        written = self._known.get(key) or await self._tried(plan, key, client)
+        async with self._turn(self._compilers, client):
+            self._check_room(client, written.memory)
+            grammar = await on_a_thread(partial(TokenGrammar, written.source, self._tokens))
+            self._held[grammar] = client, written.memory
         return grammar
 
-    def _start(self, plan: Plan, key: str) -> asyncio.Future[TokenGrammar]:
-        """A new thread's answer. Its slot is free again when it ends, whether anybody still waits or not."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[TokenGrammar] = loop.create_future()
+    async def _tried(self, plan: Plan, key: str, client: str) -> Written:
+        """What trying the plan came to: once, however many requests of the client wait for it."""
+        task = self._trying.get((client, key))
+        if task is None:
+            # A task of its own, because whoever asked first may leave.
+            task = asyncio.create_task(self._try(plan, key, client))
+            self._trying[client, key] = task
+            task.add_done_callback(partial(self._told, (client, key)))
+        return await asyncio.shield(task)
 
-        def work() -> None:
-            try:
-                grammar = build(plan, self._tokens)
-            except BaseException as error:
-                done = partial(self._fail, error, answer)
-            else:
-                done = partial(self._keep, key, grammar, answer)
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-                loop.call_soon_threadsafe(done)
+    def _told(self, place: tuple[str, str], task: asyncio.Task[Written]) -> None:
+        del self._trying[place]
+        if not task.cancelled():
+            task.exception()  # which those know who still wait
 
-        usual = threading.stack_size(STACK)
+    async def _try(self, plan: Plan, key: str, client: str) -> Written:
+        if all(part.schema in HARMLESS for part in plan.parts):
+            written = Written(assembled(plan, [part.schema for part in plan.parts]), memory=0)
+        else:
+            async with self._turn(self._trials, client):
+                try:
+                    # Another client may have asked for the same meanwhile.
+                    written = self._known.get(key) or await self._sandbox.write(plan)
+                except PartError as error:
+                    raise _refused(str(error), error.param) from None
+                except Unavailable:
+                    logger.exception("no grammar can be tried")
+                    raise _busy() from None
+        self._known.add(key, written)
+        return written
+
+    @asynccontextmanager
+    async def _turn(self, slots: FairSlots, client: str) -> AsyncIterator[None]:
         try:
-            # A daemon, so that a compilation in hand cannot keep the process from ending.
-            threading.Thread(target=work, name="grammar-compiler", daemon=True).start()
-        except BaseException:
-            self._slots.release()
-            raise
-        finally:
-            threading.stack_size(usual)
-        return answer
+            async with asyncio.timeout(self._time_limit) as waiting, slots.of(client):
+                waiting.reschedule(None)
+                yield
+        except (TimeoutError, Full):
+            raise _busy() from None
 
-    def _keep(self, key: str, grammar: TokenGrammar, answer: asyncio.Future[TokenGrammar]) -> None:
-        self._slots.release()
-        if key not in self._cache:
-            self._bytes += len(key)
-        self._cache[key] = grammar
-        while len(self._cache) > self._cached or (self._bytes > self._cached_bytes and len(self._cache) > 1):
-            source, _ = self._cache.popitem(last=False)
-            self._bytes -= len(source)
+    def _check_room(self, client: str, memory: int) -> None:
+        """Grammars that take much are not compiled for more requests than there is memory for."""
+        held = list(self._held.values())
+        mine = sum(size for name, size in held if name == client)
+        everyones = sum(size for _, size in held)
+        if memory and (mine + memory > SHARE * self._held_bytes or everyones + memory > self._held_bytes):
+            raise _busy()
+
+
+class Known:
+    """Grammars that were tried, by their plans' keys; the latest asked for, within so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._kept: OrderedDict[str, Written] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: str) -> Written | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def add(self, key: str, written: Written) -> None:
+        if key not in self._kept:
+            self._kept[key] = written
+            self._bytes += len(key) + len(written.source)
+        while self._bytes > self._most:
+            key, written = self._kept.popitem(last=False)
+            self._bytes -= len(key) + len(written.source)
+
+
+async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
+    """The result of work on a thread with a deep stack, a daemon, which cannot keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[TokenGrammar] = loop.create_future()
+
+    def settle(set_it: Callable[[], None]) -> None:
         if not answer.done():
-            answer.set_result(grammar)
+            set_it()
 
-    def _fail(self, error: BaseException, answer: asyncio.Future[TokenGrammar]) -> None:
-        self._slots.release()
-        if not answer.done():
-            answer.set_exception(error)
-
-    async def _wait_for(self, answer: asyncio.Future[TokenGrammar], plan: Plan) -> TokenGrammar:
+    def run() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # answers come first
         try:
-            async with asyncio.timeout(self._time_limit):
-                return await answer
-        except TimeoutError:
-            raise _refused("The schema takes too long to compile; make it simpler.", plan.parts[0].param) from None
+            done = partial(answer.set_result, work())
+        except BaseException as error:
+            done = partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(settle, done)
 
-
-def build(plan: Plan, tokens: LLTokenizer) -> TokenGrammar:
-    """Check and compile, on a helper thread. Raises `ApiError` 400."""
+    usual = threading.stack_size(STACK)
     try:
-        return TokenGrammar(matcher_of(write(plan, tokens), tokens), tokens)
-    except PartError as error:
-        raise _refused(str(error), error.param) from None
+        threading.Thread(target=run, name="grammar-compiler", daemon=True).start()
+    finally:
+        threading.stack_size(usual)
+    return await answer
 
 
 def _parameters(schema: Schema | None, param: str) -> Schema:
     """The schema of a tool's arguments, which are an object whatever it says."""
     if schema is None:
-        return {"type": "object", "properties": {}}
+        return NO_ARGUMENTS
     if schema.get("type", "object") != "object":
         raise _refused("The parameters of a function must be of type object.", param)
     return {"type": "object"} | schema
 
 
-def _check_size(plan: Plan) -> None:
+def _checked(plan: Plan) -> str:
+    """The key of a plan that is not too large, in up to 15 ms. Raises `ApiError` 400."""
     try:
         bound(*(part.schema for part in plan.parts))
     except SchemaError as error:
         raise _refused(str(error), plan.parts[-1].param) from None
+    return plan.key
 
 
 # Errors. None repeats what was sent but for names of keywords and formats.
@@ -268,7 +277,3 @@ def _refused(sentence: str, param: str) -> ApiError:
 def _busy() -> ApiError:
     message = "Other schemas are being compiled; try again in a few seconds."
     return ApiError(503, message, "server_error", "compiler_busy", headers={"retry-after": "5"})
-
-
-def _first_line(error: str) -> str:
-    return (error.splitlines() or ["unknown"])[0][:200]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -19,10 +20,10 @@ from server.schema_rewrite import inline, rewrite, without
 from server.schema_walk import Schema
 
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
-"""llguidance's own limits on what one row may take: about 7 ms a step and 100 MB."""
+"""llguidance's own limits: about 7 ms of a row's step, and 12 MB for the rows of a grammar."""
 
 MAX_SOURCE = 2**22  # characters
-STEPS = 32  # that are tried, with the first token that may come; enough to get to a tool's arguments
+STEPS = 64  # that are tried; enough to get into a tool's arguments
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def write(plan: Plan, tokens: LLTokenizer) -> str:
     """
     schemas = [_rewritten(part) for part in plan.parts]
     while True:
-        source = _assembled(plan, schemas)
+        source = assembled(plan, schemas)
         if not (error := _first_error(source, tokens)):
             return source
         n = _part_at_fault(error, plan)
@@ -82,14 +83,23 @@ def matcher_of(source: str, tokens: LLTokenizer) -> LLMatcher:
 
 
 def _first_error(source: str, tokens: LLTokenizer) -> str:
-    """The compiler's, or that of one of the first steps."""
-    matcher = matcher_of(source, tokens)
-    for _ in range(STEPS):
-        mask = 0 if matcher.is_error() or matcher.is_stopped() else int.from_bytes(matcher.compute_bitmask(), "little")
-        if not mask:
+    """The compiler's, or that of one of the first steps, taken at random but with an eye to the ends of strings."""
+    matcher, dice = matcher_of(source, tokens), Random(0)
+    quote = tokens.tokenize_str('"')[0]
+    for step in range(STEPS):
+        if matcher.is_error() or matcher.is_stopped():
             break
-        matcher.consume_token((mask & -mask).bit_length() - 1)
+        mask = matcher.compute_bitmask()
+        tries = [quote] * (step % 8 == 7) + dice.choices(range(tokens.vocab_size), k=100)
+        if (token := next((one for one in tries if mask[one >> 3] >> (one & 7) & 1), _lowest(mask))) is None:
+            break
+        matcher.consume_token(token)
     return matcher.get_error()
+
+
+def _lowest(mask: bytes) -> int | None:
+    """The first token that may come."""
+    return next((8 * n + (byte & -byte).bit_length() - 1 for n, byte in enumerate(mask) if byte), None)
 
 
 def _rewritten(part: Part) -> Schema:
@@ -99,7 +109,8 @@ def _rewritten(part: Part) -> Schema:
         raise PartError(str(error), part.param) from None
 
 
-def _assembled(plan: Plan, schemas: Sequence[Schema]) -> str:
+def assembled(plan: Plan, schemas: Sequence[Schema]) -> str:
+    """The grammar of a plan whose schemas were rewritten."""
     bodies = [f"a{n}: {inline(schema, plan.parts[n].strict)}" for n, schema in enumerate(schemas)]
     source = "\n".join([*plan.rules, *bodies, ""])
     if len(source) > MAX_SOURCE:
@@ -182,7 +193,7 @@ REASONS = (
     Reason(r"multipleOf", "The schema uses multipleOf with numbers that are too large.", ("multipleOf",)),
     Reason(r"range:", MALFORMED, ORDER),
     Reason(r"if regex is empty", TOO_COMPLEX, ("pattern",)),
-    Reason(r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is", TOO_COMPLEX),
+    Reason(r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is", TOO_COMPLEX, ("pattern",)),
     Reason(r"", MALFORMED),
 )
 

@@ -17,12 +17,12 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter
 
 from server.constrain import form_of, grammar_of
-from server.grammar import TokenGrammar
 from server.grammar_source import Part
 from server.schema import ChatRequest, ResponseFormat
 from server.schema_check import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, SchemaError, bound, written_out
 from server.schema_rewrite import closed, tidied
 from server.schema_walk import Schema
+from server.token_grammar import TokenGrammar
 from server.tools import ToolUse
 from tests.grammars import INT, TEXT, Kit, around, kit_of, many, record, refusal, run, strict, valid
 
