@@ -19,8 +19,8 @@ from server.schema_check import MALFORMED, SchemaError
 from server.schema_rewrite import inline, rewrite, without
 from server.schema_walk import Schema
 
-LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
-"""llguidance's own limits: about 7 ms of a row's step, and 12 MB for the rows of a grammar."""
+LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
+"""llguidance's own limits: about 4 ms of a row's step, and 12 MB for the rows of a grammar."""
 
 MAX_SOURCE = 2**22  # characters
 STEPS = 64  # that are tried; enough to get into a tool's arguments

@@ -26,6 +26,7 @@ from server.schema_check import SchemaError, bound
 from server.schema_rewrite import inline, rewrite
 from server.schema_walk import Schema
 from server.text import Detokenizer, StopScanner, Text
+from tests.fuzz.schemas import fuzz_pattern, fuzz_schema
 from tests.live import BYTES, END
 
 KINDS: tuple[type[RequestBody], ...] = (
@@ -261,4 +262,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "detokenize": fuzz_detokenize,
     "tools": fuzz_tools,
     "sse": fuzz_sse,
+    "schema": fuzz_schema,
+    "pattern": fuzz_pattern,
 }

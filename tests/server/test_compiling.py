@@ -1,6 +1,7 @@
 """Compiling what clients sent: within limits that are enforced, in turn, and without a trace in others' answers."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from server.constrain import ANY_OBJECT
 from server.errors import ApiError
 from server.grammar import MAX_TRIALS, Grammars
 from server.grammar_process import MEMORY, WALL_SECONDS
-from server.grammar_sandbox import Sandbox
+from server.grammar_sandbox import ROOT, Sandbox
 from server.grammar_source import Part, Plan
 from server.schema_walk import Schema
 from server.token_grammar import TokenMatcher
@@ -74,26 +75,30 @@ def children_of(pid: int) -> list[Any]:
 
 def test_an_endless_compilation_outlives_its_service_by_no_more_than_its_limit(demo: Kit, tmp_path: Path) -> None:
     """Nothing is left even where the process ends without a word, as by a kill."""
-    service = f"""
-import asyncio, os
-from server.grammar_sandbox import Sandbox
+    service = """
+import asyncio, json, os, sys
+from server.grammar_sandbox import ROOT, Sandbox
 from server.grammar_source import Part, Plan
-from tests.server.test_compiling import ENDLESS
 
 async def main():
-    sandbox = Sandbox(open({str(tmp_path / "tokenizer.json")!r}).read(), None)
-    trying = asyncio.create_task(sandbox.write(Plan(("start: a0",), (Part(ENDLESS, True, "x"),))))
-    while not trying.done():
+    sandbox = Sandbox(open("tokenizer.json").read(), None)
+    asyncio.create_task(sandbox.write(Plan(("start: a0",), (Part(json.loads(sys.argv[1]), True, "x"),))))
+    while sandbox._process is None:
         await asyncio.sleep(0.01)
-        if sandbox._process is not None:
-            print(sandbox._process.pid, flush=True)
-            await asyncio.to_thread(input)
-            os._exit(0)
+    print(sandbox._process.pid, flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    os._exit(0)
 
 asyncio.run(main())
 """
     (tmp_path / "tokenizer.json").write_text(demo.tokenizer.backend_tokenizer.to_str())
-    process = subprocess.Popen([sys.executable, "-c", service], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", service, json.dumps(ENDLESS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     with process:
