@@ -26,7 +26,8 @@ from batching.sampling import Sampler
 from batching.stream import Row
 from batching.types import Grammar, Request, Sampling, TokenLogprob
 from server.grammar import Grammars
-from server.schema_check import Schema
+from server.grammar_source import Part
+from server.schema_walk import Schema
 from server.settings import Settings
 
 VOCABULARY = 151_936  # Qwen3's logits; its tokenizer has 151,669 tokens
@@ -109,7 +110,7 @@ def compare(measure: Callable[[Sequence[Grammar | None]], float], grammar: Gramm
 def compiled(folder: str) -> Grammar:
     """The endless schema for a folder's tokenizer."""
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)  # type: ignore[assignment]
-    return asyncio.run(Grammars(tokenizer).json_schema(ENDLESS, strict=True))
+    return asyncio.run(Grammars(tokenizer).json(Part(ENDLESS, strict=True, param="")))
 
 
 def table(title: str, found: list[list[float]]) -> Table:

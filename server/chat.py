@@ -66,7 +66,7 @@ async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[
     """Template, tokens and limits: all that can be wrong with a request is found here, before the queue."""
     thinks = service.settings.thinking if chat.thinks is None else chat.thinks
     prompt = await service.encoders.run(partial(encode, service.text, chat, thinks), chat.size, caller)
-    grammar = await grammar_of(service, chat, prompt.names, prompt.thought)
+    grammar = await grammar_of(service, chat, prompt.names, prompt.thought, caller.name or caller.request_id)
     room = service.room_for_output(len(prompt.tokens), "messages")
     forced = end_of_thought(service.text, chat, prompt.thought)
     requests = [

@@ -41,9 +41,13 @@ UNSUPPORTED = (
 
 
 class JsonSchema(Body):
-    """`json_schema` of a response format. `strict` is what this service does in any case."""
+    """`json_schema` of a response format.
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    With `strict`, a schema that cannot be held to in every word is refused; else the rest is left to the model.
+    """
+
+    name: str | None = None
+    """What the schema is called, which means nothing here."""
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: Flag | None = None
@@ -52,11 +56,16 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    """The schema itself, of either type, as llama.cpp has it."""
 
     @model_validator(mode="after")
     def _schema_if_named(self) -> Self:
-        if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("the type json_schema needs a json_schema, and no other type has one")
+        schemas = [schema for schema in (self.json_schema, self.schema_) if schema is not None]
+        if self.type == "json_schema" and not schemas:
+            raise ValueError("the type json_schema needs a json_schema")
+        if len(schemas) > (self.type != "text") or (self.json_schema and self.type != "json_schema"):
+            raise ValueError("a json_schema belongs to the type json_schema, which has one")
         return self
 
 
@@ -395,7 +404,7 @@ def unsupported(name: str) -> ApiError:
 def explain(error: ValidationError) -> ApiError:
     """One sentence about the first thing that is wrong. Never repeats a value that was sent."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
     param = ".".join(map(str, first["loc"]))
     if not param:
         return bad_request(f"{message[:1].upper()}{message[1:]}.")

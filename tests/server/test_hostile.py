@@ -189,10 +189,14 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "a schema that refers to a file": (CHAT, of_schema({"$ref": "file:///etc/passwd"})),
     "a schema 1000 deep": (CHAT, chat_with("response_format", DEEP)),
     "a schema of a megabyte": (CHAT, of_schema({"enum": ["x" * 2**20]})),
+    "a schema that compiles for ever": (
+        CHAT,
+        of_schema({"allOf": [{"type": "string", "pattern": f"^.*x{n}.*$"} for n in range(39)]}),
+    ),
+    "a pattern of 32,000 brackets": (CHAT, of_schema({"type": "string", "pattern": "[^" + "[" * 32_000})),
+    "a constant of 100,000 characters": (CHAT, of_schema({"const": "x" * 100_000})),
     "a million counted repetitions": (CHAT, of_schema({"type": "string", "pattern": "((a{1000}){1000}){1000}"})),
     "a schema that is no object": (CHAT, of_schema("string")),
-    "a tool with a pattern that is no text": (CHAT, of_tool({"properties": {"x": {"type": "string", "pattern": 7}}})),
-    "a tool with a type that is none": (CHAT, of_tool({"properties": {"x": {"type": "stuff"}}})),
     "a tool 64 deep": (CHAT, of_tool(nested(64))),
     "a tool of a megabyte": (CHAT, of_tool({"description": "x" * 2**20})),
     "ten thousand tools": (
