@@ -32,7 +32,7 @@ SCORED = 3
 
 def prompt_logprob(token: int, top: int) -> PromptLogprob:
     """What a scripted engine says of a prompt's token: minus an eighth of its id, and of each after it one less."""
-    likeliest = tuple((token + n, -token / 8 - n) for n in range(top))
+    likeliest = tuple(((token + n) % 257, -token / 8 - n) for n in range(top))
     return PromptLogprob(token, -token / 8, likeliest, rank=1)
 
 
