@@ -24,7 +24,7 @@ from batching.engine import NO_LOGPROBS
 from batching.padded import PaddedEngine
 from batching.sampling import Sampler
 from batching.stream import Row
-from batching.types import Grammar, Request, Sampling, TokenLogprob
+from batching.types import Grammar, PromptLogprob, Request, Sampling, TokenLogprob
 from server.grammar import Grammars
 from server.grammar_source import Part
 from server.schema_walk import Schema
@@ -82,6 +82,9 @@ class Clock:
     ) -> list[bool]:
         self.at.append(time.perf_counter())
         return [len(self.at) >= row.request.sampling.max_tokens for row in rows]
+
+    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
+        return row.over
 
     def admit(self) -> list[Row]:
         return []

@@ -19,6 +19,7 @@ from batching.events import (
     BatchStarted,
     Event,
     Outcome,
+    PromptScored,
     QueueChanged,
     Rejected,
     RowEnded,
@@ -118,6 +119,7 @@ class Metrics:
         self._reused_tokens = counter(
             "reused_prompt_tokens", "Prompt tokens that had been computed for another request."
         )
+        self._scored_tokens = counter("scored_prompt_tokens", "Prompt tokens whose log probabilities were told.")
         self._output_tokens = counter("output_tokens", "Tokens generated.")
         self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
         self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
@@ -153,6 +155,9 @@ class Metrics:
                 self._output_tokens.inc(tokens)
                 self._running.set(running)
                 self._step_rows.observe(tokens)
+            case PromptScored(tokens=tokens, running=running):
+                self._scored_tokens.inc(tokens)
+                self._running.set(running)
             case QueueChanged(rows=rows, prompt_tokens=tokens):
                 self._queue_depth.set(rows)
                 self._queue_tokens.set(tokens)

@@ -5,6 +5,7 @@ It computes what the CUDA runner computes, one operation at a time.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -56,27 +57,37 @@ class CPURunner:
             for sequence, chunk in chunks
             for token in sequence.row.request.prompt[chunk.num_computed_tokens : chunk.seq_len]
         ]
-        complete = [sequence.remaining_prompt == chunk.num_tokens for sequence, chunk in chunks]
-        self._forward(ids, [chunk for _, chunk in chunks], complete)
+        ends = accumulate(chunk.num_tokens for _, chunk in chunks)
+        complete = [
+            end - 1
+            for end, (sequence, chunk) in zip(ends, chunks, strict=True)
+            if sequence.remaining_prompt == chunk.num_tokens
+        ]
+        self.logits = self._forward(ids, [chunk for _, chunk in chunks], complete)
+
+    def prompt_logits(self, sequence: RunningSequence, chunk: Chunk) -> Tensor:
+        ids = sequence.row.request.prompt[chunk.num_computed_tokens : chunk.seq_len]
+        return self._forward(ids, [chunk], range(chunk.num_tokens))
 
     def decode(self, sequences: Sequence[RunningSequence]) -> None:
         ids = [self._newest[sequence] for sequence in sequences]
-        self._forward(ids, [sequence.decode_chunk() for sequence in sequences], [True] * len(sequences))
+        self.logits = self._forward(ids, [sequence.decode_chunk() for sequence in sequences], range(len(sequences)))
 
-    def _forward(self, ids: list[int], chunks: list[Chunk], wants_logits: list[bool]) -> None:
+    def _forward(self, ids: Sequence[int], chunks: list[Chunk], wanted: Sequence[int]) -> Tensor:
+        """Logits of the tokens at the `wanted` places."""
         positions = torch.cat([torch.arange(chunk.num_computed_tokens, chunk.seq_len) for chunk in chunks])
         starts = torch.tensor([chunk.kv_start for chunk in chunks])
         counts = torch.tensor([chunk.num_tokens for chunk in chunks])
-        last = counts.cumsum(0) - 1
-        self.logits = self._model(
+        logits: Tensor = self._model(
             input_ids=torch.tensor([ids]),
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=last[torch.tensor(wants_logits)],
+            logits_to_keep=torch.tensor(wanted, dtype=torch.int64),
             attention_metadata=AttentionMetadata(
                 self._kv_cache, starts.repeat_interleave(counts) + positions, TorchAttention(chunks)
             ),
         ).logits[0]
+        return logits
 
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
         """Never: every token is known at once."""

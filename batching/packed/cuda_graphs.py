@@ -77,6 +77,24 @@ def prefill_sizes(prefill_chunk: int, max_prefill_tokens: int) -> list[int]:
     return sorted({*(size for size in sizes if size < max_prefill_tokens), prefill_chunk, max_prefill_tokens})
 
 
+def prefill_logits(
+    model: PreTrainedModel, kv_cache: Tensor, inputs: PrefillInputs, wanted: Tensor | None = None
+) -> Tensor:
+    """Logits [wanted, vocabulary] of the tokens at the `wanted` places; else of the `last_tokens`.
+
+    Tokens beyond the end of `cu_seqlens_q` have no effect.
+    """
+    attend = PrefillAttention(inputs.cu_seqlens_q.int(), inputs.kv_starts.int(), inputs.seq_lens.int())
+    logits: Tensor = model(
+        input_ids=inputs.ids[None],
+        position_ids=inputs.positions[None],
+        use_cache=False,
+        logits_to_keep=inputs.last_tokens if wanted is None else wanted,
+        attention_metadata=AttentionMetadata(kv_cache, inputs.kv_slots, attend),
+    ).logits
+    return logits[0]
+
+
 class GraphCapture:
     """Captures forward passes, the largest first, into memory that all share: only one of them runs at a time."""
 
@@ -103,21 +121,9 @@ class GraphCapture:
 
         def run() -> None:
             out.slots.copy_(inputs.slots)
-            out.logits.copy_(self.prefill_logits(inputs))
+            out.logits.copy_(prefill_logits(self._model, self._kv_cache, inputs))
 
         return PrefillGraph(tokens, out, self._graph(run), inputs)
-
-    def prefill_logits(self, inputs: PrefillInputs) -> Tensor:
-        """Logits [slots, vocabulary] of the `last_tokens`. Tokens beyond the end of `cu_seqlens_q` have no effect."""
-        attend = PrefillAttention(inputs.cu_seqlens_q.int(), inputs.kv_starts.int(), inputs.seq_lens.int())
-        logits: Tensor = self._model(
-            input_ids=inputs.ids[None],
-            position_ids=inputs.positions[None],
-            use_cache=False,
-            logits_to_keep=inputs.last_tokens,
-            attention_metadata=AttentionMetadata(self._kv_cache, inputs.kv_slots, attend),
-        ).logits
-        return logits[0]
 
     def _decode_attention(self, sequences: int) -> DecodeAttention:
         _, _, kv_heads, _, size = self._kv_cache.shape

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from batching.engine import NO_LOGPROBS
 from batching.grammar import GuidedRow
 from batching.packed.attention import Chunk
-from batching.packed.cuda_graphs import DecodeGraph, GraphCapture, PassOutputs, PrefillGraph, PrefillInputs, smallest
+from batching.packed.cuda_graphs import (
+    DecodeGraph,
+    GraphCapture,
+    PassOutputs,
+    PrefillGraph,
+    PrefillInputs,
+    prefill_logits,
+    smallest,
+)
 from batching.packed.runner import RunningSequence
 from batching.packed.sampling_state import SamplingState
 from batching.packed.triton_attention import QUERY_BLOCK
@@ -118,7 +126,7 @@ class CUDARunner:
         """A prefill of so many tokens that belong to no row, without capture: to see how much memory it takes."""
         inputs = PrefillInputs(tokens, self.num_slots, self._kv_cache.device)
         inputs.kv_slots.fill_(self._spare_kv_slot)
-        GraphCapture(self._model, self._kv_cache, self._state).prefill_logits(inputs)
+        prefill_logits(self._model, self._kv_cache, inputs)
         torch.cuda.synchronize(self._kv_cache.device)
 
     def add_sequence(self, sequence: RunningSequence) -> None:
@@ -151,6 +159,13 @@ class CUDARunner:
         graph.inputs.all.copy_(inputs.all.pin_memory(), non_blocking=True)
         graph.forward.replay()
         self._last_pass = graph.out
+
+    def prompt_logits(self, sequence: RunningSequence, chunk: Chunk) -> Tensor:
+        device = self._kv_cache.device
+        on_host, inputs = (PrefillInputs(chunk.num_tokens, 1, place) for place in ("cpu", device))
+        fill(on_host, [(sequence, chunk)], spare_kv_slot=self._spare_kv_slot, spare_slot=self.num_slots)
+        inputs.all.copy_(on_host.all.pin_memory(), non_blocking=True)
+        return prefill_logits(self._model, self._kv_cache, inputs, torch.arange(chunk.num_tokens, device=device))
 
     def decode(self, sequences: Sequence[RunningSequence]) -> None:
         graph = smallest(self._decode_graphs, len(sequences))

@@ -26,6 +26,7 @@ from batching.packed.cpu_runner import CPURunner
 from batching.packed.kv_cache import PrefixCache
 from batching.packed.runner import Runner
 from batching.packed.scheduler import Scheduler
+from batching.scoring import logits_bytes
 from batching.stream import Row
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class PackedEngine:
         """KV slots that fit into memory beside the model and its forward passes, at most `most`."""
         per_slot = cache_bytes_per_token(self._model.config, self._model.dtype)
         if self._model.device.type == "cuda":
-            room = self._room_on_gpu(gpu_memory_utilization)
+            room = self._room_on_gpu(gpu_memory_utilization) - logits_bytes(self._model)
         else:
             room = int(0.5 * free_bytes(self._model.device))
         capacity = min(most, room // per_slot)

@@ -95,6 +95,10 @@ class Runner(Protocol):
         """Compute prefill chunks. The logits are of the last token of those that complete their prompt, in order."""
         ...
 
+    def prompt_logits(self, sequence: RunningSequence, chunk: Chunk) -> Tensor:
+        """Compute a prefill chunk that does not complete its prompt: logits [tokens, vocabulary] of all of it."""
+        ...
+
     def decode(self, sequences: Sequence[RunningSequence]) -> None:
         """Compute each sequence's newest token."""
         ...

@@ -13,6 +13,7 @@ from batching.engine import Steps
 from batching.packed.attention import Chunk
 from batching.packed.kv_cache import PrefixCache
 from batching.packed.runner import Runner, RunningSequence, SamplerOutput
+from batching.packed.scoring import score
 from batching.stream import Row
 from batching.types import TokenLogprob
 
@@ -20,7 +21,8 @@ from batching.types import TokenLogprob
 class Scheduler:
     """One batch, from its first rows to the end of the last one that joined.
 
-    An iteration computes at most `prefill_chunk` prompt tokens, which bounds how long running sequences are held up;
+    An iteration computes at most `prefill_chunk` prompt tokens, which bounds how long running sequences are held up
+    (and as many at most of one prompt whose log probabilities are asked for);
     but `max_prefill_tokens` while more rows wait for their prompts than decode, for many are served sooner then and few
     are held up longer. With `one_prompt_a_pass` no prompt shares a forward pass with another: what is computed for it
     does not depend on who waits.
@@ -62,6 +64,7 @@ class Scheduler:
     def _iterate(self) -> None:
         self._admit_waiting()
         before = len(self._in_flight)
+        self._score()
         self._prefill()
         self._decode()
         # All but what this iteration sampled, if anything: the device is busy with that.
@@ -89,6 +92,12 @@ class Scheduler:
         self._runner.add_sequence(sequence)
         return sequence
 
+    def _score(self) -> None:
+        """A chunk of the first prompt whose log probabilities are asked for. The prefix cache has none to reuse."""
+        sequence = next((sequence for sequence in self._prefilling if sequence.row.wants_prompt_logprobs), None)
+        if sequence is not None and score(self._runner, sequence, self._steps, self._prefill_chunk):
+            self._leave(sequence)
+
     def _prefill(self) -> None:
         held_up = sum(sequence.wants_decode for sequence in self._decoding)
         many_wait = len(self._prefilling) > held_up
@@ -110,9 +119,8 @@ class Scheduler:
         for sequence in list(self._prefilling):
             if sequence.row.cancelled:
                 sequence.row.over = True
-                self._prefilling.remove(sequence)
-                self._release(sequence, sequence.row.request.prompt[: sequence.num_computed_tokens])
-            elif max_tokens:
+                self._leave(sequence)
+            elif max_tokens and not sequence.row.wants_prompt_logprobs:
                 if not sequence.num_computed_tokens:
                     self._reuse_prefix(sequence)
                 chunks.append((sequence, sequence.prefill_chunk(max_tokens)))
@@ -166,6 +174,11 @@ class Scheduler:
             for sequence in finished.intersection(self._decoding):
                 self._release(sequence, sequence.tokens)
             self._decoding = [sequence for sequence in self._decoding if sequence not in finished]
+
+    def _leave(self, sequence: RunningSequence) -> None:
+        """The row is over before its prompt was complete."""
+        self._prefilling.remove(sequence)
+        self._release(sequence, sequence.row.request.prompt[: sequence.num_computed_tokens])
 
     def _release(self, sequence: RunningSequence, tokens: Sequence[int]) -> None:
         self._cache.release(sequence.kv, tokens)
