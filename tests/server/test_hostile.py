@@ -227,7 +227,6 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "half of a surrogate pair to tokenize": ("/tokenize", prompt_of('"\\udfff"')),
     "half of a surrogate pair as a stop string": (CHAT, chat_with("stop", '"\\ud800"')),
     "half of a surrogate pair as a name": (CHAT, chat_with("\\ud800", "1")),
-    "a byte order mark": (TEXT, b"\xef\xbb\xbf" + prompt_of('"Hi"')),
     "invalid UTF-8": (TEXT, prompt_of('"').replace(b'"}', b'\xff"}')),
     "a raw NUL": (TEXT, prompt_of('"\x00"')),
     "lists a thousand deep": (TEXT, prompt_of(DEEP)),
