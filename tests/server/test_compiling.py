@@ -83,7 +83,8 @@ from server.grammar_source import Part, Plan
 
 async def main():
     sandbox = Sandbox(open("tokenizer.json").read(), None)
-    asyncio.create_task(sandbox.write(Plan(("start: answer", "answer: a0"), (Part(json.loads(sys.argv[1]), True, "x"),))))
+    part = Part(json.loads(sys.argv[1]), True, "x")
+    asyncio.create_task(sandbox.write(Plan(("start: answer", "answer: a0"), (part,))))
     while sandbox._process is None:
         await asyncio.sleep(0.01)
     print(sandbox._process.pid, flush=True)
