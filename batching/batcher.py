@@ -21,6 +21,7 @@ from batching.events import (
     BatchEnded,
     BatchStarted,
     Observer,
+    PromptScored,
     QueueChanged,
     Rejected,
     RowEnded,
@@ -33,7 +34,7 @@ from batching.events import (
 )
 from batching.queue import BatchLimits, QueueLimits, RowQueue, growing_cost
 from batching.stream import Row, Stream
-from batching.types import ModelInfo, Request
+from batching.types import Finish, ModelInfo, PromptLogprob, Request
 from batching.worker import NewTokens, Worker
 
 LATECOMERS = 0.25
@@ -256,6 +257,12 @@ class Batcher:
         for row, token, finish, logprob in tokens:
             row.stream.feed(token, finish, at, logprob)
         self._observe(Stepped(at, len(tokens), running))
+
+    def on_prompt(
+        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int, at: float
+    ) -> None:
+        row.stream.feed_prompt(logprobs, finish)
+        self._observe(PromptScored(at, len(logprobs), running))
 
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None:
         for row in rows:

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from batching.stream import Row
-from batching.types import ModelInfo, TokenLogprob
+from batching.types import ModelInfo, PromptLogprob, TokenLogprob
 
 NO_LOGPROBS: Mapping[int, TokenLogprob] = MappingProxyType({})
 
@@ -20,6 +20,14 @@ class Steps(Protocol):
 
         Returns, per row, whether it has finished. Rows that finished before are ignored. A row may appear twice, with
         two tokens.
+        """
+        ...
+
+    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
+        """Hand over the log probabilities of a row's prompt from its token `start` on, None for the first one.
+
+        A row that asked for them gets all of them before its first token, in any number of pieces. Returns whether it
+        is over: with `max_tokens` 0 it is after the last piece. What an earlier try handed over already is dropped.
         """
         ...
 

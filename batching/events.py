@@ -93,6 +93,15 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log probabilities of `tokens` more of a row's prompt are on the loop; `running` rows are not over."""
+
+    at: float
+    tokens: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
 class BatchEnded:
     """`memory` is what the device's allocator holds now, in bytes; `running` rows were given since it ended."""
 
@@ -125,7 +134,16 @@ class RowEnded:
 
 
 Event = (
-    StateChanged | QueueChanged | Rejected | BatchStarted | RowsJoined | RowStarted | Stepped | BatchEnded | RowEnded
+    StateChanged
+    | QueueChanged
+    | Rejected
+    | BatchStarted
+    | RowsJoined
+    | RowStarted
+    | Stepped
+    | PromptScored
+    | BatchEnded
+    | RowEnded
 )
 Observer = Callable[[Event], None]
 

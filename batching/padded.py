@@ -16,6 +16,7 @@ from batching.errors import ModelError
 from batching.memory import cache_bytes_per_token, free_bytes, is_shortage, out_of_memory, peak_bytes, used_bytes
 from batching.model import describe, stop_token_ids, window_of
 from batching.sampling import Sampler
+from batching.scoring import logits_bytes, score
 from batching.stream import Row
 from batching.types import Request, Sampling
 
@@ -48,9 +49,11 @@ class PaddedEngine:
         self.info = describe(model, window, budget, stops)
 
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
-        requests = [row.request for row in rows]
         try:
-            self._generate(requests, rows, steps)
+            self._score(rows, steps)
+            left = [row for row in rows if not row.over]
+            if left:
+                self._generate([row.request for row in left], left, steps)
             return
         except RuntimeError as error:
             if not is_shortage(error):
@@ -60,6 +63,12 @@ class PaddedEngine:
 
     def memory(self) -> int:
         return used_bytes(self._model.device)
+
+    @torch.inference_mode()
+    def _score(self, rows: Sequence[Row], steps: Steps) -> None:
+        for row in rows:
+            if row.wants_prompt_logprobs:
+                score(self._model, row, steps)
 
     @torch.inference_mode()
     def _generate(self, requests: Sequence[Request], rows: Sequence[Row] = (), steps: Steps | None = None) -> None:
@@ -85,7 +94,7 @@ class PaddedEngine:
         requests = [Request("warm-up", (0,) * n, sampling, time_limit=0.0) for n in (length, length // 2)]
         self._generate(requests[1:])  # first calls load kernels, which stay and must not count
         peak = peak_bytes(device, lambda: self._generate(requests))
-        free = free_bytes(device)
+        free = max(0, free_bytes(device) - logits_bytes(self._model))
         # A short batch can hide in memory the process held already: what the cache needs is the least a token needs.
         per_token = max(peak / (2 * (length + 2)), cache_bytes_per_token(self._model.config, self._model.dtype))
         budget = int(MEMORY_UTILIZATION * free / per_token)

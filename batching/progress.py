@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from batching.events import BatchEnded, BatchStarted, Event, State, StateChanged, Stepped
+from batching.events import BatchEnded, BatchStarted, Event, PromptScored, State, StateChanged, Stepped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case BatchStarted() | Stepped():
+            case BatchStarted() | Stepped() | PromptScored():
                 self.at = time.monotonic()
             case BatchEnded(running=running):
                 self.at = time.monotonic() if running else None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Self
 
 from batching.errors import BatchingError, DeadlineExceeded, Drained
 from batching.events import Outcome, RowEnded
-from batching.types import Delta, Finish, Request, TokenLogprob
+from batching.types import Delta, Finish, PromptLogprob, Request, TokenLogprob
 
 
 class Row:
@@ -25,8 +26,9 @@ class Row:
 
     `arrived` is in monotonic seconds; `rank` orders a client's rows and `virtual_finish` the queue, `passed_over`
     counts batches that took a row behind it instead. `num_output_tokens` counts the tokens handed over,
-    `num_cached_tokens` those of the prompt whose keys and values came from the prefix cache, `num_shared_tokens` those
-    of them that other running rows hold too, and `num_preemptions` how often the row gave way to older ones.
+    `num_prompt_logprobs` the prompt's log probabilities, `num_cached_tokens` those of its tokens whose keys and values
+    came from the prefix cache, `num_shared_tokens` those of them that other running rows hold too, and
+    `num_preemptions` how often the row gave way to older ones.
     """
 
     __slots__ = (
@@ -35,6 +37,7 @@ class Row:
         "num_cached_tokens",
         "num_output_tokens",
         "num_preemptions",
+        "num_prompt_logprobs",
         "num_shared_tokens",
         "over",
         "passed_over",
@@ -55,12 +58,19 @@ class Row:
         self.rank = 0.0
         self.virtual_finish = 0.0
         self.num_output_tokens = 0
+        self.num_prompt_logprobs = 0
         self.over = False
         self.cancelled = False
 
     def __repr__(self) -> str:
         place = "over" if self.over else f"{self.num_output_tokens} tokens" if self.num_output_tokens else "waiting"
         return f"<Row {self.request.id} {place}>"
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of its prompt are asked for and not all handed over."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and self.num_prompt_logprobs < len(self.request.prompt)
 
     def push(self, token: int) -> Finish | None:
         """Count one new token; the row is over if it is a stop token or the last one allowed."""
@@ -74,13 +84,19 @@ class Row:
             return Finish.LENGTH
         return None
 
+    def push_prompt(self, count: int) -> Finish | None:
+        """Count log probabilities of the prompt's tokens; after the last ones a row that wants no token is over."""
+        self.num_prompt_logprobs += count
+        self.over = self.request.sampling.max_tokens == 0 and self.num_prompt_logprobs == len(self.request.prompt)
+        return Finish.LENGTH if self.over else None
+
 
 class Stream:
     """Tokens of one request. Leaving its `async with` block early cancels the row.
 
     Iterating yields `Delta`s, each with all tokens that came since the last one, so a slow reader gets fewer and
-    larger deltas and the buffer never holds more than `max_tokens`. Raises the row's error: `DeadlineExceeded`,
-    `Drained` or an `EngineError`.
+    larger deltas and the buffer never holds more than `max_tokens`; but log probabilities of the prompt in the pieces
+    that they came in. Raises the row's error: `DeadlineExceeded`, `Drained` or an `EngineError`.
     """
 
     def __init__(self, request: Request, ended: Callable[[Row, RowEnded], None]) -> None:
@@ -88,6 +104,7 @@ class Stream:
         self._loop = asyncio.get_running_loop()
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: deque[tuple[PromptLogprob | None, ...]] = deque()
         self._finish: Finish | None = None
         self._error: BatchingError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -102,13 +119,23 @@ class Stream:
     def over(self) -> bool:
         return self._finish is not None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is a delta to take, or the row is over."""
+        return bool(self._tokens or self._prompt_logprobs) or self.over
+
     def take(self) -> Delta | None:
         """All tokens that came since the last time; None once the row is over and all were taken.
 
         For a stream that `with_deltas` returned. Raises the row's error after the tokens that came before it.
         """
+        finish = None if self._error else self._finish
+        if self._prompt_logprobs:
+            piece = self._prompt_logprobs.popleft()
+            last = not (self._tokens or self._prompt_logprobs)
+            return Delta((), finish if last else None, (), piece)
         if self._tokens:
-            delta = Delta(tuple(self._tokens), None if self._error else self._finish, tuple(self._logprobs))
+            delta = Delta(tuple(self._tokens), finish, tuple(self._logprobs))
             self._tokens, self._logprobs = [], []
             return delta
         if self._error is not None:
@@ -130,6 +157,15 @@ class Stream:
         self._tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
+        if finish is not None:
+            self._end(finish, Outcome.ANSWERED)
+        self._wake()
+
+    def feed_prompt(self, logprobs: Sequence[PromptLogprob | None], finish: Finish | None) -> None:
+        """Log probabilities of the prompt's next tokens, at least one."""
+        if self._finish is not None:
+            return
+        self._prompt_logprobs.append(tuple(logprobs))
         if finish is not None:
             self._end(finish, Outcome.ANSWERED)
         self._wake()
@@ -206,7 +242,9 @@ class Stream:
 
 async def with_deltas(streams: Collection[Stream]) -> list[Stream]:
     """Those of `streams` that have a delta to take or are over, as soon as one is."""
-    while not (found := [stream for stream in streams if stream._tokens or stream._finish is not None]):
+    if any(stream._prompt_logprobs for stream in streams):
+        await asyncio.sleep(0)  # many pieces may be there already, and each takes the reader milliseconds
+    while not (found := [stream for stream in streams if stream.has_news]):
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for stream in streams:
             stream._waiter = waiter

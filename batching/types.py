@@ -48,6 +48,8 @@ class Sampling:
     Applied in this order: penalties, temperature, top_k, top_p, min_p. Temperature 0 is greedy. `seed` is any
     signed 64-bit number. `presence_penalty` and `frequency_penalty` count the row's own output tokens (OpenAI's
     definition); `repetition_penalty` counts prompt and output (transformers' definition).
+
+    With `max_tokens` 0 the row is over once the log probabilities of its prompt were told: it needs `prompt_logprobs`.
     """
 
     max_tokens: int
@@ -64,6 +66,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     forced: Forced | None = None
     top_logprobs: int | None = None  # None: no log probabilities; 0: of the sampled token alone
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
     @property
     def greedy(self) -> bool:
@@ -126,22 +129,31 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A sampled token's log probability, and the likeliest tokens with theirs, likeliest first."""
+    """A token's log probability, and the likeliest tokens with theirs, likeliest first."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprob(TokenLogprob):
+    """The same of a prompt's token. `rank` is its place among all tokens, the likeliest being 1."""
+
+    rank: int
+
+
 class Delta(NamedTuple):
     """What a stream hands out: the tokens since the last delta, and on the last one why the row is over.
 
-    `logprobs` has one entry a token if the request asked for them, and none otherwise.
+    `logprobs` has one entry a token if the request asked for them, and none otherwise. Those of the prompt come before
+    the first token, a piece in each delta: an entry for each token, None for the first, which nothing comes before.
     """
 
     tokens: tuple[int, ...]
     finish: Finish | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[PromptLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

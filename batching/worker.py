@@ -14,7 +14,7 @@ from typing import Protocol
 from batching.engine import NO_LOGPROBS, Engine
 from batching.errors import UNWINDING, BatchingError, EngineError, OutOfMemory, is_sticky
 from batching.stream import Row
-from batching.types import Finish, ModelInfo, TokenLogprob
+from batching.types import Finish, ModelInfo, PromptLogprob, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ class Listener(Protocol):
 
     def on_built(self, info: ModelInfo) -> None: ...
     def on_step(self, tokens: NewTokens, running: int, at: float) -> None: ...
+    def on_prompt(
+        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int, at: float
+    ) -> None: ...
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None: ...
     def on_batch_over(self, rows: int, duration: float, memory: int) -> None: ...
     def on_worker_died(self, error: BaseException) -> None: ...
@@ -80,7 +83,7 @@ class Worker:
         rows = [row for row in rows if not row.cancelled]
         if not rows:
             return 0
-        steps = BatchSteps(self._report, rows, self._joining)
+        steps = BatchSteps(self._report, rows, self._joining, self._report_prompt)
         try:
             engine.run(rows, steps)
             return steps.count
@@ -131,6 +134,11 @@ class Worker:
     def _report(self, tokens: NewTokens, running: int) -> None:
         self._tell(self._listener.on_step, tokens, running, time.monotonic())
 
+    def _report_prompt(
+        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int
+    ) -> None:
+        self._tell(self._listener.on_prompt, row, logprobs, finish, running, time.monotonic())
+
     def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
         try:
             self._post(callback, *arguments)
@@ -138,8 +146,12 @@ class Worker:
             logger.debug("event loop closed; dropped %s", callback.__name__)
 
 
+def no_report(*arguments: object) -> None:
+    """For a batch whose prompts have no log probabilities."""
+
+
 class BatchSteps:
-    """`Steps` of one batch: counts each row's tokens, and sends one report a step.
+    """`Steps` of one batch: counts each row's tokens, and sends one report a step and one for each piece of a prompt.
 
     `rows` are those of the batch that are not over, those that joined included; `count` is how many it has had.
     """
@@ -149,11 +161,13 @@ class BatchSteps:
         report: Callable[[NewTokens, int], None],
         rows: Sequence[Row] = (),
         joining: Callable[[], list[Row]] = list,
+        report_prompt: Callable[[Row, Sequence[PromptLogprob | None], Finish | None, int], None] = no_report,
     ) -> None:
         self.rows = dict.fromkeys(rows)
         self.count = len(rows)
         self._report = report
         self._joining = joining
+        self._report_prompt = report_prompt
 
     def admit(self) -> list[Row]:
         joined = self._joining()
@@ -176,3 +190,14 @@ class BatchSteps:
                 self.rows.pop(row, None)
         self._report(new_tokens, len(self.rows))
         return [row.over for row in rows]
+
+    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
+        fresh = logprobs[row.num_prompt_logprobs - start :]
+        if row.cancelled:
+            row.over = True
+        elif fresh:
+            finish = row.push_prompt(len(fresh))
+            self._report_prompt(row, fresh, finish, len(self.rows) - row.over)
+        if row.over:
+            self.rows.pop(row, None)
+        return row.over

@@ -10,7 +10,7 @@ import torch
 
 from batching.engine import NO_LOGPROBS, Engine
 from batching.stream import Row
-from batching.types import Request, Sampling, TokenLogprob
+from batching.types import PromptLogprob, Request, Sampling, TokenLogprob
 from benchmarks.workloads import WORKLOADS
 
 CONTEXT = 1536
@@ -62,6 +62,9 @@ class Clock:
             if not row.over:
                 row.push(token)
         return [row.over for row in rows]
+
+    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
+        return row.over
 
     def admit(self) -> list[Row]:
         return []

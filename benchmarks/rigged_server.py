@@ -15,7 +15,7 @@ from batching.engine import NO_LOGPROBS, Engine, Steps
 from batching.errors import OutOfMemory
 from batching.progress import Progress
 from batching.stream import Row
-from batching.types import ModelInfo, TokenLogprob
+from batching.types import ModelInfo, PromptLogprob, TokenLogprob
 from server.__main__ import run
 from server.defaults import Defaults
 from server.loader import ModelLoader
@@ -41,6 +41,9 @@ class FailingSteps:
         if self._dice.random() * self._every < 1:
             raise self._dice.choice([RuntimeError("rigged"), OutOfMemory("rigged")])
         return self._steps.emit(rows, tokens, logprobs)
+
+    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
+        return self._steps.emit_prompt(row, start, logprobs)
 
     def admit(self) -> list[Row]:
         return self._steps.admit()

@@ -24,9 +24,10 @@ from batching.engine import NO_LOGPROBS
 from batching.padded import PaddedEngine
 from batching.sampling import Sampler
 from batching.stream import Row
-from batching.types import Grammar, Request, Sampling, TokenLogprob
+from batching.types import Grammar, PromptLogprob, Request, Sampling, TokenLogprob
 from server.grammar import Grammars
-from server.schema_check import Schema
+from server.grammar_source import Part
+from server.schema_walk import Schema
 from server.settings import Settings
 
 VOCABULARY = 151_936  # Qwen3's logits; its tokenizer has 151,669 tokens
@@ -82,6 +83,9 @@ class Clock:
         self.at.append(time.perf_counter())
         return [len(self.at) >= row.request.sampling.max_tokens for row in rows]
 
+    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
+        return row.over
+
     def admit(self) -> list[Row]:
         return []
 
@@ -109,7 +113,7 @@ def compare(measure: Callable[[Sequence[Grammar | None]], float], grammar: Gramm
 def compiled(folder: str) -> Grammar:
     """The endless schema for a folder's tokenizer."""
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)  # type: ignore[assignment]
-    return asyncio.run(Grammars(tokenizer).json_schema(ENDLESS, strict=True))
+    return asyncio.run(Grammars(tokenizer).json(Part(ENDLESS, strict=True, param="")))
 
 
 def table(title: str, found: list[list[float]]) -> Table:

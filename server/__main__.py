@@ -144,6 +144,7 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
         spare_what_is_loaded()
         metrics.model(service.info, settings, VERSION)
         announce(service, bound.getsockname()[1])
+        service.grammars.warm()
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),

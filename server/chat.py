@@ -17,7 +17,7 @@ from server.constrain import grammar_of
 from server.disconnect import until_disconnect
 from server.errors import bad_request
 from server.formats import find_format, format_of
-from server.logprobs import EncodedLists, chat_logprobs
+from server.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.messages import Message
 from server.reasoning import CLOSE, OPEN, ReasoningSplitter, ThoughtState, thought_state
@@ -59,14 +59,14 @@ async def respond(service: Service, chat: ChatRequest, caller: Caller) -> Respon
     ]
     if chat.stream:
         return await streamed(completion, choices, chat.include_usage, chat.continuous_usage)
-    return await plain(completion, choices)
+    return await plain(completion, choices, choices[0].of_prompt)
 
 
 async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[list[Request], Prompt]:
     """Template, tokens and limits: all that can be wrong with a request is found here, before the queue."""
     thinks = service.settings.thinking if chat.thinks is None else chat.thinks
     prompt = await service.encoders.run(partial(encode, service.text, chat, thinks), chat.size, caller)
-    grammar = await grammar_of(service, chat, prompt.names, prompt.thought)
+    grammar = await grammar_of(service, chat, prompt.names, prompt.thought, caller.name or caller.request_id)
     room = service.room_for_output(len(prompt.tokens), "messages")
     forced = end_of_thought(service.text, chat, prompt.thought)
     requests = [
@@ -155,6 +155,7 @@ class ChatChoice:
         self._begun = False
         self._events: list[Event] = []
         self._logprobs = EncodedLists()
+        self._prompt_logprobs = EncodedLists()
         self._finish: str | None = None
 
     def read(self, arrived: Delta) -> tuple[list[Event], str | None]:
@@ -175,6 +176,12 @@ class ChatChoice:
         events, self._finish = self.read(arrived)
         self._events += events
         self._logprobs.add(chat_logprobs(self._text, arrived.logprobs))
+        if arrived.prompt_logprobs:
+            self._prompt_logprobs.add({"prompt_logprobs": prompt_logprobs(self._text, arrived.prompt_logprobs)})
+
+    def of_prompt(self) -> dict[str, Any]:
+        """What the answer says of its prompt, beside the choices."""
+        return self._prompt_logprobs.whole() or {}
 
     def whole(self) -> dict[str, Any]:
         message = {"refusal": None} | fold(self._events)

@@ -26,9 +26,9 @@ class Completion:
     def _envelope(self, kind: str, **fields: Any) -> bytes:
         return orjson.dumps(self._head | {"object": kind} | fields)
 
-    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int]) -> bytes:
+    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int], **others: Any) -> bytes:
         """A plain answer."""
-        return self._envelope(self._kind, choices=choices, usage=usage)
+        return self._envelope(self._kind, choices=choices, usage=usage, **others)
 
     def chunks(self, news: Iterable[Mapping[str, Any]], usage: Mapping[str, int] | None = None) -> bytes:
         """An event for each of these news of one choice, with the counts so far if there are any."""

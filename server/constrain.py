@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from server.formats import format_of
+from server.grammar_source import Part
 from server.reasoning import ThoughtState
-from server.schema import ChatRequest
+from server.schema import ChatRequest, ResponseFormat
 from server.service import Service
 from server.tool_names import ToolNames
 
@@ -14,23 +15,37 @@ if TYPE_CHECKING:
     from batching.types import Grammar
 
 
-async def grammar_of(service: Service, chat: ChatRequest, names: ToolNames, thought: ThoughtState) -> Grammar | None:
-    """The grammar of the answer, thought included; None if it is free.
+async def grammar_of(
+    service: Service, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
+) -> Grammar | None:
+    """The grammar of the answer, thought included; None if it is free. `client`: whose turn it takes to compile it.
 
+    A call that is demanded is what the answer is. Where calls are only offered, the answer is calls or of the format.
     Raises `ApiError`: 400 for a schema that cannot be held to, 503 if too many are being compiled.
     """
-    if chat.demanded:
+    form = None if chat.demanded else form_of(chat.response_format)
+    if chat.demanded or (form and chat.offered):
         return await service.grammars.tool_calls(
-            [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded],
+            [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
             format_of(service.text.template).around,
             named=names.shown(chat.named) if chat.named else None,
             parallel=not chat.one_call,
+            otherwise=form,
             thought=thought,
+            client=client,
         )
-    wanted = chat.response_format
+    return await service.grammars.json(form, thought=thought, client=client) if form else None
+
+
+def form_of(wanted: ResponseFormat | None) -> Part | None:
+    """The schema that a response format stands for; None for text."""
     if wanted is None or wanted.type == "text":
         return None
-    if wanted.json_schema is None:
-        return await service.grammars.json_object(thought=thought)
-    strict = bool(wanted.json_schema.strict)
-    return await service.grammars.json_schema(wanted.json_schema.schema_, strict=strict, thought=thought)
+    if wanted.json_schema is not None:
+        return Part(wanted.json_schema.schema_, bool(wanted.json_schema.strict), "response_format")
+    if wanted.schema_ is not None:
+        return Part(wanted.schema_, strict=False, param="response_format")
+    return ANY_OBJECT
+
+
+ANY_OBJECT = Part({"type": "object"}, strict=True, param="response_format")

@@ -13,18 +13,21 @@ MAX_HELD = 8
 
 
 class Detokenizer:
-    """Turns one row's tokens into text; holds back the bytes of an unfinished character."""
+    """Turns one row's tokens into text; holds back the bytes of an unfinished character. Special tokens have a text
+    if `special`."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, special: bool = False) -> None:
         self._vocabulary = vocabulary
+        self._special = special
+        self._hidden = frozenset[int]() if special else vocabulary.special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stream = DecodeStream([], skip_special_tokens=True)
+        self._stream = DecodeStream([], skip_special_tokens=not special)
         self._held: list[int] = []
         self._last: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes nothing."""
-        visible = [token for token in tokens if token not in self._vocabulary.special]
+        visible = [token for token in tokens if token not in self._hidden]
         if self._vocabulary.byte_level:
             return self._bytes.decode(b"".join(map(self._vocabulary.bytes_of, visible)))
         return "".join(map(self._step, visible))
@@ -34,8 +37,8 @@ class Detokenizer:
         self._held.append(token)
         text = self._stream.step(self._vocabulary.tokenizer, token)
         if text is None and len(self._held) >= MAX_HELD:
-            text = self._vocabulary.decode(self._held, special=False)
-            self._stream = DecodeStream(self._last, skip_special_tokens=True)
+            text = self._vocabulary.decode(self._held, special=self._special)
+            self._stream = DecodeStream(self._last, skip_special_tokens=not self._special)
         elif text:
             self._last = [token]
         if text is not None:

@@ -1,8 +1,8 @@
 """What a request's answer must look like, compiled for the served tokenizer: JSON, a JSON Schema, or tool calls.
 
-Compiling is done by llguidance on a helper thread, at most two at a time, within limits that are checked before and a
-time limit; compiled grammars are kept in a bounded cache. `Grammars` belongs to the event loop, and a compiled grammar
-to any thread.
+What a client sent is first tried in another process, which can be killed, and compiled here once it is known to take
+little, for each request anew. Clients have their turns at both. What is known is remembered within bounds. `Grammars`
+belongs to the event loop, and a compiled grammar to any thread.
 
 Objects have their properties in the schema's order, and the only white space is one optional blank after a comma and
 after a colon, so that a weak model cannot go on with white space for ever.
@@ -12,88 +12,47 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import re
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLTokenizer
 
 from server.errors import ApiError, bad_request
+from server.fair_slots import FairSlots, Full
+from server.grammar_process import STACK
+from server.grammar_sandbox import Sandbox, Unavailable, Written
+from server.grammar_source import START, Part, PartError, Plan, assembled
 from server.reasoning import CLOSE, OPEN, ThoughtState
-from server.schema_check import Schema, check, check_size, inline, parameters_of, refused
+from server.schema_check import SchemaError, bound
+from server.schema_walk import Schema
+from server.token_grammar import TokenGrammar
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
 
 MAX_CALLS = 16  # in one answer
-
-THREADS = 2
-STACK = 128 * 2**20
-"""Bytes of stack for a compiling thread, which take memory only where used. A chain of references recurses in native
-code: 2,000 of them overflow the usual 8 MiB, which would end the process."""
-
+SLOTS = 2  # grammars that are tried at once, and that are compiled at once, each for another client
+MAX_TRIALS = 64  # of one client that wait; they take 20 ms each, or a second
+MAX_WAITING = 1024  # known grammars of one client that wait to be compiled; they take a millisecond or two each
+HELD_BYTES = 2**30  # of memory in grammars of requests that wait or run
+SHARE = 0.5  # of that for one client
 SPELLED = r"spelled[lazy]: /(.|\n)*<\/think>/"
 """A grammar's rule for the rest of a thought where the model has no token to end one with."""
 
-LIMITS = LLParserLimits(step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False)
-"""llguidance's own limits on what one row may take: about 7 ms a step and 100 MB."""
-
-
-class TokenMatcher:
-    """`batching.types.Matcher` over llguidance."""
-
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: Sequence[int]) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._words = -(-vocab_size // 32)
-        self._eos = eos
-
-    def fill(self, allowed: NDArray[np.int32]) -> bool:
-        """See `Matcher`. Tokens that only the tokenizer or only the model has are never allowed."""
-        fits = len(allowed) >= self._words
-        mask = allowed[: self._words] if fits else np.zeros(self._words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise ValueError(_first_line(self._matcher.get_error()))
-        for token in self._eos:  # the library's way to say that the text may end; the caller has its own
-            mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
-        if not fits:
-            allowed[:] = mask[: len(allowed)]
-        return self._matcher.is_accepting()
-
-    def advance(self, token: int) -> None:
-        """See `Matcher`."""
-        if token >= self._vocab_size or not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} may not come here")
-
-
-class TokenGrammar:
-    """`batching.types.Grammar` over llguidance. The matcher it holds stays at its beginning."""
-
-    def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
-        self._matcher = matcher
-        self._tokens = tokens
-
-    def matcher(self) -> TokenMatcher:
-        return TokenMatcher(self._matcher.deep_copy(), self._tokens.vocab_size, self._tokens.eos_tokens)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to compile. `source` is the whole grammar and the key to the cache; `schemas` are the ones inside it."""
-
-    source: str
-    schemas: tuple[Schema, ...]
-    strict: bool
-    param: str
+NO_ARGUMENTS: Schema = {"type": "object", "properties": {}}
+HARMLESS: tuple[Schema, ...] = ({"type": "object"}, NO_ARGUMENTS)
+"""Schemas that need not be tried."""
 
 
 class Grammars:
@@ -103,46 +62,37 @@ class Grammars:
         self,
         tokenizer: PreTrainedTokenizerFast,
         *,
-        time_limit: float = 5.0,
-        cached: int = 128,
-        cached_bytes: int = 2**21,
+        time_limit: float = 10.0,
+        known_bytes: int = 2**24,
+        held_bytes: int = HELD_BYTES,
     ) -> None:
+        """`time_limit`: seconds that a request waits for its client's turn."""
         # As llguidance.hf does, which copies the tokenizer first: a third of the time, and only to switch off what
         # `Text` has switched off.
-        self._tokens = LLTokenizer(tokenizer.backend_tokenizer.to_str(), eos_token=tokenizer.eos_token_id)
+        source = tokenizer.backend_tokenizer.to_str()
+        self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
         self._added = tokenizer.get_added_vocab()
         self._time_limit = time_limit
-        self._slots = asyncio.Semaphore(THREADS)
-        self._cache: OrderedDict[str, TokenGrammar] = OrderedDict()
-        self._cached = cached
-        self._cached_bytes = cached_bytes
-        self._bytes = 0
+        self._sandbox = Sandbox(source, tokenizer.eos_token_id)
+        self._trials = FairSlots(SLOTS, MAX_TRIALS)
+        self._compilers = FairSlots(SLOTS, MAX_WAITING)
+        self._trying: dict[tuple[str, str], asyncio.Task[Written]] = {}
+        self._known = Known(known_bytes)
+        self._held_bytes = held_bytes
+        self._held: WeakKeyDictionary[TokenGrammar, tuple[str, int]] = WeakKeyDictionary()
 
-    def __len__(self) -> int:
-        """How many compiled grammars are kept."""
-        return len(self._cache)
+    def warm(self) -> None:
+        """Start what the first schema would otherwise wait for. Returns at once; any thread."""
+        threading.Thread(target=self._sandbox.start, name="grammar-sandbox", daemon=True).start()
 
-    async def json_object(self, *, thought: ThoughtState = ThoughtState.UNKNOWN) -> TokenGrammar:
-        """Any JSON object. `thought`: the answer may or does start with the model's thought, which is free."""
-        return await self.json_schema({"type": "object"}, strict=True, thought=thought)
-
-    async def json_schema(
-        self,
-        schema: Schema,
-        *,
-        strict: bool,
-        thought: ThoughtState = ThoughtState.UNKNOWN,
-        param: str = "response_format",
-    ) -> TokenGrammar:
+    async def json(self, form: Part, *, thought: ThoughtState = ThoughtState.UNKNOWN, client: str = "") -> TokenGrammar:
         """The values of a schema, of drafts up to 2020-12. Raises `ApiError` 400 that names what is wrong with it.
 
         A strict schema may only use what can be enforced. In another one, keywords and formats that cannot are left
-        to the model, and `oneOf` is read as `anyOf`.
+        to the model, and `oneOf` is read as `anyOf`. `thought`: the answer may or does start with the model's thought,
+        which is free. `client`: whose turn it takes to compile it.
         """
-        body = inline(schema, strict, param)
-        check_size(len(body), param)
-        source = f"start: {self._thought(thought)} json\njson: {body}\n{SPELLED}"
-        return await self.compile(Plan(source, (schema,), strict, param))
+        return await self.compile(Plan((*self._start(thought), "answer: a0"), (form,)), client)
 
     async def tool_calls(
         self,
@@ -151,28 +101,29 @@ class Grammars:
         *,
         named: str | None = None,
         parallel: bool = True,
+        otherwise: Part | None = None,
         thought: ThoughtState = ThoughtState.UNKNOWN,
+        client: str = "",
         param: str = "tools",
     ) -> TokenGrammar:
         """One or more calls of `tools` (name, schema of the parameters), line by line; one if not `parallel`.
 
-        With `named`, exactly one call, of that function. A tool without parameters takes an empty object. Schemas are
-        read as ones that are not strict. `around` tells what the model writes before and after a function's arguments
-        (`ToolFormat.around`). Raises `ApiError` 400.
+        With `named`, exactly one call, of that function. With `otherwise`, calls or a value of that schema. A tool
+        without parameters takes an empty object. Schemas are read as ones that are not strict. `around` tells what the
+        model writes before and after a function's arguments (`ToolFormat.around`). Raises `ApiError` 400.
         """
-        offered = [(name, parameters_of(schema, param)) for name, schema in tools if named in (None, name)]
+        offered = [(name, schema) for name, schema in tools if named in (None, name)]
         if not offered:
             raise bad_request("There is no function of the name that tool_choice asks for.", "tool_choice")
-        bodies = [inline(schema, strict=False, param=param) for _, schema in offered]
-        check_size(sum(map(len, bodies)), param)
         more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
-        lines = [f"start: {self._thought(thought)} call{more}", SPELLED]
-        lines.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
-        for n, ((name, _), body) in enumerate(zip(offered, bodies, strict=True)):
+        form = f" | a{len(offered)}" if otherwise else ""
+        rules = [*self._start(thought), f"answer: call{more}{form}"]
+        rules.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
+        for n, (name, _) in enumerate(offered):
             before, after = map(self._literal, around(name))
-            lines += [f"f{n}: {before} a{n} {after}", f"a{n}: {body}"]
-        source = "\n".join(lines) + "\n"
-        return await self.compile(Plan(source, tuple(schema for _, schema in offered), strict=False, param=param))
+            rules.append(f"f{n}: {before} a{n} {after}")
+        parts = [Part(_parameters(schema, param), strict=False, param=param) for _, schema in offered]
+        return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))), client)
 
     def _literal(self, text: str) -> str:
         """Text as a part of a grammar, with the tokenizer's own tokens where it holds one."""
@@ -180,134 +131,156 @@ class Grammars:
         pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
         return " ".join(f"<[{self._added[p]}]>" if p in self._added else json.dumps(p) for p in pieces if p)
 
-    def _thought(self, state: ThoughtState) -> str:
-        """What comes before the answer: the rest of a thought, or one that the model may begin with."""
+    def _start(self, state: ThoughtState) -> tuple[str, ...]:
+        """Rules for what comes before the answer: the rest of a thought, or one that the model may begin with."""
         if not state.to_come:
-            return ""
+            return (START,)
         marked = {OPEN, CLOSE} <= self._added.keys()
         rest = (f"/(.|\\n)*/ {self._literal(CLOSE)}" if marked else "spelled") + r' "\n\n"'
-        return rest if state is ThoughtState.OPENED else f"({self._literal(OPEN)} {rest})?"
+        thought = rest if state is ThoughtState.OPENED else f"({self._literal(OPEN)} {rest})?"
+        return f"start: {thought} answer", SPELLED
 
-    # The cache and the threads
+    # From a plan to a compiled grammar
 
-    async def compile(self, plan: Plan) -> TokenGrammar:
-        """The plan's grammar, from the cache if it is there.
+    async def compile(self, plan: Plan, client: str = "") -> TokenGrammar:
+        """The plan's grammar.
 
-        Raises `ApiError`: 400 for what cannot be compiled in the time limit or at all, 503 if the threads are taken.
+        Raises `ApiError`: 400 for what cannot be compiled within the limits or at all, 503 if it cannot be told now.
         """
-        if (grammar := self._known(plan)) is not None:
-            return grammar
-        try:
-            async with asyncio.timeout(self._time_limit):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise _busy() from None
-        if (grammar := self._known(plan)) is not None:  # another request asked for the same
-            self._slots.release()
-            return grammar
-        return await self._wait_for(self._start(plan), plan)
-
-    def _known(self, plan: Plan) -> TokenGrammar | None:
-        grammar = self._cache.get(plan.source)
-        if grammar is not None:
-            self._cache.move_to_end(plan.source)
+        key = await asyncio.to_thread(_checked, plan)
+        written = self._known.get(key) or await self._tried(plan, key, client)
+        async with self._turn(self._compilers, client):
+            self._check_room(client, written.memory)
+            grammar = await on_a_thread(partial(TokenGrammar, written.source, self._tokens))
+            self._held[grammar] = client, written.memory
         return grammar
 
-    def _start(self, plan: Plan) -> asyncio.Future[TokenGrammar]:
-        """A new thread's answer. Its slot is free again when it ends, whether anybody still waits or not."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[TokenGrammar] = loop.create_future()
+    async def _tried(self, plan: Plan, key: str, client: str) -> Written:
+        """What trying the plan came to: once, however many requests of the client wait for it."""
+        task = self._trying.get((client, key))
+        if task is None:
+            # A task of its own, because whoever asked first may leave.
+            task = asyncio.create_task(self._try(plan, key, client))
+            self._trying[client, key] = task
+            task.add_done_callback(partial(self._told, (client, key)))
+        return await asyncio.shield(task)
 
-        def work() -> None:
-            try:
-                grammar = build(plan, self._tokens)
-            except BaseException as error:
-                done = partial(self._fail, error, answer)
-            else:
-                done = partial(self._keep, plan, grammar, answer)
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
-                loop.call_soon_threadsafe(done)
+    def _told(self, place: tuple[str, str], task: asyncio.Task[Written]) -> None:
+        del self._trying[place]
+        if not task.cancelled():
+            task.exception()  # which those know who still wait
 
-        usual = threading.stack_size(STACK)
+    async def _try(self, plan: Plan, key: str, client: str) -> Written:
+        if all(part.schema in HARMLESS for part in plan.parts):
+            written = Written(assembled(plan, [part.schema for part in plan.parts]), memory=0)
+        else:
+            async with self._turn(self._trials, client):
+                try:
+                    # Another client may have asked for the same meanwhile.
+                    written = self._known.get(key) or await self._sandbox.write(plan)
+                except PartError as error:
+                    raise _refused(str(error), error.param) from None
+                except Unavailable:
+                    logger.exception("no grammar can be tried")
+                    raise _busy() from None
+        self._known.add(key, written)
+        return written
+
+    @asynccontextmanager
+    async def _turn(self, slots: FairSlots, client: str) -> AsyncIterator[None]:
         try:
-            # A daemon, so that a compilation in hand cannot keep the process from ending.
-            threading.Thread(target=work, name="grammar-compiler", daemon=True).start()
-        except BaseException:
-            self._slots.release()
-            raise
-        finally:
-            threading.stack_size(usual)
-        return answer
+            async with asyncio.timeout(self._time_limit) as waiting, slots.of(client):
+                waiting.reschedule(None)
+                yield
+        except (TimeoutError, Full):
+            raise _busy() from None
 
-    def _keep(self, plan: Plan, grammar: TokenGrammar, answer: asyncio.Future[TokenGrammar]) -> None:
-        self._slots.release()
-        if plan.source not in self._cache:
-            self._bytes += len(plan.source)
-        self._cache[plan.source] = grammar
-        while len(self._cache) > self._cached or (self._bytes > self._cached_bytes and len(self._cache) > 1):
-            source, _ = self._cache.popitem(last=False)
-            self._bytes -= len(source)
+    def _check_room(self, client: str, memory: int) -> None:
+        """Grammars that take much are not compiled for more requests than there is memory for."""
+        held = list(self._held.values())
+        mine = sum(size for name, size in held if name == client)
+        everyones = sum(size for _, size in held)
+        if memory and (mine + memory > SHARE * self._held_bytes or everyones + memory > self._held_bytes):
+            raise _busy()
+
+
+class Known:
+    """Grammars that were tried, by their plans' keys; the latest asked for, within so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._kept: OrderedDict[str, Written] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: str) -> Written | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def add(self, key: str, written: Written) -> None:
+        if key not in self._kept:
+            self._kept[key] = written
+            self._bytes += len(key) + len(written.source)
+        while self._bytes > self._most:
+            key, written = self._kept.popitem(last=False)
+            self._bytes -= len(key) + len(written.source)
+
+
+async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
+    """The result of work on a thread with a deep stack, a daemon, which cannot keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[TokenGrammar] = loop.create_future()
+
+    def settle(set_it: Callable[[], None]) -> None:
         if not answer.done():
-            answer.set_result(grammar)
+            set_it()
 
-    def _fail(self, error: BaseException, answer: asyncio.Future[TokenGrammar]) -> None:
-        self._slots.release()
-        if not answer.done():
-            answer.set_exception(error)
-
-    async def _wait_for(self, answer: asyncio.Future[TokenGrammar], plan: Plan) -> TokenGrammar:
+    def run() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # answers come first
         try:
-            async with asyncio.timeout(self._time_limit):
-                return await answer
-        except TimeoutError:
-            raise refused("The schema takes too long to compile; make it simpler.", plan.param) from None
+            done = partial(answer.set_result, work())
+        except BaseException as error:
+            done = partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(settle, done)
+
+    usual = threading.stack_size(STACK)
+    try:
+        threading.Thread(target=run, name="grammar-compiler", daemon=True).start()
+    finally:
+        threading.stack_size(usual)
+    return await answer
 
 
-def build(plan: Plan, tokens: LLTokenizer) -> TokenGrammar:
-    """Check and compile, on a helper thread. Raises `ApiError` 400."""
-    for schema in plan.schemas:
-        check(schema, plan.strict, plan.param)
-    matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(plan.source), log_level=0, limits=LIMITS)
-    grammar = TokenGrammar(matcher, tokens)
-    if not matcher.is_error():
-        # The first step finds what compiling does not; and the matcher keeps what it has computed for all its copies.
-        matcher.compute_bitmask()
-    if matcher.is_error():
-        raise refused(_explained(matcher.get_error()), plan.param)
-    return grammar
+def _parameters(schema: Schema | None, param: str) -> Schema:
+    """The schema of a tool's arguments, which are an object whatever it says."""
+    if schema is None:
+        return NO_ARGUMENTS
+    if schema.get("type", "object") != "object":
+        raise _refused("The parameters of a function must be of type object.", param)
+    return {"type": "object"} | schema
+
+
+def _checked(plan: Plan) -> str:
+    """The key of a plan that is not too large, in up to 15 ms. Raises `ApiError` 400."""
+    try:
+        bound(*(part.schema for part in plan.parts))
+    except SchemaError as error:
+        raise _refused(str(error), plan.parts[-1].param) from None
+    return plan.key
 
 
 # Errors. None repeats what was sent but for names of keywords and formats.
 
 
+def _refused(sentence: str, param: str) -> ApiError:
+    return bad_request(sentence, param, "unsupported_schema")
+
+
 def _busy() -> ApiError:
     message = "Other schemas are being compiled; try again in a few seconds."
     return ApiError(503, message, "server_error", "compiler_busy", headers={"retry-after": "5"})
-
-
-REASONS = {
-    r"Unimplemented keys: \[([\w\", $]+)\]": "The schema uses keywords that cannot be enforced: {}.",
-    r"Unknown format: ([\w-]{1,30})\b": "The schema uses the format {}, which cannot be enforced.",
-    r"Unknown format": "The schema uses a format that cannot be enforced.",
-    r"look-around": "A pattern in the schema looks ahead or behind, which cannot be enforced.",
-    r"regex parse error|failed to compile regex|invalid regex": "A pattern in the schema is not a regular expression.",
-    r"oneOf constraints": "The schema uses oneOf with alternatives that may overlap; use anyOf.",
-    r"min/maxProperties": "The schema uses minProperties or maxProperties in a way that cannot be enforced.",
-    r"not disjoint": "The schema uses patternProperties that may overlap.",
-    r"Unsatisfiable|NoExtension": "No value could satisfy the schema.",
-    r"circular references": "The schema refers to itself beside other keywords, which cannot be enforced.",
-    r"registry|Pointer|Unresolvable|Anchor": "A $ref in the schema points to nothing inside it.",
-    r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine": "The schema is too complex to compile.",
-}
-"""llguidance's words for what is wrong, and ours."""
-
-
-def _explained(error: str) -> str:
-    for pattern, sentence in REASONS.items():
-        if found := re.search(pattern, error):
-            return sentence.format(*(group.replace('"', "") for group in found.groups() if group))
-    return "The schema is not a valid JSON Schema."
-
-
-def _first_line(error: str) -> str:
-    return (error.splitlines() or ["unknown"])[0][:200]

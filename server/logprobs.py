@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from batching.types import TokenLogprob
+from batching.types import PromptLogprob, TokenLogprob
 from server.text import Text
 
 LEAST = -9999.0
@@ -58,12 +58,8 @@ class CompletionLogprobs:
         """The next tokens; None if there are no entries."""
         if not entries:
             return None
-        return {
-            "tokens": [_word(self._text, entry.token) for entry in entries],
-            "token_logprobs": [max(entry.logprob, LEAST) for entry in entries],
-            "top_logprobs": [{_word(self._text, token): max(value, LEAST) for token, value in e.top} for e in entries],
-            "text_offset": [self._start(entry.token) for entry in entries],
-        }
+        tokens = [entry.token for entry in entries]
+        return completion_logprobs(self._text, tokens, entries, [self._start(token) for token in tokens])
 
     def _start(self, token: int) -> int:
         """Where the token's text starts; the tokens of one character all start where it does."""
@@ -72,13 +68,52 @@ class CompletionLogprobs:
         return start
 
 
+def completion_logprobs(
+    text: Text,
+    tokens: Sequence[int],
+    entries: Sequence[TokenLogprob | None],
+    starts: Sequence[int],
+    top: int | None = None,
+) -> dict[str, Any]:
+    """`logprobs` of these tokens, whose texts start at `starts`, with `top` of the likeliest or all that there are."""
+    return {
+        "tokens": [_word(text, token) for token in tokens],
+        "token_logprobs": [None if entry is None else max(entry.logprob, LEAST) for entry in entries],
+        "top_logprobs": [
+            None if entry is None else {_word(text, token): max(value, LEAST) for token, value in entry.top[:top]}
+            for entry in entries
+        ],
+        "text_offset": list(starts),
+    }
+
+
+def prompt_logprobs(
+    text: Text, entries: Sequence[PromptLogprob | None], top: int | None = None
+) -> list[dict[str, Any] | None]:
+    """vLLM's field of that name: by id, a prompt's token and in its place `top` of the likeliest, or all there are."""
+    return [None if entry is None else _ranked(text, entry, top) for entry in entries]
+
+
+def _ranked(text: Text, entry: PromptLogprob, top: int | None) -> dict[str, Any]:
+    likeliest = [(token, value, rank) for rank, (token, value) in enumerate(entry.top[:top], 1)]
+    return {
+        str(token): {"logprob": max(value, LEAST), "rank": rank, "decoded_token": _decoded(text, token)}
+        for token, value, rank in [(entry.token, entry.logprob, entry.rank), *likeliest]
+    }
+
+
 def _word(text: Text, token: int) -> str:
     """A token's text, or as in OpenAI's API its bytes if they are no whole characters: others would look the same."""
-    data = text.vocabulary.bytes_of(token)
-    word = data.decode(errors="replace")
-    return word if "\ufffd" not in word else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    word = _decoded(text, token)
+    if "\ufffd" not in word:
+        return word
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.vocabulary.bytes_of(token))
 
 
 def _token(text: Text, token: int, logprob: float) -> dict[str, Any]:
-    data = text.vocabulary.bytes_of(token)
-    return {"token": data.decode(errors="replace"), "logprob": max(logprob, LEAST), "bytes": list(data)}
+    data = list(text.vocabulary.bytes_of(token))
+    return {"token": _decoded(text, token), "logprob": max(logprob, LEAST), "bytes": data}
+
+
+def _decoded(text: Text, token: int) -> str:
+    return text.vocabulary.bytes_of(token).decode(errors="replace")

@@ -8,7 +8,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batching.events import BatchEnded, BatchStarted, Event, QueueChanged, RowEnded, RowsJoined, Stepped
+from batching.events import (
+    BatchEnded,
+    BatchStarted,
+    Event,
+    PromptScored,
+    QueueChanged,
+    RowEnded,
+    RowsJoined,
+    Stepped,
+)
 
 PERIOD = 0.5
 """Seconds of a tick."""
@@ -73,6 +82,8 @@ class Meter:
         match event:
             case Stepped(tokens=tokens, running=running):
                 self._tokens += tokens
+                self._running.set(running)
+            case PromptScored(running=running):
                 self._running.set(running)
             case QueueChanged(rows=rows):
                 self._queued.set(rows)

@@ -19,6 +19,7 @@ from batching.events import (
     BatchStarted,
     Event,
     Outcome,
+    PromptScored,
     QueueChanged,
     Rejected,
     RowEnded,
@@ -121,6 +122,7 @@ class Metrics:
         self._preemptions = counter(
             "preemptions", "Times that a request gave its memory to older ones and was computed again later."
         )
+        self._scored_tokens = counter("scored_prompt_tokens", "Prompt tokens whose log probabilities were told.")
         self._output_tokens = counter("output_tokens", "Tokens generated.")
         self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
         self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
@@ -156,6 +158,9 @@ class Metrics:
                 self._output_tokens.inc(tokens)
                 self._running.set(running)
                 self._step_rows.observe(tokens)
+            case PromptScored(tokens=tokens, running=running):
+                self._scored_tokens.inc(tokens)
+                self._running.set(running)
             case QueueChanged(rows=rows, prompt_tokens=tokens):
                 self._queue_depth.set(rows)
                 self._queue_tokens.set(tokens)

@@ -91,6 +91,16 @@ class ChatChoice(Reply):
     finish_reason: FinishReason
 
 
+class RankedToken(Reply):
+    logprob: float
+    rank: int
+    """1 for the likeliest."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, RankedToken] | None]
+
+
 class ChatCompletion(Reply):
     id: str
     object: Literal["chat.completion"]
@@ -99,6 +109,9 @@ class ChatCompletion(Reply):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    """By token id, each token of the prompt and the likeliest in its place; null for the first token. Left out if not
+    asked for."""
 
 
 class FunctionDelta(Reply):
@@ -146,8 +159,9 @@ class ChatChunk(Reply):
 
 class TextLogprobs(Reply):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """Null for the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     """Where each token starts in the text, in characters."""
 
@@ -157,6 +171,9 @@ class TextChoice(Reply):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
+    prompt_logprobs: PromptLogprobs | None = None
+    """By token id, each token of the prompt and the likeliest in its place; null for the first token. Left out if not
+    asked for."""
 
 
 class TextCompletion(Reply):

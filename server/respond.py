@@ -1,6 +1,6 @@
 """From the choices of an answer to its HTTP response, plain or streamed, whatever the endpoint."""
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Protocol, TypeVar
 
@@ -35,8 +35,10 @@ class Choice(Protocol):
         ...
 
 
-async def plain(completion: Completion, choices: Sequence[Choice]) -> Response:
-    """The whole answer as one JSON object."""
+async def plain(
+    completion: Completion, choices: Sequence[Choice], others: Callable[[], Mapping[str, Any]] = dict
+) -> Response:
+    """The whole answer as one JSON object, with `others` beside its choices."""
     async with AsyncExitStack() as stack:
         for choice in choices:
             await stack.enter_async_context(choice.stream)
@@ -47,7 +49,7 @@ async def plain(completion: Completion, choices: Sequence[Choice]) -> Response:
         except BatchingError as error:
             raise from_batching(error) from None
     done = [choice.whole() for choice in choices]
-    return Response(completion.whole(done, usage(choices)), media_type="application/json")
+    return Response(completion.whole(done, usage(choices), **others()), media_type="application/json")
 
 
 async def deltas_of(choices: Iterable[Choice]) -> AsyncIterator[list[tuple[Choice, Delta]]]:

@@ -98,8 +98,8 @@ AnyItem = Annotated[
 ]
 
 
-def _item(value: Any) -> Any:
-    """An item by one of the types that are read here, if it is a turn of the conversation."""
+def _checked(value: Any) -> Json:
+    """An item without nulls and with its type. Raises ValueError for one that cannot be read here."""
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
     item = {key: part for key, part in value.items() if part is not None}
@@ -110,13 +110,20 @@ def _item(value: Any) -> Any:
         raise ValueError("an item_reference names an item that was stored, but stored state is not kept here")
     if kind in UNREADABLE:
         raise ValueError(f"an item of type {kind} can be read only by the service that made it")
-    if kind not in ITEMS and "role" in item:
-        return item | {"type": "message"}
-    if kind not in ITEMS and kind.endswith("_call") and "call_id" in item:
-        return _function_call(item)
-    if kind.endswith("_output") and "call_id" in item:
-        return item | {"type": "function_call_output", "output": _output(item.get("output", ""))}
     return item
+
+
+def _item(value: Any) -> Json:
+    """An item by one of the types that are read here, if it is a turn of the conversation."""
+    item = _checked(value)
+    kind: str = item["type"]
+    if kind.endswith("_call_output"):
+        return item | {"type": "function_call_output", "output": _output(item.get("output", ""))} | _call_of(item)
+    if kind in ITEMS:
+        return item
+    if "role" in item:
+        return item | {"type": "message"}
+    return _function_call(item) if kind.endswith("_call") and "call_id" in item else item
 
 
 def _function_call(item: Json) -> Json:
@@ -124,6 +131,11 @@ def _function_call(item: Json) -> Json:
     name = item.get("name", item["type"].removesuffix("_call"))
     arguments = {key: value for key, value in item.items() if key not in ABOUT_THE_ITEM}
     return {"type": "function_call", "call_id": item["call_id"], "name": name, "arguments": arguments}
+
+
+def _call_of(output: Json) -> Json:
+    """Which call an output is of. That of the local shell names it in its own id."""
+    return {"call_id": output["id"]} if "call_id" not in output and "id" in output else {}
 
 
 def _output(value: Any) -> Any:

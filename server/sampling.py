@@ -43,6 +43,7 @@ def sampling(
         min_tokens=min(asked.min_tokens or 0, wanted),
         logit_bias=tuple((asked.logit_bias or {}).items()),
         top_logprobs=asked.wanted_logprobs,
+        prompt_logprobs=asked.prompt_logprobs_with(choice),
         forced=forced,
     )
 
@@ -52,7 +53,7 @@ def length(settings: Settings, asked: Generation, room: int) -> int:
     default = settings.default_max_tokens or room
     if asked.useless_if_cut:
         default = max(default, WHOLE_ANSWER)
-    return min(asked.wanted_tokens or default, settings.max_output_tokens, room)
+    return min(_or(asked.wanted_tokens, default), settings.max_output_tokens, room)
 
 
 def _or(value: Number | None, default: Number) -> Number:

@@ -41,9 +41,13 @@ UNSUPPORTED = (
 
 
 class JsonSchema(Body):
-    """`json_schema` of a response format. `strict` is what this service does in any case."""
+    """`json_schema` of a response format.
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    With `strict`, a schema that cannot be held to in every word is refused; else the rest is left to the model.
+    """
+
+    name: str | None = None
+    """What the schema is called, which means nothing here."""
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: Flag | None = None
@@ -52,11 +56,16 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    """The schema itself, of either type, as llama.cpp has it."""
 
     @model_validator(mode="after")
     def _schema_if_named(self) -> Self:
-        if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("the type json_schema needs a json_schema, and no other type has one")
+        schemas = [schema for schema in (self.json_schema, self.schema_) if schema is not None]
+        if self.type == "json_schema" and not schemas:
+            raise ValueError("the type json_schema needs a json_schema")
+        if len(schemas) > (self.type != "text") or (self.json_schema and self.type != "json_schema"):
+            raise ValueError("a json_schema belongs to the type json_schema, which has one")
         return self
 
 
@@ -184,6 +193,8 @@ class Generation(RequestBody):
     """False: the likeliest token is taken."""
     priority: Annotated[int, Field(strict=True, ge=-8, le=8), Integral] | None = None
     """Lower is sooner, among the requests of the same API key."""
+    prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
+    """How many likeliest tokens to tell beside each token of the prompt, and its own log probability. Not streamed."""
     skip_special_tokens: Literal[True] | None = None
     """As it is here in any case."""
     add_generation_prompt: Literal[True] | None = None
@@ -206,6 +217,12 @@ class Generation(RequestBody):
     extra_body: NoEffect = None
     drop_params: NoEffect = None
 
+    @model_validator(mode="after")
+    def _prompt_is_told_whole(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("the field prompt_logprobs may not be set when stream is true")
+        return self
+
     @property
     def wanted_tokens(self) -> int | None:
         """The answer's length that was asked for."""
@@ -220,6 +237,10 @@ class Generation(RequestBody):
     def wanted_logprobs(self) -> int | None:
         """How many likeliest tokens to tell at each place; None for no log probabilities at all."""
         return None
+
+    def prompt_logprobs_with(self, choice: int) -> int | None:
+        """The same for the places of the prompt. They are told once, with the first choice."""
+        return self.prompt_logprobs if choice == 0 else None
 
     @property
     def include_usage(self) -> bool:
@@ -303,8 +324,10 @@ class CompletionRequest(Generation):
 
     prompt: Prompts
     """A text, token ids, or a list of either."""
+    max_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
+    """The same; 0 needs `echo`, and then nothing is generated."""
     echo: Flag | None = None
-    """Whether the answer begins with the prompt."""
+    """Whether the answer begins with the prompt, and `logprobs` with those of its tokens (null for the first)."""
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), Integral] | None = None
     """As many as `n`: there are no others to choose from."""
@@ -315,9 +338,21 @@ class CompletionRequest(Generation):
             raise ValueError("the field best_of may not be larger than n, because every answer is returned")
         return self
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("the field max_tokens may only be 0 when echo is true")
+        return self
+
     @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
+
+    def prompt_logprobs_with(self, choice: int) -> int | None:
+        """Each choice has its own. A row that generates nothing is there for these alone, wanted or not."""
+        echoed = self.logprobs if self.echo else None
+        asked = [wanted for wanted in (echoed, self.prompt_logprobs) if wanted is not None]
+        return max(asked, default=0 if self.max_tokens == 0 else None)
 
 
 class TokenizeRequest(RequestBody):
@@ -395,7 +430,7 @@ def unsupported(name: str) -> ApiError:
 def explain(error: ValidationError) -> ApiError:
     """One sentence about the first thing that is wrong. Never repeats a value that was sent."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
     param = ".".join(map(str, first["loc"]))
     if not param:
         return bad_request(f"{message[:1].upper()}{message[1:]}.")

@@ -1,119 +1,191 @@
-"""JSON Schemas as clients send them: what can be compiled within bounds, and how it becomes part of a grammar.
+"""What of a JSON Schema can be held to within bounds, told before anything is compiled.
 
-Pure functions; none repeats what was sent but for names of keywords.
+Pure functions, linear in what they are given. None repeats what was sent but for names of keywords.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
-from urllib.parse import unquote
 
-from server.errors import ApiError, bad_request
+from server.schema_walk import Schema, resolve, subschemas, values
 
-Schema = dict[str, Any]
-
-MAX_BYTES = 128 * 1024  # of schema as compact JSON, all tools together
+MAX_LENGTH = 256 * 1024  # characters of all schemas of one answer, as they were sent
 MAX_DEPTH = 64  # of JSON values inside one another; two a level of nested objects
-MAX_NODES = 10_000  # members of all objects and arrays
-MAX_MEMBERS = 1000  # of one object; compiling takes time in the square of its properties
+MAX_MEMBERS = 20_000  # of all objects and arrays
+MAX_PROPERTIES = 1000  # members of one object; compiling takes time in the square of them
 MAX_PATTERN = 2000  # characters that a pattern stands for, counted repetitions written out
+MAX_PATTERN_LENGTH = 8192
+MAX_LITERAL = 2000  # bytes of a name or a fixed string; each step takes time in proportion: half a millisecond here
+MAX_BITS = 4096  # of an integer; Python writes no much longer one
 MAX_MULTIPLE = 10_000  # least common multiple of all multipleOf, each without its decimal point; it becomes states
-ROUNDS = 50
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+MALFORMED = "The schema is not a valid JSON Schema."
 
 
-def refused(message: str, param: str) -> ApiError:
-    return bad_request(message, param, "unsupported_schema")
+class SchemaError(ValueError):
+    """What is wrong with a schema, as a sentence for whoever sent it."""
 
 
-def inline(schema: Schema, strict: bool, param: str) -> str:
-    """The schema as part of a grammar. Members keep their order, which is that of the answer's."""
-    options = LAYOUT | {"lenient": not strict}
-    try:
-        text = json.dumps(schema | {"x-guidance": options}, separators=(",", ":"), allow_nan=False)
-        return "%json " + (json.dumps(_guarded(json.loads(text)), separators=(",", ":")) if "[^" in text else text)
-    except RecursionError:
-        raise refused("The schema is nested too deeply.", param) from None
-    except ValueError:
-        raise refused("The schema is not valid JSON.", param) from None
+def bound(*parts: Any) -> None:
+    """Refuse what is too large to be looked at, at the cost of what is read before that is known.
 
-
-def _guarded(node: Any, key: str = "") -> Any:
-    """The schema with U+0001 kept out of every negated character class in a pattern.
-
-    llguidance lets an escaped quote or backslash through where a class excludes it but no control character.
+    Raises `SchemaError`; also for a number that JSON has no form for.
     """
-    match node:
-        case dict() if key not in ("const", "default"):
-            named = key == "patternProperties"
-            return {(_guard(name) if named else name): _guarded(value, name) for name, value in node.items()}
-        case list() if key not in ("enum", "examples", "const", "default"):
-            return [_guarded(value) for value in node]
-        case str() if key == "pattern":
-            return _guard(node)
-    return node
+    length = members = 0
+    for part in parts:
+        for depth, key, value in values(part):
+            inside = len(value) if isinstance(value, dict | list) else 0
+            members += inside
+            length += _length(value) + len(key) + 4
+            if depth > MAX_DEPTH:
+                raise SchemaError("The schema is nested too deeply.")
+            if members > MAX_MEMBERS:
+                raise SchemaError("The schema has more members than can be compiled.")
+            if length > MAX_LENGTH:
+                raise SchemaError(f"The schema is too large: at most {MAX_LENGTH // 1024} KiB are read.")
 
 
-def _guard(pattern: str) -> str:
-    parts = (part[0] for part in PATTERN_PART.finditer(pattern))
-    return "".join(
-        re.sub(r"^\[\^(\]?)", lambda start: "[^\\x01" + start[1].replace("]", "\\]"), part) for part in parts
-    )
+def _length(value: Any) -> int:
+    """Roughly how many characters a string or number is in JSON."""
+    match value:
+        case str():
+            return len(value)
+        case float() if not math.isfinite(value):
+            raise SchemaError("The schema is not valid JSON.")
+        case int() if value.bit_length() > MAX_BITS:
+            raise SchemaError("The schema has a number that is too long.")
+        case int():
+            return value.bit_length() // 3
+        case _:
+            return 4
 
 
-def parameters_of(schema: Schema | None, param: str) -> Schema:
-    """The schema of a tool's arguments, which are an object whatever it says."""
-    if schema is None:
-        return {"type": "object", "properties": {}, "additionalProperties": False}
-    if schema.get("type", "object") != "object":
-        raise refused("The parameters of a function must be of type object.", param)
-    return {"type": "object"} | schema
+def check_names(schema: Schema) -> None:
+    """Refuse names that would make every step slow, and more of them than can be compiled. Raises `SchemaError`."""
+    for _, key, value in values(schema):
+        if isinstance(value, dict) and len(value) > MAX_PROPERTIES:
+            raise SchemaError("The schema has more members than can be compiled.")
+        if _written(key) > MAX_LITERAL:
+            raise SchemaError("The schema has a name that is too long.")
 
 
-def check_size(size: int, param: str) -> None:
-    if size > MAX_BYTES:
-        raise refused(f"The schema is too large: at most {MAX_BYTES // 1024} KiB are read.", param)
+# What single keywords may say
 
 
-def check(schema: Schema, strict: bool, param: str) -> None:
-    """Refuse what would take the compiler too much time or memory, or end it, and what no answer could satisfy.
-
-    Keywords are told by their names alone, so data that looks like one counts as one. Raises `ApiError` 400.
-    """
-    multiple, references = 1, set()
-    for nodes, (depth, key, value) in enumerate(_walk(schema)):
-        if depth > MAX_DEPTH:
-            raise refused("The schema is nested too deeply.", param)
-        if nodes > MAX_NODES or (isinstance(value, dict) and len(value) > MAX_MEMBERS):
-            raise refused("The schema has more members than can be compiled.", param)
-        match key, value:
-            case "pattern", str() if written_out(value) > MAX_PATTERN:
-                raise refused("A pattern in the schema repeats too much.", param)
-            case "multipleOf", int() | float() if not isinstance(value, bool):
-                multiple = math.lcm(multiple, _digits(value))
-            case "$ref", str():
-                references.add(value)
-        if strict and isinstance(value, dict) and _counts_properties(value):
-            raise refused("The schema uses minProperties in a way that cannot be enforced.", param)
-    if multiple > MAX_MULTIPLE:
-        raise refused("The schema uses multipleOf with numbers that are too large.", param)
-    if not terminates(schema, references):
-        raise refused("The schema refers to itself without an end, so no answer could satisfy it.", param)
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
-def _walk(schema: Schema) -> Iterator[tuple[int, str, Any]]:
-    """Every value inside, with its depth and the name of the member it is, without recursion."""
-    todo: list[tuple[int, str, Any]] = [(1, "", schema)]
-    while todo:
-        depth, key, value = todo.pop()
-        yield depth, key, value
-        if isinstance(value, dict):
-            todo.extend((depth + 1, name, inner) for name, inner in value.items())
-        elif isinstance(value, list):
-            todo.extend((depth + 1, "", inner) for inner in value)
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _limit(value: Any) -> bool:
+    return isinstance(value, bool) or _number(value)  # draft 4 says by true that the other limit is exclusive
+
+
+def _schema(value: Any) -> bool:
+    return isinstance(value, dict | bool)
+
+
+def _schemas(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_schema, value))
+
+
+def _named(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_schema, value.values()))
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _types(value: Any) -> bool:
+    kinds = value if isinstance(value, list) else [value]
+    return bool(kinds) and all(isinstance(kind, str) and kind in TYPES for kind in kinds)
+
+
+TYPES = frozenset(["string", "number", "integer", "boolean", "object", "array", "null"])
+FORMS: dict[str, Callable[[Any], bool]] = {
+    "type": _types,
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _count),
+    **dict.fromkeys(("minimum", "maximum"), _number),
+    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), _limit),
+    "multipleOf": lambda value: _number(value) and value > 0,
+    **dict.fromkeys(("pattern", "format", "$ref", "$id", "$anchor"), lambda value: isinstance(value, str)),
+    "required": _strings,
+    "enum": lambda value: isinstance(value, list),
+    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), _named),
+    **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), _schemas),
+    "items": lambda value: _schema(value) or value == [] or _schemas(value),
+    **dict.fromkeys(("additionalProperties", "additionalItems"), _schema),
+}
+"""What the value of a keyword must be for the compiler to read it."""
+
+
+@dataclass
+class Faults:
+    """Finds what cannot be held to in the schemas of one document, which must be bounded."""
+
+    root: Schema
+    _multiple: int = 1
+    _places: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._places = {id(node) for node in subschemas(self.root)}
+
+    def of(self, node: Schema) -> Iterator[tuple[str, str]]:
+        """Keywords of this schema, not of those in it, each with a sentence that says why it cannot be held to."""
+        for keyword, value in node.items():
+            if keyword in FORMS and not FORMS[keyword](value):
+                yield keyword, MALFORMED
+            elif told := self._told(keyword, value):
+                yield keyword, told
+
+    def _told(self, keyword: str, value: Any) -> str | None:
+        match keyword:
+            case "pattern" if written_out(value) > MAX_PATTERN:
+                return "A pattern in the schema repeats too much."
+            case "patternProperties" if any(written_out(name) > MAX_PATTERN for name in value):
+                return "A pattern in the schema repeats too much."
+            case "enum" if not value:
+                return "No value could satisfy the schema."
+            case "const" | "enum" if any(_written(text) > MAX_LITERAL for _, _, text in values(value)):
+                return "The schema has a fixed value that is too long."
+            case "multipleOf" if not self._takes_multiple(_digits(value)):
+                return "The schema uses multipleOf with numbers that are too large."
+            case "$ref" if not self._leads_somewhere(value):
+                return "A $ref in the schema points to nothing inside it."
+        return None
+
+    def _takes_multiple(self, digits: int) -> bool:
+        multiple = math.lcm(self._multiple, digits)
+        if multiple > MAX_MULTIPLE:
+            return False
+        self._multiple = multiple
+        return True
+
+    def _leads_somewhere(self, reference: str) -> bool:
+        """Whether it is one to a schema in this document, or one by a name, which is the compiler's to judge."""
+        if reference == "#" or reference.startswith("#/"):
+            target = resolve(self.root, reference)
+            return isinstance(target, bool) or id(target) in self._places
+        return "#/" not in reference
+
+
+def _written(value: Any) -> int:
+    """Bytes of a string in JSON; 0 for anything else."""
+    return len(json.dumps(value, ensure_ascii=False).encode(errors="replace")) if isinstance(value, str) else 0
+
+
+def counts_properties(schema: Schema) -> bool:
+    """Whether names are counted that may be repeated, because a grammar does not remember those it has let pass."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    return isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0)
 
 
 def _digits(number: float) -> int:
@@ -122,17 +194,14 @@ def _digits(number: float) -> int:
     return int("".join(map(str, digits.digits)) + "0" * max(int(digits.exponent), 0)) or 1
 
 
-def _counts_properties(schema: Schema) -> bool:
-    """Whether names are counted that may be repeated, because a grammar does not remember those it has let pass."""
-    least, required = schema.get("minProperties"), schema.get("required")
-    return isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0)
-
-
-PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+# A class may be left open, so that no bracket makes the search start over: each character is looked at once.
+PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
 
 
 def written_out(pattern: str) -> int:
     """Roughly how many characters a pattern has once counted repetitions, also nested ones, are written out."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        return len(pattern)
     sums, last = [0], 0
     for part in PATTERN_PART.finditer(pattern):
         match part[0]:
@@ -149,69 +218,3 @@ def written_out(pattern: str) -> int:
                 last = 1
                 sums[-1] += 1
     return sum(sums)
-
-
-def terminates(schema: Schema, references: set[str]) -> bool:
-    """Whether a value of finite size can satisfy the schema, as far as references to itself go.
-
-    Starts with no reference known to be finite and adds those that the known ones make so, until there are no more.
-    """
-    targets = {ref: _resolve(schema, ref) for ref in references}
-    finite: set[str] = {ref for ref, target in targets.items() if target is None}
-    for _ in range(ROUNDS):
-        seen: dict[int, bool] = {}
-        found = {ref for ref, target in targets.items() if ref in finite or _finite(target, finite, seen)}
-        if found == finite:
-            return _finite(schema, finite, {})
-        finite = found
-    return True
-
-
-def _resolve(schema: Schema, reference: str) -> Any:
-    """What a reference into the schema points to; None for any other, which is the compiler's to judge."""
-    if not reference.startswith("#") or (reference != "#" and not reference.startswith("#/")):
-        return None
-    node: Any = schema
-    for name in unquote(reference).split("/")[1:]:
-        name = name.replace("~1", "/").replace("~0", "~")
-        if isinstance(node, dict):
-            node = node.get(name)
-        elif isinstance(node, list) and name.isdecimal() and int(name[:9]) < len(node):
-            node = node[int(name[:9])]
-        else:
-            return None
-    return node
-
-
-def _finite(node: Any, finite: set[str], seen: dict[int, bool]) -> bool:
-    if not isinstance(node, dict) or "const" in node or "enum" in node:
-        return True
-    if id(node) not in seen:
-        seen[id(node)] = True
-        seen[id(node)] = _is_finite(node, lambda inner: _finite(inner, finite, seen), finite)
-    return seen[id(node)]
-
-
-def _is_finite(node: Schema, inner: Callable[[Any], bool], finite: set[str]) -> bool:
-    reference = node.get("$ref")
-    if isinstance(reference, str) and reference not in finite:
-        return False
-    if not all(map(inner, _listed(node, "allOf"))):
-        return False
-    for choice in map(_listed, (node, node), ("anyOf", "oneOf")):
-        if choice and not any(map(inner, choice)):
-            return False
-    if node.get("type") in ("object", ["object"]):
-        properties = node.get("properties")
-        fields = properties if isinstance(properties, dict) else {}
-        rest = node.get("additionalProperties", True)
-        return all(inner(fields.get(name, rest)) for name in _listed(node, "required") if isinstance(name, str))
-    if node.get("type") in ("array", ["array"]) and isinstance(least := node.get("minItems", 0), int):
-        first = _listed(node, "prefixItems")[: max(least, 0)]
-        return all(map(inner, first)) and (least <= len(first) or inner(node.get("items", True)))
-    return True
-
-
-def _listed(node: Schema, key: str) -> list[Any]:
-    value = node.get(key)
-    return value if isinstance(value, list) else []

@@ -29,6 +29,9 @@ from server.text import Text
 
 logger = logging.getLogger(__name__)
 
+MAX_PROMPT_LOGPROBS = 262_144
+"""Log probabilities of prompts in one answer: as JSON some 20 MB."""
+
 
 MAX_LOGPROB_ENTRIES = 2**18
 """In one answer; about 20 MB of JSON."""
@@ -154,6 +157,12 @@ class Service:
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Queue the rows of one HTTP request. Raises `ApiError` 429 or 503, or 400 if they never have room."""
+        if sum(map(num_prompt_logprobs, requests)) > MAX_PROMPT_LOGPROBS:
+            raise bad_request(
+                f"An answer can hold {MAX_PROMPT_LOGPROBS:,} log probabilities of prompts; ask for fewer of the "
+                "likeliest tokens, for fewer prompts or choices, or with a shorter prompt.",
+                code="too_large",
+            )
         if not self._limits.allow(requests):
             raise bad_request("The queue can never hold this; ask for fewer choices or fewer tokens.", code="too_large")
         if sum(map(logprob_entries, requests)) > MAX_LOGPROB_ENTRIES:
@@ -200,10 +209,13 @@ class Service:
             return card
         return card | {"max_model_len": self.info.context_window, "context_length": self.advertised_window}
 
-    def room_for_output(self, prompt_tokens: int, param: str) -> int:
-        """How many tokens can follow the prompt, which came in the field `param`. Raises `ApiError` 400 if none."""
+    def room_for_output(self, prompt_tokens: int, param: str, *, least: int = 1) -> int:
+        """How many tokens can follow the prompt, which came in the field `param`.
+
+        Raises `ApiError` 400 if not even `least`.
+        """
         room = self.info.context_window - prompt_tokens
-        if room < 1:
+        if room < least:
             raise bad_request(
                 f"The prompt has {thousands(prompt_tokens)} tokens, but with its answer it must fit in a context "
                 f"window of {thousands(self.info.context_window)}; shorten it.",
@@ -211,3 +223,9 @@ class Service:
                 "context_length_exceeded",
             )
         return room
+
+
+def num_prompt_logprobs(request: Request) -> int:
+    """How many log probabilities of its prompt a request asks for: of each token's own and the likeliest."""
+    top = request.sampling.prompt_logprobs
+    return 0 if top is None else (1 + top) * len(request.prompt)

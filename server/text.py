@@ -104,8 +104,9 @@ class Text:
 
         return Grammars(self._chat)
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.vocabulary)
+    def detokenizer(self, *, special: bool = False) -> Detokenizer:
+        """For one row's tokens; with special tokens in the text if those are `special`."""
+        return Detokenizer(self.vocabulary, special=special)
 
 
 def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     Field,
     PlainValidator,
@@ -19,80 +20,33 @@ from pydantic import (
 )
 
 from server.fields import Body, Flag
+from server.schema_check import MAX_DEPTH, bound
+from server.schema_rewrite import tidied
+from server.schema_walk import values
 from server.tool_format import NAME
 
 MAX_TOOLS = 128  # as in OpenAI's API
 MAX_CALLS = 4096  # in one turn of the history; more than an answer can make
-MAX_TOOLS_LENGTH = 2**18  # characters of JSON; more than most context windows can hold
-MAX_SCHEMA_LENGTH = 2**16  # of one tool's parameters
-MAX_SCHEMA_DEPTH = 32  # nested objects and arrays; OpenAI allows ten levels of properties, two of these each
-SCHEMA_TYPES = frozenset(["string", "number", "integer", "boolean", "object", "array", "null"])
-# The keywords of JSON Schema 2020-12 and draft 7 that hold schemas: by name, or alone or in a list.
-SCHEMAS_BY_NAME = frozenset(["properties", "patternProperties", "dependentSchemas", "$defs", "definitions"])
-SCHEMAS = (
-    frozenset(["items", "prefixItems", "contains", "additionalItems", "unevaluatedItems"])
-    | frozenset(["additionalProperties", "unevaluatedProperties", "propertyNames"])
-    | frozenset(["allOf", "anyOf", "oneOf", "not", "if", "then", "else"])
-)
 
 Name = Annotated[str, Field(strict=True, pattern=NAME)]
 CallId = Annotated[str, Field(strict=True)]
 
 
-def _depth(value: Any) -> int:
-    """How deeply objects and arrays are nested, 0 for anything else. A level at a time, so that nothing is too deep."""
-    depth = 0
-    level = [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
-
-
-def _check_keywords(schema: dict[str, Any]) -> None:
-    """Raises ValueError where this schema, or one in it, has a type or pattern that cannot be."""
-    schemas = [schema]
-    while schemas:
-        for keyword, value in schemas.pop().items():
-            if keyword in SCHEMAS_BY_NAME and isinstance(value, dict):
-                schemas += [inner for inner in value.values() if isinstance(inner, dict)]
-            elif keyword in SCHEMAS:
-                listed = value if isinstance(value, list) else [value]
-                schemas += [inner for inner in listed if isinstance(inner, dict)]
-            elif keyword == "type":
-                kinds = value if isinstance(value, list) else [value]
-                if not all(isinstance(kind, str) and kind in SCHEMA_TYPES for kind in kinds):
-                    raise ValueError("a schema names a type that JSON Schema does not have")
-            elif keyword == "pattern" and not isinstance(value, str):
-                # Whether it is a valid expression is for those to find who compile it, with a time limit.
-                raise ValueError("a schema's pattern must be a string")
-
-
-def _length(value: Any) -> int:
-    """Characters of a value, or of types like those here, as JSON. Raises ValueError if it cannot be written so."""
-    try:
-        return len(json.dumps(value, ensure_ascii=False, allow_nan=False, default=dict))
-    except ValueError:
-        raise ValueError("a definition may hold only numbers that JSON has a form for") from None
-
-
 def _tools(tools: Any) -> Any:
     """Bounded before anything looks at them in detail, which takes longer."""
-    if _length(tools) > MAX_TOOLS_LENGTH:
-        raise ValueError(f"all definitions together may be at most {MAX_TOOLS_LENGTH // 1024} KiB long")
+    listed = tools if isinstance(tools, list) else []
+    bound([tool.model_dump() if isinstance(tool, BaseModel) else tool for tool in listed])
     return tools
 
 
 def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema that is bounded, can be written as JSON, and describes an object of known types."""
-    if _depth(schema) > MAX_SCHEMA_DEPTH:
-        raise ValueError(f"a schema may be nested at most {MAX_SCHEMA_DEPTH} levels deep")
-    if _length(schema) > MAX_SCHEMA_LENGTH:
-        raise ValueError(f"a schema may be at most {MAX_SCHEMA_LENGTH // 1024} KiB long")
-    if schema.get("type", "object") != "object":
+    """A schema of an object, with the types that JSON has where the author used other names."""
+    bound(schema)
+    read: dict[str, Any] = tidied(schema)
+    kind = read.get("type", "object")
+    if "object" not in (kind if isinstance(kind, list) else [kind]):
         raise ValueError("a tool's parameters must be of type object")
-    _check_keywords(schema)
-    return schema
+    return read if kind == "object" else read | {"type": "object"}
 
 
 class Function(Body):
@@ -314,7 +268,8 @@ def _arguments(text: str) -> dict[str, Any] | str:
     except (ValueError, RecursionError):
         return text
     # What is nested deeper could be too deep for the template's own encoder.
-    return value if isinstance(value, dict) and _depth(value) <= MAX_SCHEMA_DEPTH else text
+    shown = isinstance(value, dict) and all(depth <= MAX_DEPTH for depth, _, _ in values(value))
+    return value if shown else text
 
 
 def _refuse(constant: str) -> None:

@@ -1,12 +1,14 @@
-"""What holds for every test: the developer's own settings of the service are out of sight."""
+"""What holds for every test: the developer's settings of the service are out of sight, and event loops are watched."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
 from server.settings import PREFIX
+from tests import loop_guard
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test that is
@@ -24,6 +26,13 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.upper().startswith(PREFIX):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def quick_loops() -> Iterator[None]:
+    """Servers that several tests share are asked after each of them; others when they end."""
+    yield
+    loop_guard.check_all()
 
 
 @pytest.fixture

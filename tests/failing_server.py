@@ -48,9 +48,9 @@ class FailingText(Text):
             hang()
         return super().encode(text, special=special)
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, *, special: bool = False) -> Detokenizer:
         LOOP_FAILURES.get(os.environ["FAIL"], lambda: None)()
-        return super().detokenizer()
+        return super().detokenizer(special=special)
 
 
 class FailingLoader:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from batching.engine import Steps
 from batching.stream import Row
-from batching.types import ModelInfo, Request
+from batching.types import ModelInfo, PromptLogprob, Request
 
 INFO = ModelInfo(
     device="scripted",
@@ -24,6 +24,16 @@ Script = Callable[[Request, int], int]
 def counting(request: Request, position: int) -> int:
     """1, 2, 3, ... for every request."""
     return position + 1
+
+
+SCORED = 3
+"""Tokens of a prompt whose log probabilities a scripted engine hands over at a time."""
+
+
+def prompt_logprob(token: int, top: int) -> PromptLogprob:
+    """What a scripted engine says of a prompt's token: minus an eighth of its id, and of each after it one less."""
+    likeliest = tuple(((token + n) % 257, -token / 8 - n) for n in range(top))
+    return PromptLogprob(token, -token / 8, likeliest, rank=1)
 
 
 class ScriptedEngine:
@@ -56,6 +66,7 @@ class ScriptedEngine:
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
         rows = list(rows)
         self.batches.append([row.request.id for row in rows])
+        self._score(rows, steps)
         position = 0
         while not all(row.over for row in rows):
             if self._gate is not None:
@@ -65,9 +76,19 @@ class ScriptedEngine:
             if self.info.joins:
                 joined = steps.admit()
                 self.batches[-1] += [row.request.id for row in joined]
+                self._score(joined, steps)
                 rows += joined
             position += 1
             self.steps += 1
+
+    def _score(self, rows: Sequence[Row], steps: Steps) -> None:
+        for row in rows:
+            top = row.request.sampling.prompt_logprobs
+            if top is not None:
+                _, *others = row.request.prompt
+                told = [None, *(prompt_logprob(token, top) for token in others)]
+                for start in range(0, len(told), SCORED):
+                    steps.emit_prompt(row, start, told[start : start + SCORED])
 
     def memory(self) -> int:
         return 0

@@ -39,6 +39,7 @@ from server.settings import PREFIX, Settings
 from server.text import Text
 from server.watchdog import Watchdog
 from tests.fakes import INFO, Script, ScriptedEngine
+from tests.loop_guard import LoopGuard
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60.0
@@ -286,12 +287,14 @@ def live(
         )
         server = uvicorn.Server(config)
         loops: list[asyncio.AbstractEventLoop] = []
+        guard = LoopGuard()
 
         async def serve() -> None:
             loop = asyncio.get_running_loop()
             loops.append(loop)
             limit, lag = service.settings.watchdog_s, metrics.loop_lag.observe
-            with Watchdog(loop, limit, progress, service.worker_stuck, lag, end=lambda reason: None):
+            watchdog = Watchdog(loop, limit, progress, service.worker_stuck, lag, end=lambda reason: None)
+            with watchdog, guard:
                 await server.serve([bound])
             for connection in list(server.server_state.connections):
                 connection.transport.abort()  # what a browser kept open: the loop does not close it
@@ -316,6 +319,7 @@ def live(
             server.should_exit = True
             thread.join(PATIENCE)
             assert not thread.is_alive(), "the server did not stop"
+        guard.check()
 
 
 # A server in a process.

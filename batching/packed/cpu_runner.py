@@ -5,6 +5,7 @@ It computes what the CUDA runner computes, one operation at a time.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -58,21 +59,30 @@ class CPURunner:
         ids += [
             token for sequence, chunk in chunks for token in sequence.tokens[chunk.num_computed_tokens : chunk.seq_len]
         ]
-        complete = [sequence.remaining_prefill == chunk.num_tokens for sequence, chunk in chunks]
         all_chunks = [sequence.decode_chunk() for sequence in decoding] + [chunk for _, chunk in chunks]
-        self._forward(ids, all_chunks, [True] * len(decoding) + complete)
+        ends = accumulate(chunk.num_tokens for chunk in all_chunks)
+        unfinished = [False] * len(decoding) + [
+            sequence.remaining_prefill > chunk.num_tokens for sequence, chunk in chunks
+        ]
+        wanted = [end - 1 for end, waits in zip(ends, unfinished, strict=True) if not waits]
+        self.logits = self._forward(ids, all_chunks, wanted)
 
-    def _forward(self, ids: list[int], chunks: list[Chunk], wants_logits: list[bool]) -> None:
+    def prompt_logits(self, sequence: RunningSequence, chunk: Chunk) -> Tensor:
+        ids = sequence.tokens[chunk.num_computed_tokens : chunk.seq_len]
+        return self._forward(ids, [chunk], range(chunk.num_tokens))
+
+    def _forward(self, ids: Sequence[int], chunks: list[Chunk], wanted: Sequence[int]) -> Tensor:
+        """Logits of the tokens at the `wanted` places."""
         positions = torch.cat([torch.arange(chunk.num_computed_tokens, chunk.seq_len) for chunk in chunks])
         kv_slots = torch.cat([chunk.kv_slots()[chunk.num_computed_tokens :] for chunk in chunks])
-        last = torch.tensor([chunk.num_tokens for chunk in chunks]).cumsum(0) - 1
-        self.logits = self._model(
+        logits: Tensor = self._model(
             input_ids=torch.tensor([ids]),
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=last[torch.tensor(wants_logits)],
+            logits_to_keep=torch.tensor(wanted, dtype=torch.int64),
             attention_metadata=AttentionMetadata(self._kv_cache, kv_slots, TorchAttention(chunks)),
         ).logits[0]
+        return logits
 
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
         """Never: every token is known at once."""

@@ -129,8 +129,13 @@ class GraphCapture:
 
         return MixedGraph(tokens, self._graph(run), inputs)
 
-    def mixed_logits(self, inputs: PassInputs, decodes: DecodeAttention | None = None) -> Tensor:
-        """Logits [slots, vocabulary] of the `last_tokens`. Tokens beyond the end of `cu_seqlens_q` have no effect."""
+    def mixed_logits(
+        self, inputs: PassInputs, decodes: DecodeAttention | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Logits [wanted, vocabulary] of the tokens at the `wanted` places; else of the `last_tokens`.
+
+        Tokens beyond the end of `cu_seqlens_q` have no effect.
+        """
         decodes = decodes or self._mixed_decode_attention(inputs)
         places = inputs.ids, inputs.positions, inputs.kv_slots
         self._place_decodes(decodes.slots, inputs.num_decodes, *places, decodes.seq_lens)
@@ -138,7 +143,7 @@ class GraphCapture:
             inputs.cu_seqlens_q.int(), inputs.block_slots.int(), inputs.seq_lens.int(), self._state.block_tables
         )
         attend = MixedAttention(prefills, decodes, self._beside)
-        return self._logits(*places, attend, inputs.last_tokens)
+        return self._logits(*places, attend, inputs.last_tokens if wanted is None else wanted)
 
     def _logits(self, ids: Tensor, positions: Tensor, kv_slots: Tensor, attend: Attend, keep: int | Tensor) -> Tensor:
         logits: Tensor = self._model(

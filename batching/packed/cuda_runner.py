@@ -146,19 +146,39 @@ class CUDARunner:
     def forward(
         self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]] = ()
     ) -> None:
-        if self._new:
-            self._state.add_sequences(self._new, [sequence in self._guided for sequence in self._new])
-            self._new = []
-        self._state.send_blocks([*decoding, *(sequence for sequence, _ in chunks)])
+        self._send([*decoding, *(sequence for sequence, _ in chunks)])
         if chunks:
             self._mixed(decoding, chunks)
         else:
             self._decode(decoding)
 
+    def prompt_logits(self, sequence: RunningSequence, chunk: Chunk) -> Tensor:
+        self._send([sequence])
+        on_host, inputs = (PassInputs(chunk.num_tokens, self.num_slots, place) for place in ("cpu", self._device))
+        self._fill(on_host, [], [(sequence, chunk)])
+        inputs.all.copy_(on_host.all.pin_memory(), non_blocking=True)
+        return self._capture.mixed_logits(inputs, wanted=torch.arange(chunk.num_tokens, device=self._device))
+
+    def _send(self, sequences: Sequence[RunningSequence]) -> None:
+        """What the device does not know yet: the state of new sequences, and the blocks that these have got."""
+        if self._new:
+            self._state.add_sequences(self._new, [sequence in self._guided for sequence in self._new])
+            self._new = []
+        self._state.send_blocks(sequences)
+
+    def _fill(
+        self,
+        inputs: PassInputs,
+        decoding: Sequence[RunningSequence],
+        chunks: Sequence[tuple[RunningSequence, Chunk]],
+    ) -> None:
+        spare_kv_slot = self._spare_block * BLOCK_SIZE
+        fill(inputs, decoding, chunks, spare_kv_slot=spare_kv_slot, spare_slot=self.num_slots)
+
     def _mixed(self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
         graph = smallest(self._mixed_graphs, len(decoding) + sum(chunk.num_tokens for _, chunk in chunks))
         inputs = PassInputs(graph.size, self.num_slots, "cpu")
-        fill(inputs, decoding, chunks, spare_kv_slot=self._spare_block * BLOCK_SIZE, spare_slot=self.num_slots)
+        self._fill(inputs, decoding, chunks)
         graph.inputs.all.copy_(inputs.all.pin_memory(), non_blocking=True)
         graph.forward.replay()
         self._slots_on_device = []

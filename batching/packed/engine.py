@@ -27,6 +27,7 @@ from batching.packed.cpu_runner import CPURunner
 from batching.packed.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
 from batching.packed.runner import Runner
 from batching.packed.scheduler import Scheduler
+from batching.scoring import logits_bytes
 from batching.stream import Row
 from batching.types import DEFAULT_ROWS
 
@@ -129,7 +130,7 @@ class PackedEngine:
         """Blocks of the KV cache that fit into memory beside the model and its forward passes, at most `most`."""
         block = BLOCK_SIZE * cache_bytes_per_token(self._model.config, self._model.dtype)
         if self._model.device.type == "cuda":
-            room = self._room_on_gpu(gpu_memory_utilization)
+            room = self._room_on_gpu(gpu_memory_utilization) - logits_bytes(self._model)
         else:
             room = int(0.5 * free_bytes(self._model.device))
         num_blocks = min(most, room // block)

@@ -65,12 +65,12 @@ class BlockPool:
         """Blocks that are kept for later prompts."""
         return len(self._evictable)
 
-    def start(self, salt: str, tokens: Sequence[int], reserve: int = 0) -> Started | None:
+    def start(self, salt: str, tokens: Sequence[int], reserve: int = 0, *, sharing: bool = True) -> Started | None:
         """Blocks for `tokens`, the longest cached prefix among them, but never all of them, for one has to be computed.
 
-        None if fewer than `reserve` blocks would be left.
+        Not `sharing`: all of them are to be computed. None if fewer than `reserve` blocks would be left.
         """
-        shared, node = self._match(salt, tokens)
+        shared, node = self._match(salt, tokens if sharing else ())
         num_new = blocks_for(len(tokens)) - len(shared)
         if num_new + reserve > self.num_free - sum(block in self._evictable for block in shared):
             return None

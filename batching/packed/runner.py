@@ -126,6 +126,10 @@ class Runner(Protocol):
         """
         ...
 
+    def prompt_logits(self, sequence: RunningSequence, chunk: Chunk) -> Tensor:
+        """Compute a prefill chunk that does not complete its prompt: logits [tokens, vocabulary] of all of it."""
+        ...
+
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
         """Whether `sample` needs every earlier token to have been accepted: a row has a grammar, say."""
         ...

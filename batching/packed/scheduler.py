@@ -14,6 +14,7 @@ from batching.engine import Steps
 from batching.packed.attention import Chunk
 from batching.packed.kv_cache import BlockPool
 from batching.packed.runner import Runner, RunningSequence, SamplerOutput
+from batching.packed.scoring import score
 from batching.stream import Row
 from batching.types import TokenLogprob
 
@@ -76,6 +77,7 @@ class Scheduler:
             self._pool.touch(row.request.salt, row.request.prompt)
 
     def _iterate(self) -> None:
+        self._score()
         decoding = self._next_to_decode()
         if self._one_prompt_a_pass:
             launched = self._pass([], self._next_chunks(self._prefill_chunk)) + self._pass(decoding, [])
@@ -142,16 +144,28 @@ class Scheduler:
             sequence = next(prefilling, None) or self._start_next()
             if sequence is None:
                 break
+            if sequence.row.wants_prompt_logprobs:  # computed by `_score`
+                continue
             chunks.append((sequence, sequence.prefill_chunk(max_tokens)))
             max_tokens = 0 if self._one_prompt_a_pass else max_tokens - chunks[-1][1].num_tokens
         return chunks
 
     def _drop_cancelled(self) -> None:
-        for sequence in self._prefilling:
+        for sequence in list(self._prefilling):
             if sequence.row.cancelled:
                 sequence.row.over = True
-                self._release(sequence, sequence.tokens[: sequence.num_computed_tokens])
-        self._prefilling = [sequence for sequence in self._prefilling if sequence.table]
+                self._leave(sequence)
+
+    def _leave(self, sequence: RunningSequence) -> None:
+        """The row is over before its prompt was complete."""
+        self._prefilling.remove(sequence)
+        self._release(sequence, sequence.tokens[: sequence.num_computed_tokens])
+
+    def _score(self) -> None:
+        """A chunk of the first prompt whose log probabilities are asked for, in a pass of its own."""
+        sequence = next((sequence for sequence in self._prefilling if sequence.row.wants_prompt_logprobs), None)
+        if sequence is not None and score(self._runner, sequence, self._steps, self._prefill_chunk):
+            self._leave(sequence)
 
     # Who has a slot and blocks
 
@@ -165,7 +179,10 @@ class Scheduler:
             return None
         sequence = self._waiting[0]
         spare = (len(self._prefilling) + len(self._decoding)) // ROWS_PER_SPARE_BLOCK
-        started = self._pool.start(sequence.row.request.salt, sequence.tokens, spare) if self._free_slots else None
+        started = None
+        if self._free_slots:
+            sharing = not sequence.row.wants_prompt_logprobs  # the cache has no logits to reuse
+            started = self._pool.start(sequence.row.request.salt, sequence.tokens, spare, sharing=sharing)
         self._is_full = started is None
         if started is None:
             return None

@@ -1,6 +1,7 @@
 """The batcher with an engine that follows a script. Nothing here sleeps: steps are released, clocks are moved."""
 
 import asyncio
+import contextlib
 import gc
 import random
 import threading
@@ -30,6 +31,7 @@ from batching.events import (
     Event,
     Observer,
     Outcome,
+    PromptScored,
     QueueChanged,
     Rejected,
     RowEnded,
@@ -42,7 +44,7 @@ from batching.queue import QueueLimits
 from batching.stream import Row, Stream, with_deltas
 from batching.types import Delta, Finish
 from tests.batching.conftest import PATIENCE, Runner, all_tokens, request, skip
-from tests.fakes import INFO, ScriptedEngine
+from tests.fakes import INFO, SCORED, ScriptedEngine, prompt_logprob
 
 NEVER = 3600.0
 """A window that no test can outwait: a batch formed under it was full."""
@@ -326,6 +328,71 @@ def test_one_wait_for_several_streams_gives_those_that_have_news(run_async: Runn
             engine.release(1)
             await log.count(Stepped, 3)
             assert long.take() == Delta((2, 3), Finish.LENGTH)
+
+    run_async(main)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+@pytest.mark.parametrize("prompt", [1, SCORED, 2 * SCORED + 1])
+def test_what_a_prompt_was_told_comes_in_pieces_before_the_first_token(
+    prompt: int, max_tokens: int, run_async: Runner
+) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with serving(engine) as (batcher, log):
+            asked = request(prompt, prompt_logprobs=1, max_tokens=max_tokens)
+            stream = batcher.submit(asked)
+            await log.count(RowEnded, 1)  # all of it is there before any of it is read
+            deltas = [delta async for delta in stream]
+        pieces = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs]
+        told = [entry for piece in pieces for entry in piece]
+        assert told == [None, *(prompt_logprob(token, 1) for token in asked.prompt[1:])]
+        assert max(map(len, pieces)) <= SCORED
+        assert all(not delta.tokens for delta in deltas[: len(pieces)])
+        assert [token for delta in deltas[len(pieces) :] for token in delta.tokens] == [1, 2][:max_tokens]
+        assert [delta.finish for delta in deltas] == [None] * (len(deltas) - 1) + [Finish.LENGTH]
+        assert sum(event.tokens for event in log.of(PromptScored)) == prompt
+        [end] = log.of(RowEnded)
+        assert (end.outcome, end.output_tokens) == (Outcome.ANSWERED, max_tokens)
+
+    run_async(main)
+
+
+def test_others_have_a_turn_between_the_pieces_of_a_prompt(run_async: Runner) -> None:
+    async def main() -> None:
+        async with serving(ScriptedEngine()) as (batcher, log):
+            stream = batcher.submit(request(10 * SCORED, prompt_logprobs=0, max_tokens=0))
+            await log.count(RowEnded, 1)
+            turns = 0
+
+            async def other() -> None:
+                nonlocal turns
+                while True:
+                    turns += 1
+                    await asyncio.sleep(0)
+
+            task = asyncio.create_task(other())
+            seen = [turns async for _ in stream]
+            task.cancel()
+        assert seen == sorted(set(seen)), "a turn before each piece"
+
+    run_async(main)
+
+
+@pytest.mark.parametrize("end", [Stream.cancel, Stream.stop, lambda stream: stream.fail(EngineError("x"))])
+def test_pieces_that_come_after_the_end_are_dropped(end: Callable[[Stream], None], run_async: Runner) -> None:
+    async def main() -> None:
+        async with serving(ScriptedEngine(stepped=True)) as (batcher, log):
+            stream = await start(batcher, log)
+            stream.feed_prompt([None], None)
+            end(stream)
+            stream.feed_prompt([prompt_logprob(5, 0)], Finish.LENGTH)
+            first = stream.take()
+            assert first is not None
+            assert first.prompt_logprobs == (None,)
+            with contextlib.suppress(EngineError):
+                assert stream.take() is None
+            assert len(log.of(RowEnded)) == 1
 
     run_async(main)
 

@@ -24,6 +24,7 @@ from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import Forced, Grammar, Request, TokenLogprob
 from server.grammar import Grammars
+from server.grammar_source import Part
 from tests.batching.conftest import PATIENCE, request
 from tests.tiny import SHAPE, tiny_model
 
@@ -70,7 +71,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 async def grammars() -> list[Grammar]:
     compiler = Grammars(tokenizer())
-    return [await compiler.json_schema(schema, strict=True) for schema in SCHEMAS]
+    return [await compiler.json(Part(schema, True, "")) for schema in SCHEMAS]
 
 
 def some_request(dice: random.Random, id: str, forms: list[Grammar]) -> Request:

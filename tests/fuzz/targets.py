@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from server import sse
 from server.completion import Completion
+from server.constrain import form_of
 from server.detokenizer import Detokenizer
-from server.errors import RETRIED, ApiError
+from server.errors import RETRIED, ApiError, bad_request
 from server.fields import RequestBody
 from server.message import MessageReader, delta, fold
 from server.qwen import ToolCallParser
@@ -23,10 +24,13 @@ from server.reasoning import ReasoningSplitter
 from server.response_events import frame
 from server.response_request import ResponseRequest, as_chat
 from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
-from server.schema_check import check, inline, parameters_of
+from server.schema_check import SchemaError, bound
+from server.schema_rewrite import inline, rewrite
+from server.schema_walk import Schema
 from server.text import StopScanner, Text
 from server.tool_format import NAME
 from server.vocabulary import Vocabulary
+from tests.fuzz.schemas import fuzz_pattern, fuzz_schema
 from tests.live import BYTES, END
 
 KINDS: tuple[type[RequestBody], ...] = (
@@ -136,14 +140,20 @@ def _use(asked: BaseModel) -> None:
         return
     orjson.dumps([message.for_template() for message in asked.messages])
     for tool in asked.offered:
-        check(parameters_of(tool.function.parameters, "tools"), False, "tools")
         orjson.dumps(tool.for_template())
-    wanted = asked.response_format and asked.response_format.json_schema
-    if wanted:
-        inline(wanted.schema_, bool(wanted.strict), "response_format")
-        check(wanted.schema_, bool(wanted.strict), "response_format")
+        _compile(tool.function.parameters or {}, strict=False)
+    if form := form_of(asked.response_format):
+        _compile(form.schema, form.strict)
     assert asked.wanted_tokens is None or asked.wanted_tokens >= 1
     assert asked.thinks in (None, True, False)
+
+
+def _compile(schema: Schema, strict: bool) -> None:
+    try:
+        bound(schema)
+        inline(rewrite(schema, strict), strict)
+    except SchemaError as error:
+        raise bad_request(str(error)) from None
 
 
 def fuzz_stop(data: bytes) -> None:
@@ -256,4 +266,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "detokenize": fuzz_detokenize,
     "tools": fuzz_tools,
     "sse": fuzz_sse,
+    "schema": fuzz_schema,
+    "pattern": fuzz_pattern,
 }

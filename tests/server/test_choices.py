@@ -12,7 +12,7 @@ import pytest
 from batching.engine import NO_LOGPROBS, Steps
 from batching.events import Outcome
 from batching.stream import Row
-from batching.types import Request, TokenLogprob
+from batching.types import PromptLogprob, Request, TokenLogprob
 from server.schema import MAX_CHOICES
 from tests.fakes import Script, ScriptedEngine
 from tests.live import (
@@ -68,6 +68,9 @@ class TellingSteps:
             if top is not None
         }
         return self._steps.emit(rows, tokens, told)
+
+    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
+        return self._steps.emit_prompt(row, start, logprobs)
 
     def admit(self) -> list[Row]:
         return self._steps.admit()

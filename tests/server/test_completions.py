@@ -278,8 +278,8 @@ def test_an_offset_is_where_the_token_s_text_stands_in_the_answer(text: str, ech
         response = complete(service, "é: ", logprobs=0, echo=echo, stream=stream)
         [whole] = said(response, stream)
         told = logprobs_of(response, stream)
-    assert len(told["tokens"]) == len(text.encode()) + 1
-    starts = [len("é: ") * echo + place for place, char in enumerate(text) for _ in char.encode()]
+    assert len(told["tokens"]) == len(whole.encode()) + 1
+    starts = [place for place, char in enumerate(whole) for _ in char.encode()]
     assert told["text_offset"] == [*starts, len(whole)]
     for word, start in zip(told["tokens"], told["text_offset"], strict=True):
         assert word.startswith(("bytes:", "<|end|>")) or whole[start : start + 1] == word

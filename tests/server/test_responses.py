@@ -505,7 +505,7 @@ SPELLINGS: dict[str, tuple[list[Json], list[Json]]] = {
     "the local shell": (
         [
             OF | {"type": "local_shell_call", "action": {"type": "exec", "command": ["ls"]}},
-            OF | {"type": "local_shell_call_output", "output": "done"},
+            {"type": "local_shell_call_output", "id": "c", "output": "done"},
         ],
         called("local_shell", {"action": {"type": "exec", "command": ["ls"]}}),
     ),

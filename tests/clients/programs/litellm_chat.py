@@ -1,5 +1,6 @@
 """LiteLLM, under two of its names for such a service, and its bridges between chat completions and responses."""
 
+import gc
 import json
 import sys
 
@@ -20,6 +21,9 @@ DUMPS = {
     "itself": lambda message: message,
 }
 litellm.suppress_debug_info = True
+# LiteLLM leaves streams of responses behind unread to their end, and httpx waits for ever where one is collected while
+# the next request holds the lock of the connections.
+gc.disable()
 SETTINGS = {"api_base": f"{URL}/v1", "api_key": "any", "num_retries": 0}
 
 
