@@ -135,6 +135,10 @@ def allow_many_connections() -> None:
 
 async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
     """Run until a signal or the model's end; the process's exit status."""
+    loop = asyncio.get_running_loop()
+    if settings.log_level == "debug":
+        loop.set_debug(True)
+        loop.slow_callback_duration = SLOW_SECONDS
     metrics = Metrics(progress)
     tracing = tracing_of(settings)
     observers: list[Observer] = [metrics, log_event, *([tracing] if tracing else [])]
@@ -157,7 +161,7 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
     )
     bound = listen(settings.host, settings.port)
     with Watchdog(
-        asyncio.get_running_loop(),
+        loop,
         settings.watchdog_s,
         progress,
         service.worker_stuck,
@@ -170,6 +174,9 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
             await to_thread.run_sync(tracing.close)
         return service.exit_code
 
+
+SLOW_SECONDS = 0.02
+"""A callback that keeps the event loop longer is a line in the log, at level debug."""
 
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter while another waits for it. The usual 5 ms are half a decode step: so long

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from batching.checkpoint import find, prepare
+from batching.checkpoint import find, prepare, readable
 from batching.engine import Engine
 from batching.errors import ModelError, explained
 from batching.progress import Progress
@@ -87,7 +87,8 @@ class ModelLoader:
         if self._settings.generation_config == "openai":
             return Defaults()
         self._import()
-        return recommended(self._settings.model)
+        with readable():
+            return recommended(self._settings.model)
 
     def text(self) -> Text:
         self._import()

@@ -165,7 +165,10 @@ class Settings(BaseSettings):
         30.0, ge=0, allow_inf_nan=False, description="how long accepted requests may go on after SIGTERM"
     )
     watchdog_s: float = Field(
-        120.0, gt=0, allow_inf_nan=False, description="the process ends if the model makes no progress for so long"
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="the process ends if the model or the event loop makes no progress for so long",
     )
     send_timeout_s: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="how long a client may take nothing of its answer"

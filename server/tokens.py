@@ -56,7 +56,11 @@ async def detokenize(http: HttpRequest) -> dict[str, Any]:
     service: Service = http.app.state.service
     asked = await read(http, DetokenizeRequest)
     service.served_name(asked.model)
+    return {"prompt": await service.encoders.run(partial(decode, service, asked), asked.size, http.state.caller)}
+
+
+def decode(service: Service, asked: DetokenizeRequest) -> str:
+    """The text of the ids. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
     if any(token >= service.info.vocab_size for token in asked.tokens):
         raise bad_request("A token id is beyond the model's vocabulary.", "tokens")
-    decode = partial(service.text.decode, asked.tokens)
-    return {"prompt": await service.encoders.run(decode, asked.size, http.state.caller)}
+    return service.text.decode(asked.tokens)

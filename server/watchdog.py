@@ -133,11 +133,11 @@ class Watchdog:
             self._loop.call_soon_threadsafe(self._worker_stuck)
 
 
-def stack_of(thread: int) -> str:
-    """Where a thread is, in one line, from the outermost function to the innermost."""
+def stack_of(thread: int, most: int = FRAMES) -> str:
+    """Where a thread is, in one line: its `most` innermost functions, the innermost last."""
     frames = traceback.walk_stack(sys._current_frames().get(thread))
     # Without the text of the lines, which would have to be read from files.
-    stack = traceback.StackSummary.extract(frames, limit=FRAMES, lookup_lines=False)
+    stack = traceback.StackSummary.extract(frames, limit=most, lookup_lines=False)
     return " > ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in reversed(stack))
 
 

@@ -1,4 +1,4 @@
-"""What holds for every test: the developer's settings of the service are out of sight, and event loops are watched."""
+"""What holds for every test: the developer's own settings of the service are out of sight, event loops are watched."""
 
 import os
 from collections.abc import Iterator

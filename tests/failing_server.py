@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,13 @@ def hold() -> None:
     re.match("(a|a)*b", "a" * 64)
 
 
+def linger() -> None:
+    """Keep the event loop for a moment."""
+    end = time.monotonic() + 0.03
+    while time.monotonic() < end:
+        pass
+
+
 LOOP_FAILURES: dict[str, Callable[[], None]] = {"stand": stand, "hold": hold}
 FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_device}
 
@@ -49,6 +57,7 @@ class FailingText(Text):
         return super().encode(text, special=special)
 
     def detokenizer(self, *, special: bool = False) -> Detokenizer:
+        linger()
         LOOP_FAILURES.get(os.environ["FAIL"], lambda: None)()
         return super().detokenizer(special=special)
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from server.watchdog import stack_of
 
+FRAMES = 8
 LIMIT_SECONDS = 0.02
 SAMPLE_SECONDS = 0.002
 
@@ -98,7 +99,7 @@ class LoopGuard:
         while not self._over.wait(SAMPLE_SECONDS):
             begun = self._begun
             if begun is not None and not self._stack and time.clock_gettime(self._clock) - begun > LIMIT_SECONDS / 2:
-                self._stack = stack_of(self._thread)
+                self._stack = stack_of(self._thread, FRAMES)
 
 
 def check_all() -> None:
@@ -118,4 +119,4 @@ def _name_of(handle: asyncio.Handle) -> str:
     while awaited is not None:
         names.append(getattr(awaited, "__qualname__", type(awaited).__name__))
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)
-    return " > ".join(names)
+    return " > ".join(names[-FRAMES:])

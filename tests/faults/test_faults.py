@@ -392,7 +392,7 @@ def test_a_stop_that_cannot_wait_is_an_error_for_what_is_left(
         undo = MOMENTS[moment](service, bare, monkeypatch)
         object.__setattr__(service.service.settings, "drain_timeout_s", 0.0)
         service.drain()
-        service.wait_state(State.STOPPED)
+        eventually(service.service.stopped.is_set, "it has stopped")
         undo()
         ids = Counter(event.id for event in service.ended())
         assert ids == Counter(["neighbour"] + ["leaver"] * accepted)

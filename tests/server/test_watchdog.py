@@ -237,7 +237,8 @@ def test_a_stuck_worker_turns_liveness_red_and_fails_what_waits() -> None:
     ],
 )
 def test_the_process_ends_with_an_error_so_that_its_supervisor_restarts_it(fail: str, reason: str) -> None:
-    with process("--watchdog-s", "1", module="tests.failing_server", FAIL=fail) as service:
+    flags = ("--watchdog-s", "1", "--log-level", "debug")
+    with process(*flags, module="tests.failing_server", FAIL=fail) as service:
         service.wait_ready()
         with contextlib.suppress(httpx2.TransportError):  # a loop that stands answers nobody
             assert "engine_error" in service.chat(stream=True).text
@@ -245,3 +246,4 @@ def test_the_process_ends_with_an_error_so_that_its_supervisor_restarts_it(fail:
     lines = "".join(service.lines)
     assert reason in lines
     assert fail not in LOOP_FAILURES or fail in lines.partition(reason)[2], "where the loop is"
+    assert fail in LOOP_FAILURES or "Executing <" in lines, "what kept the loop for a moment"
