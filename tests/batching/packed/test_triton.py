@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from batching.packed import reference
+from batching.packed import attention, layer, reference
 from batching.packed.attention import Chunk, TorchAttention
+from batching.packed.kv_cache import KVAllocation
+from batching.packed.runner import RunningSequence
 from batching.sampling import Sampler
 from batching.types import Request
-from tests.batching.conftest import request
+from tests.batching.conftest import loose_row, request
+from tests.tiny import tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
 from batching.packed import triton_attention, triton_layer, triton_sampling  # noqa: E402
+from batching.packed.cuda_graphs import PrefillInputs, prefill_logits  # noqa: E402
+from batching.packed.cuda_runner import fill  # noqa: E402
 
 VOCABULARY = 500
 
@@ -203,3 +208,28 @@ def test_what_has_the_same_logit_stays_or_goes_together() -> None:
     logits[:, 100:108] = 5.0
     sampled = state.sample(logits, list(range(48)))
     assert set(sampled) == set(range(100, 108))
+
+
+def test_every_token_of_a_prefill_chunk_has_logits_if_they_are_wanted() -> None:
+    wanted_model, model = tiny_model().to(DEVICE), tiny_model().to(DEVICE)  # type: ignore[arg-type]
+    model.set_attn_implementation(attention.NAME)
+    assert layer.fuse(model, triton_layer)
+    prompt = tuple(random.Random(0).choices(range(500), k=71))
+    kv_cache = torch.zeros(2, 2, 2, 150, 16, device=DEVICE)
+    sequence = RunningSequence(loose_row(request(prompt)), 0, KVAllocation(50, 80, ""))
+    found = []
+    with torch.inference_mode():
+        for size in (66, 1, 3):
+            chunk = sequence.prefill_chunk(size)
+            inputs = PrefillInputs(size, 1, "cpu")
+            fill(inputs, [(sequence, chunk)], spare_kv_slot=149, spare_slot=1)
+            found.append(prefill_logits(model, kv_cache, moved(inputs, size), torch.arange(size, device=DEVICE)))
+            sequence.num_computed_tokens += size
+        wanted = wanted_model(torch.tensor([prompt], device=DEVICE)).logits[0, :-1]
+    torch.testing.assert_close(torch.cat(found), wanted, rtol=1e-2, atol=1e-2)
+
+
+def moved(inputs: PrefillInputs, size: int) -> PrefillInputs:
+    there = PrefillInputs(size, 1, DEVICE)
+    there.all.copy_(inputs.all)
+    return there
