@@ -103,7 +103,7 @@ def raw_logprobs(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
     return logits.double().log_softmax(-1)
 
 
-def check(told: Told, model: PreTrainedModel, asked: Request) -> None:
+def check(told: Told, model: PreTrainedModel, asked: Request, close: float = CLOSE) -> None:
     """Against the model's own, for each token of the prompt."""
     top = asked.sampling.prompt_logprobs
     assert top is not None
@@ -113,11 +113,11 @@ def check(told: Told, model: PreTrainedModel, asked: Request) -> None:
     for place, (entry, token) in enumerate(zip(told[1:], asked.prompt[1:], strict=True)):
         assert entry is not None
         assert entry.token == token
-        assert entry.logprob == pytest.approx(exact[place, token].item(), abs=CLOSE)
+        assert entry.logprob == pytest.approx(exact[place, token].item(), abs=close)
         best = exact[place].topk(top)
-        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=CLOSE)
-        higher = int((exact[place] > exact[place, token] + CLOSE).sum())
-        as_high = int((exact[place] > exact[place, token] - CLOSE).sum())
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=close)
+        higher = int((exact[place] > exact[place, token] + close).sum())
+        as_high = int((exact[place] > exact[place, token] - close).sum())
         assert higher < entry.rank <= as_high
 
 

@@ -14,6 +14,8 @@ from batching.types import Request
 from tests.batching.conftest import request
 from tests.batching.packed.test_engine import VOCABULARY, Run, long_requests
 from tests.batching.test_padded import KINDS, some_request
+from tests.batching.test_scoring import Run as Scored
+from tests.batching.test_scoring import check, long_prompt, of
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -52,6 +54,25 @@ def test_in_float32_every_row_is_as_on_stock_generate(kind: str, fused: bool, mo
     wanted = [Run(stock, [each]).answers[0] for each in mixed]
     engine = PackedEngine(tiny_model(kind).to("cuda"), num_slots=8, token_budget=1500, prefill_chunk=64)  # type: ignore[arg-type]
     assert Run(engine, mixed, first=6, joining=lambda: dice.randint(0, 2)).answers == wanted
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_have_the_models_own_log_probabilities(kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(layer, "FUSABLE", frozenset())
+    dice = random.Random(2)
+    asked = [of(long_prompt(dice, length), 3, max_tokens=dice.choice([0, 5])) for length in (1, 2, 63, 64, 65, 300)]
+    asked += [some_request(dice) for _ in range(6)]
+    model = tiny_model(kind).to("cuda")  # type: ignore[arg-type]
+    engine = PackedEngine(model, num_slots=8, token_budget=1500, prefill_chunk=64)
+    run = Scored(engine, asked)
+    for row, told in run.told.items():
+        if row.request.sampling.prompt_logprobs is not None:
+            check(told, tiny_model(kind), row.request, close=2e-2)  # of TF32
+    plain = [replace(each, sampling=replace(each.sampling, prompt_logprobs=None)) for each in asked]
+    wanted = Run(engine, [each for each in plain if each.sampling.max_tokens])
+    assert [answer for answer in run.answers if answer] == wanted.answers
 
 
 @pytest.mark.parametrize(("dtype", "invariant"), [(torch.float32, False), (torch.bfloat16, True)])
