@@ -239,8 +239,9 @@ async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
             set_it()
 
     def run() -> None:
-        if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # answers come first
+        if sys.platform == "linux":  # where a thread can be told to let the others go first
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         try:
             done = partial(answer.set_result, work())
         except BaseException as error:

@@ -101,5 +101,6 @@ def tried(plan: Plan, tokens: LLTokenizer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     loaded = LLTokenizer(sys.stdin.buffer.read().decode(), eos_token=json.loads(sys.argv[2]))
-    os.nice(5)  # answers come before new grammars
+    with suppress(OSError):
+        os.nice(5)  # answers come before new grammars
     main(socket.socket(fileno=int(sys.argv[1])), loaded)

@@ -50,6 +50,28 @@ REFUSED: dict[str, tuple[str, bytes]] = {
 }
 
 
+def of_schema(schema: Any, strict: bool = True) -> bytes:
+    return body(response_format={"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}})
+
+
+REFUSED |= {
+    "a schema that compiles for ever": (
+        CHAT,
+        of_schema({"allOf": [{"type": "string", "pattern": f"^.*x{n}.*$"} for n in range(39)]}),
+    ),
+    "a pattern of 32,000 brackets": (CHAT, of_schema({"type": "string", "pattern": "[^" + "[" * 32_000})),
+    "a pattern of a million brackets": (CHAT, of_schema({"type": "string", "pattern": "[^" + "[" * MIB})),
+    "a constant of 100,000 characters": (CHAT, of_schema({"const": "x" * 100_000})),
+    "a schema of a million members": (CHAT, of_schema({"enum": [0] * MIB})),
+    "a schema with a million names": (CHAT, of_schema({"properties": {str(n): {} for n in range(200_000)}})),
+    "a schema of as many members as it may have": (CHAT, of_schema({"enum": ["x"] * 19_900, "minLength": -1})),
+    "a schema that is not strict and compiles for ever": (
+        CHAT,
+        of_schema({"allOf": [{"type": "string", "pattern": f"^.*x{n}.*$"} for n in range(39)]}, strict=False),
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Live]:
     with live() as found:

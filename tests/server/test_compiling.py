@@ -83,8 +83,8 @@ from server.grammar_source import Part, Plan
 
 async def main():
     sandbox = Sandbox(open("tokenizer.json").read(), None)
-    part = Part(json.loads(sys.argv[1]), True, "x")
-    asyncio.create_task(sandbox.write(Plan(("start: answer", "answer: a0"), (part,))))
+    endless = Part(json.loads(sys.argv[1]), True, "x")
+    trial = asyncio.create_task(sandbox.write(Plan(("start: answer", "answer: a0"), (endless,))))
     while sandbox._process is None:
         await asyncio.sleep(0.01)
     print(sandbox._process.pid, flush=True)
