@@ -851,6 +851,7 @@ CONTRACT = {
     "microbatch_prompt_tokens": "counter",
     "microbatch_ignored_fields": "counter",
     "microbatch_reused_prompt_tokens": "counter",
+    "microbatch_scored_prompt_tokens": "counter",
     "microbatch_preemptions": "counter",
     "microbatch_output_tokens": "counter",
     "microbatch_finished_requests": "counter",
