@@ -19,7 +19,9 @@ FRAMES = 8
 LIMIT_SECONDS = 0.02
 SAMPLE_SECONDS = 0.002
 
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    "formatException": "a fault's traceback, for which the text of its lines is read from files",
+}
 """Functions that may take longer, by what `stack_of` calls them, and why."""
 
 _run = asyncio.Handle._run
