@@ -198,7 +198,7 @@ class Address:
 
 def raw_request(body: bytes, *headers: str, length: int | None = None) -> bytes:
     """A chat request as it goes over the wire. `length` is what it says its body's length is."""
-    head = ["POST /v1/chat/completions HTTP/1.1", "Host: test", f"Content-Length: {length or len(body)}", *headers]
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", f"Content-Length: {length or len(body)}", *headers]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 

@@ -12,7 +12,7 @@ from tests.server.test_app import error_of
 from tests.server.test_openapi import Links
 
 FOLDER = Path(server.__file__).with_name("page")
-MOST_BYTES = 60_000
+MOST_BYTES = 64_000
 KINDS = {".js": "javascript", ".css": "css", "/": "html"}
 PATHS = [route.path for route in PAGE]
 
