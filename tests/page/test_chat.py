@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batching.events import Outcome
 from batching.types import Request
-from tests.live import BYTES, SMALL, live, process, scripted
+from tests.live import BYTES, SMALL, live, process, scripted, text_of
 from tests.page.browser import Browser
 from tests.server.test_app import babble, remembering
 
@@ -144,8 +144,8 @@ def test_what_is_set_is_what_is_asked_for_also_by_curl(page: Browser) -> None:
     sampling = first.sampling
     assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.max_tokens) == (0.5, 0.9, 7, 20)
     chunks = [line.removeprefix("data: ") for line in answer.split("\n\n")]
-    text = "".join(orjson.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks[:-4])
-    assert text == "it's ok"
+    assert chunks[-2:] == ["[DONE]", ""]
+    assert text_of([orjson.loads(chunk) for chunk in chunks[:-2]]) == "it's ok"
 
 
 def test_a_value_out_of_its_range_is_not_sent(page: Browser) -> None:
