@@ -88,10 +88,10 @@ def matcher_of(source: str, tokens: LLTokenizer) -> LLMatcher:
 
 def _first_error(source: str, tokens: LLTokenizer) -> str:
     """The compiler's, or that of one of the first steps, taken at random but with an eye to the ends of strings."""
-    if error := matcher_of(source, tokens).get_error():
-        return error
-    # Past the thought that may come first, where every step is free.
-    matcher, dice = matcher_of(re.sub(r"\Astart: .*", START, source), tokens), Random(0)
+    matcher, dice = matcher_of(source, tokens), Random(0)
+    if not matcher.is_error() and not source.startswith(f"{START}\n"):
+        # Past the thought that may come first, where every step is free.
+        matcher = matcher_of(re.sub(r"\Astart: .*", START, source), tokens)
     quote = tokens.tokenize_str('"')[0]
     for step in range(STEPS):
         if matcher.is_error() or matcher.is_stopped():

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from server.fields import Body, Flag
-from server.schema_check import MAX_DEPTH, SchemaError, bound
+from server.schema_check import MAX_DEPTH, bound
 from server.schema_rewrite import tidied
 from server.schema_walk import values
 from server.tool_format import NAME
@@ -32,23 +32,16 @@ Name = Annotated[str, Field(strict=True, pattern=NAME)]
 CallId = Annotated[str, Field(strict=True)]
 
 
-def _bound(value: Any) -> None:
-    """Raises ValueError where what stands in a request is too large to be looked at in detail, which takes longer."""
-    try:
-        bound(value)
-    except SchemaError as error:
-        raise ValueError(str(error).removesuffix(".")) from None
-
-
 def _tools(tools: Any) -> Any:
+    """Bounded before anything looks at them in detail, which takes longer."""
     listed = tools if isinstance(tools, list) else []
-    _bound([tool.model_dump() if isinstance(tool, BaseModel) else tool for tool in listed])
+    bound([tool.model_dump() if isinstance(tool, BaseModel) else tool for tool in listed])
     return tools
 
 
 def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
     """A schema of an object, with the types that JSON has where the author used other names."""
-    _bound(schema)
+    bound(schema)
     read: dict[str, Any] = tidied(schema)
     kind = read.get("type", "object")
     if "object" not in (kind if isinstance(kind, list) else [kind]):
