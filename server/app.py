@@ -125,7 +125,7 @@ async def ready(request: Request) -> Response:
 
 
 async def scrape(request: Request) -> Response:
-    return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE)
+    return Response(await request.app.state.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 async def version(request: Request) -> Response:

@@ -3,6 +3,7 @@
 import asyncio
 import platform
 
+from anyio import to_thread
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -129,8 +130,7 @@ class Metrics:
         self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
         self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
         self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
-        tasks = gauge("tasks", "Tasks on the event loop, the scrape's own among them.")
-        tasks.set_function(lambda: len(asyncio.all_tasks()))
+        self._tasks = gauge("tasks", "Tasks on the event loop, the scrape's own among them.")
         self.loop_lag = histogram(
             "loop_lag_seconds", "How long the event loop took to answer the watchdog, 4 times a second.", SECONDS_OF_LAG
         )
@@ -188,9 +188,10 @@ class Metrics:
         self._batch_limit.set(settings.max_batch_size or info.max_rows)
         self._memory_total.set(info.device_memory)
 
-    def exposition(self) -> bytes:
-        """The text format that Prometheus scrapes."""
-        return generate_latest(self.registry)
+    async def exposition(self) -> bytes:
+        """The text format that Prometheus scrapes. Its writing takes milliseconds, which are not the event loop's."""
+        self._tasks.set(len(asyncio.all_tasks()))
+        return await to_thread.run_sync(generate_latest, self.registry)
 
     def _show_state(self, now: State) -> None:
         for state in State:

@@ -58,8 +58,9 @@ async def told(metrics: Metrics, replica: str) -> AsyncIterator[None]:
 
 async def _tell(metrics: Metrics, replica: str) -> None:
     while True:
+        text = (await metrics.exposition()).decode()
         with contextlib.suppress(RayError, RayServeException):  # it is not there yet, or there again in a moment
-            await serve.get_app_handle(APPLICATION).tell.remote(replica, metrics.exposition().decode())
+            await serve.get_app_handle(APPLICATION).tell.remote(replica, text)
         await asyncio.sleep(TELLING_SECONDS)
 
 
