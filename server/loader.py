@@ -73,6 +73,7 @@ class ModelLoader:
                 import batching.model  # noqa: F401, I001  # torch comes first, whose reason transformers would keep to itself
                 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
+            _show_progress(sys.stderr.isatty())
             self._when_imported()
             self._imported = True
 
@@ -91,8 +92,6 @@ class ModelLoader:
             return recommended(self._settings.model)
 
     def text(self) -> Text:
-        self._import()
-        _show_progress(sys.stderr.isatty())
         return Text.load(self._checkpoint, trust_remote_code=self._settings.trust_remote_code)
 
     def engine(self) -> Engine:
