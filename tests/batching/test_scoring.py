@@ -285,6 +285,18 @@ def test_a_scored_prompt_is_computed_afresh_and_then_cached_as_any_other() -> No
     ]
 
 
+def test_a_row_that_gives_way_while_it_is_scored_tells_each_token_once() -> None:
+    dice = random.Random(10)
+    growing = [request(long_prompt(dice, BLOCK_SIZE - 10), max_tokens=100) for _ in range(2)]
+    scored = [of(long_prompt(dice, 2 * BLOCK_SIZE), max_tokens=tokens) for tokens in (0, 3)]
+    engine = packed(token_budget=5 * BLOCK_SIZE, prefill_chunk=2)
+    run = Run(engine, growing + scored)
+    assert run.rows[2].num_preemptions
+    for row in run.rows[2:]:
+        check(run.told[row], tiny_model(), row.request)
+    assert run.answers == Run(packed(), growing + scored).answers
+
+
 class Shortage(RuntimeError):
     def __init__(self) -> None:
         super().__init__("not enough memory")

@@ -12,7 +12,7 @@ from typing import cast
 import httpx2
 import pytest
 
-from batching.events import BatchEnded, BatchStarted, Outcome, Stepped
+from batching.events import BatchEnded, BatchStarted, Outcome, PromptScored, Stepped
 from batching.progress import Progress
 from server import watchdog
 from server.watchdog import HELD, LOOK_SECONDS, LOOKS, Watchdog, end_process
@@ -106,9 +106,10 @@ def test_a_worker_with_work_that_makes_no_progress_is_stuck(progress: Progress, 
     [
         lambda progress: progress(Stepped(at=0.0, tokens=1, running=1)),
         lambda progress: progress(STARTED),
+        lambda progress: progress(PromptScored(at=0.0, tokens=256, running=1)),
         lambda progress: progress.mark(),
     ],
-    ids=["a step", "another batch", "a layer of a long prompt"],
+    ids=["a step", "another batch", "a piece of a prompt", "a layer of a long prompt"],
 )
 def test_each_sign_of_progress_starts_the_time_anew(
     sign: Callable[[Progress], object], progress: Progress, watched: Watched
