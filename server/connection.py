@@ -90,6 +90,7 @@ class Connection(asyncio.BufferedProtocol):
         self._written = 0
         self.full = False  # enough waits to be sent
         self._writable = asyncio.Event()
+        self.stopping = False  # after this request's answer
         self._leaving = False  # nothing more is read, all is written
         self.client_ended = False  # the client sends nothing more
 
@@ -112,7 +113,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.exchange is None:
             self.transport.close()
         else:
-            self.exchange.last = True
+            self.stopping = True
 
     # Receiving
 
@@ -121,9 +122,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         data = bytes(self._shared.buffer[:nbytes])
-        if self.exchange is None and not self._framing:
+        if self._parser.their_state is h11.IDLE and not self._framing:
             data = data.lstrip(b"\r\n")  # empty lines between requests mean nothing (RFC 9112, section 2.2)
-            if data and self._parser.their_state is h11.IDLE:
+            if data:
                 self._expect(HEAD_SECONDS)
         if data and self._wanted:
             self._framing += len(data)
@@ -161,13 +162,17 @@ class Connection(asyncio.BufferedProtocol):
                 else:
                     self._next()
             case _:
-                self._held_back = event is h11.PAUSED
+                self._held_back = event is h11.PAUSED and bool(self._unparsed)
                 return False
         return True
 
+    @property
+    def _unparsed(self) -> bytes:
+        return self._parser.trailing_data[0]
+
     def _begin(self, request: h11.Request) -> None:
-        unparsed, _ = self._parser.trailing_data
-        head, self._framing, self._body = self._framing - len(unparsed), len(unparsed), 0
+        unparsed = len(self._unparsed)
+        head, self._framing, self._body = self._framing - unparsed, unparsed, 0
         if error := fault_of(request, head):
             return self.refuse(error)
         self._expect(None)
@@ -178,11 +183,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def answered(self) -> None:
         """The exchange is over. Goes on with the next request, or closes."""
-        self.exchange = None
+        last, self.exchange = self._parser.our_state is not h11.DONE or self.stopping, None
         incomplete = self._parser.their_state is h11.SEND_BODY
-        if self.client_ended or (self._parser.our_state is not h11.DONE and not incomplete):
+        if self.client_ended or (last and not incomplete):
             self.transport.close()
-        elif self._parser.our_state is not h11.DONE:
+        elif last:
             self.leave()
         elif incomplete:
             self._expect(REST_SECONDS)
@@ -193,8 +198,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _next(self) -> None:
         """A parser for the next request, with what is here of it."""
-        unparsed, _ = self._parser.trailing_data
-        unparsed = unparsed.lstrip(b"\r\n")
+        unparsed = self._unparsed.lstrip(b"\r\n")
         self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
         self._framing, self._held_back = len(unparsed), False
         if unparsed:

@@ -36,6 +36,11 @@ class Wire(Protocol):
         """Whether enough waits to be sent."""
         ...
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the connection closes after this answer."""
+        ...
+
     def send(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None: ...
     def write(self, data: bytes) -> None: ...
     async def writable(self) -> None: ...
@@ -46,13 +51,9 @@ class Wire(Protocol):
 
 
 class Exchange:
-    """`run` it once. Its connection tells it what comes: of the body with `take` and `end`, and that the client left.
-
-    `last`: the connection closes after it, and the answer says so.
-    """
+    """`run` it once. Its connection tells it what comes: of the body with `take` and `end`, and that the client left."""
 
     def __init__(self, wire: Wire, scope: Scope) -> None:
-        self.last = False
         self._wire = wire
         self._scope = scope
         self._body = bytearray()
@@ -97,10 +98,8 @@ class Exchange:
             if not self._complete:  # else the application has logged it itself
                 logger.exception("a request was not answered")
         finally:
-            if self._left and not self._complete:
-                self._wire.close()
-            elif not self._complete:
-                self._wire.refuse(internal())
+            if not self._complete and not self._lost:
+                self._wire.close() if self._left else self._wire.refuse(internal())
 
     async def _receive(self) -> Message:
         if self._wire.client_waits and not self._over:
@@ -131,7 +130,7 @@ class Exchange:
 
     def _start(self, status: int, told: Iterable[tuple[bytes, bytes]]) -> None:
         headers = [*self._wire.default_headers, *told]
-        if self.last or self._wire.client_waits:  # who knows whether its body will still come?
+        if self._wire.stopping or self._wire.client_waits:  # who knows whether its body will still come?
             headers.append((b"connection", b"close"))
         bounded = status in (204, 304) or any(name.lower() == b"content-length" for name, _ in headers)
         self._chunked = not (bounded or self._bodiless) and self._scope["http_version"] == "1.1"
