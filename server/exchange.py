@@ -51,7 +51,7 @@ class Wire(Protocol):
 
 
 class Exchange:
-    """`run` it once. Its connection tells it what comes: of the body with `take` and `end`, and that the client left."""
+    """`run` it once. Its connection tells it what comes: the body with `take` and `end`, and that the client left."""
 
     def __init__(self, wire: Wire, scope: Scope) -> None:
         self._wire = wire
