@@ -207,7 +207,12 @@ class Both:
 
 def settings_of(streams: int, tokens: int) -> Settings:
     """One batch of all streams: more than an operator may ask for, which is not checked in a copy."""
-    limits: dict[str, Any] = {"max_output_tokens": tokens, "default_max_tokens": 1, "queue_size": streams}
+    limits: dict[str, Any] = {
+        "max_output_tokens": tokens,
+        "default_max_tokens": 1,
+        "queue_size": streams,
+        "max_connections": streams + 64,
+    }
     settings = Settings(name=(NAME,), batch_window_ms=10_000, **limits)
     return settings.model_copy(update={"max_batch_size": streams})
 

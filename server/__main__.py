@@ -39,6 +39,10 @@ DESCRIPTORS = 65_536
 """File descriptors that the process asks for, if the system allows so many."""
 
 
+OTHER_DESCRIPTORS = 256
+"""Those that are no connections: the model's files, the device, pipes."""
+
+
 class Server(uvicorn.Server):
     """uvicorn, but the first SIGTERM or SIGINT drains the service before the port is closed; a second one stops now."""
 
@@ -125,12 +129,14 @@ def tracing_of(settings: Settings) -> "Tracing | None":
     return Tracing(settings.otlp_endpoint, settings.served_names[0])
 
 
-def allow_many_connections() -> None:
+def allow_many_connections(wished: int) -> None:
     """Every connection is a file descriptor, and the limit that shells set is low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < wished + OTHER_DESCRIPTORS:
+        logger.warning("the system allows %d open files, too few for --max-connections %d", wanted, wished)
 
 
 async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
@@ -194,7 +200,7 @@ def run(settings: Settings, loader: Loader, progress: Progress) -> None:
     search_seldom()
     sys.setswitchinterval(SWITCH_SECONDS)
     configure(settings.log_format, settings.log_level)
-    allow_many_connections()
+    allow_many_connections(settings.max_connections)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         end(runner.run(serve(settings, loader, progress)))
 

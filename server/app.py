@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from batching.events import Rejected, State
+from server.body_budget import BODIES_FULL, BodyBudget
 from server.browsers import BrowserGuard, allowed_hosts
 from server.chat import chat_completions
 from server.completions import completions
@@ -26,9 +27,10 @@ from server.errors import ApiError, internal
 from server.internal import ROUTES as INTERNAL
 from server.keys import load_keys
 from server.log import log_refusal
-from server.metrics import CONTENT_TYPE, Metrics
+from server.metrics import Metrics
 from server.middleware import ApiKey, RequestId
 from server.responses import responses, stored_response
+from server.scrape import Scrapes, scrape
 from server.service import Service
 from server.static import PAGE
 from server.tokens import detokenize, tokenize
@@ -64,6 +66,7 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None
     )
     app.state.service = service
     app.state.metrics = metrics
+    app.state.scrapes = Scrapes(metrics)
     return app
 
 
@@ -93,7 +96,7 @@ def routes(*, page: bool = True) -> list[Route]:
 
 def middleware(service: Service) -> list[Middleware]:
     settings = service.settings
-    found = [Middleware(RequestId)]
+    found = [Middleware(RequestId), Middleware(BodyBudget, limit=int(settings.max_bodies_mib * 2**20))]
     if settings.cors_origins:
         found.append(
             Middleware(
@@ -122,10 +125,6 @@ async def ready(request: Request) -> Response:
     service: Service = request.app.state.service
     headers = {} if service.ready else {"retry-after": "5"}
     return _json({"state": service.batcher.state}, 200 if service.ready else 503, headers)
-
-
-async def scrape(request: Request) -> Response:
-    return Response(await request.app.state.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 async def version(request: Request) -> Response:
@@ -158,7 +157,7 @@ def _json(content: object, status: int = 200, headers: dict[str, str] | None = N
 
 
 async def on_api_error(request: Request, error: ApiError) -> Response:
-    if error.status < 429:
+    if error.status < 429 or error.code == BODIES_FULL:
         request.app.state.service.observe(Rejected(error.code or "bad_request"))
     if error.refusal:
         log_refusal(request.state.caller.request_id, request.scope["path"], error.status, error.code)

@@ -22,7 +22,8 @@ GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
 async def read_body(request: Request, limit: int) -> bytes:
     """The body, of at most `limit` bytes, also once it is decompressed, and without a byte order mark.
 
-    Raises `ApiError` 413 as soon as it is longer, 408 if it comes too slowly, 415 or 400 if it cannot be decompressed.
+    Raises `ApiError` 413 as soon as it is longer, 408 if it comes too slowly, 415 or 400 if it cannot be decompressed,
+    503 if all requests' bodies together take too much (`BodyBudget`).
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
@@ -32,6 +33,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     try:
         with anyio.fail_after(READ_SECONDS):
             async for chunk in _bounded(_decompressed(arriving), limit) if _compressed(request) else arriving:
+                request.state.body_part.take(len(chunk))
                 chunks.append(chunk)
     except TimeoutError:
         raise ApiError(408, "Timed out reading the request body.", code="request_timeout") from None

@@ -8,6 +8,7 @@ uvicorn accepts the connections, runs the lifespan and shuts down.
 
 import asyncio
 import contextlib
+import re
 import socket
 from typing import Any
 
@@ -23,8 +24,14 @@ from server.settings import Settings
 READ_BYTES = 8192
 """Most bytes of one read: even of the smallest chunks, so many are parsed in a few milliseconds."""
 
+EVENTS_A_TURN = 256
+"""So many of the parser's are taken before others have the event loop: a few milliseconds' worth."""
+
 HEAD_BYTES = 16_384
-"""Most bytes of a request's line and headers, of a chunk's header, and of trailers (the limit of h11 and Node)."""
+"""Most bytes of a request's line and headers (the limit of h11 and Node)."""
+
+LINE_BYTES = 4096
+"""Most bytes of a chunk's header, or of trailers, that may be unfinished."""
 
 MOST_HEADERS = 100
 """Apache's limit. Python needs a hundred times the bytes of a short header to hold it."""
@@ -34,6 +41,12 @@ HEAD_SECONDS = 10.0
 
 REST_SECONDS = 5.0
 """How long what is left of a body may take that was answered before it was all here (nginx's lingering_timeout)."""
+
+REFUSED_CONNECTIONS = 64
+"""So many above the limit may linger until they have read why they are refused; more are just closed."""
+
+WAITING_BYTES = 32_768
+"""So much of an answer waits for its client before no more is written."""
 
 SEND_BYTES = 65_536
 """What the kernel keeps for a client that does not read: some 300 tokens of a stream. Left alone it takes megabytes."""
@@ -46,10 +59,45 @@ HEAD_TOO_LARGE = ApiError(
 )
 
 
+TOO_MANY = ApiError(
+    503,
+    "Too many connections are open; try again in 1 s.",
+    "server_error",
+    "service_connections_full",
+    headers={"retry-after": "1"},
+)
+
+
+BLANK_LINE = re.compile(rb"\n\r?\n")
+
+
+class Lines:
+    """Counts the lines of a head as it comes, up to the empty one at its end."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last = b""
+        self._ended = False
+
+    def add(self, data: bytes) -> int:
+        """How many there are with those in `data`."""
+        if not self._ended:
+            text = self._last + data
+            end = BLANK_LINE.search(text)
+            self._count += text.count(b"\n", len(self._last), end.start() if end else len(text))
+            self._last, self._ended = text[-2:], end is not None
+        return self._count
+
+
 class Connections:
-    """Makes the connections of one server, as uvicorn's `http`, and holds what they share."""
+    """Makes the connections of one server, as uvicorn's `http`, and holds what they share.
+
+    `idle` has those that wait for a request of which nothing has come, in the order in which they began to wait.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        self.limit = settings.max_connections
+        self.idle: dict[Connection, None] = {}
         self.send_seconds = settings.send_timeout_s
         self.keep_alive_seconds = settings.keep_alive_s
         self.buffer = memoryview(bytearray(READ_BYTES))
@@ -62,6 +110,17 @@ class Connections:
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> "Connection":
         return Connection(self, config, server_state, app_state)
+
+    def make_room(self, newest: "Connection", excess: int) -> None:
+        """One connection too many was opened: the one that is idle for longest is closed, and if none was idle before
+        the newest is refused, as long as there are few of those."""
+        oldest = next(iter(self.idle))
+        if oldest is not newest:
+            oldest.close()
+        elif excess <= REFUSED_CONNECTIONS:
+            newest.refuse(TOO_MANY)
+        else:
+            newest.transport.abort()
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -80,10 +139,12 @@ class Connection(asyncio.BufferedProtocol):
         self._app_state = app_state
         self._loop = asyncio.get_running_loop()
         self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
+        self._lines = Lines()
         self.exchange: Exchange | None = None
         self._framing = 0  # bytes received that are not known to be a body's, since the end of the last request
         self._body = 0  # bytes received that are
         self._held_back = False  # a further request waits in the parser
+        self._unfinished = False  # the parser has more to give, in the next turn of the loop
         self._reading = True
         self._deadline: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
@@ -96,11 +157,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # no other comes here
         self.transport = transport
+        transport.set_write_buffer_limits(high=WAITING_BYTES)
         self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn means its own
-        self._expect(HEAD_SECONDS)
+        self._wait(HEAD_SECONDS)
+        if (excess := len(self._server.connections) - self._shared.limit) > 0:
+            self._shared.make_room(self, excess)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
+        self._leaving = True
         self._expect(None)
         if self._sending is not None:
             self._sending.cancel()
@@ -127,19 +192,38 @@ class Connection(asyncio.BufferedProtocol):
             if data:
                 self._expect(HEAD_SECONDS)
         if data and self._wanted:
-            self._framing += len(data)
-            self._parser.receive_data(data)
+            self._feed(data)
             self._parse()
+
+    def _feed(self, data: bytes) -> None:
+        if self._parser.their_state is h11.IDLE and self._lines.add(data) > MOST_HEADERS + 1:
+            return self.refuse(HEAD_TOO_LARGE)  # to parse them would take milliseconds
+        self._framing += len(data)
+        self._parser.receive_data(data)
 
     def _parse(self) -> None:
         try:
-            while self._wanted and self._take(self._parser.next_event()):
-                pass
-            if self._framing > HEAD_BYTES + self._body and self._parser.their_state is h11.SEND_BODY:
-                self.refuse(ApiError(400, "The body's chunks are smaller than what frames them; send larger ones."))
+            self._unfinished = self._take_some()
+            self._check_framing()
         except h11.RemoteProtocolError as error:
             self.refuse(refusal_of(error))
         self.regulate()
+
+    def _take_some(self) -> bool:
+        """Whether there is more to take; then others have the event loop first."""
+        for _ in range(EVENTS_A_TURN):
+            if not (self._wanted and self._take(self._parser.next_event())):
+                return False
+        self._loop.call_soon(self._parse)
+        return True
+
+    def _check_framing(self) -> None:
+        if self._parser.their_state is not h11.SEND_BODY:
+            return
+        if len(self._unparsed) > LINE_BYTES:
+            self.refuse(HEAD_TOO_LARGE)
+        elif self._framing > HEAD_BYTES + self._body:
+            self.refuse(ApiError(400, "The body's chunks are smaller than what frames them; send larger ones."))
 
     @property
     def _wanted(self) -> bool:
@@ -199,15 +283,17 @@ class Connection(asyncio.BufferedProtocol):
     def _next(self) -> None:
         """A parser for the next request, with what is here of it."""
         unparsed = self._unparsed.lstrip(b"\r\n")
-        self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
-        self._framing, self._held_back = len(unparsed), False
+        self._parser, self._lines = h11.Connection(h11.SERVER, HEAD_BYTES), Lines()
+        self._framing, self._held_back = 0, False
         if unparsed:
-            self._parser.receive_data(unparsed)
-        self._expect(HEAD_SECONDS if unparsed else self._shared.keep_alive_seconds)
+            self._expect(HEAD_SECONDS)
+            self._feed(unparsed)
+        else:
+            self._wait(self._shared.keep_alive_seconds)
 
     def regulate(self) -> None:
         """Read, unless enough waits to be used. What is not read, the kernel holds back from the client."""
-        wanted = not self._held_back and not (self.exchange and self.exchange.full)
+        wanted = not (self._held_back or self._unfinished or (self.exchange and self.exchange.full))
         if wanted != self._reading and not self.client_ended and not self.transport.is_closing():
             self._reading = wanted
             (self.transport.resume_reading if wanted else self.transport.pause_reading)()
@@ -228,8 +314,8 @@ class Connection(asyncio.BufferedProtocol):
             self.exchange.lose()
         if self._parser.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = error.body()
-            headers = [("content-type", "application/json"), ("connection", "close")]
-            headers.append(("content-length", str(len(body))))
+            headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
+            headers += [("connection", "close"), *error.headers.items()]
             self.send(h11.Response(status_code=error.status, headers=headers, reason=reason(error.status)))
             self.send(h11.Data(data=body))
             self.send(h11.EndOfMessage())
@@ -238,6 +324,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.close()
 
     def close(self) -> None:
+        self._expect(None)
         self.transport.close()
 
     def leave(self) -> None:
@@ -245,14 +332,20 @@ class Connection(asyncio.BufferedProtocol):
         closed at once (RFC 9112, section 9.6)."""
         if not self._leaving and not self.transport.is_closing():
             self._leaving = True
-            self.exchange, self._held_back = None, False
+            self.exchange, self._held_back, self._unfinished = None, False, False
             with contextlib.suppress(OSError):  # the client has just broken off, which the next read will tell
                 self.transport.write_eof()
             self._expect(REST_SECONDS)
             self.regulate()
 
+    def _wait(self, seconds: float) -> None:
+        """Be idle for so many seconds at most."""
+        self._expect(seconds)
+        self._shared.idle[self] = None
+
     def _expect(self, seconds: float | None) -> None:
         """Within so many seconds the client has to send what is due, else the connection is closed."""
+        self._shared.idle.pop(self, None)
         if self._deadline is not None:
             self._deadline.cancel()
         # What is on its way out is still sent.

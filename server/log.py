@@ -12,6 +12,9 @@ from batching.events import Event, Outcome, RowEnded, State, StateChanged
 
 logger = logging.getLogger("microbatch")
 
+PATH_CHARACTERS = 200
+"""So much of a path is logged."""
+
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line; a record's `facts` become fields."""
@@ -51,7 +54,8 @@ def log_event(event: Event) -> None:
 def log_refusal(request_id: str, path: str, status: int, code: str | None) -> None:
     """A line for a request that was refused before the queue."""
     # Quoted, because a path can hold line breaks and a terminal's control characters.
-    facts = {"id": request_id, "path": quote(path), "status": status, "code": code}
+    shown = quote(path if len(path) <= PATH_CHARACTERS else path[:PATH_CHARACTERS] + "…")
+    facts = {"id": request_id, "path": shown, "status": status, "code": code}
     logger.info("refused  %s", _words(facts), extra={"facts": facts})
 
 

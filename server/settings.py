@@ -176,7 +176,16 @@ class Settings(BaseSettings):
     keep_alive_s: float = Field(
         90.0, gt=0, allow_inf_nan=False, description="how long a connection may stay open without a request"
     )
+    max_connections: int = Field(
+        2048, ge=1, description="most open connections; more close the one without a request for longest, or get 503"
+    )
     max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="largest request body")
+    max_bodies_mib: float = Field(
+        256.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="most that the bodies of unanswered requests take together, beside 64 KiB of each; beyond, 503",
+    )
 
     # Logs and traces
     log_format: Literal["text", "json"] = Field("text", description="one line a request, as text or JSON")

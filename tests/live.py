@@ -266,11 +266,13 @@ def live(
     listen_on: int = 0,
     tokenizer: PreTrainedTokenizerFast = BYTES,
     defaults: Defaults | None = None,
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     **settings: Any,
 ) -> Iterator[Live]:
     """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set.
 
     `listen_on` is its port, where it is to be that of a server before it. `defaults` are what its model recommends.
+    `new_loop` makes its event loop; on uvloop's, which the service has, nothing is told of callbacks that take long.
     """
     engine = engine or scripted()
     made = cast(ScriptedEngine, engine)  # a test with another one does not look at it
@@ -300,7 +302,11 @@ def live(
                 connection.transport.abort()  # what a browser kept open: the loop does not close it
             await asyncio.sleep(0)
 
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), name="live-server")
+        def run() -> None:
+            with asyncio.Runner(loop_factory=new_loop) as runner:
+                runner.run(serve())
+
+        thread = threading.Thread(target=run, name="live-server")
         thread.start()
         try:
             eventually(lambda: server.started or not thread.is_alive(), "the server started")

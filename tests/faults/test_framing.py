@@ -47,10 +47,10 @@ def chunked(*chunks: bytes, trailers: bytes = b"", head: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "streamed"])
 def test_a_request_that_asks_for_another_protocol_keeps_its_body(body: bytes) -> None:
-    with live(scripted("Hello!")) as service:
+    with live(scripted("H")) as service:
         answer = answers_to(service, raw_request(body, *H2C))
     assert answer.startswith(b"HTTP/1.1 200")
-    assert b"Hello!" in answer or b'"content":"H"' in answer
+    assert b'"content":"H"' in answer
 
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket", "TLS/1.0", "x"])

@@ -23,9 +23,6 @@ from tests.live import settings_of
 
 EXAMPLES = int(os.environ.get("TIMERS", "150"))
 SEND_SECONDS, KEEP_SECONDS = 30.0, 90.0
-HIGH, LOW = 65_536, 16_384
-"""Where asyncio's transports pause and resume writing."""
-
 TURNS = 12
 """So many turns of the loop settle all that one thing leads to."""
 
@@ -116,7 +113,7 @@ class Pipe(asyncio.Transport):
         self.received += self._outbox[:size]
         self._outbox = self._outbox[size:]
         self.stalled = self._clock.now if self._outbox else None
-        if self._paused and len(self._outbox) <= LOW:
+        if self._paused and len(self._outbox) <= self._high // 4:
             self._paused = False
             self._protocol.resume_writing()
         if not self._outbox:
@@ -159,9 +156,12 @@ class Pipe(asyncio.Transport):
         self._outbox += bytes(data)
         if self._client_reads:
             self._take(len(self._outbox))
-        elif len(self._outbox) > HIGH and not self._paused:
+        elif len(self._outbox) > self._high and not self._paused:
             self._paused = True
             self._protocol.pause_writing()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._high = high or 65_536
 
     def get_write_buffer_size(self) -> int:
         return len(self._outbox)
