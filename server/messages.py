@@ -51,7 +51,13 @@ class TextPart(BaseModel):
     text: str
 
 
+def _string_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 Content = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[str | TextPart] | None)]
+Thought = Annotated[str | None, BeforeValidator(_string_or_none, json_schema_input_type=Any)]
+"""Other servers keep objects here, which no template reads: they count as none."""
 
 
 class Message(ToolTurn):
@@ -60,7 +66,7 @@ class Message(ToolTurn):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = ""
     name: str | None = None
-    reasoning_content: str | None = None
+    reasoning_content: Thought = None
 
     @model_validator(mode="before")
     @classmethod
@@ -71,8 +77,6 @@ class Message(ToolTurn):
         turn = dict(value)
         if turn.get("reasoning_content") is None:
             turn["reasoning_content"] = thought_of(turn)
-        elif not isinstance(turn["reasoning_content"], str):
-            del turn["reasoning_content"]
         if not turn.get("content") and isinstance(turn.get("refusal"), str):
             turn["content"] = turn["refusal"]
         call = turn.get("function_call")
