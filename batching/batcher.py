@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from batching.admission import ServiceRate, seconds_late
 from batching.engine import Engine
@@ -69,7 +70,7 @@ class Batcher:
         self.state = State.STARTING
         self.error: BaseException | None = None
 
-    async def start(self, beside: asyncio.Future[None] | None = None) -> ModelInfo:
+    async def start(self, beside: asyncio.Future[Any] | None = None) -> ModelInfo:
         """Start the worker and wait until the engine is built, and for `beside`, which runs meanwhile.
 
         Raises what building it raised; what `beside` raised, at once; or `NotReady` if the batcher was drained before.

@@ -38,7 +38,7 @@ from batching.types import ModelInfo
 from benchmarks.words import LANGUAGES
 from server import sse
 from server.app import create_app
-from server.completion import Completion
+from server.choices import Envelope
 from server.connection import Connections
 from server.defaults import Defaults
 from server.garbage import search_seldom, spare_what_is_loaded
@@ -135,7 +135,7 @@ class BareAnswers:
         self._tokens = tokens
         self._at_once = at_once
         choice = {"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}
-        self._event = Completion(NAME, "chat.completion", "chatcmpl").chunks([choice])
+        self._event = Envelope(NAME, "chat.completion", "chatcmpl").chunks([choice])
 
     async def answer(self, request: Request) -> Response:
         await request.body()
@@ -185,7 +185,7 @@ class Both:
         metrics = Metrics(progress)
         settings = settings_of(streams, tokens)
         service = Service(settings, self._loader, progress, [metrics, log_event, self._loader.words])
-        self._service = create_app(service, metrics, spare_what_is_loaded)
+        self._service = create_app(service, metrics, lambda model: spare_what_is_loaded())
         routes = [
             Route("/bare", self._bare.answer, methods=["POST"]),
             Route("/go", self._go, methods=["POST"]),

@@ -22,6 +22,7 @@ from server.garbage import search_seldom, spare_imports, spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
+from server.served_model import ServedModel
 from server.service import Loader, Service
 from server.settings import WHOLE_ANSWER, Settings, parse
 from server.version import VERSION
@@ -81,11 +82,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise SystemExit(1) from None
 
 
-def batches_of(service: Service) -> str:
+def batches_of(model: ServedModel) -> str:
     """What a batch is made of, in words."""
-    if service.info.joins:
+    if model.info.joins:
         return "tokens, joined at any time"
-    return f"padded tokens, window {service.settings.batch_window_ms:g} ms"
+    return f"padded tokens, window {model.settings.batch_window_ms:g} ms"
 
 
 def answers_of(settings: Settings) -> str:
@@ -98,18 +99,18 @@ def answers_of(settings: Settings) -> str:
     return f"{settings.default_max_tokens} tokens by default{unless}, {most} at most"
 
 
-def announce(service: Service, port: int) -> None:
+def announce(model: ServedModel, port: int) -> None:
     """Tell a person where the service is and what its limits are, or a log of JSON the same in one line of its own."""
-    settings, info = service.settings, service.info
+    settings, info = model.settings, model.info
     lines = {
         "url": f"http://{settings.host}:{port}/v1",
         "model": f"{', '.join(settings.served_names)} ({info.parameters / 1e9:.2f} B parameters)",
         "device": f"{info.device}, {info.dtype}",
         "window": f"{info.context_window} tokens of prompt and answer",
         "answers": answers_of(settings),
-        "sampling": f"{service.defaults} by default",
+        "sampling": f"{model.defaults} by default",
         "batches": f"up to {settings.max_batch_size or info.max_rows} requests or {info.token_budget} "
-        f"{batches_of(service)}, queue of {settings.queue_size}",
+        f"{batches_of(model)}, queue of {settings.queue_size}",
     }
     if settings.log_format == "json":
         logger.info("ready", extra={"facts": lines})
@@ -150,11 +151,11 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
     observers: list[Observer] = [metrics, log_event, *([tracing] if tracing else [])]
     service = Service(settings, loader, progress, observers)
 
-    def when_ready() -> None:
+    def when_ready(model: ServedModel) -> None:
         spare_what_is_loaded()
-        metrics.model(service.info, settings, VERSION)
-        announce(service, bound.getsockname()[1])
-        service.grammars.warm()
+        metrics.model(model.info, settings, VERSION)
+        announce(model, bound.getsockname()[1])
+        model.grammars.warm()
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),

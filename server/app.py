@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import orjson
@@ -19,21 +19,23 @@ from starlette.routing import Route
 from batching.events import Rejected, State
 from server.body_budget import BODIES_FULL, BodyBudget
 from server.browsers import BrowserGuard, allowed_hosts
-from server.chat import chat_completions
-from server.completions import completions
+from server.chat import ChatCompletions
+from server.completions import Completions
 from server.disconnect import CLIENT_CLOSED
 from server.docs import ROUTES as DOCS
+from server.endpoint import Endpoint
 from server.errors import ApiError, internal
 from server.internal import ROUTES as INTERNAL
 from server.keys import load_keys
 from server.log import log_refusal
 from server.metrics import Metrics
 from server.middleware import ApiKey, RequestId
-from server.responses import responses, stored_response
+from server.responses import Responses, stored_response
 from server.scrape import Scrapes, scrape
+from server.served_model import ServedModel, card, served_name
 from server.service import Service
 from server.static import PAGE
-from server.tokens import detokenize, tokenize
+from server.tokens import Detokenize, Tokenize
 from server.version import VERSION
 
 OPEN_PATHS = frozenset(
@@ -41,8 +43,16 @@ OPEN_PATHS = frozenset(
 )
 """What needs no API key: probes and scrapers seldom have one, and documentation tells nothing secret."""
 
+ENDPOINTS: dict[str, Endpoint[Any, Any]] = {
+    "/chat/completions": ChatCompletions(),
+    "/completions": Completions(),
+    "/responses": Responses(),
+    "/tokenize": Tokenize(),
+    "/detokenize": Detokenize(),
+}
 
-def create_app(service: Service, metrics: Metrics, when_ready: Callable[[], None]) -> Starlette:
+
+def create_app(service: Service, metrics: Metrics, when_ready: Callable[[ServedModel], None]) -> Starlette:
     """The application around one service, which it starts with its own lifespan."""
 
     @contextlib.asynccontextmanager
@@ -82,12 +92,8 @@ def routes(*, page: bool = True) -> list[Route]:
     ]
     for prefix in ("/v1", ""):
         found += [
-            Route(f"{prefix}/chat/completions", chat_completions, methods=["POST"]),
-            Route(f"{prefix}/completions", completions, methods=["POST"]),
-            Route(f"{prefix}/responses", responses, methods=["POST"]),
+            *(Route(prefix + path, endpoint.handle, methods=["POST"]) for path, endpoint in ENDPOINTS.items()),
             Route(f"{prefix}/responses/{{name:path}}", stored_response, methods=["GET", "POST", "DELETE"]),
-            Route(f"{prefix}/tokenize", as_json(tokenize), methods=["POST"]),
-            Route(f"{prefix}/detokenize", as_json(detokenize), methods=["POST"]),
             Route(f"{prefix}/models", models),
             Route(f"{prefix}/models/{{name:path}}", model),
         ]
@@ -129,27 +135,23 @@ async def ready(request: Request) -> Response:
 
 async def version(request: Request) -> Response:
     service: Service = request.app.state.service
-    return _json({"version": VERSION, "sampling": service.told_defaults})
+    model = service.model
+    return _json({"version": VERSION, "sampling": model and model.defaults.model_dump()})
 
 
 async def models(request: Request) -> Response:
     """The names, at any time: a client that lists models while they load must not find that there are none."""
     service: Service = request.app.state.service
-    return _json({"object": "list", "data": [service.card(name) for name in service.settings.served_names]})
+    return _json({"object": "list", "data": [_card(service, name) for name in service.settings.served_names]})
 
 
 async def model(request: Request) -> Response:
     service: Service = request.app.state.service
-    return _json(service.card(service.served_name(request.path_params["name"])))
+    return _json(_card(service, served_name(service.settings.served_names, request.path_params["name"])))
 
 
-def as_json(handler: Callable[[Request], Awaitable[object]]) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint whose handler answers with what its JSON holds."""
-
-    async def endpoint(request: Request) -> Response:
-        return _json(await handler(request))
-
-    return endpoint
+def _card(service: Service, name: str) -> dict[str, object]:
+    return card(name, service.created, service.model)
 
 
 def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

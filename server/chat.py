@@ -1,97 +1,82 @@
-"""`POST /v1/chat/completions`: the one path from a request's bytes to its answer, streamed or not."""
+"""`POST /v1/chat/completions`: a conversation as the model reads it, and its answer as a message."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
-
 from batching.stream import Stream
-from batching.types import Delta, Finish, Forced, Request
+from batching.types import Delta, Finish, Forced
 from server.answer import AnswerReader
 from server.caller import Caller
-from server.completion import Completion
+from server.choices import ChoicesAnswer, Envelope
 from server.constrain import grammar_of
-from server.disconnect import until_disconnect
+from server.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.errors import bad_request
 from server.formats import find_format, format_of
 from server.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.messages import Message
 from server.reasoning import CLOSE, OPEN, ReasoningSplitter, ThoughtState, thought_state
-from server.request import read
-from server.respond import plain, streamed
 from server.sampling import sampling
 from server.schema import ChatRequest
-from server.service import Service
+from server.served_model import ServedModel
 from server.text import StopScanner, TemplateError, Text
 from server.tool_names import ToolNames
 from server.tool_prompt import without_tools
 from server.tools import Tool
 
 
-async def chat_completions(http: HttpRequest) -> Response:
-    service: Service = http.app.state.service
-    chat = await read(http, ChatRequest)
-    return await until_disconnect(http, respond(service, chat, http.state.caller))
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat as the model reads it, and what must be known of it to read the answer."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A conversation as the model reads it, and what must be known of it to read the answer."""
-
+    chat: ChatRequest
     tokens: tuple[int, ...]
     thought: ThoughtState
     names: ToolNames
 
 
-async def respond(service: Service, chat: ChatRequest, caller: Caller) -> Response:
-    """Everything after the body was read. Raises `ApiError`."""
-    completion = Completion(service.served_name(chat.model), "chat.completion", "chatcmpl")
-    with service.batcher.announce():
-        requests, prompt = await prepare(service, chat, caller)
-        streams = service.submit(requests)
-    choices = [
-        ChatChoice(index, stream, service.text, chat, reader(service.text, chat, prompt))
-        for index, stream in enumerate(streams)
-    ]
-    if chat.stream:
-        return await streamed(completion, choices, chat.include_usage, chat.continuous_usage)
-    return await plain(completion, choices, choices[0].of_prompt)
+class ChatCompletions(GeneratingEndpoint[ChatRequest, Conversation]):
+    """`POST /v1/chat/completions`."""
+
+    kind = ChatRequest
+
+    def encode(self, model: ServedModel, body: ChatRequest) -> Conversation:
+        return encode(model.text, body, model.settings.thinking)
+
+    async def prompts(
+        self, model: ServedModel, body: ChatRequest, encoded: Conversation, caller: Caller
+    ) -> Sequence[Prompt]:
+        return await prompts(model, encoded, caller)
+
+    def answer(
+        self, model: ServedModel, name: str, body: ChatRequest, encoded: Conversation, streams: Sequence[Stream]
+    ) -> Answer:
+        text = model.text
+        readers = [EventReader(stream, text, encoded) for stream in streams]
+        choices = [ChatChoice(index, reader, text, legacy=body.is_legacy) for index, reader in enumerate(readers)]
+        envelope = Envelope(name, "chat.completion", "chatcmpl")
+        return ChoicesAnswer(envelope, streams, choices, body, choices[0].of_prompt)
 
 
-async def prepare(service: Service, chat: ChatRequest, caller: Caller) -> tuple[list[Request], Prompt]:
-    """Template, tokens and limits: all that can be wrong with a request is found here, before the queue."""
-    thinks = service.settings.thinking if chat.thinks is None else chat.thinks
-    prompt = await service.encoders.run(partial(encode, service.text, chat, thinks), chat.size, caller)
-    grammar = await grammar_of(service, chat, prompt.names, prompt.thought, caller.name or caller.request_id)
-    room = service.room_for_output(len(prompt.tokens), "messages")
-    forced = end_of_thought(service.text, chat, prompt.thought)
-    requests = [
-        Request(
-            id=caller.row_id(choice),
-            prompt=prompt.tokens,
-            sampling=sampling(service, chat, room, choice=choice, forced=forced),
-            time_limit=service.settings.request_timeout_s,
-            client=caller.name,
-            weight=caller.share,
-            priority=chat.priority or 0,
-            grammar=grammar,
-            salt=service.salt_of(caller),
-            trace=caller.trace,
-        )
-        for choice in range(chat.n or 1)
-    ]
-    return requests, prompt
-
-
-def encode(text: Text, chat: ChatRequest, thinks: bool) -> Prompt:
-    """The prompt. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
+def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
+    """Template and tokens; `thinking` where the request does not say. Not on the event loop. Raises `ApiError` 400."""
+    thinks = thinking if chat.thinks is None else chat.thinks
     names = names_in(text, chat.messages, chat.offered)
     rendered = render(text, chat.messages, chat.offered, names, thinks)
-    return Prompt(text.encode(rendered), thought_state(text.template, rendered), names)
+    return Conversation(chat, text.encode(rendered), thought_state(text.template, rendered), names)
+
+
+async def prompts(model: ServedModel, read: Conversation, caller: Caller) -> list[Prompt]:
+    """One for each choice. Raises `ApiError` 400, or 503 if too many grammars are being compiled."""
+    chat = read.chat
+    grammar = await grammar_of(model, chat, read.names, read.thought, caller.name or caller.request_id)
+    room = model.room(len(read.tokens), "messages")
+    forced = end_of_thought(model.text, chat, read.thought)
+    return [
+        Prompt(read.tokens, sampling(model, chat, room, choice=choice, forced=forced), grammar, chat.priority or 0)
+        for choice in range(chat.n or 1)
+    ]
 
 
 def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
@@ -130,50 +115,76 @@ def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forc
     raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
 
 
-def reader(text: Text, chat: ChatRequest, prompt: Prompt) -> MessageReader:
-    """What tells thinking, content and tool calls apart in this model's answers."""
-    started = prompt.thought is ThoughtState.OPENED
-    return MessageReader(
-        None if prompt.thought is ThoughtState.UNKNOWN else ReasoningSplitter(started=started),
-        format_of(text.template).parser() if chat.offered else None,
-        prompt.names,
-    )
+class EventReader:
+    """Reads one row's answer: the events that its tokens complete, and why it is over.
+
+    Where only one call is allowed the answer ends with it.
+    """
+
+    def __init__(self, stream: Stream, text: Text, conversation: Conversation) -> None:
+        chat, thought = conversation.chat, conversation.thought
+        self._stream = stream
+        self._thinking_tokens = 0
+        self._recent: tuple[int, ...] = ()  # in which the tag may have begun
+        self._vocabulary = text.vocabulary
+        self._one_call = chat.one_call
+        scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
+        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
+        self._message = MessageReader(
+            None if thought is ThoughtState.UNKNOWN else ReasoningSplitter(started=thought is ThoughtState.OPENED),
+            format_of(text.template).parser() if chat.offered else None,
+            conversation.names,
+        )
+
+    def push(self, arrived: Delta) -> tuple[list[Event], str | None]:
+        """Events and, if the answer is over, OpenAI's reason for it."""
+        thinking = self._message.thinking
+        text, finish = self._answer.push(arrived)
+        events = self._message.push(text)
+        if thinking:
+            self._count(arrived.tokens)
+        if finish:
+            events += self._message.flush()
+        if self._one_call and (end := end_of_first_call(events)) is not None:
+            self._stream.stop()
+            events, finish = events[:end], Finish.STOP
+        return events, self._message.finish(finish)
+
+    @property
+    def thought_tokens(self) -> int:
+        """How many tokens came until the thought was over, its tags included."""
+        return self._thinking_tokens if self._message.thought else 0
+
+    def _count(self, tokens: tuple[int, ...]) -> None:
+        """The end of a thought may have come together with what follows it."""
+        if self._message.thinking:
+            self._thinking_tokens += len(tokens)
+            self._recent = (self._recent + tokens)[-len(CLOSE) :]
+            return
+        seen = b"".join(map(self._vocabulary.bytes_of, self._recent))
+        for token in tokens:
+            self._thinking_tokens += 1
+            seen += self._vocabulary.bytes_of(token)
+            if CLOSE.encode() in seen:
+                return
 
 
 class ChatChoice:
     """`Choice` of a chat completion."""
 
-    def __init__(self, index: int, stream: Stream, text: Text, chat: ChatRequest, reader: MessageReader) -> None:
-        self.stream = stream
+    def __init__(self, index: int, reader: EventReader, text: Text, *, legacy: bool) -> None:
         self._index = index
-        self._text = text
         self._reader = reader
-        self._legacy = chat.is_legacy
-        self._one_call = chat.one_call
-        scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
-        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
+        self._text = text
+        self._legacy = legacy
         self._begun = False
         self._events: list[Event] = []
         self._logprobs = EncodedLists()
         self._prompt_logprobs = EncodedLists()
         self._finish: str | None = None
 
-    def read(self, arrived: Delta) -> tuple[list[Event], str | None]:
-        """The events that these tokens complete, and why the answer is over if it is.
-
-        Where only one call is allowed the answer ends with it.
-        """
-        text, finish = self._answer.push(arrived)
-        events = self._reader.push(text)
-        if finish:
-            events += self._reader.flush()
-        if self._one_call and (end := end_of_first_call(events)) is not None:
-            self.stream.stop()
-            return events[:end], Finish.STOP
-        return events, finish
-
     def add(self, arrived: Delta) -> None:
-        events, self._finish = self.read(arrived)
+        events, self._finish = self._reader.push(arrived)
         self._events += events
         self._logprobs.add(chat_logprobs(self._text, arrived.logprobs))
         if arrived.prompt_logprobs:
@@ -190,7 +201,7 @@ class ChatChoice:
     def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
         """The first has the role alone. Why the answer is over is told with the last of its text, if that came now:
         RAGFlow takes that text's language for the one to tell the reader in that the answer was cut."""
-        events, finish = self.read(arrived)
+        events, finish = self._reader.push(arrived)
         logprobs = chat_logprobs(self._text, arrived.logprobs)
         deltas = [news for event in events if (news := delta(event)) is not None]
         if logprobs and not deltas:
@@ -205,7 +216,6 @@ class ChatChoice:
         return chunks
 
     def _choice(self, kind: str, said: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
-        finish = self._reader.finish(finish)
         if self._legacy:
             said, finish = as_legacy(said, finish)
         return {"index": self._index, kind: said, "logprobs": logprobs, "finish_reason": finish}

@@ -1,98 +1,73 @@
 """`POST /v1/completions`: prompts as they are, text or token ids, each with as many answers as asked for."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
-
 from batching.stream import Stream
-from batching.types import Delta, Request
+from batching.types import Delta
 from server.answer import AnswerReader
 from server.caller import Caller
-from server.completion import Completion
-from server.disconnect import until_disconnect
-from server.echo import Echo, Prompt, starts_of
+from server.choices import ChoicesAnswer, Envelope
+from server.echo import Echo, Echoed, starts_of
+from server.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.errors import bad_request
 from server.logprobs import CompletionLogprobs, EncodedLists, prompt_logprobs
-from server.request import read
-from server.respond import plain, streamed
 from server.sampling import sampling
 from server.schema import MAX_CHOICES, CompletionRequest
-from server.service import Service
+from server.served_model import ServedModel
 from server.text import StopScanner, Text
 
 
-async def completions(http: HttpRequest) -> Response:
-    service: Service = http.app.state.service
-    asked = await read(http, CompletionRequest)
-    return await until_disconnect(http, respond(service, asked, http.state.caller))
+class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
+    """`POST /v1/completions`."""
+
+    kind = CompletionRequest
+
+    def encode(self, model: ServedModel, body: CompletionRequest) -> list[Echoed]:
+        text = model.text
+        prompts = [text.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in body.prompt]
+        if not all(prompts):
+            raise bad_request("A prompt must have at least one token.", "prompt")
+        if any(max(prompt) >= model.info.vocab_size for prompt in prompts):
+            raise bad_request("A token id is beyond the model's vocabulary.", "prompt")
+        if not body.echo:
+            return [Echoed(tokens) for tokens in prompts]
+        pairs = zip(body.prompt, prompts, strict=True)
+        return [echoed(text, p if isinstance(p, str) else text.decode(tokens), tokens, body) for p, tokens in pairs]
+
+    async def prompts(
+        self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], caller: Caller
+    ) -> Sequence[Prompt]:
+        """In OpenAI's order: all choices of the first prompt first."""
+        count = body.n or 1
+        if count * len(encoded) > max(MAX_CHOICES, len(encoded)):
+            raise bad_request(f"Prompts times n may be at most {MAX_CHOICES}.", "n")
+        least = 0 if body.max_tokens == 0 else 1
+        rooms = [model.room(len(prompt.tokens), "prompt", least=least) for prompt in encoded]
+        return [
+            Prompt(prompt.tokens, sampling(model, body, room, choice=choice), priority=body.priority or 0)
+            for prompt, room in zip(encoded, rooms, strict=True)
+            for choice in range(count)
+        ]
+
+    def answer(
+        self, model: ServedModel, name: str, body: CompletionRequest, encoded: list[Echoed], streams: Sequence[Stream]
+    ) -> Answer:
+        count = body.n or 1
+        choices = [
+            TextChoice(index, stream, model.text, body, encoded[index // count]) for index, stream in enumerate(streams)
+        ]
+        return ChoicesAnswer(Envelope(name, "text_completion", "cmpl"), streams, choices, body)
 
 
-async def respond(service: Service, asked: CompletionRequest, caller: Caller) -> Response:
-    """Everything after the body was read. Raises `ApiError`."""
-    completion = Completion(service.served_name(asked.model), "text_completion", "cmpl")
-    with service.batcher.announce():
-        prompts = await service.encoders.run(partial(encode, service, asked), asked.size, caller)
-        streams = service.submit(rows(service, asked, prompts, caller))
-    choices = [
-        TextChoice(index, stream, service.text, asked, prompts[index // (asked.n or 1)])
-        for index, stream in enumerate(streams)
-    ]
-    if asked.stream:
-        return await streamed(completion, choices, asked.include_usage, asked.continuous_usage)
-    return await plain(completion, choices)
-
-
-def encode(service: Service, asked: CompletionRequest) -> list[Prompt]:
-    """The prompts. Blocks for milliseconds: not on the event loop. Raises `ApiError` 400."""
-    text = service.text
-    prompts = [text.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in asked.prompt]
-    if not all(prompts):
-        raise bad_request("A prompt must have at least one token.", "prompt")
-    if any(max(prompt) >= service.info.vocab_size for prompt in prompts):
-        raise bad_request("A token id is beyond the model's vocabulary.", "prompt")
-    if not asked.echo:
-        return [Prompt(tokens) for tokens in prompts]
-    pairs = zip(asked.prompt, prompts, strict=True)
-    return [echoed(text, p if isinstance(p, str) else text.decode(tokens), tokens, asked) for p, tokens in pairs]
-
-
-def echoed(text: Text, told: str, tokens: tuple[int, ...], asked: CompletionRequest) -> Prompt:
-    return Prompt(tokens, told, () if asked.logprobs is None else starts_of(text, tokens, told))
-
-
-def rows(service: Service, asked: CompletionRequest, prompts: Sequence[Prompt], caller: Caller) -> list[Request]:
-    """A row for each choice of each prompt, in OpenAI's order: all choices of the first prompt first."""
-    count = asked.n or 1
-    if count * len(prompts) > max(MAX_CHOICES, len(prompts)):
-        raise bad_request(f"Prompts times n may be at most {MAX_CHOICES}.", "n")
-    least = 0 if asked.max_tokens == 0 else 1
-    return [
-        Request(
-            id=caller.row_id(place * count + choice),
-            prompt=prompt.tokens,
-            sampling=sampling(
-                service, asked, service.room_for_output(len(prompt.tokens), "prompt", least=least), choice=choice
-            ),
-            time_limit=service.settings.request_timeout_s,
-            client=caller.name,
-            weight=caller.share,
-            priority=asked.priority or 0,
-            salt=service.salt_of(caller),
-            trace=caller.trace,
-        )
-        for place, prompt in enumerate(prompts)
-        for choice in range(count)
-    ]
+def echoed(text: Text, told: str, tokens: tuple[int, ...], asked: CompletionRequest) -> Echoed:
+    return Echoed(tokens, told, () if asked.logprobs is None else starts_of(text, tokens, told))
 
 
 class TextChoice:
     """`Choice` of a completion."""
 
-    def __init__(self, index: int, stream: Stream, text: Text, asked: CompletionRequest, prompt: Prompt) -> None:
-        self.stream = stream
+    def __init__(self, index: int, stream: Stream, text: Text, asked: CompletionRequest, prompt: Echoed) -> None:
         self._index = index
         self._text = text
         self._echo = Echo(text, prompt, asked.logprobs) if asked.echo else None

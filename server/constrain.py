@@ -8,7 +8,7 @@ from server.formats import format_of
 from server.grammar_source import Part
 from server.reasoning import ThoughtState
 from server.schema import ChatRequest, ResponseFormat
-from server.service import Service
+from server.served_model import ServedModel
 from server.tool_names import ToolNames
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 async def grammar_of(
-    service: Service, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
+    model: ServedModel, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
 ) -> Grammar | None:
     """The grammar of the answer, thought included; None if it is free. `client`: whose turn it takes to compile it.
 
@@ -25,16 +25,16 @@ async def grammar_of(
     """
     form = None if chat.demanded else form_of(chat.response_format)
     if chat.demanded or (form and chat.offered):
-        return await service.grammars.tool_calls(
+        return await model.grammars.tool_calls(
             [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
-            format_of(service.text.template).around,
+            format_of(model.text.template).around,
             named=names.shown(chat.named) if chat.named else None,
             parallel=not chat.one_call,
             otherwise=form,
             thought=thought,
             client=client,
         )
-    return await service.grammars.json(form, thought=thought, client=client) if form else None
+    return await model.grammars.json(form, thought=thought, client=client) if form else None
 
 
 def form_of(wanted: ResponseFormat | None) -> Part | None:

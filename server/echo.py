@@ -10,7 +10,7 @@ from server.text import Text
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Echoed:
     """A prompt's tokens, and what of it is told again: its text, and where the text of each token starts in that."""
 
     tokens: tuple[int, ...]
@@ -21,7 +21,7 @@ class Prompt:
 class Echo:
     """Tells a prompt again: with `top` likeliest tokens at each place, or its text alone if that is None."""
 
-    def __init__(self, text: Text, prompt: Prompt, top: int | None) -> None:
+    def __init__(self, text: Text, prompt: Echoed, top: int | None) -> None:
         self._text = text
         self._prompt = prompt
         self._top = top

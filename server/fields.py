@@ -29,6 +29,8 @@ class RequestBody(Body):
     """
 
     unsupported: ClassVar[frozenset[str]] = frozenset()
+
+    model: str | None = None
     _ignored: tuple[str, ...] = PrivateAttr(())
     _size: int = PrivateAttr(0)
 

@@ -37,7 +37,8 @@ async def state(request: Request) -> Response:
 
 def describe(service: Service) -> dict[str, Any]:
     """What runs. `model` and `sampling` are None until the model is loaded, and `loading` from then on."""
-    settings, info = service.settings, getattr(service, "info", None)
+    settings, served = service.settings, service.model
+    info = served and served.info
     return {
         "state": service.batcher.state,
         "version": VERSION,
@@ -45,7 +46,7 @@ def describe(service: Service) -> dict[str, Any]:
         "uptime": round(time.monotonic() - service.begun),
         "model": {name: getattr(info, name) for name in MODEL} if info else None,
         "loading": None if info else service.loading,
-        "sampling": service.told_defaults,
+        "sampling": served and served.defaults.model_dump(),
         "limits": {name: getattr(settings, name) for name in LIMITS}
         | ({"max_batch_size": settings.max_batch_size or info.max_rows} if info else {}),
     }

@@ -37,6 +37,16 @@ class MessageReader:
         self._names = names
         self._called = False
 
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next may be of a thought."""
+        return self._reasoning is not None and not self._reasoning.over
+
+    @property
+    def thought(self) -> bool:
+        """Whether there was a thought."""
+        return self._reasoning is not None and self._reasoning.thought
+
     def push(self, text: str) -> list[Event]:
         """The events that this piece of text completes, often one, sometimes none."""
         return self._read([("content", text)] if self._reasoning is None else self._reasoning.push(text))

@@ -52,7 +52,12 @@ class ReasoningSplitter:
         self._stage: Literal["start", "reasoning", "gap", "content"] = "start"
         self._held = ""
         self._newlines = 0  # after the reasoning so far; dropped if nothing but the closing tag follows
-        self._thought = False
+        self.thought = False  # whether there was any
+
+    @property
+    def over(self) -> bool:
+        """Whether all that comes is content."""
+        return self._stage in ("gap", "content")
 
     def push(self, text: str) -> list[Part]:
         """The parts that this piece of text completes, none of them empty: reasoning, content, or both."""
@@ -86,14 +91,14 @@ class ReasoningSplitter:
         return self._reasoning(held)
 
     def _reasoning(self, text: str) -> list[Part]:
-        if not self._thought:
+        if not self.thought:
             text = text.lstrip("\n")
         body = text.rstrip("\n")
         if not body:
             self._newlines += len(text)
             return []
         thought = "\n" * self._newlines + body
-        self._newlines, self._thought = len(text) - len(body), True
+        self._newlines, self.thought = len(text) - len(body), True
         return [("reasoning", thought)]
 
 

@@ -33,12 +33,11 @@ def check_content_type(value: str) -> None:
 
 
 async def read(http: Request, kind: type[Asked]) -> Asked:
-    """The request of this kind. Raises `ApiError`: 400, 408, 413 or 415, or 503 unless requests are taken.
+    """The request of this kind. Raises `ApiError`: 400, 408, 413, 415 or 503.
 
     Fields that were ignored are named in the answer's `x-ignored-fields`, which `RequestId` writes.
     """
     service: Service = http.app.state.service
-    service.check_ready()
     check_content_type(http.headers.get("content-type", ""))
     body = await read_body(http, service.max_body_bytes)
     check = partial(parse, kind, body, refuse_unknown=service.settings.unknown_fields == "refuse")

@@ -2,24 +2,21 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import orjson
 
-from batching.errors import BatchingError
 from batching.stream import Stream
-from batching.types import Finish
+from batching.types import Delta, Finish
 from server import sse
-from server.caller import Caller
-from server.chat import ChatChoice
-from server.errors import from_batching
-from server.message import Event, MessageReader, Reasoning
-from server.respond import usage
-from server.schema import ChatRequest
-from server.service import Service
+from server.chat import EventReader
+from server.choices import usage
+from server.endpoint import Answer, Step
+from server.errors import ApiError
+from server.message import Event, Reasoning
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content
 
 Json: TypeAlias = dict[str, Any]
@@ -30,7 +27,10 @@ CUT = {"reason": "max_output_tokens"}
 
 
 class Item:
-    """One output item. It is opened, grows by pieces of text, and is closed once."""
+    """One output item. It is opened, grows by pieces of text, and is closed once.
+
+    `opened`, `grown` and `closed` are the events that tell of that, made from the item as it is then.
+    """
 
     kind: ClassVar[str]
     prefix: ClassVar[str]
@@ -51,12 +51,13 @@ class Item:
     def opened(self) -> list[Json]:
         return [self._whole("added")]
 
-    def more(self, text: str) -> list[Json]:
+    def add(self, text: str) -> None:
         self._texts.append(text)
-        return []
 
-    def closed(self, status: Status) -> list[Json]:
-        self.status = status
+    def grown(self, text: str) -> list[Json]:
+        raise NotImplementedError
+
+    def closed(self) -> list[Json]:
         return [self._whole("done")]
 
     def _whole(self, when: str) -> Json:
@@ -81,12 +82,12 @@ class TextItem(Item):
     def opened(self) -> list[Json]:
         return [*super().opened(), self._within("content_part.added", part=self._part())]
 
-    def more(self, text: str) -> list[Json]:
-        return [*super().more(text), self._within(f"{self.part}.delta", delta=text, **self.of_event)]
+    def grown(self, text: str) -> list[Json]:
+        return [self._within(f"{self.part}.delta", delta=text, **self.of_event)]
 
-    def closed(self, status: Status) -> list[Json]:
+    def closed(self) -> list[Json]:
         done = self._within(f"{self.part}.done", text=self.text, **self.of_event)
-        return [done, self._within("content_part.done", part=self._part()), *super().closed(status)]
+        return [done, self._within("content_part.done", part=self._part()), *super().closed()]
 
     def _part(self) -> Json:
         return {"type": self.part, "text": self.text} | self.of_part
@@ -126,15 +127,19 @@ class Call(Item):
     def json(self) -> Json:
         return super().json() | {"call_id": self._started.id, "name": self._started.name, "arguments": self.text}
 
-    def more(self, text: str) -> list[Json]:
-        return [*super().more(text), self._event("function_call_arguments.delta", delta=text)]
+    def grown(self, text: str) -> list[Json]:
+        return [self._event("function_call_arguments.delta", delta=text)]
 
-    def closed(self, status: Status) -> list[Json]:
-        return [self._event("function_call_arguments.done", arguments=self.text), *super().closed(status)]
+    def closed(self) -> list[Json]:
+        return [self._event("function_call_arguments.done", arguments=self.text), *super().closed()]
+
+
+Change: TypeAlias = Callable[[], list[Json]]
+"""Something that happened to an output: what a stream says of it, made only if there is a stream."""
 
 
 class Output:
-    """Folds an answer's events into items. Every step returns what a stream tells of it.
+    """Folds an answer's events into items, change by change: each must be used before the next is asked for.
 
     Only the last item grows. A call that no `CallEnded` has closed was cut off or broken, and is incomplete.
     """
@@ -145,134 +150,133 @@ class Output:
     def json(self) -> list[Json]:
         return [item.json() for item in self._items]
 
-    @property
-    def thought(self) -> str:
-        """All of the thinking."""
-        return "".join(item.text for item in self._items if isinstance(item, Thought))
-
-    def push(self, event: Event) -> list[Json]:
+    def push(self, event: Event) -> Iterator[Change]:
         match event:
             case Reasoning():
-                return self._say(Thought, event.text)
+                yield from self._write(Thought, event.text)
             case Content():
-                return self._say(Said, event.text)
+                yield from self._write(Said, event.text)
             case CallStarted():
-                return self._open(Call(len(self._items), event))
+                yield from self._open(Call(len(self._items), event))
             case CallArguments():
-                return self._items[-1].more(event.text)
+                yield self._grow(event.text)
             case CallEnded():
-                return self._items[-1].closed("completed")
+                yield self._close("completed")
 
-    def end(self, *, cut: bool) -> list[Json]:
+    def end(self, *, cut: bool) -> Iterator[Change]:
         """The answer is over; `cut` is whether its length was what ended it. One without any item is an empty text."""
-        opened = [] if self._items else self._open(Said(0))
-        return opened + self._settle(cut)
+        if not self._items:
+            yield from self._open(Said(0))
+        yield from self._settle(cut)
 
-    def _say(self, kind: type[TextItem], text: str) -> list[Json]:
-        growing = self._growing
-        if isinstance(growing, kind):
-            return growing.more(text)
-        return [*self._open(kind(len(self._items))), *self._items[-1].more(text)]
+    def _write(self, kind: type[TextItem], text: str) -> Iterator[Change]:
+        if not isinstance(self._growing, kind):
+            yield from self._open(kind(len(self._items)))
+        yield self._grow(text)
 
-    def _open(self, item: Item) -> list[Json]:
-        settled = self._settle(cut=False)
+    def _open(self, item: Item) -> Iterator[Change]:
+        yield from self._settle(cut=False)
         self._items.append(item)
-        return settled + item.opened()
+        yield item.opened
 
-    def _settle(self, cut: bool) -> list[Json]:
-        growing = self._growing
-        if growing is None:
-            return []
-        return growing.closed("incomplete" if cut or isinstance(growing, Call) else "completed")
+    def _grow(self, text: str) -> Change:
+        item = self._items[-1]
+        item.add(text)
+        return partial(item.grown, text)
+
+    def _settle(self, cut: bool) -> Iterator[Change]:
+        if (growing := self._growing) is not None:
+            yield self._close("incomplete" if cut or isinstance(growing, Call) else "completed")
+
+    def _close(self, status: Status) -> Change:
+        item = self._items[-1]
+        item.status = status
+        return item.closed
 
     @property
     def _growing(self) -> Item | None:
         return self._items[-1] if self._items and self._items[-1].status == "in_progress" else None
 
 
+class ResponseAnswer(Answer):
+    """A response, which one row writes. `head` is all of it that is known from the start."""
+
+    def __init__(self, stream: Stream, reader: EventReader, head: Json) -> None:
+        self.streams = [stream]
+        self._reader = reader
+        self._head = head
+        self._output = Output()
+        self._finish: str | None = None
+        self._begun = False
+        self._numbers = count()
+
+    def _changes(self, arrived: Delta) -> Iterator[Change]:
+        events, self._finish = self._reader.push(arrived)
+        return chain.from_iterable(map(self._output.push, events))
+
+    def _end(self) -> Iterator[Change]:
+        return self._output.end(cut=self._finish == Finish.LENGTH)
+
+    def add(self, row: int, arrived: Delta) -> None:
+        for _ in self._changes(arrived):
+            pass
+
+    def whole(self) -> bytes:
+        for _ in self._end():
+            pass
+        return orjson.dumps(self._ended())
+
+    def frames(self, step: Step) -> bytes:
+        [(_, arrived)] = step
+        return self._frames([*self._opening(), *told(self._changes(arrived))])
+
+    def last(self) -> bytes:
+        events = [*self._opening(), *told(self._end())]
+        response = self._ended()
+        return self._frames([*events, {"type": f"response.{response['status']}", "response": response}])
+
+    def failed(self, error: ApiError) -> bytes:
+        for _ in self._output.end(cut=True):
+            pass
+        details = {"code": error.type, "message": error.message}
+        return self._frames([*self._opening(), self._as_event("failed", "failed", error=details)])
+
+    def _opening(self) -> list[Json]:
+        """The first events of a stream, once."""
+        kinds = [] if self._begun else ["created", "in_progress"]
+        self._begun = True
+        return [self._as_event(kind, "in_progress") for kind in kinds]
+
+    def _ended(self) -> Json:
+        if self._finish == Finish.LENGTH:
+            return self._response("incomplete", incomplete_details=CUT, usage=self._usage())
+        return self._response("completed", completed_at=int(time.time()), usage=self._usage())
+
+    def _usage(self) -> Json:
+        counts = usage(self.streams)
+        return {
+            "input_tokens": counts["prompt_tokens"],
+            "input_tokens_details": counts["prompt_tokens_details"] | {"cache_write_tokens": 0},
+            "output_tokens": counts["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": self._reader.thought_tokens},
+            "total_tokens": counts["total_tokens"],
+        }
+
+    def _response(self, status: str, **fields: Any) -> Json:
+        return self._head | {"status": status, "output": self._output.json()} | fields
+
+    def _as_event(self, kind: str, status: str, **fields: Any) -> Json:
+        return {"type": f"response.{kind}", "response": self._response(status, **fields)}
+
+    def _frames(self, events: list[Json]) -> bytes:
+        return b"".join(frame(event | {"sequence_number": next(self._numbers)}) for event in events)
+
+
+def told(changes: Iterable[Change]) -> list[Json]:
+    return [event for change in changes for event in change()]
+
+
 def frame(event: Json) -> bytes:
     """An event as it is sent: its type is told twice, in the frame and in the JSON."""
     kind: str = event["type"]
     return b"event: " + kind.encode() + b"\n" + sse.event(orjson.dumps(event))
-
-
-class ResponseChoice(ChatChoice):
-    """`Choice` of a response. Its news are typed events, and a plain answer is the response in the last of them.
-
-    `head` is all of the response that is known from the start.
-    """
-
-    def __init__(self, service: Service, stream: Stream, chat: ChatRequest, reader: MessageReader, head: Json) -> None:
-        super().__init__(0, stream, service.text, chat, reader)
-        self._service = service
-        self._head = head
-        self._output = Output()
-        self._numbers = count()
-
-    async def response(self) -> Json:
-        """The whole of a plain answer."""
-        response: Json = {}
-        async for news in self.news():
-            response = news[-1].get("response", response)
-        return response
-
-    async def frames(self, first: list[Json], rest: AsyncIterator[list[Json]]) -> AsyncIterator[bytes]:
-        """The frames of a streamed answer, those that came together in one write.
-
-        An error after the first becomes a last event, `response.failed`.
-        """
-        yield self._frames(first)
-        try:
-            async for news in rest:
-                yield self._frames(news)
-        except BatchingError as error:
-            self.stream.cancel()
-            told = from_batching(error)
-            self._output.end(cut=True)
-            failed = self._as_event("failed", "failed", error={"code": told.type, "message": told.message})
-            yield self._frames([failed])
-
-    async def news(self) -> AsyncIterator[list[Json]]:
-        """The events of each step that has some."""
-        finish = None
-        opening = [self._as_event(kind, "in_progress") for kind in ("created", "in_progress")]
-        async for arrived in self.stream:
-            events, finish = self.read(arrived)
-            news = opening + [told for event in events for told in self._output.push(event)]
-            opening = []
-            if news:
-                yield news
-        yield [*self._output.end(cut=finish == Finish.LENGTH), await self._ended(finish)]
-
-    async def _ended(self, finish: str | None) -> Json:
-        fields: Json = {"usage": await self._usage()}
-        if finish == Finish.LENGTH:
-            return self._as_event("incomplete", "incomplete", incomplete_details=CUT, **fields)
-        return self._as_event("completed", "completed", completed_at=int(time.time()), **fields)
-
-    async def _usage(self) -> Json:
-        counts = usage([self])
-        output = counts["completion_tokens"]
-        return {
-            "input_tokens": counts["prompt_tokens"],
-            "input_tokens_details": counts["prompt_tokens_details"] | {"cache_write_tokens": 0},
-            "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": min(await self._thought_tokens(), output)},
-            "total_tokens": counts["total_tokens"],
-        }
-
-    async def _thought_tokens(self) -> int:
-        """The tokens of the thinking's text, which may have been generated as a few more or less."""
-        thought = self._output.thought
-        if not thought:
-            return 0
-        request = self.stream.row.request
-        work = partial(self._text.encode, thought)
-        return len(await self._service.encoders.run(work, len(thought), Caller(request.id, request.client)))
-
-    def _as_event(self, kind: str, status: str, **fields: Any) -> Json:
-        response = self._head | {"status": status, "output": self._output.json()} | fields
-        return {"type": f"response.{kind}", "response": response}
-
-    def _frames(self, events: list[Json]) -> bytes:
-        return b"".join(frame(event | {"sequence_number": next(self._numbers)}) for event in events)

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -9,69 +10,48 @@ from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from batching.errors import BatchingError
-from batching.types import Request
+from batching.stream import Stream
 from server.caller import Caller
-from server.chat import Prompt, prepare, reader
+from server.chat import Conversation, EventReader, encode, prompts
 from server.defaults import Defaults
-from server.disconnect import until_disconnect
-from server.errors import ApiError, from_batching
-from server.request import read
-from server.respond import RowsResponse, begun
-from server.response_events import Json, ResponseChoice
+from server.endpoint import Answer, GeneratingEndpoint, Prompt
+from server.errors import ApiError
+from server.response_events import Json, ResponseAnswer
 from server.response_request import ResponseRequest, TextConfig, as_chat, renamed
-from server.schema import ChatRequest
+from server.served_model import ServedModel
 from server.service import Service
 from server.tools import AllowedChoice, NamedChoice
 
 
-async def responses(http: HttpRequest) -> Response:
-    service: Service = http.app.state.service
-    asked = await read(http, ResponseRequest)
-    return await until_disconnect(http, respond(service, asked, http.state.caller))
+class Responses(GeneratingEndpoint[ResponseRequest, Conversation]):
+    """`POST /v1/responses`."""
+
+    kind = ResponseRequest
+
+    async def respond(self, service: Service, model: ServedModel, body: ResponseRequest, caller: Caller) -> Response:
+        try:
+            return await super().respond(service, model, body, caller)
+        except ApiError as error:
+            raise renamed(error) from None
+
+    def encode(self, model: ServedModel, body: ResponseRequest) -> Conversation:
+        return encode(model.text, as_chat(body), model.settings.thinking)
+
+    async def prompts(
+        self, model: ServedModel, body: ResponseRequest, encoded: Conversation, caller: Caller
+    ) -> Sequence[Prompt]:
+        return await prompts(model, encoded, caller)
+
+    def answer(
+        self, model: ServedModel, name: str, body: ResponseRequest, encoded: Conversation, streams: Sequence[Stream]
+    ) -> Answer:
+        [stream] = streams
+        return ResponseAnswer(stream, EventReader(stream, model.text, encoded), head_of(name, body, model.defaults))
 
 
 async def stored_response(http: HttpRequest) -> Response:
     """Every answer that a client wants to see again, cancel or delete. Raises `ApiError` 404."""
     raise ApiError(404, "Responses are not stored here, so there is none to be found.", code="response_not_found")
-
-
-async def respond(service: Service, asked: ResponseRequest, caller: Caller) -> Response:
-    """Everything after the body was read. Raises `ApiError`."""
-    head = head_of(service.served_name(asked.model), asked, service.defaults)
-    with service.batcher.announce():
-        chat, requests, prompt = await prepared(service, asked, caller)
-        [stream] = service.submit(requests)
-    choice = ResponseChoice(service, stream, chat, reader(service.text, chat, prompt), head)
-    return await (streamed(choice) if asked.stream else plain(choice))
-
-
-async def prepared(
-    service: Service, asked: ResponseRequest, caller: Caller
-) -> tuple[ChatRequest, list[Request], Prompt]:
-    """The chat request, and what `prepare` makes of it. Raises `ApiError` that names this request's fields."""
-    try:
-        chat = as_chat(asked)
-        chat.note(asked.size)
-        return chat, *await prepare(service, chat, caller)
-    except ApiError as error:
-        raise renamed(error) from None
-
-
-async def plain(choice: ResponseChoice) -> Response:
-    """The whole answer as one JSON object."""
-    async with choice.stream:
-        try:
-            return Response(orjson.dumps(await choice.response()), media_type="application/json")
-        except BatchingError as error:
-            raise from_batching(error) from None
-
-
-async def streamed(choice: ResponseChoice) -> Response:
-    """The answer as server-sent events."""
-    news = choice.news()
-    first = await begun([choice], news)
-    return RowsResponse([choice], choice.frames(first, news))
 
 
 FIXED: Json = dict.fromkeys(["error", "incomplete_details", "completed_at", "usage"]) | {

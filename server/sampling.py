@@ -7,28 +7,28 @@ from typing import TypeVar
 from batching.types import Forced, Sampling
 from server.errors import bad_request
 from server.schema import GREEDY_BELOW, Generation
-from server.service import Service
+from server.served_model import ServedModel
 from server.settings import WHOLE_ANSWER, Settings
 
 Number = TypeVar("Number", int, float)
 
 
 def sampling(
-    service: Service, asked: Generation, room: int, *, choice: int = 0, forced: Forced | None = None
+    model: ServedModel, asked: Generation, room: int, *, choice: int = 0, forced: Forced | None = None
 ) -> Sampling:
     """The sampling of one choice of a request that has room for `room` tokens; what it leaves open is the service's.
 
     A length that does not fit is cut to what does. Choice i of a seeded request has the seed + i, so that each can be
     had again alone. Raises `ApiError` 400 for a token id that the model does not have.
     """
-    wanted = length(service.settings, asked, room)
-    vocab_size = service.info.vocab_size
+    wanted = length(model.settings, asked, room)
+    vocab_size = model.info.vocab_size
     _check_ids(asked.logit_bias or (), vocab_size, "logit_bias")
     _check_ids(asked.stop_token_ids or (), vocab_size, "stop_token_ids")
-    defaults = service.defaults
+    defaults = model.defaults
     temperature, top_p = _or(asked.temperature, defaults.temperature), _or(asked.top_p, defaults.top_p)
     greedy = asked.greedy or temperature < GREEDY_BELOW or top_p == 0
-    ends = frozenset() if asked.ignore_eos else service.stop_token_ids
+    ends = frozenset() if asked.ignore_eos else model.stop_token_ids
     return Sampling(
         max_tokens=wanted,
         seed=secrets.randbits(63) if asked.seed is None else _wrapped(asked.seed + choice),

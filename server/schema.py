@@ -157,7 +157,6 @@ class Generation(RequestBody):
 
     unsupported = UNSUPPORTED
 
-    model: str | None = None
     stream: Flag | None = None
     """Whether the answer comes as server-sent events, the last one being `[DONE]`."""
     stream_options: StreamOptions | None = None
@@ -360,7 +359,6 @@ class TokenizeRequest(RequestBody):
 
     unsupported = UNSUPPORTED
 
-    model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: Flag | None = None
@@ -379,7 +377,6 @@ class TokenizeRequest(RequestBody):
 class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""
 
-    model: str | None = None
     tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
 
 

@@ -173,6 +173,12 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="how long a client may take nothing of its answer"
     )
+    first_byte_s: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long a stream may be silent before a comment keeps it open; its status comes by then",
+    )
     keep_alive_s: float = Field(
         90.0, gt=0, allow_inf_nan=False, description="how long a connection may stay open without a request"
     )

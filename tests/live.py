@@ -34,6 +34,7 @@ from server.defaults import Defaults
 from server.loading import Loading
 from server.log import log_event
 from server.metrics import Metrics
+from server.served_model import ServedModel
 from server.service import Service
 from server.settings import PREFIX, Settings
 from server.text import Text
@@ -230,6 +231,12 @@ class Live(Address):
     loop: asyncio.AbstractEventLoop
     connections: set[Any]
 
+    @property
+    def model(self) -> ServedModel:
+        """What is served, once it is."""
+        assert self.service.model is not None
+        return self.service.model
+
     def drain(self) -> None:
         """What the first SIGTERM does; returns at once."""
         asyncio.run_coroutine_threadsafe(self.service.drain(), self.loop)
@@ -281,7 +288,7 @@ def live(
     progress = Progress()
     metrics = Metrics(progress)
     service = Service(settings_of(**settings), loader, progress, [metrics, log_event, events.append])
-    app = create_app(service, metrics, lambda: metrics.model(service.info, service.settings, "0"))
+    app = create_app(service, metrics, lambda model: metrics.model(model.info, model.settings, "0"))
     with contextlib.closing(listener("127.0.0.1", listen_on)) as bound:
         http: Any = Connections(service.settings)
         config = uvicorn.Config(

@@ -22,6 +22,7 @@ from server.garbage import spare_what_is_loaded
 from server.loader import ModelLoader
 from server.log import configure, log_event
 from server.metrics import Metrics
+from server.served_model import ServedModel
 from server.service import Service
 from server.settings import parse
 from server.version import VERSION
@@ -39,9 +40,9 @@ def replica_app() -> Starlette:
     replica = serve.get_replica_context().replica_id.unique_id
     service = Service(settings, ModelLoader(settings, progress), progress, [metrics, log_event])
 
-    def when_ready() -> None:
+    def when_ready(model: ServedModel) -> None:
         spare_what_is_loaded()
-        metrics.model(service.info, settings, VERSION)
+        metrics.model(model.info, settings, VERSION)
         ready.set()
 
     app = create_app(service, metrics, when_ready)

@@ -83,7 +83,7 @@ def test_a_chinese_prompt_that_fills_what_is_told_is_asked_for_real(monkeypatch:
     with live(scripted(remembering(seen, LONG), context_window=10_000), **GOOD) as service:
         monkeypatch.setattr(service.service, "text", Text(tokenizer))
         told = selftest.check_chinese(selftest.Service(f"{service.url}/v1", "scripted", "x"))
-        sent = service.service.advertised_window
+        sent = service.model.advertised_window
     assert f"a Chinese prompt of {sent} tokens" in told
     assert seen[-1].prompt.count(len(tokenizer) - 1) == sent // selftest.CHINESE_TOKENS
 
@@ -91,7 +91,7 @@ def test_a_chinese_prompt_that_fills_what_is_told_is_asked_for_real(monkeypatch:
 def test_an_8192_token_model_is_not_called_wrong() -> None:
     with live(scripted(LONG, context_window=8192), **GOOD) as service:
         told = selftest.check_models(selftest.Service(f"{service.url}/v1", "scripted", "x"))
-        advertised = service.service.advertised_window
+        advertised = service.model.advertised_window
     assert f"window of 8192; enter {advertised} " in told
     assert advertised < 8192
 

@@ -13,7 +13,7 @@ import orjson
 from pydantic import BaseModel
 
 from server import sse
-from server.completion import Completion
+from server.choices import Envelope
 from server.constrain import form_of
 from server.detokenizer import Detokenizer
 from server.errors import RETRIED, ApiError, bad_request
@@ -228,7 +228,7 @@ def _message(pieces: Sequence[str], started: bool) -> dict[str, Any]:
 def fuzz_sse(data: bytes) -> None:
     """Whatever the text, an event stream read by the standard's rules has the events that were written."""
     texts = pieces_of(data)
-    completion = Completion("model", "chat.completion", "chatcmpl")
+    completion = Envelope("model", "chat.completion", "chatcmpl")
     choices = [{"index": 0, "delta": {"content": text}} for text in texts]
     stream = completion.chunks(choices) + sse.DONE
     *chunks, done = _events(stream)

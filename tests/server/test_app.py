@@ -411,7 +411,7 @@ def test_models_say_how_long_their_window_is_with_and_without_a_prefix() -> None
         [listed_card] = listed["data"]
         assert listed_card["max_model_len"] == 1234
         # Lower, because who fills it counts with another tokenizer, and adds to the prompt after cutting it.
-        assert listed_card["context_length"] == service.service.advertised_window < 1234
+        assert listed_card["context_length"] == service.model.advertised_window < 1234
 
 
 def test_paths_without_a_prefix_are_the_same() -> None:
@@ -673,7 +673,7 @@ def test_a_bug_of_ours_is_a_500_that_tells_nothing(
         raise RuntimeError("secret detail")
 
     with live() as service:
-        monkeypatch.setattr(service.service.text, "render", broken)
+        monkeypatch.setattr(service.model.text, "render", broken)
         response = service.chat(headers={"x-request-id": "unlucky"})
         error_of(response, 500, "internal_error")
         assert "secret detail" not in response.text

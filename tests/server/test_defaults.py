@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_a_request_has_what_it_says_and_the_model_s_defaults_for_the_rest(path: 
         @settings(max_examples=40)
         @given(st.fixed_dictionaries({}, optional=VALUES), st.fixed_dictionaries({}, optional=VALUES), st.booleans())
         def law(of_model: dict[str, Any], asked: dict[str, Any], null: bool) -> None:
-            service.service.defaults = Defaults(**of_model)
+            service.service.model = replace(service.model, defaults=Defaults(**of_model))
             nulls = dict.fromkeys(VALUES) if null else {}
             assert http.post(path, content=orjson.dumps(PATHS[path] | nulls | asked)).status_code == 200
             assert chosen(seen.pop()) == Defaults().model_dump() | of_model | asked
@@ -130,14 +131,14 @@ def test_what_is_in_force_is_told_once_it_is_known(caplog: pytest.LogCaptureFixt
         service.loader.may_load.set()
         service.wait_state(State.READY)
         assert told(service) == [DEMO.model_dump()] * 2
-        announce(service.service, 1)
+        announce(service.model, 1)
     [facts] = [record.facts for record in caplog.records if hasattr(record, "facts")]
     assert facts["sampling"] == "temperature 0.2, top_p 0.9 by default"
 
 
 def test_it_is_not_known_before_the_model_s_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with live() as service:
-        monkeypatch.delattr(service.service, "defaults")
+        monkeypatch.setattr(service.service, "model", None)
         assert told(service) == [None, None]
 
 

@@ -50,7 +50,7 @@ def test_a_default_of_nothing_is_what_fits_the_window_and_the_operator_s_limit()
     engine = scripted(remembering(seen), context_window=16_384)
     with live(engine, default_max_tokens=0, max_output_tokens=100_000) as service:
         service.chat()
-        assert service.service.advertised_window == int(0.9 * (16_384 - 1543 - 1024))
+        assert service.model.advertised_window == int(0.9 * (16_384 - 1543 - 1024))
     with live(scripted(remembering(seen)), default_max_tokens=0, max_output_tokens=300) as service:
         service.chat(tools=[TOOL])
     assert [request.total_tokens for request in seen] == [16_384, len(seen[1].prompt) + 300]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from server.echo import starts_of
-from server.service import MAX_PROMPT_LOGPROBS
+from server.endpoint import MAX_PROMPT_LOGPROBS
 from server.text import Text
 from tests.fakes import SCORED, prompt_logprob
 from tests.live import BYTES, END, TEMPLATE, frames, live, scripted, tokens_of

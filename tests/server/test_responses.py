@@ -198,7 +198,9 @@ def test_thinking_is_an_item_of_its_own() -> None:
     assert (thought.summary, thought.status, message.status) == ([], "completed", "completed")  # type: ignore[union-attr]
     assert answer.output_text == "Hello!"
     assert answer.usage is not None
-    assert answer.usage.output_tokens_details.reasoning_tokens == len("Hm, well.")
+    assert answer.usage.output_tokens_details.reasoning_tokens == ANSWERS["thinking"].index("</think>") + len(
+        "</think>"
+    )
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -45,6 +45,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "drain_timeout_s": ("0", 0.0),
     "watchdog_s": ("20", 20.0),
     "send_timeout_s": ("7.5", 7.5),
+    "first_byte_s": ("2.5", 2.5),
     "keep_alive_s": ("75", 75.0),
     "max_connections": ("512", 512),
     "max_body_mib": ("0.5", 0.5),

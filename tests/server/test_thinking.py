@@ -97,8 +97,8 @@ def test_the_state_of_a_thought_is_that_of_the_rendered_prompt(template: str, th
 def test_qwen3_closes_a_thought_or_leaves_it_to_the_model(thinking_tokenizer: str) -> None:
     text = Text.load(thinking_tokenizer)
     chat = ChatRequest.model_validate({"messages": QUESTION, "tools": [TOOL]})
-    assert encode(text, chat, thinks=False).thought is ThoughtState.CLOSED
-    assert encode(text, chat, thinks=True).thought is ThoughtState.FREE
+    assert encode(text, chat, thinking=False).thought is ThoughtState.CLOSED
+    assert encode(text, chat, thinking=True).thought is ThoughtState.FREE
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from batching.types import Request
-from server.text import Text
 from tests.live import END, QUESTION, Live, byte_tokenizer, live, scripted, tokens_of
 from tests.server.test_app import error_of, remembering
 
@@ -51,9 +50,7 @@ def test_the_text_of_each_token_is_told_if_asked_for() -> None:
     assert found["token_strs"] == ["a", "\ufffd", "\ufffd", "<|end|>"]
 
 
-def test_what_the_tokenizer_puts_around_a_text_is_added_to_a_prompt_and_not_to_messages_unless_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_the_tokenizer_puts_around_a_text_is_added_to_a_prompt_and_not_to_messages_unless_told_otherwise() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", END)]
@@ -64,8 +61,7 @@ def test_what_the_tokenizer_puts_around_a_text_is_added_to_a_prompt_and_not_to_m
         {"add_special_tokens": None},
         {},
     ]
-    with live() as service:
-        monkeypatch.setattr(service.service, "text", Text(tokenizer))
+    with live(tokenizer=tokenizer) as service:
         texts = [tokenize(service, prompt="a", **switch).json()["tokens"] for switch in switches]
         chats = [tokenize(service, messages=QUESTION, **switch).json()["tokens"] for switch in switches]
     assert texts == [tokens_of("a")] + [[END, *tokens_of("a")]] * 3

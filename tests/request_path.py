@@ -1,0 +1,82 @@
+"""Which project files a request runs through, in order: what a reader has to open to follow it."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from dis import get_instructions
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ROOMS = tuple(f"{ROOT / room}/" for room in ("server", "batching"))
+APART = ("server/watchdog.py", "batching/worker.py")
+"""Threads that start here have work of their own, whoever asks."""
+
+
+@dataclass
+class RequestPath:
+    """Project files in the order in which functions of theirs were called by threads begun inside `followed`.
+
+    A stay is a run of calls into one file; a call into one that was left before is one more stay. Going on after an
+    `await` is no call.
+    """
+
+    stays: list[str] = field(default_factory=list)
+    before_queue: list[str] = field(default_factory=list)
+    entered: set[str] = field(default_factory=set)
+
+    def begin(self) -> None:
+        """Forget all so far."""
+        self.stays, self.before_queue, self.entered = [], [], set()
+
+    def profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        """For `threading.setprofile`."""
+        here = project_file(frame)
+        if here is None or event != "call":
+            return
+        self.entered.add(here)
+        if apart(frame) or frame.f_lasti > start(frame.f_code):
+            return
+        if not self.stays or self.stays[-1] != here:
+            self.stays.append(here)
+        if frame.f_code.co_qualname == "RowQueue.push" and not self.before_queue:
+            self.before_queue = list(self.stays)
+
+
+def project_file(frame: FrameType) -> str | None:
+    """Relative to the project, or None for a frame from elsewhere."""
+    return relative(frame.f_code.co_filename)
+
+
+@cache
+def relative(name: str) -> str | None:
+    return str(Path(name).relative_to(ROOT)) if name.startswith(ROOMS) else None
+
+
+@cache
+def start(code: CodeType) -> int:
+    """Where the code is when it is first entered: a coroutine or generator has been made before."""
+    made = (each.offset for each in get_instructions(code) if each.opname == "RETURN_GENERATOR")
+    return next(made, -4) + 4
+
+
+def apart(frame: FrameType) -> bool:
+    while frame is not None:
+        if project_file(frame) in APART:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]  # the loop ends there
+    return False
+
+
+@contextmanager
+def followed() -> Iterator[RequestPath]:
+    """What threads do that start while the block runs."""
+    path = RequestPath()
+    threading.setprofile(path.profile)
+    try:
+        yield path
+    finally:
+        threading.setprofile(None)
