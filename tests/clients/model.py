@@ -6,6 +6,7 @@ tool, `*` being the first tool there is, and `{result}` is what the last tool to
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from batching.types import Request
@@ -55,7 +56,9 @@ def answer_to(prompt: str) -> str:
     return step.replace("{result}", results[-1] if results else "")
 
 
-def scripted_model(seen: list[str] | None = None) -> ScriptedEngine:
+def scripted_model(
+    seen: list[str] | None = None, before_step: Callable[[int], None] = lambda step: None
+) -> ScriptedEngine:
     """An engine that answers so. The prompts go to `seen`."""
     answers: dict[str, list[int]] = {}
 
@@ -67,4 +70,4 @@ def scripted_model(seen: list[str] | None = None) -> ScriptedEngine:
                 seen.append(prompt)
         return answers[request.id][position]
 
-    return scripted(script, context_window=2**17)
+    return scripted(script, context_window=2**17, before_step=before_step)

@@ -1,5 +1,7 @@
 """Other people's clients, run for real against a scripted model: each is answered, and understands the answer."""
 
+import time
+
 import pytest
 
 from batching.events import Rejected
@@ -26,3 +28,18 @@ def test_a_client_understands_every_answer_and_its_history_is_answered(name: str
         shapes = [(one.path, set(shape(one.body))) for one in recorded.requests]
         for one in different(sent):
             assert (one.path, set(shape(one.body))) in shapes, f"python -m tests.clients.recording {name}"
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_client_reads_over_the_comments_of_a_stream_that_is_silent_for_long(name: str) -> None:
+    client = CLIENTS[name]
+    client.needed()
+
+    def slow(step: int) -> None:
+        if step < 2:
+            time.sleep(0.1)  # a model that is slow to begin, and again after its first token
+
+    with live(scripted_model(before_step=slow), first_byte_s=0.03, default_max_tokens=1024) as service:
+        found = client.run(service.url)
+    assert found == {what: ANSWERS[what.split(":")[0]] for what in found}
+    assert {what.split(":")[0] for what in found} == client.does
