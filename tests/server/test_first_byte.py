@@ -1,4 +1,4 @@
-"""Laws of long silence: no stream is silent for longer than `--first-byte-s`, and what goes wrong before has a status."""
+"""Laws of long silence: no stream is silent for longer than `--first-byte-s`; what fails before has a status."""
 
 import threading
 from typing import Any
