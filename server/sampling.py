@@ -10,7 +10,7 @@ from server.schema import GREEDY_BELOW, Generation
 from server.served_model import ServedModel
 from server.settings import WHOLE_ANSWER, Settings
 
-Number = TypeVar("Number", int, float)
+Value = TypeVar("Value", int, float)
 
 
 def sampling(
@@ -56,7 +56,7 @@ def length(settings: Settings, asked: Generation, room: int) -> int:
     return min(_or(asked.wanted_tokens, default), settings.max_output_tokens, room)
 
 
-def _or(value: Number | None, default: Number) -> Number:
+def _or(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
