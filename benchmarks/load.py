@@ -42,9 +42,12 @@ class Command:
     records: Path | None
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Settings, Command]:
+PROGRAM = "python -m benchmarks.load"
+
+
+def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Settings, Command]:
     """Exits with 2 and a sentence for flags that make no sense."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     add_server(parser)
     add_load(parser)
     add_work(parser)
@@ -185,13 +188,16 @@ def wide_console() -> Console:
     return console
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0; 1 if any request failed or no capacity was found; 2 for a bad file."""
-    settings, command = parse(arguments)
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """The command, called `program` in its messages.
+
+    Returns its exit code: 0; 1 if any request failed or no capacity was found; 2 for a bad file.
+    """
+    settings, command = parse(arguments, program)
     try:
         run = Run(settings)
     except (OSError, ValueError) as error:
-        print(f"python -m benchmarks.load: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     measure(run, command)
     write(run, command)

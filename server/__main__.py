@@ -206,7 +206,11 @@ def run(settings: Settings, loader: Loader, progress: Progress) -> None:
         end(runner.run(serve(settings, loader, progress)))
 
 
+def start(settings: Settings) -> None:
+    """Serve the model that the settings name until the end, and end the process."""
+    progress = Progress()
+    run(settings, ModelLoader(settings, progress, spare_imports), progress)
+
+
 if __name__ == "__main__":
-    wanted = parse()
-    followed = Progress()
-    run(wanted, ModelLoader(wanted, followed, spare_imports), followed)
+    start(parse())

@@ -102,7 +102,8 @@ def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess
     with ExitStack() as undone:
         ours, theirs = map(undone.enter_context, socket.socketpair())
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.grammar_process", str(theirs.fileno()), json.dumps(eos)],
+            # -P: this folder may have a package of the same name.
+            [sys.executable, "-P", "-m", "server.grammar_process", str(theirs.fileno()), json.dumps(eos)],
             stdin=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": paths},

@@ -39,7 +39,6 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         frozen=True,
         extra="forbid",
-        cli_prog_name="python -m server",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -241,21 +240,22 @@ class _Parser(argparse.ArgumentParser):
     """One line for an unknown flag, where argparse would print its whole usage first."""
 
     def error(self, message: str) -> Never:
-        _give_up(f"{message}; see python -m server --help")
+        _give_up(f"{message}; see {self.prog} --help")
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line (default: this process's) and the environment.
+def parse(arguments: list[str] | None = None, program: str = "python -m server") -> Settings:
+    """Settings from the command line (default: this process's) and the environment. `program` is its name in messages.
 
     Ends the process with status 2 and one line on stderr if a setting is unknown, malformed or contradicts another.
     """
     try:
-        _refuse_unknown_variables()
-        parser = _Parser(prog="python -m server", description=Settings.__doc__, allow_abbrev=False)
+        _refuse_unknown_variables(program)
+        usage = f"{program} [MODEL] [flags]"
+        parser = _Parser(prog=program, usage=usage, description=Settings.__doc__, allow_abbrev=False)
         flags: CliSettingsSource[_Parser] = CliSettingsSource(Settings, root_parser=parser)
         return CliApp.run(
             Settings,
-            cli_args=_with_new_names(sys.argv[1:] if arguments is None else arguments),
+            cli_args=_with_new_names(_with_model_flag(sys.argv[1:] if arguments is None else arguments)),
             cli_settings_source=flags,
         )
     except ValidationError as error:
@@ -264,6 +264,17 @@ def parse(arguments: list[str] | None = None) -> Settings:
         _give_up(f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, "))
     except (SettingsError, ValueError) as error:
         _give_up(str(error))
+
+
+def _with_model_flag(arguments: list[str]) -> list[str]:
+    """The arguments as flags alone. Raises ValueError where both a first argument and a flag name the model."""
+    match arguments:
+        case [model, *flags] if not model.startswith("-"):
+            if any(flag.partition("=")[0] == "--model" for flag in flags):
+                raise ValueError(f"the model is named twice, as {model} and with --model; leave one out")
+            return ["--model", model, *flags]
+        case _:
+            return arguments
 
 
 def _with_new_names(arguments: list[str]) -> list[str]:
@@ -280,11 +291,11 @@ def _with_new_names(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _refuse_unknown_variables() -> None:
+def _refuse_unknown_variables(program: str) -> None:
     known = {PREFIX + field.upper() for field in (*Settings.model_fields, *RENAMED)}
     for name in os.environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise ValueError(f"unknown setting {name} in the environment; see python -m server --help")
+            raise ValueError(f"unknown setting {name} in the environment; see {program} --help")
 
 
 def _give_up(sentence: str) -> Never:

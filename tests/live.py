@@ -384,11 +384,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(*flags: str, module: str = "server", program: tuple[str, ...] = (), **variables: str) -> Iterator[Process]:
+def process(
+    *flags: str, module: str = "server", program: tuple[str, ...] = (), folder: Path = ROOT, **variables: str
+) -> Iterator[Process]:
     """`python -m server`, or a stand-in, with these settings, on a free port. Killed at the end if need be."""
     port = free_port()
     command = [sys.executable, *(program or ("-m", module)), "--port", str(port), *flags]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stderr=subprocess.PIPE, text=True) as popen:
+    with subprocess.Popen(
+        command, cwd=folder, env=environment(**variables), stderr=subprocess.PIPE, text=True
+    ) as popen:
         found = Process(f"http://127.0.0.1:{port}", popen)
         assert popen.stderr is not None
         reader = threading.Thread(target=found.lines.extend, args=(popen.stderr,))

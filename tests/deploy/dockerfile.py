@@ -90,6 +90,7 @@ class Replay:
             if whole.is_dir():
                 shutil.copytree(whole, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
             else:
+                target.parent.mkdir(exist_ok=True)
                 shutil.copy(whole, target)
 
 

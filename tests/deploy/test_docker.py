@@ -52,7 +52,7 @@ def test_all_that_is_copied_exists_and_is_let_through_and_nothing_else_is() -> N
     assert rules[0] == "*"
     allowed = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
     copied = {source for stage in STAGES.values() for source in sources(stage)}
-    assert copied == allowed
+    assert {source.partition("/")[0] for source in copied} == allowed
     assert all((ROOT / source).exists() for source in copied)
 
 

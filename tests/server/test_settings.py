@@ -108,6 +108,12 @@ def test_an_empty_variable_is_as_good_as_none(field: str, monkeypatch: pytest.Mo
     assert getattr(parse([]), field) == default
 
 
+def test_the_model_may_come_first_without_its_flag_but_not_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["/models/some", "--port", "1"]) == parse(["--model", "/models/some", "--port", "1"])
+    for flags in (["--model", "two"], ["--model=two"]):
+        assert "named twice" in told(capsys, "one", *flags)
+
+
 def test_an_admin_s_key_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(["--api-keys-file", "keys", "--admin-keys", "somebody"]).admin_keys == ("somebody",)
     assert "nobody" in told(capsys, "--api-keys-file", "keys", "--admin-keys", "nobody")
@@ -166,7 +172,7 @@ def test_help_names_every_flag_and_what_it_is_for(capsys: pytest.CaptureFixture[
         (["--nope"], "--nope"),
         (["--nope=1"], "--nope"),
         (["--po", "5"], "--po"),
-        (["word"], "word"),
+        (["model", "word"], "word"),
         (["--port"], "--port"),
         (["--thinking=maybe"], "--thinking"),
     ],
