@@ -9,6 +9,7 @@
 # make fuzz     fuzz every parser (CPU=600 seconds of CPU time each), see tests/fuzz
 # make soak     mixed load with faults for MINUTES=30, see benchmarks/soak.py
 # make overload ten times the capacity for FLOOD=120, see benchmarks/overload.py
+# make swagger  replace the Swagger UI of /docs by the one that npm has as SWAGGER=latest
 # make audit    ask for known vulnerabilities of what is installed
 # make clean    remove .venv and caches
 
@@ -23,6 +24,7 @@ CONCURRENCY ?= 1,8,32
 CPU ?= 600
 MINUTES ?= 30
 FLOOD ?= 120
+SWAGGER ?= latest
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -30,7 +32,7 @@ CLIENTS := .clients
 AXE := .browser/node_modules/axe-core/axe.min.js
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-deploy test-clients browser check bench fuzz soak overload audit clean
+.PHONY: help install run test test-deploy test-clients browser check bench fuzz soak overload swagger audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -102,6 +104,13 @@ soak: install
 
 overload: install
 	$(BIN)/python -m benchmarks.overload --seconds $(FLOOD) $(ARGS)
+
+# The files are npm's as they are; package.json among them says which version.
+swagger:
+	@mkdir -p out
+	tar -xzf "out/$$(npm pack --silent --pack-destination out swagger-ui-dist@$(SWAGGER))" -C server/swagger \
+		--strip-components=1 --no-same-owner $(foreach file,package.json LICENSE NOTICE swagger-ui.css \
+		swagger-ui-bundle.js swagger-ui-bundle.js.LICENSE.txt,package/$(file))
 
 audit: install
 	$(BIN)/python -m pip install --quiet pip-audit

@@ -1,4 +1,4 @@
-"""`GET /docs`: a page for people, drawn in the browser from /openapi.json. It loads nothing from elsewhere."""
+"""`GET /docs`: Swagger UI on /openapi.json, from files in `swagger/`. It loads nothing from elsewhere."""
 
 from anyio import to_thread
 from starlette.requests import Request
@@ -7,7 +7,16 @@ from starlette.routing import Route
 
 from server.middleware import ApiKey
 from server.service import Service
-from server.static import file_route
+from server.static import asset, file_route, response
+
+LINK = b'<a href="./">Chat and live view</a>\n'
+
+
+async def docs(request: Request) -> Response:
+    """`GET /docs`, without the link to the page at `/` where that is off."""
+    service: Service = request.app.state.service
+    found = await to_thread.run_sync(asset, "docs.html", b"" if service.settings.page else LINK)
+    return response(request, found, "text/html")
 
 
 async def openapi(request: Request) -> Response:
@@ -26,8 +35,10 @@ def _encoded(model: str, keyed: bool) -> bytes:
 
 ROUTES = [
     Route("/openapi.json", openapi),
-    file_route("/docs", "docs.html"),
+    Route("/docs", docs),
     file_route("/docs.css", "docs.css"),
     file_route("/docs.js", "docs.js"),
+    file_route("/docs/swagger-ui.css", "swagger/swagger-ui.css"),
+    file_route("/docs/swagger-ui-bundle.js", "swagger/swagger-ui-bundle.js"),
 ]
 """They tell nothing secret, so they need no key."""

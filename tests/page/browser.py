@@ -28,7 +28,10 @@ FLAGS = (
 AXE = ROOT / ".browser" / "node_modules" / "axe-core" / "axe.min.js"
 GONE = re.compile(r"net::ERR_(CONNECTION_REFUSED|CONNECTION_RESET|EMPTY_RESPONSE|INCOMPLETE_CHUNKED_ENCODING)")
 PHONE, DESK = (390, 844), (1280, 860)
-RUN_AXE = "const [done] = arguments; axe.run().then((found) => done(found.violations), (error) => done(String(error)));"
+RUN_AXE = """
+const [part, done] = arguments;
+axe.run(part).then((found) => done(found.violations), (error) => done(String(error)));
+"""
 
 
 def needed(path: str | Path | None, what: str) -> Path:
@@ -110,10 +113,10 @@ class Browser:
         messages = [orjson.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
 
-    def axe(self) -> list[str]:
-        """What axe-core finds that is serious or worse."""
+    def axe(self, part: str = "html") -> list[str]:
+        """What axe-core finds in a part of the page that is serious or worse."""
         self.js(needed(AXE, "axe-core").read_text())
-        found = self.driver.execute_async_script(RUN_AXE)
+        found = self.driver.execute_async_script(RUN_AXE, part)
         assert isinstance(found, list), found
         serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
         return [f"{rule['id']}: {[node['html'][:120] for node in rule['nodes']]}" for rule in serious]
