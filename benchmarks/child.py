@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.exchange import get
+from benchmarks.connection import get
 
 
 class ServerEnded(Exception):

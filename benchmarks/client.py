@@ -8,11 +8,10 @@ import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
-from urllib.parse import SplitResult
 
 import orjson
 
-from benchmarks.connection import Connection, server_url
+from benchmarks.connection import Connection, request, server_url
 from benchmarks.workloads import Job
 
 # Servers that tell thinking from answer stream the thinking under one of the two other names.
@@ -79,7 +78,8 @@ class ChatClient:
         self._timeout = timeout
         self._fields = fields
         self._full_length = full_length
-        self._head = head(self._url, api_key)
+        self._headers = ["Content-Type: application/json", "Accept: text/event-stream"]
+        self._headers += [f"Authorization: Bearer {api_key}"] if api_key else []
         self._idle: list[Connection] = []
 
     def close(self) -> None:
@@ -92,11 +92,11 @@ class ChatClient:
 
         Failures are noted in the record, never raised.
         """
-        request = self._request(job)
+        message = self._request(job)
         record = Record(job.serial, job.max_tokens, due, sent=time.perf_counter() - began)
         try:
             async with asyncio.timeout(self._timeout):
-                await self._exchange(request, Answer(record, began + due))
+                await self._exchange(message, Answer(record, began + due))
             self._check(record)
         except (AnswerError, OSError) as error:
             record.error, record.detail = classify(error), str(error)
@@ -113,12 +113,12 @@ class ChatClient:
             "stream_options": {"include_usage": True},
         }
         data = orjson.dumps(body | self._fields)
-        return b"%sContent-Length: %d\r\n\r\n%s" % (self._head, len(data), data)
+        return request(self._url, "POST", "/v1/chat/completions", data, *self._headers)
 
-    async def _exchange(self, request: bytes, answer: "Answer") -> None:
+    async def _exchange(self, message: bytes, answer: "Answer") -> None:
         connection = await self._connection()
         try:
-            status = await connection.send(request, answer.receive)
+            status = await connection.send(message, answer.receive)
         except BaseException:
             connection.close()
             raise
@@ -164,20 +164,6 @@ class Answer:
             events, self.rest = split_events(self.rest)
             for event in events:
                 note(event, at, self._record)
-
-
-def head(url: SplitResult, api_key: str | None) -> bytes:
-    """The request's first lines, up to its length. Identity: a compressor would hold the stream back."""
-    lines = [
-        f"POST {url.path}/v1/chat/completions HTTP/1.1",
-        f"Host: {url.netloc.rpartition('@')[2]}",
-        "Content-Type: application/json",
-        "Accept: text/event-stream",
-        "Accept-Encoding: identity",
-    ]
-    if api_key:
-        lines.append(f"Authorization: Bearer {api_key}")
-    return "".join(f"{line}\r\n" for line in lines).encode()
 
 
 def split_events(data: bytes) -> tuple[list[bytes], bytes]:

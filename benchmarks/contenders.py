@@ -15,9 +15,8 @@ from typing import Any, TextIO
 
 import orjson
 
-from benchmarks.connection import server_url
+from benchmarks.connection import get, server_url
 from benchmarks.models import MODULE, Model
-from benchmarks.server_metrics import get
 from server.loader import LIBRARY_SETTINGS
 
 PATIENCE = 900.0
@@ -155,7 +154,7 @@ async def status(url: str, path: str) -> int:
     """The path's status, 0 where nobody answers."""
     try:
         async with asyncio.timeout(5):
-            return (await get(server_url(url), path))[0]
+            return (await get(server_url(url), path)).status
     except OSError:
         return 0
 
@@ -164,8 +163,8 @@ async def check_model(contender: Contender) -> None:
     """Raises ContenderError unless the server that runs at the contender's URL lists its model."""
     try:
         async with asyncio.timeout(5):
-            code, body = await get(server_url(contender.url), "/v1/models")
-        served = [card["id"] for card in orjson.loads(body)["data"]] if code == 200 else []
+            reply = await get(server_url(contender.url), "/v1/models")
+        served = [card["id"] for card in orjson.loads(reply.body)["data"]] if reply.status == 200 else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ContenderError(f"{contender.name} lists no models at {contender.url}: {error!r}") from error
     if contender.model not in served:

@@ -10,7 +10,6 @@ Exits with 1 if a token costs more than three bare ones, or the idle streams' pr
 import argparse
 import asyncio
 import contextlib
-import http.client
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import orjson
 import uvloop
@@ -25,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.connection import Connection, get, post, request
 from benchmarks.scripted_server import MODES, NAME, Mode, raise_open_files
 from benchmarks.summary import percentile
 
@@ -36,7 +37,6 @@ MOST_IDLE_BYTES = 300e6
 LEAST_ROWS = 64
 """From so many streams on, what a token costs in a step of its own is held to the limit. A step of few rows costs what
 its way from the engine's thread to the event loop does, which a bare answer does not have."""
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,34 +99,23 @@ def broken_limits(found: Sequence[Measured]) -> list[str]:
     return costly + large
 
 
-class Reader(asyncio.Protocol):
+class Answer:
     """One streamed answer: counts its events as they come, and keeps its end."""
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
         self.events = 0
         self.end = b""
-        self.begun: asyncio.Future[None] = loop.create_future()
-        self.ended: asyncio.Future[None] = loop.create_future()
-        self.closed: asyncio.Future[None] = loop.create_future()
+        self.begun = asyncio.get_running_loop().create_future()
 
-    def data_received(self, data: bytes) -> None:
+    def receive(self, status: int, data: bytes) -> None:
         cut = self.end.endswith(b"\n") and data.startswith(b"\n")
         self.events += data.count(b"\n\n") + cut
         self.end = self.end[-500:] + data
         if self.events and not self.begun.done():
             self.begun.set_result(None)
-        if self.end.endswith(LAST_CHUNK) and not self.ended.done():
-            self.ended.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.closed.set_result(None)
-        for waited in (self.begun, self.ended):
-            if not waited.done():
-                waited.set_exception(ConnectionError("the server closed the connection in mid-answer"))
 
 
-def request_of(mode: Mode, tokens: int) -> bytes:
+def request_of(url: SplitResult, mode: Mode, tokens: int) -> bytes:
     """One answer's HTTP request."""
     asked = {
         "model": NAME,
@@ -135,60 +124,70 @@ def request_of(mode: Mode, tokens: int) -> bytes:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    body = orjson.dumps(asked)
     path = "/bare" if mode.startswith("bare") else "/v1/chat/completions"
-    return b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(body)) + body
+    return request(url, "POST", path, orjson.dumps(asked))
 
 
 @contextlib.asynccontextmanager
-async def opened(port: int, streams: int, request: bytes) -> AsyncIterator[list[Reader]]:
-    """So many answers, each with its first event here; closed at the end."""
-    readers: list[Reader] = []
-    transports: list[asyncio.Transport] = []
-    loop = asyncio.get_running_loop()
+async def connected(url: SplitResult, streams: int) -> AsyncIterator[list[Connection]]:
+    """So many connections, closed at the end."""
+    connections: list[Connection] = []
     try:
         for _ in range(streams):
-            transport, reader = await loop.create_connection(Reader, "127.0.0.1", port)
-            transports.append(transport)
-            readers.append(reader)
-            transport.write(request)
-        await asyncio.gather(*(reader.begun for reader in readers))
-        yield readers
+            connections.append(await Connection.open(url))
+        yield connections
     finally:
-        for transport in transports:
-            transport.close()
-        await asyncio.gather(*(reader.closed for reader in readers))
+        for connection in connections:
+            connection.close()
 
 
-def check(reader: Reader, mode: Mode, tokens: int) -> None:
+def check(answer: Answer, mode: Mode, tokens: int) -> None:
     """Raises ValueError for an answer that is not whole."""
     if mode.startswith("bare"):
-        whole = reader.events == tokens
+        whole = answer.events == tokens
     else:
-        whole = b'"completion_tokens":%d' % tokens in reader.end and b"data: [DONE]" in reader.end
+        whole = b'"completion_tokens":%d' % tokens in answer.end and b"data: [DONE]" in answer.end
     if not whole:
-        raise ValueError(f"{mode}: an answer of {tokens} tokens ended with {reader.end[-200:]!r}")
+        raise ValueError(f"{mode}: an answer of {tokens} tokens ended with {answer.end[-200:]!r}")
 
 
-async def measure(port: int, mode: Mode, streams: int, tokens: int) -> Measured:
+async def usage(url: SplitResult) -> Any:
+    """What the server process has used."""
+    return orjson.loads((await get(url, "/usage")).body)
+
+
+async def ready(url: SplitResult) -> None:
+    """Wait until the server takes requests. Raises TimeoutError."""
+    async with asyncio.timeout(PATIENCE):
+        while (await get(url, "/health/ready")).status != 200:  # noqa: ASYNC110  # another process tells nothing
+            await asyncio.sleep(0.05)
+
+
+async def measure(url: SplitResult, mode: Mode, streams: int, tokens: int) -> Measured:
     """Open the streams, let them go, and wait for their ends."""
-    empty = await asyncio.to_thread(ask, port, "GET", "/usage")
-    async with opened(port, streams, request_of(mode, tokens)) as readers:
+    await ready(url)
+    empty = await usage(url)
+    message = request_of(url, mode, tokens)
+    async with connected(url, streams) as connections, asyncio.TaskGroup() as group:
+        answers = [Answer() for _ in connections]
+        pairs = zip(connections, answers, strict=True)
+        ends = [group.create_task(connection.send(message, answer.receive)) for connection, answer in pairs]
+        await asyncio.gather(*(answer.begun for answer in answers))
         await asyncio.sleep(SETTLING)
-        idle = await asyncio.to_thread(ask, port, "GET", "/usage")
-        before = sum(reader.events for reader in readers)
+        idle = await usage(url)
+        before = sum(answer.events for answer in answers)
         started = time.perf_counter()
-        await asyncio.to_thread(ask, port, "POST", "/go")
-        await asyncio.gather(*(reader.ended for reader in readers))
+        await post(url, "/go", {})
+        await asyncio.gather(*ends)
         seconds = time.perf_counter() - started
-        done = await asyncio.to_thread(ask, port, "GET", "/usage")
-    for reader in readers:
-        check(reader, mode, tokens)
+        done = await usage(url)
+    for answer in answers:
+        check(answer, mode, tokens)
     return Measured(
         mode=mode,
         streams=streams,
         tokens=streams * (tokens - 1),
-        events=sum(reader.events for reader in readers) - before,
+        events=sum(answer.events for answer in answers) - before,
         seconds=seconds,
         cpu=done["cpu"] - idle["cpu"],
         loop_cpu=done["loop_cpu"] - idle["loop_cpu"],
@@ -198,29 +197,15 @@ async def measure(port: int, mode: Mode, streams: int, tokens: int) -> Measured:
     )
 
 
-def ask(port: int, method: str, path: str) -> Any:
-    """The JSON that the server tells, None for an empty body."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
-        connection.request(method, path)
-        body = connection.getresponse().read()
-        return orjson.loads(body) if body else None
-
-
 @contextlib.contextmanager
-def server(mode: Mode, streams: int, tokens: int) -> Iterator[int]:
-    """A server process that is ready; its port."""
+def server(mode: Mode, streams: int, tokens: int) -> Iterator[SplitResult]:
+    """A server process; its address."""
     flags = ["--streams", str(streams), "--tokens", str(tokens), "--mode", mode]
     command = [sys.executable, "-m", "benchmarks.scripted_server", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            port = int(process.stdout.readline())
-            end = time.monotonic() + PATIENCE
-            while ask(port, "GET", "/health/ready") != {"state": "ready"}:
-                if time.monotonic() > end:
-                    raise TimeoutError("the server did not get ready")
-                time.sleep(0.05)
-            yield port
+            yield urlsplit(f"http://127.0.0.1:{int(process.stdout.readline())}")
         finally:
             process.kill()
 
@@ -231,8 +216,8 @@ def compare(streams: int, tokens: int, repeats: int) -> list[Measured]:
     for _ in range(repeats):
         passes.append([])
         for mode in MODES:
-            with server(mode, streams, tokens) as port:
-                measured = uvloop.run(measure(port, mode, streams, tokens))
+            with server(mode, streams, tokens) as url:
+                measured = uvloop.run(measure(url, mode, streams, tokens))
             passes[-1].append(measured)
             print(f"{streams} streams, {mode}: {measured.cpu_per_token * 1e6:.1f} µs a token", file=sys.stderr)
     return [min(same, key=lambda one: one.cpu) for same in zip(*passes, strict=True)]

@@ -12,7 +12,7 @@ from urllib.parse import SplitResult
 
 import orjson
 
-from benchmarks.exchange import Reply, leave, post, send, wire
+from benchmarks.connection import exchange, post, request
 
 CHAT = "/v1/chat/completions"
 TOPICS = ("the sea", "a lamp", "the keeper", "a storm", "the tower", "a ship", "the night", "a bell")
@@ -35,6 +35,10 @@ class Crowd:
         messages = [{"role": "user", "content": words}]
         return {"messages": messages, "temperature": 0, "max_tokens": 16, "ignore_eos": True} | fields
 
+    def bytes_of(self, fields: dict[str, Any]) -> bytes:
+        """A chat's request, to be sent in part or never to be read."""
+        return request(self.url, "POST", CHAT, orjson.dumps(fields))
+
     async def ask(self, path: str, fields: dict[str, Any], read: Callable[[bytes], Any]) -> str:
         """Send a request that always has the same answer, and compare."""
         reply = await post(self.url, path, fields)
@@ -46,8 +50,9 @@ class Crowd:
         found = read(reply.body)
         return "good" if self._known.setdefault(key, found) == found else "WRONG answer"
 
-    async def told_off(self, request: bytes, status: int) -> str:
-        reply: Reply = await send(self.url, request)
+    async def told_off(self, body: bytes, status: int, *headers: str) -> str:
+        """Send what must be refused with this status."""
+        reply = await exchange(self.url, request(self.url, "POST", CHAT, body, *headers))
         return f"{status}" if reply.status == status else f"WRONG status {reply.status} instead of {status}"
 
 
@@ -103,33 +108,50 @@ async def tokenized(crowd: Crowd) -> str:
     return await crowd.ask("/v1/tokenize", {"prompt": crowd.dice.choice(TOPICS)}, orjson.loads)
 
 
+async def leave(url: SplitResult, sent: bytes, after: float, *, read: int = 0) -> None:
+    """Send a request or a part of one, read `read` bytes of an answer if any come, and leave after `after` seconds.
+
+    Over a bare socket, because the benchmarks' client reads whatever comes.
+    """
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    try:
+        writer.write(sent)
+        async with asyncio.timeout(after):
+            while read > 0 and (found := await reader.read(read)):
+                read -= len(found)
+            await asyncio.sleep(after)
+    except (TimeoutError, ConnectionError):
+        pass
+    finally:
+        writer.transport.abort()
+
+
 async def leaves(crowd: Crowd) -> str:
-    fields = crowd.chat(stream=crowd.dice.random() < 0.5, max_tokens=200)
-    await leave(crowd.url, wire(CHAT, orjson.dumps(fields)), crowd.dice.random(), read=crowd.dice.choice((0, 1, 1000)))
+    asked = crowd.bytes_of(crowd.chat(stream=crowd.dice.random() < 0.5, max_tokens=200))
+    await leave(crowd.url, asked, crowd.dice.random(), read=crowd.dice.choice((0, 1, 1000)))
     return "left"
 
 
 async def hesitates(crowd: Crowd) -> str:
-    request = wire(CHAT, orjson.dumps(crowd.chat()))
-    await leave(crowd.url, request[: crowd.dice.randrange(len(request))], crowd.dice.choice((0.0, 2.0)))
+    asked = crowd.bytes_of(crowd.chat())
+    await leave(crowd.url, asked[: crowd.dice.randrange(len(asked))], crowd.dice.choice((0.0, 2.0)))
     return "half a request"
 
 
 async def does_not_read(crowd: Crowd) -> str:
-    fields = crowd.chat(stream=True, max_tokens=512)
-    await leave(crowd.url, wire(CHAT, orjson.dumps(fields)), 8.0)
+    await leave(crowd.url, crowd.bytes_of(crowd.chat(stream=True, max_tokens=512)), 8.0)
     return "did not read"
 
 
 async def talks_nonsense(crowd: Crowd) -> str:
     body = crowd.dice.choice((b"{", b"[" * 5000, b'{"messages": []}', orjson.dumps(crowd.chat(n=10**6))))
-    return await crowd.told_off(wire(CHAT, body), 400)
+    return await crowd.told_off(body, 400)
 
 
 async def shouts(crowd: Crowd) -> str:
     if crowd.dice.random() < 0.5:
-        return await crowd.told_off(wire(CHAT, b"x" * 5_000_000), 413)
-    return await crowd.told_off(wire(CHAT, b"{}", "X-Padding: " + "x" * 100_000), 431)
+        return await crowd.told_off(b"x" * 5_000_000, 413)
+    return await crowd.told_off(b"{}", 431, "X-Padding: " + "x" * 100_000)
 
 
 async def floods(crowd: Crowd) -> str:

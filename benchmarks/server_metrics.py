@@ -13,7 +13,7 @@ from urllib.parse import SplitResult
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.connection import Connection
+from benchmarks.connection import get
 
 PREFIX = "microbatch_"
 SAMPLE_SECONDS = 1.0
@@ -160,10 +160,10 @@ class Watch:
         """One reading; None if the server gives none."""
         try:
             async with asyncio.timeout(5):
-                status, body = await get(self.url, "/metrics")
+                reply = await get(self.url, "/metrics")
         except OSError:
             return None
-        return parse(body.decode(errors="replace")) if status == 200 else None
+        return parse(reply.body.decode(errors="replace")) if reply.status == 200 else None
 
     async def _sample(self, gauges: list[Gauges]) -> None:
         began = time.perf_counter()
@@ -173,16 +173,3 @@ class Watch:
                 at = time.perf_counter() - began
                 gauges.append(Gauges(at, values.get("queue_depth", 0.0), values.get("running_rows", 0.0)))
             await asyncio.sleep(SAMPLE_SECONDS)
-
-
-async def get(url: SplitResult, path: str) -> tuple[int, bytes]:
-    """A path's status and body, over a connection of its own. Raises OSError."""
-    pieces: list[bytes] = []
-    host = url.netloc.rpartition("@")[2]
-    request = f"GET {url.path}{path} HTTP/1.1\r\nHost: {host}\r\nAccept-Encoding: identity\r\n\r\n"
-    connection = await Connection.open(url)
-    try:
-        status = await connection.send(request.encode(), lambda _, data: pieces.append(data))
-    finally:
-        connection.close()
-    return status, b"".join(pieces)

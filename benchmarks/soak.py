@@ -22,7 +22,7 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks import tiny_model
 from benchmarks.child import Child, serving
-from benchmarks.exchange import post
+from benchmarks.connection import post
 from benchmarks.mischief import CHAT, Crowd, act
 from benchmarks.soak_report import LIMIT, growths, picture, report
 from server.settings import parse

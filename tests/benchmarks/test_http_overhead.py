@@ -8,9 +8,8 @@ import uvloop
 
 from benchmarks import http_overhead
 from benchmarks.http_overhead import (
-    LAST_CHUNK,
+    Answer,
     Measured,
-    Reader,
     broken_limits,
     measure,
     server,
@@ -65,48 +64,38 @@ def test_few_streams_get_long_answers_and_many_short_ones() -> None:
     assert [tokens_for(streams) for streams in (1, 64, 2000, 5000)] == [20_000, 3125, 100, 100]
 
 
-def test_a_reader_counts_events_and_sees_where_the_answer_starts_and_ends() -> None:
+def test_events_are_counted_wherever_they_are_cut_and_the_first_is_told() -> None:
     async def main() -> None:
-        reader = Reader()
-        reader.data_received(b"HTTP/1.1 200 OK\r\n\r\n")
-        assert not reader.begun.done()
-        reader.data_received(b"a\r\ndata: 1\n\n\r\n")
-        assert reader.begun.done()
-        assert not reader.ended.done()
-        reader.data_received(b"14\r\ndata: 2\n")
-        reader.data_received(b"\ndata: 3\n\n\r\n" + LAST_CHUNK[:2])
-        assert not reader.ended.done()
-        reader.data_received(LAST_CHUNK[2:])
-        assert reader.ended.done()
-        assert reader.events == 3
-        cut = Reader()
-        cut.connection_lost(None)
-        with pytest.raises(ConnectionError):
-            await cut.ended
-        with pytest.raises(ConnectionError):
-            await cut.begun
+        answer = Answer()
+        answer.receive(200, b"data: 1\n")
+        assert not answer.begun.done()
+        answer.receive(200, b"\ndata: 2\n\n")
+        assert answer.begun.done()
+        answer.receive(200, b"data: 3")
+        answer.receive(200, b"\n\n")
+        assert answer.events == 3
 
     asyncio.run(main())
 
 
 def test_an_answer_that_is_not_whole_is_an_error() -> None:
     async def main() -> None:
-        reader = Reader()
-        reader.data_received(b'data: {"usage":{"completion_tokens":19}}\n\ndata: [DONE]\n\n' + LAST_CHUNK)
-        http_overhead.check(reader, "in step", 19)
+        answer = Answer()
+        answer.receive(200, b'data: {"usage":{"completion_tokens":19}}\n\ndata: [DONE]\n\n')
+        http_overhead.check(answer, "in step", 19)
         with pytest.raises(ValueError, match="20 tokens"):
-            http_overhead.check(reader, "in step", 20)
-        http_overhead.check(reader, "bare", 2)
+            http_overhead.check(answer, "in step", 20)
+        http_overhead.check(answer, "bare", 2)
         with pytest.raises(ValueError, match="bare"):
-            http_overhead.check(reader, "bare", 3)
+            http_overhead.check(answer, "bare", 3)
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize(("mode", "last_events"), [("bare", 0), ("in step", 2)])
 def test_a_small_run(mode: Mode, last_events: int) -> None:
-    with server(mode, streams=3, tokens=20) as port:
-        measured = uvloop.run(measure(port, mode, 3, 20))
+    with server(mode, streams=3, tokens=20) as url:
+        measured = uvloop.run(measure(url, mode, 3, 20))
     assert measured.tokens == 3 * 19
     # Each token after the first in an event of its own; then of the service the usage and the end of each stream.
     assert measured.events == 3 * (19 + last_events)
