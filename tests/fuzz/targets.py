@@ -19,7 +19,7 @@ from server.detokenizer import Detokenizer
 from server.errors import RETRIED, ApiError, bad_request
 from server.fields import RequestBody
 from server.message import MessageReader, delta, fold
-from server.qwen import ToolCallParser
+from server.qwen import QwenParser
 from server.reasoning import ReasoningSplitter
 from server.response_events import frame
 from server.response_request import ResponseRequest, as_chat
@@ -206,7 +206,7 @@ def fuzz_tools(data: bytes) -> None:
     whole = _message([text], started)
     assert _message(pieces, started) == whole
     assert _message(list(text), started) == whole
-    reader = MessageReader(tools=ToolCallParser())
+    reader = MessageReader(tools=QwenParser())
     found = fold(reader.push(text) + reader.flush())
     assert found.get("tool_calls") or found["content"] == text
     for call in whole.get("tool_calls", ()):
@@ -216,7 +216,7 @@ def fuzz_tools(data: bytes) -> None:
 
 
 def _message(pieces: Sequence[str], started: bool) -> dict[str, Any]:
-    reader = MessageReader(ReasoningSplitter(started=started), ToolCallParser(lambda: "call"))
+    reader = MessageReader(ReasoningSplitter(started=started), QwenParser(lambda: "call"))
     events = [event for piece in pieces for event in reader.push(piece)] + reader.flush()
     message = fold(events)
     shown = [news for event in events if (news := delta(event)) is not None]

@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion
 from batching.types import Request
 from server.chat import encode
 from server.message import MessageReader, fold
-from server.qwen import ToolCallParser
+from server.qwen import QwenParser
 from server.reasoning import ReasoningSplitter
 from server.schema import ChatRequest
 from server.text import Text
@@ -203,7 +203,7 @@ def test_any_answer_can_be_shown_to_qwen3(thinking_tokenizer: str) -> None:
     @given(ANSWERS, st.booleans())
     def law(text: str, thinks: bool) -> None:
         ids = count()
-        reader = MessageReader(ReasoningSplitter(), ToolCallParser(lambda: f"call_{next(ids)}"))
+        reader = MessageReader(ReasoningSplitter(), QwenParser(lambda: f"call_{next(ids)}"))
         message = fold(reader.push(text) + reader.flush())
         body = {"messages": [*QUESTION, message, *results_of(message)], "tools": TOOLS}
         assert encode(model, ChatRequest.model_validate_json(orjson.dumps(body)), thinks).tokens

@@ -7,7 +7,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +15,8 @@ from tokenizers import Tokenizer
 
 from server.detokenizer import Detokenizer
 from server.errors import RETRIED
-from server.formats import FORMATS, find_format, format_of
-from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, ToolCallParser
+from server.model_format import FORMATS
+from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, QwenParser
 from server.schema import explain
 from server.schema_check import MAX_DEPTH, MAX_LENGTH
 from server.text import Text
@@ -259,13 +258,13 @@ def test_a_name_is_any_text_of_a_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["智能体_0", "search.docs_0", "get weather", "mcp:a/b-c", "é" * 128, "😀"])
 def test_a_name_that_the_format_carries_is_shown_as_it_is(name: str) -> None:
-    assert ToolNames([name], format_of("").carries).shown(name) == name
+    assert all(ToolNames([name], known.carries).shown(name) == name for known in FORMATS)
 
 
 ASCII_ONLY: Callable[[str], bool] = re.compile("[a-z_0-9]{1,64}").fullmatch  # type: ignore[assignment]
 
 
-@given(st.lists(NAMES, max_size=6), st.sampled_from([QwenFormat().carries, ASCII_ONLY]))
+@given(st.lists(NAMES, max_size=6), st.sampled_from([*(known.carries for known in FORMATS), ASCII_ONLY]))
 def test_every_name_is_shown_as_one_that_the_format_carries_and_is_found_again(
     names: list[str], carries: Callable[[str], bool]
 ) -> None:
@@ -386,9 +385,9 @@ CALLS = st.lists(
 CUTS = st.lists(st.integers(0, 250))
 
 
-def parser() -> ToolCallParser:
+def parser() -> QwenParser:
     ids = count()
-    return ToolCallParser(lambda: f"call_{next(ids)}")
+    return QwenParser(lambda: f"call_{next(ids)}")
 
 
 def events(pieces: list[str]) -> list[ToolEvent]:
@@ -705,10 +704,8 @@ def test_no_tools_leave_the_prompt_as_it_was(thinking_tokenizer: str) -> None:
 
 
 def test_the_template_is_known_to_write_this_format(thinking_tokenizer: str) -> None:
-    config = orjson.loads((Path(thinking_tokenizer) / "tokenizer_config.json").read_bytes())
-    assert find_format(config["chat_template"]) is FORMATS[0]
-    assert find_format("{{ messages }}") is None
-    assert find_format("<tool_call>\n<function=f>") is None
+    found = Text.load(thinking_tokenizer).format
+    assert (type(found.tools), found.renders_tools) == (QwenFormat, True)
 
 
 def test_tags_survive_decoding(thinking_tokenizer: str) -> None:
