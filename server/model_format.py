@@ -13,13 +13,14 @@ from typing import Any
 from tokenizers import AddedToken
 
 from batching.types import Forced
+from server.llama import LlamaFormat
 from server.qwen import QwenFormat
 from server.reasoning import THINK, ReasoningSplitter, ThinkTags, ThoughtState, thought_state
 from server.tool_format import ToolFormat
 from server.tool_prompt import without_tools
 
 QWEN = QwenFormat()
-FORMATS: tuple[ToolFormat, ...] = (QWEN,)
+FORMATS: tuple[ToolFormat, ...] = (QWEN, LlamaFormat())
 PART_TAGS = frozenset(THINK).union(*(known.tags for known in FORMATS))
 """Tags of parts of a turn, which models have as tokens whatever their template uses."""
 

@@ -17,11 +17,13 @@ from batching.sampling import Sampler
 from batching.types import TokenBitmask
 from server.constrain import ANY_OBJECT
 from server.grammar_source import Part
-from server.model_format import QWEN
+from server.llama import LlamaFormat
+from server.model_format import FORMATS, QWEN
 from server.reasoning import ThoughtState
 from server.schema_check import written_out
 from server.schema_recursion import terminates
 from server.schema_walk import Schema
+from server.tool_format import CallEnded, CallStarted, Content
 from tests.batching.conftest import request
 from tests.conftest import TEST_TOKENIZER
 from tests.grammars import INT, TEXT, Kit, kit_of, many, record, refusal, run, strict, valid
@@ -529,6 +531,30 @@ def test_calls_as_models_write_them_are_accepted(kit: Kit) -> None:
     more, other = one.replace("Bern", 'Bern", "x": "'), one.replace("weather", "x")
     for text in ("", "I cannot", one[:-1], one + "\n", more, other):
         assert not kit.accepts(grammar, text)
+
+
+def test_calls_as_llama_writes_them_are_accepted(kit: Kit) -> None:
+    grammar = run(kit.grammars.tool_calls(TOOLS, LlamaFormat()))
+    one = '{"name": "get_weather", "parameters": {"city": "Bern", "unit": "c"}}'
+    now = '{"name": "now", "parameters": {}}'
+    for text in (one, now, f"{one}; {now}; {one}"):
+        assert kit.accepts(grammar, text)
+    for text in ("", "I cannot", one[:-1], f"{one};", f"{one}\n{now}", one.replace("weather", "x")):
+        assert not kit.accepts(grammar, text)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_what_a_grammar_allows_is_what_its_format_reads(kit: Kit, parallel: bool) -> None:
+    for known in FORMATS:
+        grammar = run(kit.grammars.tool_calls(TOOLS, known, parallel=parallel))
+        for seed in range(5):
+            reader = known.parser()
+            found = [*reader.push(kit.walk(grammar, Random(seed), seed * 10)), *reader.flush()]
+            assert not any(isinstance(event, Content) for event in found)
+            names = [event.name for event in found if isinstance(event, CallStarted)]
+            assert set(names) <= {name for name, _ in TOOLS}
+            assert len(names) == sum(isinstance(event, CallEnded) for event in found)
+            assert len(names) == 1 or (parallel and names)
 
 
 def test_a_tool_that_is_not_offered_cannot_be_named(kit: Kit) -> None:

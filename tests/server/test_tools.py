@@ -20,7 +20,7 @@ from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, QwenParser
 from server.schema import explain
 from server.schema_check import MAX_DEPTH, MAX_LENGTH
 from server.text import Text
-from server.tool_format import NAME, CallArguments, CallEnded, CallStarted, Content, ToolEvent, new_call_id
+from server.tool_format import NAME, CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser, new_call_id
 from server.tool_names import ToolNames
 from server.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
 from server.vocabulary import Vocabulary
@@ -390,16 +390,16 @@ def parser() -> QwenParser:
     return QwenParser(lambda: f"call_{next(ids)}")
 
 
-def events(pieces: list[str]) -> list[ToolEvent]:
+def events(pieces: list[str], parser: Callable[[], ToolParser] = parser) -> list[ToolEvent]:
     reader = parser()
     return [event for piece in pieces for event in reader.push(piece)] + list(reader.flush())
 
 
-def read(pieces: list[str]) -> list[object]:
+def read(pieces: list[str], parser: Callable[[], ToolParser] = parser) -> list[object]:
     """An answer as a list: content as strings, calls as [name, arguments, whether it ended]."""
     out: list[Any] = []
     calls: list[Any] = []
-    for event in events(pieces):
+    for event in events(pieces, parser):
         match event:
             case Content():
                 assert event.text
@@ -627,7 +627,7 @@ HOSTILE = {
 }
 
 
-def feed(text: str, size: int) -> int:
+def feed(text: str, size: int, parser: Callable[[], ToolParser] = parser) -> int:
     """Feeds the text in pieces of a size. Returns the most characters that were not passed on at once."""
     reader, pushed, passed, most = parser(), 0, 0, 0
     for at in range(0, len(text), size):
