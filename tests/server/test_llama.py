@@ -330,7 +330,7 @@ def test_results_stand_after_their_calls_in_the_prompt() -> None:
     results = [{"role": "tool", "tool_call_id": str(n), "content": f"r{n}"} for n in (2, 0)]
     said = {"role": "assistant", "content": "Wait.", "tool_calls": calls}
     chat = ChatRequest.model_validate({"messages": [*QUESTION, said, *results, {"role": "user", "content": "So?"}]})
-    prompt = text.decode(encode(text, chat, thinks=False).tokens)
+    prompt = text.decode(encode(text, chat, thinking=False).tokens)
     turns = re.findall(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)(?:<\|eot_id\|>|\Z)", prompt, re.DOTALL)
     assert turns[1:] == [
         ("assistant", "Wait."),
@@ -348,7 +348,7 @@ def test_the_template_is_given_the_tools() -> None:
     text = Text(llama_tokenizer())
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
     chat = ChatRequest.model_validate({"messages": QUESTION, "tools": tools})
-    prompt = text.decode(encode(text, chat, thinks=False).tokens)
+    prompt = text.decode(encode(text, chat, thinking=False).tokens)
     assert json.dumps(tools[0], indent=4) in prompt
     assert "<tool_call>" not in prompt
 
