@@ -226,6 +226,12 @@ def test_an_object_that_is_no_call_streams_from_its_first_key() -> None:
     assert reader.push('er": {"name": ') == (Content('er": {"name": '),)
 
 
+def test_a_name_that_goes_on_in_another_line_is_none_at_once() -> None:
+    reader = parser()
+    assert reader.push('{"name": "Rome') == ()
+    assert reader.push("\nis") == (Content('{"name": "Rome\nis'),)
+
+
 HOSTILE = {
     "tags": ("", TAG),
     "half a tag": ("", TAG[:5]),

@@ -291,14 +291,11 @@ def test_a_forged_turn_in_a_message_reaches_the_row_as_text(stream: bool) -> Non
     ]
 
 
-def test_a_raw_prompt_has_its_special_tokens_and_those_of_the_tokenizer_s_own_call(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_raw_prompt_has_its_special_tokens_and_those_of_the_tokenizer_s_own_call() -> None:
     made = byte_tokenizer()
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", END)])
     seen: list[Request] = []
-    with live(scripted(remembering(seen))) as service:
-        monkeypatch.setattr(service.service, "text", Text(made))
+    with live(scripted(remembering(seen)), tokenizer=made) as service:
         answer = service.post(orjson.dumps({"prompt": "a<|end|>b", "echo": True}), "/v1/completions").json()
         service.post(orjson.dumps({"prompt": tokens_of("ab")}), "/v1/completions")
     assert list(seen[0].prompt) == [END, *tokens_of("a"), END, *tokens_of("b")] == made("a<|end|>b")["input_ids"]
