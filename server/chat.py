@@ -12,17 +12,15 @@ from server.choices import ChoicesAnswer, Envelope
 from server.constrain import grammar_of
 from server.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.errors import bad_request
-from server.formats import find_format, format_of
 from server.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.messages import Message
-from server.reasoning import CLOSE, OPEN, ReasoningSplitter, ThoughtState, thought_state
+from server.reasoning import ThoughtState
 from server.sampling import sampling
 from server.schema import ChatRequest
 from server.served_model import ServedModel
 from server.text import StopScanner, TemplateError, Text
 from server.tool_names import ToolNames
-from server.tool_prompt import without_tools
 from server.tools import Tool
 
 
@@ -64,7 +62,7 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     thinks = thinking if chat.thinks is None else chat.thinks
     names = names_in(text, chat.messages, chat.offered)
     rendered = render(text, chat.messages, chat.offered, names, thinks)
-    return Conversation(chat, text.encode(rendered), thought_state(text.template, rendered), names)
+    return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names)
 
 
 async def prompts(model: ServedModel, read: Conversation, caller: Caller) -> list[Prompt]:
@@ -83,20 +81,16 @@ def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()
     """The functions that a conversation speaks of."""
     offered = [tool.function.name for tool in tools]
     called = [name for message in messages for name in message.functions]
-    return ToolNames(offered + called, format_of(text.template).carries)
+    return ToolNames(offered + called, text.format.tools.carries)
 
 
 def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], names: ToolNames, thinks: bool) -> str:
     """The text of a conversation. Raises `ApiError` 400."""
     turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
     tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
-    options: dict[str, Any] = {"enable_thinking": thinks}
-    if find_format(text.template) is None:
-        turns = without_tools(turns, tools)
-    elif tools:
-        options["tools"] = tools
+    turns, options = text.format.conversation(turns, tools)
     try:
-        return text.render(turns, options)
+        return text.render(turns, {"enable_thinking": thinks} | options)
     except TemplateError as error:
         raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
 
@@ -105,14 +99,11 @@ def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forc
     """How a thought is cut off at its budget. Raises `ApiError` 400 for a model that has no tokens around its own."""
     if chat.budget is None or not thought.to_come:
         return None
-    free = thought is ThoughtState.FREE
-    opening, closing = text.encode(OPEN), text.encode(CLOSE)
-    if len(closing) == 1 and (len(opening) == 1 or not free):
-        first = opening[0] if free else None
-        return Forced(after=chat.budget, unless=closing[0], tokens=text.encode(f"\n{CLOSE}\n\n"), first=first)
-    if free and not chat.thinks:
-        return None  # nothing says that the model thinks at all
-    raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
+    forced = text.format.forced_end(thought, chat.budget)
+    # Where the prompt leaves it to the model and the request does not ask for it, nothing says that it thinks at all.
+    if forced is None and (chat.thinks or thought is ThoughtState.OPENED):
+        raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
+    return forced
 
 
 class EventReader:
@@ -122,7 +113,8 @@ class EventReader:
     """
 
     def __init__(self, stream: Stream, text: Text, conversation: Conversation) -> None:
-        chat, thought = conversation.chat, conversation.thought
+        chat, thinking = conversation.chat, text.format.thinking
+        self._end_of_thought = thinking.tags.close if thinking else ""
         self._stream = stream
         self._thinking_tokens = 0
         self._recent: tuple[int, ...] = ()  # in which the tag may have begun
@@ -130,11 +122,8 @@ class EventReader:
         self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
         self._answer = AnswerReader(stream, text.detokenizer(), scanner)
-        self._message = MessageReader(
-            None if thought is ThoughtState.UNKNOWN else ReasoningSplitter(started=thought is ThoughtState.OPENED),
-            format_of(text.template).parser() if chat.offered else None,
-            conversation.names,
-        )
+        parser = text.format.tools.parser() if chat.offered else None
+        self._message = MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
 
     def push(self, arrived: Delta) -> tuple[list[Event], str | None]:
         """Events and, if the answer is over, OpenAI's reason for it."""
@@ -159,13 +148,13 @@ class EventReader:
         """The end of a thought may have come together with what follows it."""
         if self._message.thinking:
             self._thinking_tokens += len(tokens)
-            self._recent = (self._recent + tokens)[-len(CLOSE) :]
+            self._recent = (self._recent + tokens)[-len(self._end_of_thought) :]
             return
         seen = b"".join(map(self._vocabulary.bytes_of, self._recent))
         for token in tokens:
             self._thinking_tokens += 1
             seen += self._vocabulary.bytes_of(token)
-            if CLOSE.encode() in seen:
+            if self._end_of_thought.encode() in seen:
                 return
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from server.formats import format_of
 from server.grammar_source import Part
 from server.reasoning import ThoughtState
 from server.schema import ChatRequest, ResponseFormat
@@ -27,7 +26,7 @@ async def grammar_of(
     if chat.demanded or (form and chat.offered):
         return await model.grammars.tool_calls(
             [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
-            format_of(model.text.template).around,
+            model.text.format.tools,
             named=names.shown(chat.named) if chat.named else None,
             parallel=not chat.one_call,
             otherwise=form,

@@ -31,10 +31,11 @@ from server.fair_slots import FairSlots, Full
 from server.grammar_process import STACK
 from server.grammar_sandbox import Sandbox, Unavailable, Written
 from server.grammar_source import START, Part, PartError, Plan, assembled
-from server.reasoning import CLOSE, OPEN, ThoughtState
+from server.reasoning import THINK, ThinkTags, ThoughtState
 from server.schema_check import SchemaError, bound
 from server.schema_walk import Schema
 from server.token_grammar import TokenGrammar
+from server.tool_format import ToolFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,8 +48,6 @@ MAX_TRIALS = 64  # of one client that wait; they take 20 ms each, or a second
 MAX_WAITING = 1024  # known grammars of one client that wait to be compiled; they take a millisecond or two each
 HELD_BYTES = 2**30  # of memory in grammars of requests that wait or run
 SHARE = 0.5  # of that for one client
-SPELLED = r"spelled[lazy]: /(.|\n)*<\/think>/"
-"""A grammar's rule for the rest of a thought where the model has no token to end one with."""
 
 NO_ARGUMENTS: Schema = {"type": "object", "properties": {}}
 HARMLESS: tuple[Schema, ...] = ({"type": "object"}, NO_ARGUMENTS)
@@ -61,17 +60,20 @@ class Grammars:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
+        thinking: ThinkTags | None = THINK,
         *,
         time_limit: float = 10.0,
         known_bytes: int = 2**24,
         held_bytes: int = HELD_BYTES,
     ) -> None:
-        """`time_limit`: seconds that a request waits for its client's turn."""
+        """`thinking`: what is around the model's thoughts. `time_limit`: seconds that a request waits for its client's
+        turn."""
         # As llguidance.hf does, which copies the tokenizer first: a third of the time, and only to switch off what
         # `Text` has switched off.
         source = tokenizer.backend_tokenizer.to_str()
         self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
         self._added = tokenizer.get_added_vocab()
+        self._thinking = thinking
         self._time_limit = time_limit
         self._sandbox = Sandbox(source, tokenizer.eos_token_id)
         self._trials = FairSlots(SLOTS, MAX_TRIALS)
@@ -97,7 +99,7 @@ class Grammars:
     async def tool_calls(
         self,
         tools: Sequence[tuple[str, Schema | None]],
-        around: Callable[[str], tuple[str, str]],
+        written: ToolFormat,
         *,
         named: str | None = None,
         parallel: bool = True,
@@ -106,21 +108,22 @@ class Grammars:
         client: str = "",
         param: str = "tools",
     ) -> TokenGrammar:
-        """One or more calls of `tools` (name, schema of the parameters), line by line; one if not `parallel`.
+        """One or more calls of `tools` (name, schema of the parameters), as the model has them `written`; one if not
+        `parallel`.
 
         With `named`, exactly one call, of that function. With `otherwise`, calls or a value of that schema. A tool
-        without parameters takes an empty object. Schemas are read as ones that are not strict. `around` tells what the
-        model writes before and after a function's arguments (`ToolFormat.around`). Raises `ApiError` 400.
+        without parameters takes an empty object. Schemas are read as ones that are not strict. Raises `ApiError` 400.
         """
         offered = [(name, schema) for name, schema in tools if named in (None, name)]
         if not offered:
             raise bad_request("There is no function of the name that tool_choice asks for.", "tool_choice")
-        more = f' ("\\n" call){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
+        separator = self._literal(written.separator)
+        more = f" ({separator} call){{0,{MAX_CALLS - 1}}}" if parallel and named is None else ""
         form = f" | a{len(offered)}" if otherwise else ""
         rules = [*self._start(thought), f"answer: call{more}{form}"]
         rules.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
         for n, (name, _) in enumerate(offered):
-            before, after = map(self._literal, around(name))
+            before, after = map(self._literal, written.around(name))
             rules.append(f"f{n}: {before} a{n} {after}")
         parts = [Part(_parameters(schema, param), strict=False, param=param) for _, schema in offered]
         return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))), client)
@@ -133,12 +136,15 @@ class Grammars:
 
     def _start(self, state: ThoughtState) -> tuple[str, ...]:
         """Rules for what comes before the answer: the rest of a thought, or one that the model may begin with."""
-        if not state.to_come:
+        if self._thinking is None or not state.to_come:
             return (START,)
-        marked = {OPEN, CLOSE} <= self._added.keys()
-        rest = (f"/(.|\\n)*/ {self._literal(CLOSE)}" if marked else "spelled") + r' "\n\n"'
-        thought = rest if state is ThoughtState.OPENED else f"({self._literal(OPEN)} {rest})?"
-        return f"start: {thought} answer", SPELLED
+        opening, closing = map(self._literal, self._thinking)
+        marked = set(self._thinking) <= self._added.keys()
+        rest = (f"/(.|\\n)*/ {closing}" if marked else "spelled") + r' "\n\n"'
+        thought = rest if state is ThoughtState.OPENED else f"({opening} {rest})?"
+        # For a model that has no token to end a thought with.
+        spelled = re.escape(self._thinking.close).replace("/", r"\/")
+        return f"start: {thought} answer", rf"spelled[lazy]: /(.|\n)*{spelled}/"
 
     # From a plan to a compiled grammar
 

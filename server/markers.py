@@ -8,9 +8,9 @@ which the tokenizer drops once it has looked for added tokens. Text that holds n
 What is broken up, in which part of a conversation:
 
 - everywhere, the tokens flagged as special and those that the template itself writes: they make turns;
-- tags of parts of a turn (`PART_TAGS`) only in tool definitions, calls and results, which are data and must not close
-  the part they are in. Elsewhere templates and clients may mean them: a history holds thoughts, a system message may
-  explain how to call a tool, and models know these tags only as the tokens they are.
+- tags of parts of a turn (`model_format.PART_TAGS`) only in tool definitions, calls and results, which are data and
+  must not close the part they are in. Elsewhere templates and clients may mean them: a history holds thoughts, a system
+  message may explain how to call a tool, and models know these tags only as the tokens they are.
 
 Prompts of `/v1/completions` are raw: every token in them counts.
 """
@@ -21,12 +21,10 @@ from collections.abc import Collection
 from itertools import groupby
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 BREAK = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
 """Private-use characters that nobody can guess, so that no client's text has them by chance or on purpose."""
-
-PART_TAGS = frozenset(f"<{close}{part}>" for part in ("think", "tool_call", "tool_response") for close in ("", "/"))
 
 
 class Markers:
@@ -67,24 +65,6 @@ def _any_of(texts: Collection[str]) -> str:
     groups = groupby(sorted(texts), key=lambda text: text[0])
     found = [re.escape(first) + _any_of([text[1:] for text in group]) for first, group in groups]
     return found[0] if len(found) == 1 else f"(?:{'|'.join(found)})"
-
-
-def markers_of(added: Collection[AddedToken], template: str) -> tuple[Markers, Markers]:
-    """Of a tokenizer's added tokens those that make turns, and those together with the tags of parts of a turn.
-
-    Some tokenizers do not flag the tokens that make turns, hence the template. Others list plain words and white space
-    as added tokens, which a template's source holds by chance.
-    """
-    turns = {
-        token.content for token in added if token.special or (token.content in template and _is_tag(token.content))
-    }
-    tags = PART_TAGS.intersection(token.content for token in added)
-    return Markers(turns - tags), Markers(turns | tags)
-
-
-def _is_tag(text: str) -> bool:
-    """Whether it has a letter, and signs around it."""
-    return any(map(str.isalpha, text)) and not text[0].isalnum() and not text[0].isspace()
 
 
 def drop_breaks(tokenizer: Tokenizer) -> None:

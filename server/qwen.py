@@ -4,14 +4,13 @@ Small state machines on the event loop.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from io import StringIO
-from itertools import groupby
 from typing import Any, Literal
 
 import orjson
 
+from server.json_extent import SIGNS_OR_TAG, JsonExtent
 from server.tool_format import (
     NAME,
     CallArguments,
@@ -20,7 +19,9 @@ from server.tool_format import (
     Content,
     ToolEvent,
     ToolParser,
+    joined,
     new_call_id,
+    quotable,
 )
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -30,48 +31,9 @@ MAX_SPACE = 256  # white space held back because a call may follow
 SPACE = re.compile(r"[ \t\r\n]*")
 CLOSERS = re.compile(r"[ \t\r\n}\]]*")
 SCALAR = re.compile(r"[-+.\w]*", re.ASCII)
-IN_STRING = re.compile(r'["\\]')
-OUTSIDE = re.compile(r'["{}\[\]<]')
-UNCARRIED = re.compile(r'["\\<>\[\]{}|]')  # would have to be escaped, or could be part of one of the model's own tokens
 
 
-class _Extent:
-    """Finds where a JSON string, object or array ends, by quotes and brackets alone, in text that comes in pieces."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    def scan(self, text: str, at: int, end: int) -> int:
-        """The position after the value, or of a `<` that is outside its strings, or `end`. Looks at nothing twice."""
-        while at < end and not self.ended:
-            if self._escaped:
-                self._escaped = False
-                at += 1
-                continue
-            found = (IN_STRING if self._in_string else OUTSIDE).search(text, at, end)
-            if found is None:
-                return end
-            if found[0] == "<":
-                return found.start()
-            at = found.end()
-            self._pass(found[0])
-        return at
-
-    def _pass(self, char: str) -> None:
-        if char == "\\":
-            self._escaped = True
-            return
-        if char == '"':
-            self._in_string = not self._in_string
-        else:
-            self._depth += 1 if char in "{[" else -1
-        self.ended = self._depth == 0 and not self._in_string
-
-
-class ToolCallParser:
+class QwenParser:
     """Finds Qwen's calls, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, in an answer.
 
     A call is announced once its name is complete and its arguments' opening brace is there, after JSON without a
@@ -132,9 +94,8 @@ class ToolCallParser:
         return self._events()
 
     def _events(self) -> tuple[ToolEvent, ...]:
-        """The events so far, those of adjacent text as one."""
         out, self._out = self._out, []
-        return tuple(_joined(list(group)) for _, group in groupby(out, type))
+        return joined(out)
 
     # Each state takes the text and a position in it, and returns the position up to which it has dealt with the text.
 
@@ -182,7 +143,7 @@ class ToolCallParser:
         return to + 1
 
     def _at_value(self, char: str, at: int) -> int:
-        self._extent = _Extent()
+        self._extent = JsonExtent(SIGNS_OR_TAG)
         self._value_start = self._held.tell()
         if char == "{" and self._key == "arguments" and self._name and not self._arguments and not self._announced:
             self._announce(self._name)
@@ -332,24 +293,23 @@ def _object_text(value: Any, source: str) -> str | None:
         return None
 
 
-def _joined(events: list[ToolEvent]) -> ToolEvent:
-    first = events[0]
-    if len(events) == 1 or not isinstance(first, Content | CallArguments):
-        return first
-    return replace(first, text="".join(event.text for event in events if isinstance(event, type(first))))
-
-
 class QwenFormat:
     """Qwen 2.5 and 3, and Hermes, which came first: JSON between tags."""
+
+    separator = "\n"
+    tags = frozenset([OPEN, CLOSE, "<tool_response>", "</tool_response>"])
 
     def fits(self, template: str) -> bool:
         return OPEN in template and "<function=" not in template  # Qwen3-Coder writes XML between the same tags
 
     def carries(self, name: str) -> bool:
-        return not UNCARRIED.search(name)
+        return quotable(name)
 
     def parser(self) -> ToolParser:
-        return ToolCallParser()
+        return QwenParser()
 
     def around(self, name: str) -> tuple[str, str]:
         return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"
+
+    def turns(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return list(messages)

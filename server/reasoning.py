@@ -1,9 +1,17 @@
 """A model's thinking told apart from its answer, in text that comes in pieces. Runs on the event loop."""
 
 from enum import Enum, auto
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
-OPEN, CLOSE = "<think>", "</think>"
+
+class ThinkTags(NamedTuple):
+    """What stands around a thought."""
+
+    open: str
+    close: str
+
+
+THINK = ThinkTags("<think>", "</think>")
 
 Part: TypeAlias = tuple[Literal["reasoning", "content"], str]
 
@@ -26,14 +34,14 @@ class ThoughtState(Enum):
         return self in (ThoughtState.OPENED, ThoughtState.FREE)
 
 
-def thought_state(template: str, prompt: str) -> ThoughtState:
-    """What the text of a prompt, made by this template, has done: some begin the answer with a tag, or with both."""
-    if OPEN not in template:
+def thought_state(tags: ThinkTags | None, prompt: str) -> ThoughtState:
+    """What the text of a prompt has done, for a model with these tags: some begin the answer with one, or with both."""
+    if tags is None:
         return ThoughtState.UNKNOWN
     end = prompt.rstrip()
-    if end.endswith(OPEN):
+    if end.endswith(tags.open):
         return ThoughtState.OPENED
-    return ThoughtState.CLOSED if end.endswith(CLOSE) else ThoughtState.FREE
+    return ThoughtState.CLOSED if end.endswith(tags.close) else ThoughtState.FREE
 
 
 class ReasoningSplitter:
@@ -45,7 +53,7 @@ class ReasoningSplitter:
     text and a count of newlines.
     """
 
-    def __init__(self, open: str = OPEN, close: str = CLOSE, *, started: bool = False) -> None:
+    def __init__(self, open: str = THINK.open, close: str = THINK.close, *, started: bool = False) -> None:
         self._open = open
         self._close = close
         self._started = started

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from batching.errors import ModelError, explained
 from server.detokenizer import Detokenizer
-from server.markers import drop_breaks, markers_of
+from server.markers import Markers, drop_breaks
+from server.model_format import PART_TAGS, format_of
 from server.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class Text:
         self.vocabulary = Vocabulary(self._tokenizer)
         drop_breaks(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder().values()
-        self._turn_markers, self._all_markers = markers_of(added, self.template)
+        self.format = format_of(str(tokenizer.chat_template), added, self.encode)
+        self._turn_markers = Markers(self.format.turn_tokens)
+        self._all_markers = Markers(self.format.turn_tokens | PART_TAGS.intersection(token.content for token in added))
         stop = tokenizer.eos_token_id
         self.stop_token_ids: frozenset[int] = frozenset() if stop is None else frozenset([stop])
 
@@ -83,11 +86,6 @@ class Text:
         except (JinjaError, TypeError, ValueError) as error:
             raise TemplateError(_first_line(error)) from error
 
-    @property
-    def template(self) -> str:
-        """The source of the chat template."""
-        return str(self._chat.chat_template)
-
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """The ids of a text. `special` puts the tokens around it that the model has for where a text begins or ends."""
         # Of its methods those for batches alone let go of the interpreter, which the worker and the event loop need.
@@ -102,7 +100,7 @@ class Text:
         """A compiler of grammars over this vocabulary. Takes seconds for a large one: not on the event loop."""
         from server.grammar import Grammars
 
-        return Grammars(self._chat)
+        return Grammars(self._chat, self.format.thinking.tags if self.format.thinking else None)
 
     def detokenizer(self, *, special: bool = False) -> Detokenizer:
         """For one row's tokens; with special tokens in the text if those are `special`."""

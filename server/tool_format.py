@@ -1,11 +1,16 @@
 """The events that an answer with tool calls is made of, and what a family of models must say of how it writes them."""
 
+import re
 import secrets
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Protocol, TypeAlias
 
 NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,128}$"
 """What may be a function's name, whether a client has defined it or a model has made it up."""
+
+UNQUOTABLE = re.compile(r'["\\<>\[\]{}|]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,16 @@ class ToolParser(Protocol):
 class ToolFormat(Protocol):
     """How one family of models writes its calls. Another family's is a file of its own and an entry in `FORMATS`."""
 
+    @property
+    def separator(self) -> str:
+        """What stands between two calls of one answer."""
+        ...
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Tokens around parts of a turn, which data inside of such a part must not hold."""
+        ...
+
     def fits(self, template: str) -> bool:
         """Whether a chat template tells its model to write calls this way."""
         ...
@@ -74,6 +89,27 @@ class ToolFormat(Protocol):
         """What a call of a name that it carries has before and after its arguments' JSON: what a grammar enforces."""
         ...
 
+    def turns(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation in turns that a template of this format takes."""
+        ...
+
 
 def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
+
+
+def quotable(name: str) -> bool:
+    """Whether a name stands in a JSON string as it is, and cannot be part of one of a model's own tokens."""
+    return not UNQUOTABLE.search(name)
+
+
+def joined(events: Sequence[ToolEvent]) -> tuple[ToolEvent, ...]:
+    """The events with those of adjacent text as one. No two adjacent fragments are of different calls."""
+    return tuple(_as_one(list(group)) for _, group in groupby(events, type))
+
+
+def _as_one(events: list[ToolEvent]) -> ToolEvent:
+    first = events[0]
+    if len(events) == 1 or not isinstance(first, Content | CallArguments):
+        return first
+    return replace(first, text="".join(event.text for event in events if isinstance(event, type(first))))

@@ -18,8 +18,9 @@ from server.constrain import form_of
 from server.detokenizer import Detokenizer
 from server.errors import RETRIED, ApiError, bad_request
 from server.fields import RequestBody
+from server.llama import LlamaParser
 from server.message import MessageReader, delta, fold
-from server.qwen import ToolCallParser
+from server.qwen import QwenParser
 from server.reasoning import ReasoningSplitter
 from server.response_events import frame
 from server.response_request import ResponseRequest, as_chat
@@ -41,6 +42,7 @@ KINDS: tuple[type[RequestBody], ...] = (
     DetokenizeRequest,
 )
 TEXT = Text(BYTES)
+PARSERS = (QwenParser, LlamaParser)
 GOOD: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi"}],
     "input": "Hi",
@@ -200,23 +202,24 @@ def fuzz_detokenize(data: bytes) -> None:
 
 
 def fuzz_tools(data: bytes) -> None:
-    """A message does not depend on how its text was cut; where there is no call no character is lost."""
+    """In every format a message does not depend on how its text was cut; without a call no character is lost."""
     started, pieces = bool(data[:1] and data[0] & 1), pieces_of(data[1:])
     text = "".join(pieces)
-    whole = _message([text], started)
-    assert _message(pieces, started) == whole
-    assert _message(list(text), started) == whole
-    reader = MessageReader(tools=ToolCallParser())
-    found = fold(reader.push(text) + reader.flush())
-    assert found.get("tool_calls") or found["content"] == text
-    for call in whole.get("tool_calls", ()):
-        assert re.fullmatch(NAME, call["function"]["name"])
-        assert call["function"]["arguments"].startswith("{")
-    orjson.dumps(whole)
+    for parser in PARSERS:
+        whole = _message([text], started, parser)
+        assert _message(pieces, started, parser) == whole
+        assert _message(list(text), started, parser) == whole
+        reader = MessageReader(tools=parser(lambda: "call"))
+        found = fold(reader.push(text) + reader.flush())
+        assert found.get("tool_calls") or found["content"] == text
+        for call in whole.get("tool_calls", ()):
+            assert re.fullmatch(NAME, call["function"]["name"])
+            assert call["function"]["arguments"].startswith("{")
+        orjson.dumps(whole)
 
 
-def _message(pieces: Sequence[str], started: bool) -> dict[str, Any]:
-    reader = MessageReader(ReasoningSplitter(started=started), ToolCallParser(lambda: "call"))
+def _message(pieces: Sequence[str], started: bool, parser: type[QwenParser | LlamaParser]) -> dict[str, Any]:
+    reader = MessageReader(ReasoningSplitter(started=started), parser(lambda: "call"))
     events = [event for piece in pieces for event in reader.push(piece)] + reader.flush()
     message = fold(events)
     shown = [news for event in events if (news := delta(event)) is not None]

@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from batching.types import Request
 from server.settings import parse
+from server.text import Text
 from tests.live import BYTES, QUESTION, Live, byte_tokenizer, frames, live, scripted
+from tests.llama import llama_tokenizer
 from tests.server.test_app import error_of, remembering
 
 ODD = 'say "hi" <|end|>'
@@ -25,8 +27,10 @@ def function(name: str, **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name} | fields}
 
 
-def calls(*names: str) -> str:
-    return "\n".join(f'<tool_call>\n{{"name": "{name}", "arguments": {{"a": 1}}}}\n</tool_call>' for name in names)
+def calls(*names: str, tokenizer: PreTrainedTokenizerFast = BYTES) -> str:
+    """Calls as a model of this tokenizer writes them."""
+    tools = Text(tokenizer).format.tools
+    return tools.separator.join('{"a": 1}'.join(tools.around(name)) for name in names)
 
 
 def choice_of(service: Live, **fields: Any) -> dict[str, Any]:
@@ -46,9 +50,16 @@ def prompt_of(request: Request) -> str:
     return str(BYTES.decode(list(request.prompt)))
 
 
-@pytest.fixture(params=["told in words", "its own template"])
+TOKENIZERS = {
+    "told in words": BYTES,
+    "its own template": byte_tokenizer(KNOWING),
+    "Llama's template": llama_tokenizer(),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    return BYTES if request.param == "told in words" else byte_tokenizer(KNOWING)
+    return TOKENIZERS[request.param]
 
 
 def saying(
@@ -65,7 +76,7 @@ def saying(
 @pytest.mark.parametrize("name", ["f", "other", "智能体_0", "search.docs_0", "x" * 128])
 def test_a_call_is_one_whether_its_function_was_offered_or_not(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     tools = [function("f"), function("智能体_0")]
-    with saying(calls(name, "f"), tokenizer) as service:
+    with saying(calls(name, "f", tokenizer=tokenizer), tokenizer) as service:
         choice = choice_of(service, tools=tools)
         deltas, finish = deltas_of(service, tools=tools)
     assert choice["finish_reason"] == "tool_calls"
@@ -77,9 +88,10 @@ def test_a_call_is_one_whether_its_function_was_offered_or_not(tokenizer: PreTra
 
 @pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": [function("f")], "tool_choice": "none"}])
 def test_without_tools_to_call_a_call_is_text(tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any]) -> None:
-    with saying(calls("f"), tokenizer) as service:
+    said = calls("f", tokenizer=tokenizer)
+    with saying(said, tokenizer) as service:
         choice = choice_of(service, **fields)
-    assert (choice["message"]["content"], choice["finish_reason"]) == (calls("f"), "stop")
+    assert (choice["message"]["content"], choice["finish_reason"]) == (said, "stop")
     assert "tool_calls" not in choice["message"]
 
 
@@ -90,7 +102,7 @@ def test_a_name_that_the_format_cannot_carry_is_another_one_inside_and_itself_ou
     inside = "say _hi_ __end___1"
     tool = function(ODD, parameters={"type": "object", "properties": {}})
     tools = [function("f"), tool]
-    with saying(calls(inside, "f"), tokenizer, seen) as service:
+    with saying(calls(inside, "f", tokenizer=tokenizer), tokenizer, seen) as service:
         message = choice_of(service, tools=tools)["message"]
         result = {"role": "tool", "tool_call_id": "", "name": ODD, "content": "done"}
         choice_of(service, tools=tools, messages=[*QUESTION, message, result])

@@ -17,14 +17,16 @@ from batching.sampling import Sampler
 from batching.types import TokenBitmask
 from server.constrain import ANY_OBJECT
 from server.grammar_source import Part
-from server.qwen import QwenFormat
+from server.llama import LlamaFormat
+from server.model_format import FORMATS, QWEN
 from server.reasoning import ThoughtState
 from server.schema_check import written_out
 from server.schema_recursion import terminates
 from server.schema_walk import Schema
+from server.tool_format import CallEnded, CallStarted, Content
 from tests.batching.conftest import request
 from tests.conftest import TEST_TOKENIZER
-from tests.grammars import INT, TEXT, Kit, around, kit_of, many, record, refusal, run, strict, valid
+from tests.grammars import INT, TEXT, Kit, kit_of, many, record, refusal, run, strict, valid
 
 Case = tuple[Schema, Any]
 """A schema, and an instance of it with its properties in the schema's order."""
@@ -509,7 +511,7 @@ def calls(text: str) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("named", [None, "get", "get_weather", "now"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_an_answer_of_tool_calls_is_nothing_else(kit: Kit, named: str | None, parallel: bool) -> None:
-    grammar = run(kit.grammars.tool_calls(TOOLS, around, named=named, parallel=parallel))
+    grammar = run(kit.grammars.tool_calls(TOOLS, QWEN, named=named, parallel=parallel))
     schemas = dict(TOOLS)
     for seed in range(10):
         found = calls(kit.walk(grammar, Random(seed), seed * 10))
@@ -521,7 +523,7 @@ def test_an_answer_of_tool_calls_is_nothing_else(kit: Kit, named: str | None, pa
 
 
 def test_calls_as_models_write_them_are_accepted(kit: Kit) -> None:
-    grammar = run(kit.grammars.tool_calls(TOOLS, around))
+    grammar = run(kit.grammars.tool_calls(TOOLS, QWEN))
     one = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern", "unit": "c"}}\n</tool_call>'
     two = one + '\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     assert kit.accepts(grammar, one)
@@ -531,9 +533,33 @@ def test_calls_as_models_write_them_are_accepted(kit: Kit) -> None:
         assert not kit.accepts(grammar, text)
 
 
+def test_calls_as_llama_writes_them_are_accepted(kit: Kit) -> None:
+    grammar = run(kit.grammars.tool_calls(TOOLS, LlamaFormat()))
+    one = '{"name": "get_weather", "parameters": {"city": "Bern", "unit": "c"}}'
+    now = '{"name": "now", "parameters": {}}'
+    for text in (one, now, f"{one}; {now}; {one}"):
+        assert kit.accepts(grammar, text)
+    for text in ("", "I cannot", one[:-1], f"{one};", f"{one}\n{now}", one.replace("weather", "x")):
+        assert not kit.accepts(grammar, text)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_what_a_grammar_allows_is_what_its_format_reads(kit: Kit, parallel: bool) -> None:
+    for known in FORMATS:
+        grammar = run(kit.grammars.tool_calls(TOOLS, known, parallel=parallel))
+        for seed in range(5):
+            reader = known.parser()
+            found = [*reader.push(kit.walk(grammar, Random(seed), seed * 10)), *reader.flush()]
+            assert not any(isinstance(event, Content) for event in found)
+            names = [event.name for event in found if isinstance(event, CallStarted)]
+            assert set(names) <= {name for name, _ in TOOLS}
+            assert len(names) == sum(isinstance(event, CallEnded) for event in found)
+            assert len(names) == 1 or (parallel and names)
+
+
 def test_a_tool_that_is_not_offered_cannot_be_named(kit: Kit) -> None:
-    assert refusal(kit.grammars.tool_calls(TOOLS, around, named="nope")).param == "tool_choice"
-    assert refusal(kit.grammars.tool_calls([("f", {"type": "string"})], around)).param == "tools"
+    assert refusal(kit.grammars.tool_calls(TOOLS, QWEN, named="nope")).param == "tool_choice"
+    assert refusal(kit.grammars.tool_calls([("f", {"type": "string"})], QWEN)).param == "tools"
 
 
 THOUGHT = '\nhm {"\n</think>\n\n'
@@ -551,8 +577,8 @@ THOUGHT = '\nhm {"\n</think>\n\n'
 def test_an_answer_begins_with_a_thought_where_the_prompt_says_that_it_does(
     kit: Kit, state: ThoughtState, before: list[str]
 ) -> None:
-    call = "{}".join(QwenFormat().around("智能体.0 😀"))
-    calls = kit.grammars.tool_calls([("智能体.0 😀", None)], QwenFormat().around, thought=state)
+    call = "{}".join(QWEN.around("智能体.0 😀"))
+    calls = kit.grammars.tool_calls([("智能体.0 😀", None)], QWEN, thought=state)
     asked = [(run(kit.grammars.json(ANY_OBJECT, thought=state)), '{"a": 1}'), (run(calls), call)]
     thoughts = ["", THOUGHT, "</think>\n\n", f"<think>{THOUGHT}", "<think></think>\n\n", "<think>"]
     for grammar, answer in asked:

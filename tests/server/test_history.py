@@ -1,5 +1,6 @@
 """The law of histories: any answer of ours, sent back as its client keeps it, is answered, and means the same."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -15,11 +16,12 @@ from openai.types.chat import ChatCompletion
 from batching.types import Request
 from server.chat import encode
 from server.message import MessageReader, fold
-from server.qwen import ToolCallParser
+from server.qwen import QwenParser
 from server.reasoning import ReasoningSplitter
 from server.schema import ChatRequest
 from server.text import Text
 from tests.live import BYTES, QUESTION, byte_tokenizer, frames, live, says, scripted
+from tests.llama import llama_tokenizer
 from tests.server.test_calls import KNOWING
 from tests.server.test_message import THOUGHTS
 from tests.server.test_tools import CALLS, TEXTS, one
@@ -29,11 +31,13 @@ Json = dict[str, Any]
 CHAT = "chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 LEGACY = {"functions": [TOOLS[0]["function"]]}
+LLAMA_CALL = '{"name": "f", "parameters": {"a": "中"}}'
 WHOLE = st.sampled_from(
     [
         *("Hello!", "", "I can't help with that.", "<think>\nhm\n</think>\n\nYes.", "a\x00\u2028<|end|>😀"),
         *(one('{"a": "中"}'), one("{}") + one("[1"), one("null", "智能体_0"), one('{"a": 1e999}', "search.docs_0")),
         *(one('{"a": "\\ud800"}'), one("{}", "x" * 128), "Look.\n" + one("{}") * 150),
+        *(LLAMA_CALL, f"{LLAMA_CALL}; {LLAMA_CALL}", LLAMA_CALL * 150, LLAMA_CALL[:-3], '{"name": "f"}'),
     ]
 )
 ANSWERS = st.tuples(THOUGHTS, TEXTS | CALLS).map("".join) | WHOLE
@@ -58,10 +62,17 @@ class Speaker:
 Ask = Callable[..., httpx2.Response]
 
 
-@pytest.fixture(scope="module", params=["told in words", "its own template"])
+TOKENIZERS = {
+    "told in words": BYTES,
+    "its own template": byte_tokenizer(KNOWING + "{# <think> #}"),
+    "Llama's template": llama_tokenizer(),
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
 def speaking(request: pytest.FixtureRequest) -> Iterator[tuple[Ask, Speaker]]:
     """How to ask, by path and fields, and who answers."""
-    tokenizer = BYTES if request.param == "told in words" else byte_tokenizer(KNOWING + "{# <think> #}")
+    tokenizer = TOKENIZERS[request.param]
     speaker = Speaker()
     engine = scripted(speaker.script, context_window=10**6)
     with (
@@ -193,7 +204,7 @@ def test_a_refusal_of_another_service_is_what_it_said(speaking: tuple[Ask, Speak
     ask, speaker = speaking
     speaker.prompts.clear()
     ask(CHAT, messages=[*QUESTION, {"role": "assistant"} | refusal, *QUESTION])
-    assert "<assistant>No.<|end|>" in speaker.prompts[0]
+    assert re.search(r"assistant>?\s*No\.(<|user)", speaker.prompts[0])
 
 
 def test_any_answer_can_be_shown_to_qwen3(thinking_tokenizer: str) -> None:
@@ -203,7 +214,7 @@ def test_any_answer_can_be_shown_to_qwen3(thinking_tokenizer: str) -> None:
     @given(ANSWERS, st.booleans())
     def law(text: str, thinks: bool) -> None:
         ids = count()
-        reader = MessageReader(ReasoningSplitter(), ToolCallParser(lambda: f"call_{next(ids)}"))
+        reader = MessageReader(ReasoningSplitter(), QwenParser(lambda: f"call_{next(ids)}"))
         message = fold(reader.push(text) + reader.flush())
         body = {"messages": [*QUESTION, message, *results_of(message)], "tools": TOOLS}
         assert encode(model, ChatRequest.model_validate_json(orjson.dumps(body)), thinks).tokens

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching.types import Request
 from server.chat import names_in, render
-from server.markers import BREAK, PART_TAGS, Markers, markers_of
+from server.markers import BREAK, Markers
 from server.messages import Message
+from server.model_format import PART_TAGS, tokens_of_turns
 from server.text import Text
 from server.tools import Tool
 from tests.live import END, byte_tokenizer, live, scripted, tokens_of
@@ -122,8 +123,8 @@ def prompt(text: Text, messages: list[dict[str, Any]], tools: list[dict[str, Any
 def turn_tokens(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> list[int]:
     """Those of the ids that make turns, in order."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    markers, _ = markers_of(added.values(), str(tokenizer.chat_template))
-    return [token for token in ids if token in added and added[token].content in markers.texts]
+    turns = tokens_of_turns(added.values(), str(tokenizer.chat_template))
+    return [token for token in ids if token in added and added[token].content in turns]
 
 
 LETTERS = st.text(
@@ -144,14 +145,12 @@ def conversation(contents: st.SearchStrategy[str]) -> st.SearchStrategy[list[dic
 
 def test_what_holds_no_marker_is_tokenized_as_transformers_does_it(tokenizer: PreTrainedTokenizerFast) -> None:
     text = text_of(tokenizer)
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    markers, _ = markers_of(added.values(), text.template)
     words = st.sampled_from(["the fox", "  ", "<b>x</b>", "a < b", "<|", "</", "日本語", "x\n\n", *sorted(PART_TAGS)])
 
     @settings(max_examples=60)
     @given(conversation(st.lists(LETTERS | words, max_size=4).map("".join)))
     def law(messages: list[dict[str, str]]) -> None:
-        if any(marker in message["content"] for message in messages for marker in markers.texts):
+        if any(marker in message["content"] for message in messages for marker in text.format.turn_tokens):
             return
         expected = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False, enable_thinking=False
@@ -274,9 +273,8 @@ def test_a_megabyte_of_what_may_become_markers_costs_little() -> None:
 
 def test_words_and_white_space_that_a_template_holds_by_chance_stay_tokens() -> None:
     added = byte_level().backend_tokenizer.get_added_tokens_decoder().values()
-    turns, everything = markers_of(added, f"{CHATML}  the")
-    assert turns.texts == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
-    assert everything.texts == turns.texts | PART_TAGS
+    turns = tokens_of_turns(added, f"{CHATML}  the")
+    assert turns == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -293,14 +291,11 @@ def test_a_forged_turn_in_a_message_reaches_the_row_as_text(stream: bool) -> Non
     ]
 
 
-def test_a_raw_prompt_has_its_special_tokens_and_those_of_the_tokenizer_s_own_call(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_raw_prompt_has_its_special_tokens_and_those_of_the_tokenizer_s_own_call() -> None:
     made = byte_tokenizer()
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", END)])
     seen: list[Request] = []
-    with live(scripted(remembering(seen))) as service:
-        monkeypatch.setattr(service.service, "text", Text(made))
+    with live(scripted(remembering(seen)), tokenizer=made) as service:
         answer = service.post(orjson.dumps({"prompt": "a<|end|>b", "echo": True}), "/v1/completions").json()
         service.post(orjson.dumps({"prompt": tokens_of("ab")}), "/v1/completions")
     assert list(seen[0].prompt) == [END, *tokens_of("a"), END, *tokens_of("b")] == made("a<|end|>b")["input_ids"]

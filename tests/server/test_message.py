@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 
 from server.message import Event, MessageReader, Reasoning, delta, fold
-from server.qwen import ToolCallParser
+from server.qwen import QwenParser
 from server.reasoning import ReasoningSplitter
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content
 from tests.server.test_text import split
@@ -26,7 +26,7 @@ def reader(thinks: bool = True, tools: bool = True, started: bool = False) -> Me
     ids = count()
     return MessageReader(
         ReasoningSplitter(started=started) if thinks else None,
-        ToolCallParser(lambda: f"call_{next(ids)}") if tools else None,
+        QwenParser(lambda: f"call_{next(ids)}") if tools else None,
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter
 
 from server.constrain import form_of, grammar_of
 from server.grammar_source import Part
+from server.model_format import QWEN
 from server.reasoning import ThoughtState
 from server.schema import ChatRequest, ResponseFormat
 from server.schema_check import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, SchemaError, bound, written_out
@@ -311,7 +312,7 @@ def test_what_is_left_out_of_one_schema_is_kept_in_the_others(demo: Kit) -> None
         ("g", {"type": "object", "patternProperties": {"^a": INT, "^ab": INT}}),
         ("h", {"type": "object", "patternProperties": {"^a": INT}}),
     ]
-    grammar = run(demo.grammars.tool_calls(tools, around))
+    grammar = run(demo.grammars.tool_calls(tools, QWEN))
 
     def accepts(name: str, arguments: str) -> bool:
         before, after = around(name)
@@ -403,7 +404,7 @@ def test_types_become_the_nearest_in_the_prompt_and_in_the_grammar(demo: Kit, wr
     shown = {"type": "object", "properties": {"a": {"type": meant, "description": "d"}}, "required": ["a"]}
     assert offered(parameters) == shown
     before, after = around("f")
-    grammar = run(demo.grammars.tool_calls([("f", offered(parameters))], around))
+    grammar = run(demo.grammars.tool_calls([("f", offered(parameters))], QWEN))
     examples = {"string": '"x"', "number": "1.5", "integer": "2", "boolean": "true", "null": "null"}
     examples |= {"object": '{"b": 1}', "array": "[1]"}
     for kind, text in examples.items():
@@ -416,7 +417,7 @@ def test_a_type_that_is_none_is_no_constraint(demo: Kit, written: Any) -> None:
     shown = offered({"properties": {"a": {"type": written, "minimum": 1}}, "required": ["a"]})
     assert shown == {"properties": {"a": {"minimum": 1}}, "required": ["a"]}
     before, after = around("f")
-    grammar = run(demo.grammars.tool_calls([("f", shown)], around))
+    grammar = run(demo.grammars.tool_calls([("f", shown)], QWEN))
     for text in ('"x"', "1.5", "null", "[true]", "{}"):
         assert demo.accepts(grammar, f'{before}{{"a": {text}}}{after}')
 
@@ -469,7 +470,7 @@ def test_a_format_has_the_one_schema_that_its_type_needs(form: Any) -> None:
 
 def calls_or(demo: Kit, form: Part | None, **options: Any) -> TokenGrammar:
     tools: list[tuple[str, Schema | None]] = [("now", None), ("get", record(city=TEXT))]
-    return run(demo.grammars.tool_calls(tools, around, otherwise=form, **options))
+    return run(demo.grammars.tool_calls(tools, QWEN, otherwise=form, **options))
 
 
 def test_where_calls_are_offered_an_answer_is_calls_or_of_the_format(demo: Kit) -> None:
@@ -484,9 +485,9 @@ def test_where_calls_are_offered_an_answer_is_calls_or_of_the_format(demo: Kit) 
 
 def test_an_error_names_the_field_that_its_schema_came_in(demo: Kit) -> None:
     nothing = {"properties": {"a": {"enum": [1], "type": "null"}}, "required": ["a"]}
-    assert refusal(demo.grammars.tool_calls([("f", nothing)], around, otherwise=strict(INT))).param == "tools"
+    assert refusal(demo.grammars.tool_calls([("f", nothing)], QWEN, otherwise=strict(INT))).param == "tools"
     form = strict({"type": "string", "format": "color"})
-    assert refusal(demo.grammars.tool_calls([("f", None)], around, otherwise=form)).param == "response_format"
+    assert refusal(demo.grammars.tool_calls([("f", None)], QWEN, otherwise=form)).param == "response_format"
 
 
 @pytest.mark.parametrize(
@@ -504,7 +505,7 @@ def test_a_call_that_is_demanded_comes_before_the_format(
             "response_format": {"type": "json_object"},
         }
     )
-    service: Any = SimpleNamespace(grammars=demo.grammars, text=SimpleNamespace(template=""))
+    service: Any = SimpleNamespace(grammars=demo.grammars, text=SimpleNamespace(format=SimpleNamespace(tools=QWEN)))
     grammar: Any = run(grammar_of(service, chat, ToolNames(["now"], lambda name: True), ThoughtState.CLOSED, ""))
     assert demo.accepts(grammar, "{}".join(around("now"))) is takes_call
     assert demo.accepts(grammar, '{"a": 1}') is takes_format

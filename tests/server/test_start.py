@@ -123,7 +123,7 @@ def test_a_chat_template_with_an_error_in_it_is_told_with_its_line(folder: Path)
 
 def test_a_chat_template_that_refuses_a_question_is_none_with_an_error(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('a system message comes first') }}")
-    assert Text.load(str(folder)).template.startswith("{{ raise_exception")
+    assert not Text.load(str(folder)).format.renders_tools
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]"])

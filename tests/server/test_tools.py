@@ -7,7 +7,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,12 +15,12 @@ from tokenizers import Tokenizer
 
 from server.detokenizer import Detokenizer
 from server.errors import RETRIED
-from server.formats import FORMATS, find_format, format_of
-from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, ToolCallParser
+from server.model_format import FORMATS
+from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, QwenParser
 from server.schema import explain
 from server.schema_check import MAX_DEPTH, MAX_LENGTH
 from server.text import Text
-from server.tool_format import NAME, CallArguments, CallEnded, CallStarted, Content, ToolEvent, new_call_id
+from server.tool_format import NAME, CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser, new_call_id
 from server.tool_names import ToolNames
 from server.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
 from server.vocabulary import Vocabulary
@@ -259,13 +258,13 @@ def test_a_name_is_any_text_of_a_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["智能体_0", "search.docs_0", "get weather", "mcp:a/b-c", "é" * 128, "😀"])
 def test_a_name_that_the_format_carries_is_shown_as_it_is(name: str) -> None:
-    assert ToolNames([name], format_of("").carries).shown(name) == name
+    assert all(ToolNames([name], known.carries).shown(name) == name for known in FORMATS)
 
 
 ASCII_ONLY: Callable[[str], bool] = re.compile("[a-z_0-9]{1,64}").fullmatch  # type: ignore[assignment]
 
 
-@given(st.lists(NAMES, max_size=6), st.sampled_from([QwenFormat().carries, ASCII_ONLY]))
+@given(st.lists(NAMES, max_size=6), st.sampled_from([*(known.carries for known in FORMATS), ASCII_ONLY]))
 def test_every_name_is_shown_as_one_that_the_format_carries_and_is_found_again(
     names: list[str], carries: Callable[[str], bool]
 ) -> None:
@@ -386,21 +385,21 @@ CALLS = st.lists(
 CUTS = st.lists(st.integers(0, 250))
 
 
-def parser() -> ToolCallParser:
+def parser() -> QwenParser:
     ids = count()
-    return ToolCallParser(lambda: f"call_{next(ids)}")
+    return QwenParser(lambda: f"call_{next(ids)}")
 
 
-def events(pieces: list[str]) -> list[ToolEvent]:
+def events(pieces: list[str], parser: Callable[[], ToolParser] = parser) -> list[ToolEvent]:
     reader = parser()
     return [event for piece in pieces for event in reader.push(piece)] + list(reader.flush())
 
 
-def read(pieces: list[str]) -> list[object]:
+def read(pieces: list[str], parser: Callable[[], ToolParser] = parser) -> list[object]:
     """An answer as a list: content as strings, calls as [name, arguments, whether it ended]."""
     out: list[Any] = []
     calls: list[Any] = []
-    for event in events(pieces):
+    for event in events(pieces, parser):
         match event:
             case Content():
                 assert event.text
@@ -628,7 +627,7 @@ HOSTILE = {
 }
 
 
-def feed(text: str, size: int) -> int:
+def feed(text: str, size: int, parser: Callable[[], ToolParser] = parser) -> int:
     """Feeds the text in pieces of a size. Returns the most characters that were not passed on at once."""
     reader, pushed, passed, most = parser(), 0, 0, 0
     for at in range(0, len(text), size):
@@ -705,10 +704,8 @@ def test_no_tools_leave_the_prompt_as_it_was(thinking_tokenizer: str) -> None:
 
 
 def test_the_template_is_known_to_write_this_format(thinking_tokenizer: str) -> None:
-    config = orjson.loads((Path(thinking_tokenizer) / "tokenizer_config.json").read_bytes())
-    assert find_format(config["chat_template"]) is FORMATS[0]
-    assert find_format("{{ messages }}") is None
-    assert find_format("<tool_call>\n<function=f>") is None
+    found = Text.load(thinking_tokenizer).format
+    assert (type(found.tools), found.renders_tools) == (QwenFormat, True)
 
 
 def test_tags_survive_decoding(thinking_tokenizer: str) -> None:
