@@ -82,6 +82,15 @@ def listen(host: str, port: int) -> socket.socket:
         raise SystemExit(1) from None
 
 
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses that stand for all of a machine's, and those that reach it from itself."""
+
+
+def url_of(host: str, port: int) -> str:
+    """Where the API is."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
 def batches_of(model: ServedModel) -> str:
     """What a batch is made of, in words."""
     if model.info.joins:
@@ -103,7 +112,8 @@ def announce(model: ServedModel, port: int) -> None:
     """Tell a person where the service is and what its limits are, or a log of JSON the same in one line of its own."""
     settings, info = model.settings, model.info
     lines = {
-        "url": f"http://{settings.host}:{port}/v1",
+        "url": url_of(settings.host, port),
+        **({"here": url_of(EVERYWHERE[settings.host], port)} if settings.host in EVERYWHERE else {}),
         "model": f"{', '.join(settings.served_names)} ({info.parameters / 1e9:.2f} B parameters)",
         "device": f"{info.device}, {info.dtype}",
         "window": f"{info.context_window} tokens of prompt and answer",

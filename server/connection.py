@@ -427,7 +427,9 @@ def refusal_of(error: h11.RemoteProtocolError) -> ApiError:
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """Listens there, for connections with bounded buffers. Raises OSError."""
-    found = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    """Listens there, for connections with bounded buffers; `::` is every address, IPv4's too. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # whatever the system does by itself
+    found = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # which accepted ones inherit
     return found

@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(Path("~/.cache/microbatch"), description="where converted GGUF models are kept")
 
     # Address
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one, :: for those of IPv6 too")
     port: int = Field(21010, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
