@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import re
 import socket
+from functools import partial
 from typing import Any
 
 import h11
@@ -20,9 +21,19 @@ from server.errors import ApiError
 from server.exchange import Exchange, reason, scope_of
 from server.log import log_refusal
 from server.settings import Settings
+from server.turns import Turns
 
 READ_BYTES = 8192
 """Most bytes of one read: even of the smallest chunks, so many are parsed in a few milliseconds."""
+
+READS_A_TURN = 16
+"""So many of all connections are made before others have the event loop: left alone, libuv reads 32 times from each."""
+
+REQUESTS_A_TURN = 4
+"""So many of all connections begin to be answered before others have the event loop: each takes a millisecond or so."""
+
+PROBES = frozenset(["/health", "/health/live"])
+"""Paths whose requests wait for no others: whoever asks there wants to know whether the event loop turns."""
 
 EVENTS_A_TURN = 256
 """So many of the parser's are taken before others have the event loop: a few milliseconds' worth."""
@@ -42,8 +53,8 @@ HEAD_SECONDS = 10.0
 REST_SECONDS = 5.0
 """How long what is left of a body may take that was answered before it was all here (nginx's lingering_timeout)."""
 
-REFUSED_CONNECTIONS = 64
-"""So many above the limit may linger until they have read why they are refused; more are just closed."""
+LINGERING = 64
+"""So many may linger until they have read why they were refused; then whoever does so for longest is broken off."""
 
 WAITING_BYTES = 32_768
 """So much of an answer waits for its client before no more is written."""
@@ -92,12 +103,16 @@ class Lines:
 class Connections:
     """Makes the connections of one server, as uvicorn's `http`, and holds what they share.
 
-    `idle` has those that wait for a request of which nothing has come, in the order in which they began to wait.
+    `waiting` has those of which nothing is being answered, because their clients have to send something first, in the
+    order in which they began to wait; `leaving` those that linger.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.limit = settings.max_connections
-        self.idle: dict[Connection, None] = {}
+        self.waiting: dict[Connection, None] = {}
+        self.leaving: dict[Connection, None] = {}
+        self.reads = Turns(READS_A_TURN)
+        self.requests = Turns(REQUESTS_A_TURN)
         self.send_seconds = settings.send_timeout_s
         self.keep_alive_seconds = settings.keep_alive_s
         self.buffer = memoryview(bytearray(READ_BYTES))
@@ -111,16 +126,20 @@ class Connections:
     ) -> "Connection":
         return Connection(self, config, server_state, app_state)
 
-    def make_room(self, newest: "Connection", excess: int) -> None:
-        """One connection too many was opened: the one that is idle for longest is closed, and if none was idle before
-        the newest is refused, as long as there are few of those."""
-        oldest = next(iter(self.idle))
+    def make_room(self, newest: "Connection") -> None:
+        """One connection too many was opened: the one that waits for longest is closed, and if none waited before
+        the newest is refused."""
+        oldest = next(iter(self.waiting))
         if oldest is not newest:
             oldest.close()
-        elif excess <= REFUSED_CONNECTIONS:
-            newest.refuse(TOO_MANY)
         else:
-            newest.transport.abort()
+            newest.refuse(TOO_MANY)
+
+    def linger(self, leaving: "Connection") -> None:
+        """It does not count among the others any more."""
+        self.leaving[leaving] = None
+        if len(self.leaving) > LINGERING:
+            next(iter(self.leaving)).transport.abort()
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -145,6 +164,7 @@ class Connection(asyncio.BufferedProtocol):
         self._body = 0  # bytes received that are
         self._held_back = False  # a further request waits in the parser
         self._unfinished = False  # the parser has more to give, in the next turn of the loop
+        self._resting = False  # others read before it does again
         self._reading = True
         self._deadline: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
@@ -159,13 +179,14 @@ class Connection(asyncio.BufferedProtocol):
         self.transport = transport
         transport.set_write_buffer_limits(high=WAITING_BYTES)
         self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn means its own
-        self._wait(HEAD_SECONDS)
-        if (excess := len(self._server.connections) - self._shared.limit) > 0:
-            self._shared.make_room(self, excess)
+        self._expect(HEAD_SECONDS)
+        if len(self._server.connections) - len(self._shared.leaving) > self._shared.limit:
+            self._shared.make_room(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
         self._leaving = True
+        self._shared.leaving.pop(self, None)
         self._expect(None)
         if self._sending is not None:
             self._sending.cancel()
@@ -187,6 +208,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         data = bytes(self._shared.buffer[:nbytes])
+        self._resting = True
+        self._shared.reads.call(self._loop, self._rested)
         if self._parser.their_state is h11.IDLE and not self._framing:
             data = data.lstrip(b"\r\n")  # empty lines between requests mean nothing (RFC 9112, section 2.2)
             if data:
@@ -194,6 +217,13 @@ class Connection(asyncio.BufferedProtocol):
         if data and self._wanted:
             self._feed(data)
             self._parse()
+        else:
+            self.regulate()
+
+    def _rested(self) -> None:
+        self._resting = False
+        if not self._reading:
+            self.regulate()
 
     def _feed(self, data: bytes) -> None:
         if self._parser.their_state is h11.IDLE and self._lines.add(data) > MOST_HEADERS + 1:
@@ -260,8 +290,16 @@ class Connection(asyncio.BufferedProtocol):
         if error := fault_of(request, head):
             return self.refuse(error)
         self._expect(None)
-        self.exchange = Exchange(self, scope_of(request, self.transport, self._app_state))
-        task = self._loop.create_task(self.exchange.run(self._app))
+        scope = scope_of(request, self.transport, self._app_state)
+        self.exchange = Exchange(self, scope)
+        answer = partial(self._answer, self.exchange)
+        if scope["path"] in PROBES:
+            answer()
+        else:
+            self._shared.requests.call(self._loop, answer)
+
+    def _answer(self, exchange: Exchange) -> None:
+        task = self._loop.create_task(exchange.run(self._app))
         self._server.tasks.add(task)
         task.add_done_callback(self._server.tasks.discard)
 
@@ -289,11 +327,12 @@ class Connection(asyncio.BufferedProtocol):
             self._expect(HEAD_SECONDS)
             self._feed(unparsed)
         else:
-            self._wait(self._shared.keep_alive_seconds)
+            self._expect(self._shared.keep_alive_seconds)
 
     def regulate(self) -> None:
         """Read, unless enough waits to be used. What is not read, the kernel holds back from the client."""
-        wanted = not (self._held_back or self._unfinished or (self.exchange and self.exchange.full))
+        enough = self._held_back or self._unfinished or (self.exchange is not None and self.exchange.full)
+        wanted = not (enough or self._resting)
         if wanted != self._reading and not self.client_ended and not self.transport.is_closing():
             self._reading = wanted
             (self.transport.resume_reading if wanted else self.transport.pause_reading)()
@@ -336,16 +375,14 @@ class Connection(asyncio.BufferedProtocol):
             with contextlib.suppress(OSError):  # the client has just broken off, which the next read will tell
                 self.transport.write_eof()
             self._expect(REST_SECONDS)
+            self._shared.linger(self)
             self.regulate()
-
-    def _wait(self, seconds: float) -> None:
-        """Be idle for so many seconds at most."""
-        self._expect(seconds)
-        self._shared.idle[self] = None
 
     def _expect(self, seconds: float | None) -> None:
         """Within so many seconds the client has to send what is due, else the connection is closed."""
-        self._shared.idle.pop(self, None)
+        self._shared.waiting.pop(self, None)
+        if seconds is not None and not self._leaving:
+            self._shared.waiting[self] = None
         if self._deadline is not None:
             self._deadline.cancel()
         # What is on its way out is still sent.

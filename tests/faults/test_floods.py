@@ -191,25 +191,65 @@ def test_the_connection_that_is_idle_for_longest_makes_room() -> None:
         assert address in {one.transport.get_extra_info("peername") for one in service.connections}
 
 
-def test_where_no_connection_is_idle_one_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.connection, "REFUSED_CONNECTIONS", 2)
+def test_half_a_request_keeps_nobody_out() -> None:
     with live(max_connections=8) as service, contextlib.ExitStack() as stack:
-        busy = [stack.enter_context(service.connect()) for _ in range(8)]
-        for bare in busy:
+        half = [stack.enter_context(service.connect()) for _ in range(8)]
+        for bare in half:
             bare.sendall(b"GET /ver")
         eventually(lambda: len(service.connections) == 8, "all are connected")
+        assert service.get("/health/live").status_code == 200
+        assert sum(bool(found) for found in answered(half)) == 1, "one of them made room"
+
+
+def test_where_every_connection_is_being_answered_one_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.connection, "LINGERING", 2)
+    with live(scripted(stepped=True), max_connections=8) as service, contextlib.ExitStack() as stack:
+        busy = [stack.enter_context(service.connect()) for _ in range(8)]
+        for bare in busy:
+            bare.sendall(raw_request(CHAT))
+        eventually(lambda: sum(one.exchange is not None for one in service.connections) == 8, "all are being answered")
         refused = [stack.enter_context(service.connect()) for _ in range(2)]
         for bare in refused:
             answer = read_all(bare)
             assert answer.startswith(b"HTTP/1.1 503")
             assert b"retry-after: 1" in answer
             assert b"service_connections_full" in answer
-        with service.connect() as bare, contextlib.suppress(ConnectionError):
-            assert bare.recv(1) == b""
+        assert len(service.connections) == 8 + 2
+        assert read_all(stack.enter_context(service.connect())).startswith(b"HTTP/1.1 503")
+        eventually(lambda: len(service.connections) == 8 + 2, "the first of them lingers no more")
+        service.engine.release(1000)
         for bare in busy:
-            bare.sendall(b"sion HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert bare.recv(12) == b"HTTP/1.1 200"
-        assert service.chat().status_code == 200
+
+
+# Everybody else meanwhile
+
+
+def test_bodies_of_a_crowd_leave_the_event_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On uvloop's, which reads up to 32 times from each connection if nothing stops it."""
+    reads = [0]
+    received = server.connection.Connection.buffer_updated
+
+    def counted(connection: server.connection.Connection, nbytes: int) -> None:
+        if not reads[-1]:
+            connection._loop.call_soon(lambda: reads.append(0))
+        reads[-1] += 1
+        received(connection, nbytes)
+
+    monkeypatch.setattr(server.connection.Connection, "buffer_updated", counted)
+    with live(new_loop=uvloop.new_event_loop) as service, contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(service.connect()) for _ in range(20)]
+        for bare in crowd:
+            bare.sendall(raw_request(LARGE)[:1000])
+        eventually(lambda: sum(one.exchange is not None for one in service.connections) == 20, "all have begun")
+        senders = [threading.Thread(target=bare.sendall, args=(raw_request(LARGE)[1000:],)) for bare in crowd]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+        assert {bare.recv(12) for bare in crowd} == {b"HTTP/1.1 400"}  # longer than the window
+    assert sum(reads) > 20 * len(LARGE) / server.connection.READ_BYTES - 20
+    assert max(reads) <= server.connection.READS_A_TURN + len(crowd)
 
 
 # What a client without a key can make the process hold
