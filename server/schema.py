@@ -406,7 +406,17 @@ def parse(kind: type[Asked], body: bytes, *, refuse_unknown: bool = False) -> As
     return asked
 
 
+MAX_PARTS, MAX_ITEMS = 100_000, 1_000_000
+"""Objects, lists and members of a body, and values in them, as its brackets, colons and commas tell. More would keep
+the interpreter from other threads for a tenth of a second. A text with as many has more tokens than windows hold."""
+
+
 def _decode(body: bytes) -> dict[str, Any]:
+    if len(body) > MAX_PARTS and (sum(map(body.count, b"{[:")) > MAX_PARTS or body.count(b",") > MAX_ITEMS):
+        raise bad_request(
+            f"The body has more than {MAX_PARTS:,} opening brackets and colons, or {MAX_ITEMS:,} commas.",
+            code="too_large",
+        )
     try:
         fields = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
