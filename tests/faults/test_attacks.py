@@ -3,13 +3,16 @@
 The loop guard of these tests fails them where the event loop stood.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import orjson
+import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.live import QUESTION, Live, live, scripted, tokens_of
+from server.text import Text
+from tests.live import BYTES, QUESTION, Live, live, scripted, tokens_of
 
 CHAT = "/v1/chat/completions"
 MIB = 2**20
@@ -86,8 +89,10 @@ def test_what_is_refused_is_refused_without_holding_anybody_up(what: str, servic
     assert service.get("/health/live").status_code == 200
 
 
-def test_a_million_unknown_fields_are_counted_and_not_all_named(service: Live) -> None:
-    answer = service.post(body()[:-1] + b"," + keys("1").encode()[1:])
+def test_very_many_unknown_fields_are_counted_and_not_all_named(service: Live) -> None:
+    few, more = (body()[:-1] + b"," + keys("1", size).encode()[1:] for size in (MIB, 4 * MIB - 1024))
+    assert service.post(more).status_code == 400
+    answer = service.post(few)
     assert answer.status_code == 200
     assert len(answer.headers["x-ignored-fields"]) < 2000
 
@@ -101,6 +106,24 @@ def test_a_long_text_is_tokenized_beside_everybody_else(text: str, service: Live
     assert strings.status_code == 400
     tokens = answer.json()["tokens"][:900_000]
     assert service.post(orjson.dumps({"tokens": tokens}), "/detokenize").status_code == 200
+
+
+@pytest.mark.parametrize("text", ["a b ", "word ", "中"])
+def test_the_memory_of_a_long_text_is_bounded(text: str) -> None:
+    size, process, over = 2 * MIB, psutil.Process(), threading.Event()
+    before, most = process.memory_info().rss, [0]
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            most.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    tokens = Text(BYTES).encode(text * (size // len(text.encode())))
+    over.set()
+    watcher.join()
+    assert len(tokens) > size - 8
+    assert max(most) - before < 200 * size
 
 
 @pytest.mark.parametrize("fields", [{}, {"logprobs": True, "top_logprobs": 2}, {"stream": True}], ids=str)

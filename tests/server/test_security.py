@@ -1,6 +1,7 @@
 """What protects whoever runs this: floors of what it stands on, no code from a model's folder, silent errors."""
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
@@ -82,6 +83,48 @@ def test_weights_that_could_hold_code_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ModelError, match="safetensors"):
         locate(str(tmp_path), "auto", tmp_path)
+
+
+UNPICKLING = re.compile(r"\b(pickle|marshal|shelve|multiprocessing|joblib|torch\.load)\b")
+
+
+def test_nothing_is_unpickled() -> None:
+    sources = [file for folder in ("server", "batching") for file in (ROOT / folder).rglob("*.py")]
+    assert sources
+    found = [(file.name, line) for file in sources for line in file.read_text().splitlines() if UNPICKLING.search(line)]
+    assert found == []
+
+
+# What SECURITY.md says
+
+SECURITY = (ROOT / "SECURITY.md").read_text()
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+LAWS = frozenset(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in TESTS)))
+
+
+def columns(heading: str) -> list[list[str]]:
+    """The rows of the table whose last column is named `test`, below a heading or a bold word."""
+    table = SECURITY[SECURITY.index(heading) :].partition("\n| ")[2].partition("\n\n")[0]
+    first, _, *rows = ["| " + table.splitlines()[0], *table.splitlines()[1:]]
+    assert first.endswith("| test |")
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+@pytest.mark.parametrize("heading", ["## What each limit bounds", "**The sum.**", "## What befell others"])
+def test_each_line_of_a_table_names_a_test_that_proves_it(heading: str) -> None:
+    rows = columns(heading)
+    assert len(rows) > 4
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row[-1])
+        assert named, row
+        assert set(named) <= LAWS, row
+
+
+def test_every_file_and_test_that_is_named_is_there() -> None:
+    named = re.findall(r"`((?:server|batching|tests)/[\w/.]+|test_\w+(?:\.py)?)`", SECURITY)
+    assert len(named) > 60
+    missing = [one for one in named if not (ROOT / one).exists() and one not in LAWS]
+    assert missing == []
 
 
 # What is told
