@@ -47,7 +47,7 @@ Unstored = Annotated[None, only(None)]
 
 
 class MessageItem(Message):
-    type: Literal["message"]
+    type: Literal["message"] = "message"
 
 
 class CallItem(CalledFunction):
@@ -74,13 +74,13 @@ class ReasoningItem(Body):
         return "".join(text for text in parts if isinstance(text, str))
 
 
+ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+
+
 class OtherItem(Body):
     """What another service did by itself, such as a search, and told beside its answer. Skipped."""
 
-    type: str
-
-
-ITEMS = frozenset(["message", "function_call", "function_call_output", "reasoning"])
+    type: Annotated[str, Field(json_schema_extra={"not": {"enum": [*ITEMS]}})]
 
 
 def _kind(item: Any) -> str:

@@ -68,7 +68,7 @@ def test_a_service_on_ipv6_s_loopback_alone_knows_its_own_name_and_no_other() ->
 def test_a_person_is_told_a_url_to_click(host: str, urls: list[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "microbatch")
     with live(host=host, log_format="json") as service:
-        announce(service.service, 1)
+        announce(service.model, 1)
     [facts] = [record.facts for record in caplog.records if hasattr(record, "facts")]
     assert [facts["url"], *([facts["here"]] if "here" in facts else [])] == urls
     assert url_of(host, 1) == urls[0]

@@ -1,5 +1,6 @@
 """Laws of /openapi.json and /docs: the document says what is served and taken, neither more nor less."""
 
+import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -27,6 +28,7 @@ from server.docs import ROUTES
 from server.errors import ApiError
 from server.fields import RequestBody
 from server.openapi import OPERATIONS, Operation, document
+from server.response_request import ResponseRequest
 from server.schema import ChatRequest, CompletionRequest, parse
 from tests.live import QUESTION, Live, frames, live, scripted
 
@@ -261,7 +263,7 @@ def test_the_page_may_do_only_what_it_needs(service: Live, path: str, kind: str)
 
 # The service against the document
 
-EXAMPLES_EACH = 20
+EXAMPLES_EACH = int(os.environ.get("REQUESTS", "20"))
 CHECKS: list[Any] = [
     content_type_conformance,
     negative_data_rejection,
@@ -288,6 +290,13 @@ def test_any_request_gets_an_answer_of_the_document(
         case.call_and_validate(base_url=service.url, checks=CHECKS)
 
     law()
+
+
+@pytest.mark.parametrize("item", [{"role": "user"}, {"role": "user", "type": "message"}, {"type": "web_search_call"}])
+def test_an_item_that_is_taken_is_of_one_kind_in_the_document(item: dict[str, Any]) -> None:
+    fields = {"input": [{"role": "user", "content": "Hi"}, item]}
+    assert accepts(ResponseRequest, fields)
+    assert validator("ResponseRequest").is_valid(fields)
 
 
 ODD_ARGUMENTS = [f'{{"a": 1{"0" * 30}}}', '{"a": 1e400}', r'{"a": "\ud800"}', r'{"\udc00": 1}', "[" * 1000, "{"]
