@@ -107,13 +107,14 @@ async def _swallow(reader: asyncio.StreamReader) -> None:
             pass
 
 
-def held(sent: bytes, count: int) -> Attack:
-    """So many connections at once, each of which sends that much and nothing more. One that is answered is replaced."""
+def held(sent: bytes, count: int, *, reads: bool = True) -> Attack:
+    """So many connections at once, each of which sends that much and nothing more. One that is answered is replaced, if
+    it reads at all."""
 
     async def attack(url: SplitResult, said: Said) -> None:
         async def client() -> None:
             while True:
-                said[await _hold(url, sent)] += 1
+                said[await _hold(url, sent, reads)] += 1
                 await asyncio.sleep(PATIENCE)
 
         await asyncio.gather(*(client() for _ in range(count)))
@@ -121,7 +122,7 @@ def held(sent: bytes, count: int) -> Attack:
     return attack
 
 
-async def _hold(url: SplitResult, sent: bytes) -> str:
+async def _hold(url: SplitResult, sent: bytes, reads: bool) -> str:
     """What came back: a status, or that the connection was closed."""
     try:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
@@ -129,6 +130,8 @@ async def _hold(url: SplitResult, sent: bytes) -> str:
         return "closed"
     try:
         writer.write(sent)
+        if not reads:
+            await asyncio.Event().wait()
         return (await reader.read(12))[9:].decode() or "closed"
     except ConnectionError:
         return "closed"

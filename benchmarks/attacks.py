@@ -163,7 +163,7 @@ async def keyless(child: Child, count: int) -> dict[str, float]:
     found = {}
     for name, sent in KEYLESS.items():
         before = resident(child)
-        async with acting(held(sent, count), child.url):
+        async with acting(held(sent, count, reads=False), child.url):
             await asyncio.sleep(5)
             await get(child.url, "/health/live")
             found[name] = (resident(child) - before) / count
@@ -210,12 +210,13 @@ async def shares(child: Child, options: argparse.Namespace) -> dict[str, float]:
         async with acting(attack, child.url):
             await asyncio.sleep(2)
             found[name] = await good_answer(child, options.answers) / alone
+        print(f"| {name} | {found[name]:.2f} |", flush=True)
         await settle(child)
     return found
 
 
 async def between_keys(child: Child, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    return await keyless(child, options.connections), await shares(child, options)
+    return await keyless(child, options.connections), await shares(child, options) if options.answers else {}
 
 
 # What it came to
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs="*", default=[], help="numbers of the service's cores (all)")
     parser.add_argument("--only", default="", help="only attacks with this in their name")
     parser.add_argument("--connections", type=int, default=1000, help="how many hold what they can without a key")
-    parser.add_argument("--answers", type=int, default=10, help="answers of the good key that are timed")
+    parser.add_argument("--answers", type=int, default=10, help="answers of the good key that are timed; 0: none")
     parser.add_argument("--out", type=Path, default=Path("out/attacks"))
     parser.add_argument("flags", nargs="*", help="after --: more flags of the server")
     raise SystemExit(run(parser.parse_args()))
