@@ -36,9 +36,10 @@ from benchmarks.attackers import (
     half_a_character,
     held,
     repeated,
+    wire,
 )
 from benchmarks.child import Child, serving
-from benchmarks.exchange import get, send, wire
+from benchmarks.connection import exchange, get
 from benchmarks.mischief import CHAT
 from benchmarks.soak import settle
 
@@ -150,8 +151,8 @@ async def idle(url: SplitResult, said: Said) -> None:
 
 async def warm(child: Child) -> None:
     """Let it take what its own settings allow: a batch that fills the token budget's rows, and a large body."""
-    await send(child.url, chat(n=16, max_tokens=64, ignore_eos=True))
-    await send(child.url, wire("/v1/tokenize", orjson.dumps({"prompt": "a b " * 900_000})))
+    await exchange(child.url, chat(n=16, max_tokens=64, ignore_eos=True))
+    await exchange(child.url, wire("/v1/tokenize", orjson.dumps({"prompt": "a b " * 900_000})))
 
 
 # Keys
@@ -194,9 +195,9 @@ async def good_answer(child: Child, times: int) -> float:
     found = []
     for _ in range(times):
         began = time.perf_counter()
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(LONGEST):
-                await send(child.url, request)
+                await exchange(child.url, request)
         found.append(time.perf_counter() - began)
     return statistics.median(found)
 
