@@ -183,7 +183,7 @@ class Batcher:
     def _take(self, opened: float) -> list[Row]:
         joining = len(self._running)
         tokens = 0 if self._limits.padded else sum(map(growing_cost, self._running))
-        rows = self._queue.take(self._limits.less(joining, tokens))
+        rows = self._queue.take(self._limits.less(joining, tokens), self._running)
         if not rows:
             return rows
         now = time.monotonic()

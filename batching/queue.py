@@ -11,9 +11,12 @@ Lives on the event loop's thread. The policy:
 4. A batch holds at most `max_rows` rows and costs at most `token_budget` tokens: padded, rows x (longest prompt +
    longest allowed output), the memory that such a batch can come to need; else the sum of what the rows have come to by
    now, for where rows join memory is given out as they grow.
+5. Where clients share and rows join, one client may hold at most `CLIENT_SHARE` times as many running rows, and as
+   much of the token budget, as it leaves free: the next client finds room at once, whatever runs.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +26,8 @@ from batching.types import Request
 
 MAX_PASSED_OVER = 3
 CLIENT_SHARE = 3
+"""How many times what is free one client may have: three quarters of all if it is alone (dynamic thresholds, Choudhury
+and Hahne 1998)."""
 
 FIRST_OUTPUT = 64
 """Output tokens that a row is counted with before it has as many: a block of the KV cache."""
@@ -136,14 +141,41 @@ class RowQueue:
         self._changed.clear()
         await self._changed.wait()
 
-    def take(self, limits: BatchLimits) -> list[Row]:
-        """Remove the next batch and return it, in order of service. Empty if no row waits."""
-        batch = select(self._rows.rows(), limits)
+    def take(self, limits: BatchLimits, running: Iterable[Row] = ()) -> list[Row]:
+        """Remove the next batch and return it, in order of service. Empty if no row waits, or none may run now.
+
+        `limits` are what is left of the limits beside the `running` rows.
+        """
+        waiting = self._rows.rows()
+        shared = self._limits.shared and not limits.padded
+        batch = select(within_shares(waiting, limits, running) if shared else waiting, limits)
         if batch:
             self._rows.serve(batch)
             self.prompt_tokens -= sum(len(row.request.prompt) for row in batch)
             self._changed.set()
         return batch
+
+
+def within_shares(waiting: Iterable[Row], limits: BatchLimits, running: Iterable[Row]) -> list[Row]:
+    """The rows that can be taken, in order, while each client leaves room for others: see `CLIENT_SHARE`.
+
+    A client's first row needs no share: it is what the others leave the room for.
+    """
+    rows, tokens = Counter[str](), Counter[str]()
+    for row in running:
+        rows[row.request.client] += 1
+        tokens[row.request.client] += growing_cost(row)
+    left, free = limits.max_rows, limits.token_budget
+    found = []
+    for row in waiting:
+        client, cost = row.request.client, growing_cost(row)
+        fits = rows[client] < CLIENT_SHARE * left and tokens[client] + cost <= CLIENT_SHARE * (free - cost)
+        if fits or not rows[client]:
+            found.append(row)
+            rows[client] += 1
+            tokens[client] += cost
+            left, free = left - 1, free - cost
+    return found
 
 
 def select(waiting: list[Row], limits: BatchLimits) -> list[Row]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.queue import MAX_PASSED_OVER, BatchLimits, QueueLimits, RowQueue, padded_cost, select
+from batching.queue import MAX_PASSED_OVER, BatchLimits, QueueLimits, RowQueue, growing_cost, padded_cost, select
 from batching.stream import Row
 from tests.batching.conftest import Runner, loose_row, request
 
@@ -290,6 +290,53 @@ def test_a_client_without_a_waiting_row_is_refused_only_by_a_full_queue(size: in
     for _ in range(min(others, size)):
         queue.push(loose_row(request(1, client="other")))
     assert queue.has_room([request(1, client="new")]) == (others < size)
+
+
+JOINING = BatchLimits(max_rows=16, token_budget=10**9, padded=False)
+SHARED = QueueLimits(1000, shared=True)
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=80), st.integers(2, 40), st.integers(1000, 4000))
+def test_a_newcomer_finds_room_at_once_whatever_one_client_has_running(
+    shapes: list[Shape], places: int, budget: int
+) -> None:
+    limits = BatchLimits(places, budget, padded=False)
+    queue, running = RowQueue(SHARED), list[Row]()
+    for shape in shapes:
+        queue.push(loose_row(request(shape.prompt, client="greedy", max_tokens=shape.output)))
+        running += queue.take(beside(running, limits), running)
+        newcomer = RowQueue(SHARED)
+        newcomer.push(loose_row(request(60, client="new", max_tokens=60)))
+        assert running
+        assert newcomer.take(beside(running, limits), running)
+
+
+def beside(running: Sequence[Row], limits: BatchLimits) -> BatchLimits:
+    return limits.less(len(running), sum(map(growing_cost, running)))
+
+
+def test_one_client_alone_has_three_quarters_of_the_rows_where_clients_share() -> None:
+    for shared, most in ((True, 12), (False, 16)):
+        queue = RowQueue(QueueLimits(1000, shared=shared))
+        for _ in range(20):
+            queue.push(loose_row(request(3)))
+        assert len(queue.take(JOINING)) == most
+
+
+def test_a_client_at_its_share_does_not_hold_up_those_behind_it() -> None:
+    queue, running = RowQueue(SHARED), [loose_row(request(3, client="greedy")) for _ in range(12)]
+    for _ in range(5):
+        queue.push(loose_row(request(3, client="greedy")))
+        queue.push(loose_row(request(3, client="modest")))
+    taken = queue.take(beside(running, JOINING), running)
+    assert {row.request.client for row in taken} == {"modest"}
+    assert len(queue) == 10 - len(taken)
+
+
+def test_a_row_that_needs_most_of_the_memory_runs_if_its_client_has_no_other() -> None:
+    queue = RowQueue(SHARED)
+    queue.push(loose_row(request(90, max_tokens=5)))
+    assert queue.take(BatchLimits(16, 100, padded=False))
 
 
 def test_one_client_is_served_in_order_whatever_it_asks_for() -> None:
