@@ -169,7 +169,7 @@ def within_shares(waiting: Iterable[Row], limits: BatchLimits, running: Iterable
     found = []
     for row in waiting:
         client, cost = row.request.client, growing_cost(row)
-        fits = rows[client] < CLIENT_SHARE * left and tokens[client] + cost <= CLIENT_SHARE * (free - cost)
+        fits = rows[client] < CLIENT_SHARE * (left - 1) and tokens[client] + cost <= CLIENT_SHARE * (free - cost)
         if fits or not rows[client]:
             found.append(row)
             rows[client] += 1
