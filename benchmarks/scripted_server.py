@@ -38,13 +38,13 @@ from batching.types import ModelInfo
 from benchmarks.words import LANGUAGES
 from server import sse
 from server.app import create_app
-from server.choices import Envelope
 from server.connection import Connections
 from server.defaults import Defaults
 from server.garbage import search_seldom, spare_what_is_loaded
 from server.loading import Loading
 from server.log import configure, log_event
 from server.metrics import Metrics
+from server.replies import ChatChunk
 from server.service import Service
 from server.settings import Settings
 from server.text import Text
@@ -134,8 +134,14 @@ class BareAnswers:
         self.go = asyncio.Event()
         self._tokens = tokens
         self._at_once = at_once
-        choice = {"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}
-        self._event = Envelope(NAME, "chat.completion", "chatcmpl").chunks([choice])
+        chunk: ChatChunk = {
+            "id": "chatcmpl-0123456789abcdef01234567",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": NAME,
+            "choices": [{"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}],
+        }
+        self._event = sse.event(orjson.dumps(chunk))
 
     async def answer(self, request: Request) -> Response:
         await request.body()

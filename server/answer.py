@@ -3,7 +3,11 @@
 from batching.stream import Stream
 from batching.types import Delta, Finish
 from server.detokenizer import Detokenizer
+from server.replies import Ending
 from server.text import StopScanner
+
+ENDINGS: dict[Finish | None, Ending] = {Finish.STOP: "stop", Finish.LENGTH: "length"}
+"""What a client is told. Of a row that ended in another way there is no more to read."""
 
 
 class AnswerReader:
@@ -14,15 +18,15 @@ class AnswerReader:
         self._detokenizer = detokenizer
         self._scanner = scanner
 
-    def push(self, arrived: Delta) -> tuple[str, str | None]:
+    def push(self, arrived: Delta) -> tuple[str, Ending | None]:
         """The text that these tokens complete, possibly none, and why the answer is over if it is."""
         text, stopped = self._scanner.push(self._detokenizer.push(_visible(arrived)))
         if stopped:
             self._stream.stop()
-            return text, Finish.STOP
+            return text, "stop"
         if arrived.finish is not None:
             text += self._scanner.flush()
-        return text, arrived.finish
+        return text, ENDINGS.get(arrived.finish)
 
 
 def _visible(arrived: Delta) -> tuple[int, ...]:

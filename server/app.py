@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeAlias
 
 import orjson
 from starlette.applications import Starlette
@@ -17,13 +17,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from batching.events import Rejected, State
+from server import replies
 from server.body_budget import BODIES_FULL, BodyBudget
 from server.browsers import BrowserGuard, allowed_hosts
 from server.chat import ChatCompletions
 from server.completions import Completions
 from server.disconnect import CLIENT_CLOSED
 from server.docs import ROUTES as DOCS
-from server.endpoint import Endpoint
 from server.errors import ApiError, internal
 from server.internal import ROUTES as INTERNAL
 from server.keys import load_keys
@@ -43,12 +43,14 @@ OPEN_PATHS = frozenset(
 )
 """What needs no API key: probes and scrapers seldom have one, and documentation tells nothing secret."""
 
-ENDPOINTS: dict[str, Endpoint[Any, Any]] = {
-    "/chat/completions": ChatCompletions(),
-    "/completions": Completions(),
-    "/responses": Responses(),
-    "/tokenize": Tokenize(),
-    "/detokenize": Detokenize(),
+Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+ENDPOINTS: dict[str, Handler] = {
+    "/chat/completions": ChatCompletions().handle,
+    "/completions": Completions().handle,
+    "/responses": Responses().handle,
+    "/tokenize": Tokenize().handle,
+    "/detokenize": Detokenize().handle,
 }
 
 
@@ -62,7 +64,7 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[ServedM
         yield
         running.cancel()
 
-    handlers: dict[Any, Any] = {
+    handlers: dict[object, Callable[..., Awaitable[Response]]] = {
         ApiError: on_api_error,
         HTTPException: on_http_error,
         ClientDisconnect: on_disconnect,
@@ -92,7 +94,7 @@ def routes(*, page: bool = True) -> list[Route]:
     ]
     for prefix in ("/v1", ""):
         found += [
-            *(Route(prefix + path, endpoint.handle, methods=["POST"]) for path, endpoint in ENDPOINTS.items()),
+            *(Route(prefix + path, handle, methods=["POST"]) for path, handle in ENDPOINTS.items()),
             Route(f"{prefix}/responses/{{name:path}}", stored_response, methods=["GET", "POST", "DELETE"]),
             Route(f"{prefix}/models", models),
             Route(f"{prefix}/models/{{name:path}}", model),
@@ -136,7 +138,7 @@ async def ready(request: Request) -> Response:
 async def version(request: Request) -> Response:
     service: Service = request.app.state.service
     model = service.model
-    return _json({"version": VERSION, "sampling": model and model.defaults.model_dump()})
+    return _json({"version": VERSION, "sampling": model.defaults.as_reply() if model else None})
 
 
 async def models(request: Request) -> Response:
@@ -150,11 +152,15 @@ async def model(request: Request) -> Response:
     return _json(_card(service, served_name(service.settings.served_names, request.path_params["name"])))
 
 
-def _card(service: Service, name: str) -> dict[str, object]:
+def _card(service: Service, name: str) -> replies.Model:
     return card(name, service.created, service.model)
 
 
-def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json(
+    content: replies.Health | replies.Version | replies.ModelList | replies.Model,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+) -> Response:
     return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from batching.stream import Stream
-from batching.types import Delta, Finish, Forced
+from batching.types import Delta, Forced
+from server import replies
 from server.answer import AnswerReader
 from server.caller import Caller
-from server.choices import ChoicesAnswer, Envelope
+from server.choices import ChoicesAnswer
 from server.constrain import grammar_of
 from server.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.errors import bad_request
@@ -53,8 +54,7 @@ class ChatCompletions(GeneratingEndpoint[ChatRequest, Conversation]):
         text = model.text
         readers = [EventReader(stream, text, encoded) for stream in streams]
         choices = [ChatChoice(index, reader, text, legacy=body.is_legacy) for index, reader in enumerate(readers)]
-        envelope = Envelope(name, "chat.completion", "chatcmpl")
-        return ChoicesAnswer(envelope, streams, choices, body, choices[0].of_prompt)
+        return ChatAnswer(name, streams, choices, body)
 
 
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
@@ -125,7 +125,7 @@ class EventReader:
         parser = text.format.tools.parser() if chat.offered else None
         self._message = MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
 
-    def push(self, arrived: Delta) -> tuple[list[Event], str | None]:
+    def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
         """Events and, if the answer is over, OpenAI's reason for it."""
         thinking = self._message.thinking
         text, finish = self._answer.push(arrived)
@@ -136,7 +136,7 @@ class EventReader:
             events += self._message.flush()
         if self._one_call and (end := end_of_first_call(events)) is not None:
             self._stream.stop()
-            events, finish = events[:end], Finish.STOP
+            events, finish = events[:end], "stop"
         return events, self._message.finish(finish)
 
     @property
@@ -158,6 +158,38 @@ class EventReader:
                 return
 
 
+class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
+    """Its prompt is told of beside the choices, which all continue the same one."""
+
+    prefix = "chatcmpl"
+
+    def __init__(
+        self, model: str, streams: Sequence[Stream], choices: Sequence["ChatChoice"], body: ChatRequest
+    ) -> None:
+        super().__init__(model, streams, choices, body)
+        self._of_prompt = choices[0].of_prompt
+
+    def completion(self, choices: list[replies.ChatChoice], usage: replies.Usage) -> replies.ChatCompletion:
+        return {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            "usage": usage,
+            **self._of_prompt(),
+        }
+
+    def empty_chunk(self) -> replies.ChatChunk:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "choices": [],
+        }
+
+
 class ChatChoice:
     """`Choice` of a chat completion."""
 
@@ -168,26 +200,33 @@ class ChatChoice:
         self._legacy = legacy
         self._begun = False
         self._events: list[Event] = []
-        self._logprobs = EncodedLists()
-        self._prompt_logprobs = EncodedLists()
-        self._finish: str | None = None
+        self._logprobs = EncodedLists[replies.ChatLogprobs]()
+        self._prompt_logprobs = EncodedLists[replies.OfPrompt]()
+        self._finish: replies.FinishReason
 
     def add(self, arrived: Delta) -> None:
-        events, self._finish = self._reader.push(arrived)
+        events, finish = self._reader.push(arrived)
         self._events += events
+        if finish:
+            self._finish = finish
         self._logprobs.add(chat_logprobs(self._text, arrived.logprobs))
         if arrived.prompt_logprobs:
-            self._prompt_logprobs.add({"prompt_logprobs": prompt_logprobs(self._text, arrived.prompt_logprobs)})
+            self._prompt_logprobs.add(prompt_logprobs(self._text, arrived.prompt_logprobs))
 
-    def of_prompt(self) -> dict[str, Any]:
+    def of_prompt(self) -> replies.OfPrompt:
         """What the answer says of its prompt, beside the choices."""
         return self._prompt_logprobs.whole() or {}
 
-    def whole(self) -> dict[str, Any]:
-        message = {"refusal": None} | fold(self._events)
-        return self._choice("message", message, self._logprobs.whole(), self._finish)
+    def whole(self) -> replies.ChatChoice:
+        message = fold(self._events)
+        return {
+            "index": self._index,
+            "message": as_legacy(message) if self._legacy else message,
+            "logprobs": self._logprobs.whole(),
+            "finish_reason": self._reason(self._finish),
+        }
 
-    def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
+    def chunks(self, arrived: Delta) -> list[replies.ChunkChoice]:
         """The first has the role alone. Why the answer is over is told with the last of its text, if that came now:
         RAGFlow takes that text's language for the one to tell the reader in that the answer was cut."""
         events, finish = self._reader.push(arrived)
@@ -197,14 +236,27 @@ class ChatChoice:
             deltas = [{"content": ""}]
         if finish and (not deltas or "tool_calls" in deltas[-1]):
             deltas.append({})
-        chunks = [] if self._begun else [self._choice("delta", {"role": "assistant", "content": ""}, None, None)]
+        chunks = [] if self._begun else [self._chunk({"role": "assistant", "content": ""})]
         self._begun = True
         last = len(deltas) - 1
         for n, news in enumerate(deltas):
-            chunks.append(self._choice("delta", news, None if n else logprobs, finish if n == last else None))
+            chunks.append(self._chunk(news, None if n else logprobs, finish if n == last else None))
         return chunks
 
-    def _choice(self, kind: str, said: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
+    def _chunk(
+        self,
+        news: replies.Delta,
+        logprobs: replies.ChatLogprobs | None = None,
+        finish: replies.FinishReason | None = None,
+    ) -> replies.ChunkChoice:
         if self._legacy:
-            said, finish = as_legacy(said, finish)
-        return {"index": self._index, kind: said, "logprobs": logprobs, "finish_reason": finish}
+            news = as_legacy(news)
+        return {
+            "index": self._index,
+            "delta": news,
+            "logprobs": logprobs,
+            "finish_reason": finish and self._reason(finish),
+        }
+
+    def _reason(self, finish: replies.FinishReason) -> replies.FinishReason:
+        return "function_call" if self._legacy and finish == "tool_calls" else finish

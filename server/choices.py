@@ -2,102 +2,95 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
 
 import orjson
 
 from batching.stream import Stream
 from batching.types import Delta
-from server import sse
+from server import replies, sse
 from server.endpoint import Answer, Step
 from server.errors import ApiError
 from server.schema import Generation
 
+Whole = TypeVar("Whole", covariant=True)
+Chunk = TypeVar("Chunk")
 
-class Choice(Protocol):
+
+class Choice(Protocol[Whole, Chunk]):
     """One row's answer in an endpoint's own words."""
 
     def add(self, arrived: Delta) -> None:
         """Take in tokens of a collected answer."""
         ...
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Whole:
         """The choice of a collected answer, once all of its tokens were added."""
         ...
 
-    def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
+    def chunks(self, arrived: Delta) -> list[Chunk]:
         """What a stream says of these tokens, often once, sometimes not at all; the last has the finish reason."""
         ...
 
 
-class Envelope:
-    """The JSON around the choices of one answer: its id, creation time and model name.
+class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
+    """An answer in the name of `model`. Its id begins with `prefix`.
 
-    `kind` is "chat.completion" or "text_completion", and the id begins with `prefix`. What does not change from chunk
-    to chunk is encoded once.
+    What does not change from chunk to chunk is encoded once.
     """
 
-    def __init__(self, model: str, kind: str, prefix: str) -> None:
-        self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._kind = kind
-        self._chunk = kind + ".chunk" if kind == "chat.completion" else kind
-        self._chunk_start = b"data: " + self._json(self._chunk)[:-1] + b',"choices":['
-
-    def _json(self, kind: str, **fields: Any) -> bytes:
-        return orjson.dumps(self._head | {"object": kind} | fields)
-
-    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any], **others: Any) -> bytes:
-        return self._json(self._kind, choices=choices, usage=usage, **others)
-
-    def chunks(self, choices: Iterable[Mapping[str, Any]], usage: Mapping[str, Any] | None = None) -> bytes:
-        """An event for each of these parts of choices, with the counts so far if there are any."""
-        end = b"]}\n\n" if usage is None else b'],"usage":' + orjson.dumps(usage) + b"}\n\n"
-        return b"".join([self._chunk_start + orjson.dumps(choice) + end for choice in choices])
-
-    def counts(self, usage: Mapping[str, Any]) -> bytes:
-        """Counts in an event of their own, without a choice: clients add up those of events that have one."""
-        return sse.event(self._json(self._chunk, choices=[], usage=usage))
-
-
-class ChoicesAnswer(Answer):
-    """`others` are fields of a collected answer beside its choices."""
+    prefix: str
 
     def __init__(
-        self,
-        envelope: Envelope,
-        streams: Sequence[Stream],
-        choices: Sequence[Choice],
-        body: Generation,
-        others: Callable[[], Mapping[str, Any]] = dict,
+        self, model: str, streams: Sequence[Stream], choices: Sequence[Choice[Whole, Chunk]], body: Generation
     ) -> None:
         self.streams = streams
-        self._envelope = envelope
+        self._id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._model = model
         self._choices = choices
         self._usage = body.include_usage
         self._usage_always = body.continuous_usage
-        self._others = others
+        self._chunk_start = b"data: " + orjson.dumps(self.empty_chunk()).removesuffix(b"]}")
+
+    @abstractmethod
+    def completion(self, choices: list[Whole], usage: replies.Usage) -> replies.ChatCompletion | replies.TextCompletion:
+        """The collected answer."""
+
+    @abstractmethod
+    def empty_chunk(self) -> replies.ChatChunk | replies.TextChunk:
+        """An event without choices, which are its last field."""
 
     def add(self, row: int, arrived: Delta) -> None:
         self._choices[row].add(arrived)
 
     def whole(self) -> bytes:
-        choices = [choice.whole() for choice in self._choices]
-        return self._envelope.whole(choices, usage(self.streams), **self._others())
+        return orjson.dumps(self.completion([choice.whole() for choice in self._choices], usage(self.streams)))
 
     def frames(self, step: Step) -> bytes:
+        """With the counts so far if they were asked for."""
+        end = b"]}\n\n"
+        if self._usage_always:
+            end = b'],"usage":' + orjson.dumps(usage(self.streams)) + b"}\n\n"
         chunks = [chunk for row, arrived in step for chunk in self._choices[row].chunks(arrived)]
-        return self._envelope.chunks(chunks, usage(self.streams) if self._usage_always else None)
+        return b"".join([self._chunk_start + orjson.dumps(chunk) + end for chunk in chunks])
 
     def last(self) -> bytes:
-        return (self._envelope.counts(usage(self.streams)) if self._usage else b"") + sse.DONE
+        """Counts have an event of their own, without a choice: clients add up those of events that have one."""
+        if not self._usage:
+            return sse.DONE
+        counts = self.empty_chunk()
+        counts["usage"] = usage(self.streams)
+        return sse.event(orjson.dumps(counts)) + sse.DONE
 
     def failed(self, error: ApiError) -> bytes:
         """Without `[DONE]`: the answer is not whole."""
         return sse.event(error.body())
 
 
-def usage(streams: Sequence[Stream]) -> dict[str, Any]:
+def usage(streams: Sequence[Stream]) -> replies.Usage:
     """Token counts of an answer. Choices that continue the same prompt count it once, as OpenAI does.
 
     `cached_tokens`: how many of the prompts' tokens had been computed for other requests.

@@ -1,13 +1,13 @@
 """`POST /v1/completions`: prompts as they are, text or token ids, each with as many answers as asked for."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from batching.stream import Stream
 from batching.types import Delta
+from server import replies
 from server.answer import AnswerReader
 from server.caller import Caller
-from server.choices import ChoicesAnswer, Envelope
+from server.choices import ChoicesAnswer
 from server.echo import Echo, Echoed, starts_of
 from server.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.errors import bad_request
@@ -57,11 +57,34 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
         choices = [
             TextChoice(index, stream, model.text, body, encoded[index // count]) for index, stream in enumerate(streams)
         ]
-        return ChoicesAnswer(Envelope(name, "text_completion", "cmpl"), streams, choices, body)
+        return TextAnswer(name, streams, choices, body)
 
 
 def echoed(text: Text, told: str, tokens: tuple[int, ...], asked: CompletionRequest) -> Echoed:
     return Echoed(tokens, told, () if asked.logprobs is None else starts_of(text, tokens, told))
+
+
+class TextAnswer(ChoicesAnswer[replies.TextChoice, replies.TextChunkChoice]):
+    prefix = "cmpl"
+
+    def completion(self, choices: list[replies.TextChoice], usage: replies.Usage) -> replies.TextCompletion:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            "usage": usage,
+        }
+
+    def empty_chunk(self) -> replies.TextChunk:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [],
+        }
 
 
 class TextChoice:
@@ -76,11 +99,11 @@ class TextChoice:
         scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
         self._answer = AnswerReader(stream, text.detokenizer(), scanner)
         self._said: list[str] = []
-        self._encoded = EncodedLists()
-        self._prompt = EncodedLists()
-        self._finish: str | None = None
+        self._encoded = EncodedLists[replies.TextLogprobs]()
+        self._prompt = EncodedLists[replies.OfPrompt]()
+        self._finish: replies.Ending
 
-    def _read(self, arrived: Delta) -> Iterator[tuple[str, dict[str, Any] | None, str | None]]:
+    def _read(self, arrived: Delta) -> Iterator[tuple[str, replies.TextLogprobs | None, replies.Ending | None]]:
         """Text, its log probabilities and why the answer is over: of the prompt, and of what was generated."""
         if self._echo is not None:
             text, logprobs = self._echo.push(arrived.prompt_logprobs)
@@ -94,17 +117,22 @@ class TextChoice:
         for text, logprobs, finish in self._read(arrived):
             self._said.append(text)
             self._encoded.add(logprobs)
-            self._finish = finish
+            if finish:
+                self._finish = finish
         if self._prompt_top is not None and arrived.prompt_logprobs:
-            told = prompt_logprobs(self._text, arrived.prompt_logprobs, self._prompt_top)
-            self._prompt.add({"prompt_logprobs": told})
+            self._prompt.add(prompt_logprobs(self._text, arrived.prompt_logprobs, self._prompt_top))
 
-    def whole(self) -> dict[str, Any]:
-        choice = self._choice("".join(self._said), self._encoded.whole(), self._finish)
-        return choice | (self._prompt.whole() or {})
+    def whole(self) -> replies.TextChoice:
+        return {
+            "index": self._index,
+            "text": "".join(self._said),
+            "logprobs": self._encoded.whole(),
+            "finish_reason": self._finish,
+            **(self._prompt.whole() or {}),
+        }
 
-    def chunks(self, arrived: Delta) -> list[dict[str, Any]]:
-        return [self._choice(*part) for part in self._read(arrived)]
-
-    def _choice(self, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
-        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+    def chunks(self, arrived: Delta) -> list[replies.TextChunkChoice]:
+        return [
+            {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+            for text, logprobs, finish in self._read(arrived)
+        ]

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from batching.errors import ModelError
 from server.fields import Body, Integral, Number
+from server.replies import DefaultSampling
 
 FILE = "generation_config.json"
 
@@ -19,6 +20,15 @@ class Defaults(Body):
     top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31), Integral, AfterValidator(lambda k: max(k, 0))] = 0
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] = 1.0
+
+    def as_reply(self) -> DefaultSampling:
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
 
     def __str__(self) -> str:
         """Temperature and top_p, and whatever else has an effect."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from batching.types import PromptLogprob
 from server.logprobs import completion_logprobs
+from server.replies import TextLogprobs
 from server.text import Text
 
 
@@ -27,7 +27,7 @@ class Echo:
         self._top = top
         self._told = 0  # tokens
 
-    def push(self, entries: Sequence[PromptLogprob | None]) -> tuple[str, dict[str, Any] | None]:
+    def push(self, entries: Sequence[PromptLogprob | None]) -> tuple[str, TextLogprobs | None]:
         """What of the prompt can be told with these log probabilities of its next tokens, and its `logprobs`."""
         begin, self._told = self._told, self._told + len(entries)
         if self._top is None:

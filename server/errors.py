@@ -23,6 +23,7 @@ from batching.errors import (
     QueueFull,
     TooBusy,
 )
+from server.replies import Error, ErrorDetails
 
 RETRIED = re.compile(r"429|500|502|503|504|rate.?limit|server|time.?out|too many|retry|unavailable", re.IGNORECASE)
 
@@ -49,11 +50,13 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON body."""
-        details = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        message, param = self.message, self.param
         if self.status < 500 and self.status not in (408, 429):
             # Three characters: one alone would leave "rate…limit", which is such a word again.
-            details |= {key: RETRIED.sub("[…]", text) for key in ("message", "param") if (text := details[key])}
-        return orjson.dumps({"error": details})
+            message, param = RETRIED.sub("[…]", message), param and RETRIED.sub("[…]", param)
+        details: ErrorDetails = {"message": message, "type": self.type, "param": param, "code": self.code}
+        error: Error = {"error": details}
+        return orjson.dumps(error)
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, media_type="application/json")

@@ -5,7 +5,6 @@ tokens, never a prompt or an answer. Totals are everyone's, as on /metrics.
 """
 
 import time
-from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -35,7 +34,7 @@ async def state(request: Request) -> Response:
     return Response(orjson.dumps(describe(request.app.state.service)), media_type="application/json")
 
 
-def describe(service: Service) -> dict[str, Any]:
+def describe(service: Service) -> dict[str, object]:
     """What runs. `model` and `sampling` are None until the model is loaded, and `loading` from then on."""
     settings, served = service.settings, service.model
     info = served and served.info
@@ -46,7 +45,7 @@ def describe(service: Service) -> dict[str, Any]:
         "uptime": round(time.monotonic() - service.begun),
         "model": {name: getattr(info, name) for name in MODEL} if info else None,
         "loading": None if info else service.loading,
-        "sampling": served and served.defaults.model_dump(),
+        "sampling": served and served.defaults.as_reply(),
         "limits": {name: getattr(settings, name) for name in LIMITS}
         | ({"max_batch_size": settings.max_batch_size or info.max_rows} if info else {}),
     }

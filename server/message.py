@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
+from server import replies
 from server.reasoning import Part, ReasoningSplitter
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser
 from server.tool_names import ToolNames
@@ -17,6 +18,7 @@ class Reasoning:
 
 
 Event: TypeAlias = Reasoning | ToolEvent
+Said = TypeVar("Said", replies.ChatMessage, replies.Delta)
 
 
 class MessageReader:
@@ -56,7 +58,7 @@ class MessageReader:
         events = self._read([] if self._reasoning is None else self._reasoning.flush())
         return events if self._tools is None else events + self._noted(self._tools.flush())
 
-    def finish(self, reason: str | None) -> str | None:
+    def finish(self, reason: replies.Ending | None) -> replies.FinishReason | None:
         """The answer's `finish_reason`. A model that stopped after a complete call waits for its result."""
         return "tool_calls" if self._called and reason == "stop" else reason
 
@@ -81,7 +83,7 @@ class MessageReader:
         return replace(event, name=self._names.meant(event.name))
 
 
-def fold(events: Iterable[Event]) -> dict[str, Any]:
+def fold(events: Iterable[Event]) -> replies.ChatMessage:
     """The whole message. Its content is a string, and null only if there are calls and no content.
 
     RAGFlow fails on null without calls, and on calls without the `index` that OpenAI sends in streams only.
@@ -99,7 +101,8 @@ def fold(events: Iterable[Event]) -> dict[str, Any]:
                 calls.append((event, []))
             case CallArguments():
                 calls[event.index][1].append(event.text)
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(content) if content or not calls else None}
+    said = "".join(content) if content or not calls else None
+    message: replies.ChatMessage = {"role": "assistant", "content": said, "refusal": None}
     if reasoning:
         message["reasoning_content"] = "".join(reasoning)
     if calls:
@@ -107,7 +110,7 @@ def fold(events: Iterable[Event]) -> dict[str, Any]:
     return message
 
 
-def delta(event: Event) -> dict[str, Any] | None:
+def delta(event: Event) -> replies.Delta | None:
     """What a streamed chunk says of an event; None for one that is not shown."""
     match event:
         case Reasoning():
@@ -132,16 +135,13 @@ def end_of_first_call(events: Sequence[Event]) -> int | None:
     return None
 
 
-def as_legacy(said: dict[str, Any], finish: str | None) -> tuple[dict[str, Any], str | None]:
-    """A message or delta with one call at most, and its reason, as they were before there were `tools`."""
-    if finish == "tool_calls":
-        finish = "function_call"
-    if "tool_calls" not in said:
-        return said, finish
-    others = {key: value for key, value in said.items() if key != "tool_calls"}
-    return others | {"function_call": said["tool_calls"][0]["function"]}, finish
+def as_legacy(said: Said) -> Said:
+    """A message or delta with one call at most, changed to what it was before there were `tools`."""
+    if "tool_calls" in said:
+        said["function_call"] = said.pop("tool_calls")[0]["function"]
+    return said
 
 
-def _call(started: CallStarted, arguments: str) -> dict[str, Any]:
-    function = {"name": started.name, "arguments": arguments}
+def _call(started: CallStarted, arguments: str) -> replies.MadeCall:
+    function: replies.MadeFunction = {"name": started.name, "arguments": arguments}
     return {"index": started.index, "id": started.id, "type": "function", "function": function}

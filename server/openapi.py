@@ -1,15 +1,16 @@
-"""The document of /openapi.json, from the types that check requests. Made on a helper thread when first asked for.
+"""The document of /openapi.json, from the types that check requests and those of what is answered. Made on a helper
+thread when first asked for.
 
 A new endpoint is one entry in `OPERATIONS`. The paths without /v1 are left out: they are the same handlers again.
 """
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import orjson
-from pydantic import BaseModel
-from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
 
 from server import replies
 from server.metrics import CONTENT_TYPE
@@ -18,7 +19,7 @@ from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, Tok
 from server.sse import MEDIA_TYPE
 from server.version import VERSION
 
-Json: TypeAlias = dict[str, Any]
+JsonObject: TypeAlias = dict[str, object]
 
 ABOUT = """An OpenAI-compatible server of one model that answers several requests in one batch.
 
@@ -53,8 +54,9 @@ STATUSES = {
 RETRIED_AFTER = (429, 503)
 READING = (400, 404, 408, 413, 415, 500, 503)
 """What can go wrong with any request that has a body."""
+GENERATING = (*READING, 429, 504)
 
-HEADERS: Json = {
+HEADERS = {
     "RequestId": {"description": "The request's id, as in the log.", "schema": {"type": "string"}},
     "RetryAfter": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 0}},
     "Authenticate": {"description": "The scheme of keys.", "schema": {"const": "Bearer"}},
@@ -63,22 +65,22 @@ HEADERS: Json = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path. `examples` are bodies without their model."""
+    """One method of one path, by the types of what it takes and gives. `examples` are bodies without their model."""
 
     path: str
     summary: str
-    gives: type[BaseModel] | str
-    """The answer's type, or the media type of a text."""
-    takes: type[BaseModel] | None = None
-    event: type[BaseModel] | None = None
+    gives: object
+    takes: object = None
+    event: object = None
     """What a stream is made of."""
     about: str = ""
     errors: tuple[int, ...] = ()
-    unwell: type[BaseModel] = replies.Error
+    unwell: object = replies.Error
     """What a 503 holds."""
+    media: str = "application/json"
     open: bool = False
     """Whether no API key is asked for."""
-    examples: Json = field(default_factory=dict)
+    examples: dict[str, JsonObject] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -95,7 +97,7 @@ OPERATIONS = (
         ChatRequest,
         replies.ChatChunk,
         CHUNKS,
-        errors=(*READING, 429, 504),
+        GENERATING,
         examples={
             "Plain": {"messages": HI, "max_tokens": 64},
             "Streamed": {"messages": HI, "stream": True, "stream_options": {"include_usage": True}},
@@ -108,7 +110,7 @@ OPERATIONS = (
         CompletionRequest,
         replies.TextChunk,
         CHUNKS,
-        errors=(*READING, 429, 504),
+        GENERATING,
         examples={
             "Plain": {"prompt": "Once upon a time", "max_tokens": 64},
             "Streamed": {"prompt": "Once upon a time", "stream": True},
@@ -117,11 +119,11 @@ OPERATIONS = (
     Operation(
         "/v1/responses",
         "Continue a conversation, in OpenAI's newer form",
-        replies.Answered,
+        replies.Response,
         ResponseRequest,
-        replies.AnswerEvent,
+        replies.ResponseEvent,
         EVENTS,
-        errors=(*READING, 429, 504),
+        GENERATING,
         examples={
             "Plain": {"input": "Say hello.", "max_output_tokens": 64},
             "Streamed": {"input": "Say hello.", "stream": True},
@@ -155,7 +157,7 @@ OPERATIONS = (
         unwell=replies.Health,
         open=True,
     ),
-    Operation("/metrics", "Metrics for Prometheus", CONTENT_TYPE, open=True),
+    Operation("/metrics", "Metrics for Prometheus", str, media=CONTENT_TYPE, open=True),
     Operation("/version", "What runs", replies.Version),
 )
 
@@ -163,8 +165,23 @@ OPERATIONS = (
 class Untitled(GenerateJsonSchema):
     """A field's title would be its name again."""
 
-    def field_title_should_be_set(self, schema: Any) -> bool:
+    def field_title_should_be_set(self, schema: object) -> bool:
         return False
+
+
+@cache
+def schemas() -> tuple[dict[object, JsonObject], JsonObject]:
+    """The schema of each type that an operation names, most a reference, and the components that these refer to."""
+    named = [kind for each in OPERATIONS for kind in (each.takes, each.gives, each.event, each.unwell) if kind]
+    kinds = tuple(dict.fromkeys(named))
+    config = ConfigDict(use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    together = TypeAdapter(tuple[kinds], config=config)  # type: ignore[valid-type]
+    found = together.json_schema(ref_template="#/components/schemas/{model}", schema_generator=Untitled)
+    return dict(zip(kinds, found["prefixItems"], strict=True)), found["$defs"]
+
+
+def schema_of(kind: object) -> JsonObject:
+    return {"schema": schemas()[0][kind]}
 
 
 @cache
@@ -172,84 +189,57 @@ def encoded(model: str, keyed: bool) -> bytes:
     return orjson.dumps(document(model, keyed))
 
 
-def document(model: str, keyed: bool) -> Json:
+def document(model: str, keyed: bool) -> JsonObject:
     """The OpenAPI 3.1 document. `model` is the name in its examples; `keyed`, whether API keys are asked for."""
-    paths = {each.path: {each.method: describe(each, model, keyed)} for each in OPERATIONS}
     security = {"securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}}} if keyed else {}
     return {
         "openapi": "3.1.0",
         "info": {"title": "microbatch", "version": VERSION, "description": ABOUT},
-        "paths": paths,
-        "components": {"schemas": schemas(), "headers": HEADERS} | security,
+        "paths": {each.path: {each.method: describe(each, model, keyed)} for each in OPERATIONS},
+        "components": {"schemas": schemas()[1], "headers": HEADERS} | security,
     }
 
 
-def schemas() -> Json:
-    """Every type that an operation names, and those that they name in turn."""
-    named = [kind for each in OPERATIONS for kind in (each.takes, each.gives, each.event, each.unwell)]
-    kinds = dict.fromkeys(kind for kind in named if isinstance(kind, type))
-    _, found = models_json_schema(
-        [(kind, "validation") for kind in kinds],
-        ref_template="#/components/schemas/{model}",
-        schema_generator=Untitled,
-    )
-    definitions: Json = found["$defs"]
-    return definitions
-
-
-def describe(operation: Operation, model: str, keyed: bool) -> Json:
+def describe(operation: Operation, model: str, keyed: bool) -> JsonObject:
     """The document's Operation Object."""
     asks_key = keyed and not operation.open
-    errors = (401, *operation.errors) if asks_key else operation.errors
-    responses = {str(status): failure(operation, status) for status in sorted(errors)}
-    found: Json = {
+    errors = (*operation.errors, 401) if asks_key else operation.errors
+    found: JsonObject = {
         "summary": operation.summary,
+        "description": operation.about,
         "operationId": operation.path.removeprefix("/v1").strip("/").replace("/", "_").replace("{name}", "one"),
-        "responses": {"200": success(operation)} | responses,
+        "parameters": [parameter(model)] if "{name}" in operation.path else None,
+        "requestBody": request_body(operation, model) if operation.takes else None,
+        "responses": {str(status): response(operation, status) for status in (200, *sorted(errors))},
+        "security": [{"apiKey": []}] if asks_key else None,
     }
-    if operation.about:
-        found["description"] = operation.about
-    if operation.takes:
-        found["requestBody"] = request_body(operation, model)
-    if "{name}" in operation.path:
-        found["parameters"] = [name_of(model)]
-    return found | ({"security": [{"apiKey": []}]} if asks_key else {})
+    return {key: value for key, value in found.items() if value}
 
 
-def name_of(model: str) -> Json:
+def parameter(model: str) -> JsonObject:
     return {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": model}
 
 
-def request_body(operation: Operation, model: str) -> Json:
+def request_body(operation: Operation, model: str) -> JsonObject:
     examples = {name: {"value": {"model": model} | body} for name, body in operation.examples.items()}
-    content = {"application/json": {"schema": reference(operation.takes), "examples": examples}}
-    return {"required": True, "content": content}
+    return {"required": True, "content": {"application/json": schema_of(operation.takes) | {"examples": examples}}}
 
 
-def success(operation: Operation) -> Json:
-    if isinstance(operation.gives, str):
-        return response(200, {operation.gives: {"schema": {"type": "string"}}})
-    content: Json = {"application/json": {"schema": reference(operation.gives)}}
-    if operation.event:
-        # What an event's data holds has a place in the standard, itemSchema, only from OpenAPI 3.2 on.
-        content[MEDIA_TYPE] = {"x-event-schema": reference(operation.event)}
-    return response(200, content)
-
-
-def failure(operation: Operation, status: int) -> Json:
-    kind = operation.unwell if status == 503 else replies.Error
-    return response(status, {"application/json": {"schema": reference(kind)}})
-
-
-def response(status: int, content: Json) -> Json:
+def response(operation: Operation, status: int) -> JsonObject:
     headers = {"X-Request-Id": "RequestId"}
     if status in RETRIED_AFTER:
         headers["Retry-After"] = "RetryAfter"
     if status == 401:
         headers["WWW-Authenticate"] = "Authenticate"
     named = {name: {"$ref": f"#/components/headers/{header}"} for name, header in headers.items()}
-    return {"description": STATUSES[status], "headers": named, "content": content}
+    return {"description": STATUSES[status], "headers": named, "content": content(operation, status)}
 
 
-def reference(kind: type[BaseModel] | None) -> Json:
-    return {"$ref": f"#/components/schemas/{kind.__name__}"} if kind else {}
+def content(operation: Operation, status: int) -> JsonObject:
+    if status != 200:
+        return {"application/json": schema_of(operation.unwell if status == 503 else replies.Error)}
+    found: JsonObject = {operation.media: schema_of(operation.gives)}
+    if operation.event:
+        # What an event's data holds has a place in the standard, itemSchema, only from OpenAPI 3.2 on.
+        found[MEDIA_TYPE] = {"x-event-schema": schemas()[0][operation.event]}
+    return found

@@ -1,19 +1,24 @@
-"""The shapes of what is answered, for /openapi.json. Handlers write plain dicts; a test holds them to these types."""
+"""What is answered, as the types of the very dicts that are sent. /openapi.json is made from them.
 
-from typing import Any, Literal
+The strings below fields are their descriptions there. A field that is `NotRequired` is left out where it has nothing
+to say.
+"""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Literal, NotRequired, TypeAlias
+
+import orjson
+from pydantic import WithJsonSchema
+from typing_extensions import TypedDict  # pydantic takes that of `typing` only from Python 3.12 on
 
 from batching.events import State
 
-FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
+Ending: TypeAlias = Literal["stop", "length"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "function_call"]
+Sent: TypeAlias = Annotated[orjson.Fragment, WithJsonSchema({})]
+"""A value that is JSON already: of any type, as the client sent it or as a setting of its own would be written."""
 
 
-class Reply(BaseModel):
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-
-class ErrorDetails(Reply):
+class ErrorDetails(TypedDict):
     message: str
     """One sentence for people."""
     type: str
@@ -24,16 +29,19 @@ class ErrorDetails(Reply):
     """What exactly went wrong, for programs."""
 
 
-class Error(Reply):
+class Error(TypedDict):
     error: ErrorDetails
 
 
-class PromptTokens(Reply):
+# Tokens
+
+
+class PromptTokens(TypedDict):
     cached_tokens: int
     """Tokens whose keys and values had been computed for an earlier request."""
 
 
-class Usage(Reply):
+class Usage(TypedDict):
     """Tokens. Choices that continue the same prompt count it once."""
 
     prompt_tokens: int
@@ -42,7 +50,7 @@ class Usage(Reply):
     prompt_tokens_details: PromptTokens
 
 
-class LikelyToken(Reply):
+class LikelyToken(TypedDict):
     token: str
     logprob: float
     """Natural logarithm; -9999 stands for a probability of zero."""
@@ -53,111 +61,12 @@ class ChosenToken(LikelyToken):
     top_logprobs: list[LikelyToken]
 
 
-class ChatLogprobs(Reply):
+class ChatLogprobs(TypedDict):
     content: list[ChosenToken]
     refusal: None
 
 
-class MadeFunction(Reply):
-    name: str
-    arguments: str
-    """JSON text, as the model wrote it: an answer cut off may have part of it only."""
-
-
-class MadeCall(Reply):
-    index: int
-    id: str
-    type: Literal["function"]
-    function: MadeFunction
-
-
-class ChatMessage(Reply):
-    role: Literal["assistant"]
-    content: str | None
-    """Null only beside calls."""
-    refusal: None
-    reasoning_content: str | None = None
-    """The model's thinking; left out if there was none."""
-    tool_calls: list[MadeCall] | None = None
-    """Left out if there are none."""
-    function_call: MadeFunction | None = None
-    """The call of an answer to a request with `functions`, in place of `tool_calls`."""
-
-
-class ChatChoice(Reply):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class RankedToken(Reply):
-    logprob: float
-    rank: int
-    """1 for the likeliest."""
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[str, RankedToken] | None]
-
-
-class ChatCompletion(Reply):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    """Seconds since 1970."""
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    prompt_logprobs: PromptLogprobs | None = None
-    """By token id, each token of the prompt and the likeliest in its place; null for the first token. Left out if not
-    asked for."""
-
-
-class FunctionDelta(Reply):
-    name: str | None = None
-    arguments: str
-
-
-class CallDelta(Reply):
-    """The first delta of a call has its id, type and name; all of them add to its arguments."""
-
-    index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionDelta
-
-
-class Delta(Reply):
-    """What is new in a message. Each field is left out where nothing is."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[CallDelta] | None = None
-    function_call: FunctionDelta | None = None
-
-
-class ChunkChoice(Reply):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class ChatChunk(Reply):
-    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last; with
-    `continuous_usage_stats`, all have it."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class TextLogprobs(Reply):
+class TextLogprobs(TypedDict):
     tokens: list[str]
     token_logprobs: list[float | None]
     """Null for the first token of an echoed prompt."""
@@ -166,78 +75,196 @@ class TextLogprobs(Reply):
     """Where each token starts in the text, in characters."""
 
 
-class TextChoice(Reply):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
-    prompt_logprobs: PromptLogprobs | None = None
+class RankedToken(TypedDict):
+    logprob: float
+    rank: int
+    """1 for the likeliest."""
+    decoded_token: str
+
+
+class OfPrompt(TypedDict, total=False):
+    prompt_logprobs: list[dict[str, RankedToken] | None]
     """By token id, each token of the prompt and the likeliest in its place; null for the first token. Left out if not
     asked for."""
 
 
-class TextCompletion(Reply):
-    """`choices` has all answers to the first prompt first."""
+# Chat completions
 
+
+class MadeFunction(TypedDict):
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it: an answer cut off may have part of it only."""
+
+
+class MadeCall(TypedDict):
+    index: int
     id: str
-    object: Literal["text_completion"]
+    type: Literal["function"]
+    function: MadeFunction
+
+
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    """Null only beside calls."""
+    refusal: None
+    reasoning_content: NotRequired[str]
+    """The model's thinking; left out if there was none."""
+    tool_calls: NotRequired[list[MadeCall]]
+    """Left out if there are none."""
+    function_call: NotRequired[MadeFunction]
+    """The call of an answer to a request with `functions`, in place of `tool_calls`."""
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class Head(TypedDict):
+    id: str
     created: int
     """Seconds since 1970."""
     model: str
+
+
+class ChatCompletion(Head, OfPrompt):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class MoreArguments(TypedDict):
+    arguments: str
+
+
+class MoreOfCall(TypedDict):
+    """What is added to the arguments of a call that an earlier delta began."""
+
+    index: int
+    function: MoreArguments
+
+
+class Delta(TypedDict, total=False):
+    """What is new in a message. Each field is left out where nothing is."""
+
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str
+    tool_calls: list[MadeCall | MoreOfCall]
+    """A call begins with its id and its name, without arguments yet."""
+    function_call: MadeFunction | MoreArguments
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(Head):
+    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last; with
+    `continuous_usage_stats`, all have it."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage]
+
+
+# Completions
+
+
+class TextChoice(OfPrompt):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Ending
+
+
+class TextCompletion(Head):
+    """`choices` has all answers to the first prompt first."""
+
+    object: Literal["text_completion"]
     choices: list[TextChoice]
     usage: Usage
 
 
-class TextChunkChoice(Reply):
+class TextChunkChoice(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Ending | None
 
 
-class TextChunk(Reply):
+class TextChunk(Head):
     """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last; with
     `continuous_usage_stats`, all have it."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[TextChunkChoice]
-    usage: Usage | None = None
+    usage: NotRequired[Usage]
 
 
-class OutputText(Reply):
-    type: Literal["output_text", "reasoning_text"]
+# Responses
+
+
+class OutputText(TypedDict):
+    type: Literal["output_text"]
     text: str
-    annotations: list[Any] = []
-    logprobs: list[Any] = []
+    annotations: list[None]
+    """Always empty, as `logprobs`."""
+    logprobs: list[None]
 
 
-class OutputItem(Reply):
-    """A message and thinking have `content`, a call has `call_id`, `name` and `arguments`."""
+class ReasoningText(TypedDict):
+    type: Literal["reasoning_text"]
+    text: str
 
+
+class Item(TypedDict):
     id: str
-    type: Literal["message", "reasoning", "function_call"]
     status: Literal["in_progress", "completed", "incomplete"]
-    role: Literal["assistant"] | None = None
-    content: list[OutputText] | None = None
-    summary: list[Any] | None = None
-    call_id: str | None = None
-    name: str | None = None
-    arguments: str | None = None
 
 
-class InputDetails(Reply):
-    cached_tokens: int
+class OutputMessage(Item):
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class OutputReasoning(Item):
+    """The model's thinking."""
+
+    type: Literal["reasoning"]
+    summary: list[None]
+    """Always empty."""
+    content: list[ReasoningText]
+
+
+class OutputCall(Item):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+
+
+OutputItem: TypeAlias = OutputMessage | OutputReasoning | OutputCall
+
+
+class InputDetails(PromptTokens):
     cache_write_tokens: int
 
 
-class OutputDetails(Reply):
+class OutputDetails(TypedDict):
     reasoning_tokens: int
 
 
-class AnswerUsage(Reply):
+class ResponseUsage(TypedDict):
     """Tokens."""
 
     input_tokens: int
@@ -247,19 +274,36 @@ class AnswerUsage(Reply):
     total_tokens: int
 
 
-class CutOff(Reply):
-    reason: str
+class CutOff(TypedDict):
+    reason: Literal["max_output_tokens"]
 
 
-class AnswerError(Reply):
+class ResponseError(TypedDict):
     code: str
     message: str
 
 
-class Answered(Reply):
-    """Besides these fields an answer has those of its request, with what leaving them out meant."""
+class Effort(TypedDict):
+    effort: str | None
+    summary: None
 
-    model_config = ConfigDict(extra="allow")
+
+class FunctionName(TypedDict):
+    type: Literal["function"]
+    name: str
+
+
+class AllowedFunctions(TypedDict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionName]
+
+
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | FunctionName | AllowedFunctions
+
+
+class Response(TypedDict):
+    """From `instructions` on, the fields of its request, with what leaving them out meant."""
 
     id: str
     object: Literal["response"]
@@ -269,57 +313,151 @@ class Answered(Reply):
     status: Literal["in_progress", "completed", "incomplete", "failed"]
     model: str
     output: list[OutputItem]
-    usage: AnswerUsage | None
+    usage: ResponseUsage | None
     incomplete_details: CutOff | None
-    error: AnswerError | None
+    error: ResponseError | None
+    instructions: str | None
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    tools: list[Sent]
+    """The functions among them."""
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
+    text: Sent
+    reasoning: Effort
+    metadata: Sent
+    user: Sent
+    safety_identifier: Sent
+    prompt_cache_key: Sent
+    max_tool_calls: Sent
+    previous_response_id: None
+    top_logprobs: Literal[0]
+    truncation: Literal["disabled"]
+    background: Literal[False]
+    store: Literal[False]
+    service_tier: Literal["default"]
 
 
-class AnswerEvent(Reply):
-    """One event. The last one's `response` is what a plain answer would be."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str
+class Event(TypedDict):
     sequence_number: int
-    response: Answered | None = None
-    item: OutputItem | None = None
-    delta: str | None = None
 
 
-class Tokenized(Reply):
+class ResponseChanged(Event):
+    """A stream begins with two of these. The last event is one, and its `response` is what a plain answer would be."""
+
+    type: Literal[
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    ]
+    response: Response
+
+
+class ItemChanged(Event):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    output_index: int
+    item: OutputItem
+
+
+class OfItem(Event):
+    item_id: str
+    output_index: int
+
+
+class ArgumentsDelta(OfItem):
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+class ArgumentsDone(OfItem):
+    type: Literal["response.function_call_arguments.done"]
+    arguments: str
+
+
+class OfPart(OfItem):
+    content_index: int
+
+
+class PartChanged(OfPart):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    part: OutputText | ReasoningText
+
+
+class TextDelta(OfPart):
+    type: Literal["response.output_text.delta"]
+    delta: str
+    logprobs: list[None]
+    """Always empty."""
+
+
+class TextDone(OfPart):
+    type: Literal["response.output_text.done"]
+    text: str
+    logprobs: list[None]
+    """Always empty."""
+
+
+class ReasoningDelta(OfPart):
+    type: Literal["response.reasoning_text.delta"]
+    delta: str
+
+
+class ReasoningDone(OfPart):
+    type: Literal["response.reasoning_text.done"]
+    text: str
+
+
+ResponseEvent: TypeAlias = (
+    ResponseChanged
+    | ItemChanged
+    | PartChanged
+    | TextDelta
+    | TextDone
+    | ReasoningDelta
+    | ReasoningDone
+    | ArgumentsDelta
+    | ArgumentsDone
+)
+
+
+# The rest
+
+
+class Tokenized(TypedDict):
     tokens: list[int]
     count: int
     max_model_len: int
     """Most tokens of prompt and answer together."""
-    token_strs: list[str] | None = None
+    token_strs: NotRequired[list[str]]
     """The text of each token, if it was asked for."""
 
 
-class Detokenized(Reply):
+class Detokenized(TypedDict):
     prompt: str
 
 
-class Model(Reply):
+class Model(TypedDict):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int | None = None
+    max_model_len: NotRequired[int]
     """Most tokens of prompt and answer together; left out while the model loads."""
-    context_length: int | None = None
+    context_length: NotRequired[int]
     """The prompt length to trim to, in tokens: below the window by what the answer and a margin need."""
 
 
-class ModelList(Reply):
+class ModelList(TypedDict):
     object: Literal["list"]
     data: list[Model]
 
 
-class Health(Reply):
+class Health(TypedDict):
     state: State
 
 
-class DefaultSampling(Reply):
+class DefaultSampling(TypedDict):
     temperature: float
     top_p: float
     top_k: int
@@ -328,7 +466,7 @@ class DefaultSampling(Reply):
     repetition_penalty: float
 
 
-class Version(Reply):
+class Version(TypedDict):
     version: str
     sampling: DefaultSampling | None
     """What a request gets that leaves its sampling open; null while the model loads."""

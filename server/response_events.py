@@ -2,16 +2,17 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, count
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import orjson
 
 from batching.stream import Stream
-from batching.types import Delta, Finish
-from server import sse
+from batching.types import Delta
+from server import replies, sse
 from server.chat import EventReader
 from server.choices import usage
 from server.endpoint import Answer, Step
@@ -19,25 +20,25 @@ from server.errors import ApiError
 from server.message import Event, Reasoning
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content
 
-Json: TypeAlias = dict[str, Any]
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+Kind: TypeAlias = Literal[
+    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+]
 
-CUT = {"reason": "max_output_tokens"}
-"""`incomplete_details` of an answer that its length has ended."""
 
-
-class Item:
+class Item(ABC):
     """One output item. It is opened, grows by pieces of text, and is closed once.
 
-    `opened`, `grown` and `closed` are the events that tell of that, made from the item as it is then.
+    `opened`, `grown` and `closed` are the events that tell of that, made from the item as it is then, with the next of
+    `numbers`.
     """
 
-    kind: ClassVar[str]
     prefix: ClassVar[str]
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, place: int, numbers: Iterator[int]) -> None:
         self.status: Status = "in_progress"
         self._place = place
+        self._numbers = numbers
         self._id = f"{self.prefix}_{secrets.token_hex(12)}"
         self._texts: list[str] = []
 
@@ -45,96 +46,117 @@ class Item:
     def text(self) -> str:
         return "".join(self._texts)
 
-    def json(self) -> Json:
-        return {"id": self._id, "type": self.kind, "status": self.status}
-
-    def opened(self) -> list[Json]:
-        return [self._whole("added")]
-
     def add(self, text: str) -> None:
         self._texts.append(text)
 
-    def grown(self, text: str) -> list[Json]:
-        raise NotImplementedError
+    @abstractmethod
+    def json(self) -> replies.OutputItem: ...
 
-    def closed(self) -> list[Json]:
-        return [self._whole("done")]
+    @abstractmethod
+    def grown(self, text: str) -> list[replies.ResponseEvent]: ...
 
-    def _whole(self, when: str) -> Json:
-        return {"type": f"response.output_item.{when}", "output_index": self._place, "item": self.json()}
+    def opened(self) -> list[replies.ResponseEvent]:
+        return [self._whole("response.output_item.added")]
 
-    def _event(self, kind: str, **fields: Any) -> Json:
-        return {"type": f"response.{kind}", "item_id": self._id, "output_index": self._place} | fields
+    def closed(self) -> list[replies.ResponseEvent]:
+        return [self._whole("response.output_item.done")]
+
+    def _whole(self, kind: Literal["response.output_item.added", "response.output_item.done"]) -> replies.ResponseEvent:
+        return {
+            "type": kind,
+            "sequence_number": next(self._numbers),
+            "output_index": self._place,
+            "item": self.json(),
+        }
+
+    def _of_item(self) -> replies.OfItem:
+        return {"sequence_number": next(self._numbers), "item_id": self._id, "output_index": self._place}
 
 
 class TextItem(Item):
     """An item with one part, which is text."""
 
-    part: ClassVar[str]
-    of_item: ClassVar[Json]
-    of_part: ClassVar[Json]
-    of_event: ClassVar[Json]
+    @abstractmethod
+    def part(self) -> replies.OutputText | replies.ReasoningText: ...
 
-    def json(self) -> Json:
-        content = [] if self.status == "in_progress" else [self._part()]
-        return super().json() | self.of_item | {"content": content}
+    @abstractmethod
+    def done(self) -> replies.TextDone | replies.ReasoningDone: ...
 
-    def opened(self) -> list[Json]:
-        return [*super().opened(), self._within("content_part.added", part=self._part())]
+    def opened(self) -> list[replies.ResponseEvent]:
+        return [*super().opened(), self._part("response.content_part.added")]
 
-    def grown(self, text: str) -> list[Json]:
-        return [self._within(f"{self.part}.delta", delta=text, **self.of_event)]
+    def closed(self) -> list[replies.ResponseEvent]:
+        return [self.done(), self._part("response.content_part.done"), *super().closed()]
 
-    def closed(self) -> list[Json]:
-        done = self._within(f"{self.part}.done", text=self.text, **self.of_event)
-        return [done, self._within("content_part.done", part=self._part()), *super().closed()]
+    def _part(self, kind: Literal["response.content_part.added", "response.content_part.done"]) -> replies.PartChanged:
+        return {"type": kind, **self._of_part(), "part": self.part()}
 
-    def _part(self) -> Json:
-        return {"type": self.part, "text": self.text} | self.of_part
-
-    def _within(self, kind: str, **fields: Any) -> Json:
-        return self._event(kind, content_index=0, **fields)
+    def _of_part(self) -> replies.OfPart:
+        return {**self._of_item(), "content_index": 0}
 
 
 class Thought(TextItem):
-    kind = "reasoning"
     prefix = "rs"
-    part = "reasoning_text"
-    of_item: ClassVar[Json] = {"summary": []}
-    of_part: ClassVar[Json] = {}
-    of_event: ClassVar[Json] = {}
+
+    def json(self) -> replies.OutputReasoning:
+        content = [] if self.status == "in_progress" else [self.part()]
+        return {"id": self._id, "type": "reasoning", "status": self.status, "summary": [], "content": content}
+
+    def part(self) -> replies.ReasoningText:
+        return {"type": "reasoning_text", "text": self.text}
+
+    def grown(self, text: str) -> list[replies.ResponseEvent]:
+        return [{"type": "response.reasoning_text.delta", **self._of_part(), "delta": text}]
+
+    def done(self) -> replies.ReasoningDone:
+        return {"type": "response.reasoning_text.done", **self._of_part(), "text": self.text}
 
 
 class Said(TextItem):
-    kind = "message"
     prefix = "msg"
-    part = "output_text"
-    of_item: ClassVar[Json] = {"role": "assistant"}
-    of_part: ClassVar[Json] = {"annotations": [], "logprobs": []}
-    of_event: ClassVar[Json] = {"logprobs": []}
+
+    def json(self) -> replies.OutputMessage:
+        content = [] if self.status == "in_progress" else [self.part()]
+        return {"id": self._id, "type": "message", "status": self.status, "role": "assistant", "content": content}
+
+    def part(self) -> replies.OutputText:
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+
+    def grown(self, text: str) -> list[replies.ResponseEvent]:
+        return [{"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": []}]
+
+    def done(self) -> replies.TextDone:
+        return {"type": "response.output_text.done", **self._of_part(), "text": self.text, "logprobs": []}
 
 
 class Call(Item):
     """A function call; its text is that of its arguments."""
 
-    kind = "function_call"
     prefix = "fc"
 
-    def __init__(self, place: int, started: CallStarted) -> None:
-        super().__init__(place)
+    def __init__(self, place: int, numbers: Iterator[int], started: CallStarted) -> None:
+        super().__init__(place, numbers)
         self._started = started
 
-    def json(self) -> Json:
-        return super().json() | {"call_id": self._started.id, "name": self._started.name, "arguments": self.text}
+    def json(self) -> replies.OutputCall:
+        return {
+            "id": self._id,
+            "type": "function_call",
+            "status": self.status,
+            "call_id": self._started.id,
+            "name": self._started.name,
+            "arguments": self.text,
+        }
 
-    def grown(self, text: str) -> list[Json]:
-        return [self._event("function_call_arguments.delta", delta=text)]
+    def grown(self, text: str) -> list[replies.ResponseEvent]:
+        return [{"type": "response.function_call_arguments.delta", **self._of_item(), "delta": text}]
 
-    def closed(self) -> list[Json]:
-        return [self._event("function_call_arguments.done", arguments=self.text), *super().closed()]
+    def closed(self) -> list[replies.ResponseEvent]:
+        kind: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
+        return [{"type": kind, **self._of_item(), "arguments": self.text}, *super().closed()]
 
 
-Change: TypeAlias = Callable[[], list[Json]]
+Change: TypeAlias = Callable[[], list[replies.ResponseEvent]]
 """Something that happened to an output: what a stream says of it, made only if there is a stream."""
 
 
@@ -145,9 +167,10 @@ class Output:
     """
 
     def __init__(self) -> None:
+        self.numbers = count()  # of a stream's events
         self._items: list[Item] = []
 
-    def json(self) -> list[Json]:
+    def json(self) -> list[replies.OutputItem]:
         return [item.json() for item in self._items]
 
     def push(self, event: Event) -> Iterator[Change]:
@@ -157,7 +180,7 @@ class Output:
             case Content():
                 yield from self._write(Said, event.text)
             case CallStarted():
-                yield from self._open(Call(len(self._items), event))
+                yield from self._open(Call(len(self._items), self.numbers, event))
             case CallArguments():
                 yield self._grow(event.text)
             case CallEnded():
@@ -166,12 +189,12 @@ class Output:
     def end(self, *, cut: bool) -> Iterator[Change]:
         """The answer is over; `cut` is whether its length was what ended it. One without any item is an empty text."""
         if not self._items:
-            yield from self._open(Said(0))
+            yield from self._open(Said(0, self.numbers))
         yield from self._settle(cut)
 
-    def _write(self, kind: type[TextItem], text: str) -> Iterator[Change]:
+    def _write(self, kind: type[Thought] | type[Said], text: str) -> Iterator[Change]:
         if not isinstance(self._growing, kind):
-            yield from self._open(kind(len(self._items)))
+            yield from self._open(kind(len(self._items), self.numbers))
         yield self._grow(text)
 
     def _open(self, item: Item) -> Iterator[Change]:
@@ -201,21 +224,20 @@ class Output:
 class ResponseAnswer(Answer):
     """A response, which one row writes. `head` is all of it that is known from the start."""
 
-    def __init__(self, stream: Stream, reader: EventReader, head: Json) -> None:
+    def __init__(self, stream: Stream, reader: EventReader, head: replies.Response) -> None:
         self.streams = [stream]
         self._reader = reader
         self._head = head
         self._output = Output()
-        self._finish: str | None = None
+        self._finish: replies.FinishReason | None = None
         self._begun = False
-        self._numbers = count()
 
     def _changes(self, arrived: Delta) -> Iterator[Change]:
         events, self._finish = self._reader.push(arrived)
         return chain.from_iterable(map(self._output.push, events))
 
     def _end(self) -> Iterator[Change]:
-        return self._output.end(cut=self._finish == Finish.LENGTH)
+        return self._output.end(cut=self._finish == "length")
 
     def add(self, row: int, arrived: Delta) -> None:
         for _ in self._changes(arrived):
@@ -228,55 +250,63 @@ class ResponseAnswer(Answer):
 
     def frames(self, step: Step) -> bytes:
         [(_, arrived)] = step
-        return self._frames([*self._opening(), *told(self._changes(arrived))])
+        return framed([*self._opening(), *told(self._changes(arrived))])
 
     def last(self) -> bytes:
         events = [*self._opening(), *told(self._end())]
         response = self._ended()
-        return self._frames([*events, {"type": f"response.{response['status']}", "response": response}])
+        kind: Kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
+        return framed([*events, self._changed(kind, response)])
 
     def failed(self, error: ApiError) -> bytes:
         for _ in self._output.end(cut=True):
             pass
-        details = {"code": error.type, "message": error.message}
-        return self._frames([*self._opening(), self._as_event("failed", "failed", error=details)])
+        events = self._opening()
+        response = self._response("failed")
+        response["error"] = {"code": error.type, "message": error.message}
+        return framed([*events, self._changed("response.failed", response)])
 
-    def _opening(self) -> list[Json]:
+    def _opening(self) -> list[replies.ResponseEvent]:
         """The first events of a stream, once."""
-        kinds = [] if self._begun else ["created", "in_progress"]
+        kinds: list[Kind] = [] if self._begun else ["response.created", "response.in_progress"]
         self._begun = True
-        return [self._as_event(kind, "in_progress") for kind in kinds]
+        return [self._changed(kind, self._response("in_progress")) for kind in kinds]
 
-    def _ended(self) -> Json:
-        if self._finish == Finish.LENGTH:
-            return self._response("incomplete", incomplete_details=CUT, usage=self._usage())
-        return self._response("completed", completed_at=int(time.time()), usage=self._usage())
+    def _changed(self, kind: Kind, response: replies.Response) -> replies.ResponseEvent:
+        return {"type": kind, "sequence_number": next(self._output.numbers), "response": response}
 
-    def _usage(self) -> Json:
+    def _ended(self) -> replies.Response:
+        if self._finish == "length":
+            response = self._response("incomplete")
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            response = self._response("completed")
+            response["completed_at"] = int(time.time())
+        response["usage"] = self._usage()
+        return response
+
+    def _response(self, status: Status | Literal["failed"]) -> replies.Response:
+        """What is known of it by now."""
+        response = self._head.copy()
+        response["status"] = status
+        response["output"] = self._output.json()
+        return response
+
+    def _usage(self) -> replies.ResponseUsage:
         counts = usage(self.streams)
         return {
             "input_tokens": counts["prompt_tokens"],
-            "input_tokens_details": counts["prompt_tokens_details"] | {"cache_write_tokens": 0},
+            "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": counts["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": self._reader.thought_tokens},
             "total_tokens": counts["total_tokens"],
         }
 
-    def _response(self, status: str, **fields: Any) -> Json:
-        return self._head | {"status": status, "output": self._output.json()} | fields
 
-    def _as_event(self, kind: str, status: str, **fields: Any) -> Json:
-        return {"type": f"response.{kind}", "response": self._response(status, **fields)}
-
-    def _frames(self, events: list[Json]) -> bytes:
-        return b"".join(frame(event | {"sequence_number": next(self._numbers)}) for event in events)
-
-
-def told(changes: Iterable[Change]) -> list[Json]:
+def told(changes: Iterable[Change]) -> list[replies.ResponseEvent]:
     return [event for change in changes for event in change()]
 
 
-def frame(event: Json) -> bytes:
-    """An event as it is sent: its type is told twice, in the frame and in the JSON."""
-    kind: str = event["type"]
-    return b"event: " + kind.encode() + b"\n" + sse.event(orjson.dumps(event))
+def framed(events: Iterable[replies.ResponseEvent]) -> bytes:
+    """Events as they are sent: the type of each is told twice, in the frame and in the JSON."""
+    return b"".join(b"event: " + event["type"].encode() + b"\n" + sse.event(orjson.dumps(event)) for event in events)

@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError
 
 from server.errors import ApiError
 from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.messages import MAX_MESSAGES, Content, Message
-from server.response_events import Json
 from server.schema import (
     UNSUPPORTED,
     ChatRequest,
@@ -22,6 +21,9 @@ from server.schema import (
 )
 from server.tools import MAX_TOOLS, CalledFunction, CallId, ChosenFunction, Function, OtherTool, ToolChoice, is_other
 
+Fields: TypeAlias = dict[str, Any]
+"""A JSON object that is still to be checked."""
+
 CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
 """What the fields of a chat request are called here."""
 
@@ -32,10 +34,10 @@ UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"
 TOKEN_LOGPROBS = "message.output_text.logprobs"
 
 
-def only(*allowed: Any) -> BeforeValidator:
+def only(*allowed: object) -> BeforeValidator:
     """A field that has one meaning here, so that only the values that ask for it are taken."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> object:
         if value not in allowed:
             raise ValueError("stored state is not kept here, and the field input must hold the whole conversation")
         return value
@@ -65,7 +67,7 @@ class ReasoningItem(Body):
     """A thought. Only its own text is read: a summary is not what the model thought, and the rest is encrypted."""
 
     type: Literal["reasoning"]
-    content: Any = None
+    content: object = None
 
     @property
     def text(self) -> str:
@@ -83,9 +85,9 @@ class OtherItem(Body):
     type: Annotated[str, Field(json_schema_extra={"not": {"enum": [*ITEMS]}})]
 
 
-def _kind(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else item.type
-    return kind if kind in ITEMS else "other"
+def _kind(item: object) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) and kind in ITEMS else "other"
 
 
 AnyItem = Annotated[
@@ -98,7 +100,7 @@ AnyItem = Annotated[
 ]
 
 
-def _checked(value: Any) -> Json:
+def _checked(value: object) -> Fields:
     """An item without nulls and with its type. Raises ValueError for one that cannot be read here."""
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
@@ -113,7 +115,7 @@ def _checked(value: Any) -> Json:
     return item
 
 
-def _item(value: Any) -> Json:
+def _item(value: object) -> Fields:
     """An item by one of the types that are read here, if it is a turn of the conversation."""
     item = _checked(value)
     kind: str = item["type"]
@@ -126,19 +128,19 @@ def _item(value: Any) -> Json:
     return _function_call(item) if kind.endswith("_call") and "call_id" in item else item
 
 
-def _function_call(item: Json) -> Json:
+def _function_call(item: Fields) -> Fields:
     """A call of a tool that is no function, as a call of a function that takes what else the item says."""
     name = item.get("name", item["type"].removesuffix("_call"))
     arguments = {key: value for key, value in item.items() if key not in ABOUT_THE_ITEM}
     return {"type": "function_call", "call_id": item["call_id"], "name": name, "arguments": arguments}
 
 
-def _call_of(output: Json) -> Json:
+def _call_of(output: Fields) -> Fields:
     """Which call an output is of. That of the local shell names it in its own id."""
     return {"call_id": output["id"]} if "call_id" not in output and "id" in output else {}
 
 
-def _output(value: Any) -> Any:
+def _output(value: object) -> object:
     """A text, or a list of parts; what is neither is told as JSON."""
     parts = value if isinstance(value, list) else [value]
     if all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts):
@@ -146,7 +148,7 @@ def _output(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _input(value: Any) -> Any:
+def _input(value: object) -> object:
     return [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
 
 
@@ -159,7 +161,7 @@ class FlatTool(Function):
     type: Literal["function"] = "function"
 
 
-def _tool(value: Any) -> Any:
+def _tool(value: object) -> object:
     """By its type and no other sign, so that what is wrong with a function is told as such."""
     return (OtherTool if is_other(value) else FlatTool).model_validate(value)
 
@@ -177,7 +179,7 @@ class FlatAllowed(Body):
     tools: list[FlatChoice]
 
 
-def _choice(value: Any) -> Any:
+def _choice(value: object) -> object:
     """A choice of functions as chat completions write it."""
     if not isinstance(value, dict):
         return value
@@ -197,7 +199,7 @@ class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
 
 
-def _typed(value: Any) -> Any:
+def _typed(value: object) -> object:
     """Checked here because pydantic's own sentence repeats a type that is not a string."""
     if isinstance(value, dict) and not isinstance(value.get("type"), str):
         raise ValueError("the field type must be a string")
@@ -284,7 +286,7 @@ def as_chat(asked: ResponseRequest) -> ChatRequest:
     form = PlainFormat(type="text") if asked.text is None else asked.text.format
     schema = form if isinstance(form, SchemaFormat) else None
     biases = {str(token): bias for token, bias in (asked.logit_bias or {}).items()}
-    same: Json = {name: getattr(asked, name) for name in SAME}
+    same: Fields = {name: getattr(asked, name) for name in SAME}
     fields = same | {
         "messages": turns(asked),
         "max_completion_tokens": asked.max_output_tokens,
@@ -299,13 +301,13 @@ def as_chat(asked: ResponseRequest) -> ChatRequest:
         raise explain(error) from None
 
 
-def _chat_tool(tool: FlatTool | OtherTool) -> Json:
+def _chat_tool(tool: FlatTool | OtherTool) -> Fields:
     return {"function": tool} if isinstance(tool, FlatTool) else {"type": tool.type}
 
 
-def turns(asked: ResponseRequest) -> list[Json]:
+def turns(asked: ResponseRequest) -> list[Fields]:
     """The messages of a chat. A thought is part of the assistant's turn after it, and calls of the one before them."""
-    found: list[Json] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
+    found: list[Fields] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     for item in asked.input:
         last = found[-1] if found and found[-1]["role"] == "assistant" else None
         match item:

@@ -3,7 +3,6 @@
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import orjson
 from pydantic_core import to_json
@@ -11,12 +10,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.stream import Stream
+from server import replies
 from server.caller import Caller
 from server.chat import Conversation, EventReader, encode, prompts
 from server.defaults import Defaults
 from server.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.errors import ApiError
-from server.response_events import Json, ResponseAnswer
+from server.response_events import ResponseAnswer
 from server.response_request import ResponseRequest, TextConfig, as_chat, renamed
 from server.served_model import ServedModel
 from server.service import Service
@@ -54,24 +54,19 @@ async def stored_response(http: HttpRequest) -> Response:
     raise ApiError(404, "Responses are not stored here, so there is none to be found.", code="response_not_found")
 
 
-FIXED: Json = dict.fromkeys(["error", "incomplete_details", "completed_at", "usage"]) | {
-    "previous_response_id": None,
-    "top_logprobs": 0,
-    "truncation": "disabled",
-    "background": False,
-    "store": False,
-    "service_tier": "default",
-}
-"""What is not known yet, or never different here. Some clients need the fields."""
-
-
-def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> Json:
-    """The response before there is any output."""
-    told: Json = {
+def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> replies.Response:
+    """The response before there is any output. Some clients need also the fields that are never different here."""
+    return {
         "id": f"resp_{secrets.token_hex(12)}",
         "object": "response",
         "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
         "model": model,
+        "output": [],
+        "usage": None,
+        "incomplete_details": None,
+        "error": None,
         "instructions": asked.instructions,
         "max_output_tokens": asked.max_output_tokens,
         "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
@@ -82,28 +77,35 @@ def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> Json:
         "tool_choice": choice_of(asked),
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "text": as_json(asked.text or TextConfig()),
-        "reasoning": {"effort": asked.reasoning and asked.reasoning.effort, "summary": None},
+        "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
         "metadata": as_json(asked.metadata or {}),
         "user": as_json(asked.user),
         "safety_identifier": as_json(asked.safety_identifier),
         "prompt_cache_key": as_json(asked.prompt_cache_key),
         "max_tool_calls": as_json(asked.max_tool_calls),
+        "previous_response_id": None,
+        "top_logprobs": 0,
+        "truncation": "disabled",
+        "background": False,
+        "store": False,
+        "service_tier": "default",
     }
-    return told | FIXED
 
 
-def choice_of(asked: ResponseRequest) -> Any:
+def choice_of(asked: ResponseRequest) -> replies.ToolChoice:
     """`tool_choice` as it was sent, or what leaving it out means."""
     match asked.tool_choice:
         case NamedChoice(function=function):
             return {"type": "function", "name": function.name}
         case AllowedChoice(allowed_tools=allowed):
-            tools = [{"type": "function", "name": tool.function.name} for tool in allowed.tools]
+            tools: list[replies.FunctionName] = [
+                {"type": "function", "name": tool.function.name} for tool in allowed.tools
+            ]
             return {"type": "allowed_tools", "mode": allowed.mode, "tools": tools}
         case choice:
             return choice or "auto"
 
 
-def as_json(value: Any) -> orjson.Fragment:
+def as_json(value: object) -> orjson.Fragment:
     """What a client sent, encoded by pydantic, which has a form for integers of any size."""
     return orjson.Fragment(to_json(value, by_alias=True, inf_nan_mode="null"))

@@ -7,6 +7,7 @@ from batching.types import ModelInfo
 from server.defaults import Defaults
 from server.errors import ApiError, bad_request, thousands
 from server.grammar import Grammars
+from server.replies import Model
 from server.settings import WHOLE_ANSWER, Settings
 from server.text import Text
 
@@ -70,12 +71,13 @@ def served_name(names: Sequence[str], asked: str | None) -> str:
     raise ApiError(404, f"There is no model of that name here, only {', '.join(names)}.", code="model_not_found")
 
 
-def card(name: str, created: int, model: ServedModel | None) -> dict[str, object]:
+def card(name: str, created: int, model: ServedModel | None) -> Model:
     """What `/v1/models` says of a name, while the model loads without its windows.
 
     vLLM's clients read `max_model_len`. RAGFlow, which fills what it finds, reads `context_length` first.
     """
-    shown: dict[str, object] = {"id": name, "object": "model", "created": created, "owned_by": "microbatch"}
-    if model is None:
-        return shown
-    return shown | {"max_model_len": model.info.context_window, "context_length": model.advertised_window}
+    shown: Model = {"id": name, "object": "model", "created": created, "owned_by": "microbatch"}
+    if model is not None:
+        shown["max_model_len"] = model.info.context_window
+        shown["context_length"] = model.advertised_window
+    return shown

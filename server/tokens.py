@@ -1,9 +1,8 @@
 """`POST /tokenize` and `POST /detokenize`: what the model would see of a text, and what ids mean."""
 
-from typing import Any
-
 import orjson
 
+from server import replies
 from server.chat import names_in, render
 from server.endpoint import Endpoint
 from server.errors import bad_request, thousands
@@ -14,23 +13,32 @@ MAX_STRINGS = 2**17
 """Tokens whose strings one answer tells: a few megabytes of JSON."""
 
 
-class Tokenize(Endpoint[TokenizeRequest, dict[str, Any]]):
+class Tokenize(Endpoint[TokenizeRequest, orjson.Fragment]):
     kind = TokenizeRequest
 
-    def encode(self, model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
-        ids = token_ids(model, body)
-        shown = {"token_strs": strings(model, ids)} if body.return_token_strs else {}
-        tokens = orjson.Fragment(orjson.dumps(ids))
-        return {"tokens": tokens, "count": len(ids), "max_model_len": model.info.context_window} | shown
+    def encode(self, model: ServedModel, body: TokenizeRequest) -> orjson.Fragment:
+        return orjson.Fragment(orjson.dumps(tokenized(model, body)))  # here, because it can be large
 
 
-class Detokenize(Endpoint[DetokenizeRequest, dict[str, Any]]):
+class Detokenize(Endpoint[DetokenizeRequest, replies.Detokenized]):
     kind = DetokenizeRequest
 
-    def encode(self, model: ServedModel, body: DetokenizeRequest) -> dict[str, Any]:
+    def encode(self, model: ServedModel, body: DetokenizeRequest) -> replies.Detokenized:
         if any(token >= model.info.vocab_size for token in body.tokens):
             raise bad_request("A token id is beyond the model's vocabulary.", "tokens")
         return {"prompt": model.text.decode(body.tokens)}
+
+
+def tokenized(model: ServedModel, body: TokenizeRequest) -> replies.Tokenized:
+    ids = token_ids(model, body)
+    found: replies.Tokenized = {
+        "tokens": list(ids),
+        "count": len(ids),
+        "max_model_len": model.info.context_window,
+    }
+    if body.return_token_strs:
+        found["token_strs"] = strings(model, ids)
+    return found
 
 
 def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
@@ -42,8 +50,8 @@ def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
     return model.text.encode(rendered, special=bool(body.add_special_tokens))
 
 
-def strings(model: ServedModel, ids: tuple[int, ...]) -> orjson.Fragment:
-    """The text of each token, as JSON. Raises `ApiError` 400."""
+def strings(model: ServedModel, ids: tuple[int, ...]) -> list[str]:
+    """The text of each token. Raises `ApiError` 400."""
     if len(ids) > MAX_STRINGS:
         raise bad_request(
             f"The text has {thousands(len(ids))} tokens, but the strings of {thousands(MAX_STRINGS)} at most can be "
@@ -51,4 +59,4 @@ def strings(model: ServedModel, ids: tuple[int, ...]) -> orjson.Fragment:
             "return_token_strs",
         )
     vocabulary = model.text.vocabulary
-    return orjson.Fragment(orjson.dumps([vocabulary.bytes_of(token).decode(errors="replace") for token in ids]))
+    return [vocabulary.bytes_of(token).decode(errors="replace") for token in ids]

@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 from pydantic import BaseModel
 
-from server import sse
-from server.choices import Envelope
+from batching.types import Delta
+from server.completions import TextAnswer
 from server.constrain import form_of
 from server.detokenizer import Detokenizer
 from server.errors import RETRIED, ApiError, bad_request
@@ -22,7 +22,8 @@ from server.llama import LlamaParser
 from server.message import MessageReader, delta, fold
 from server.qwen import QwenParser
 from server.reasoning import ReasoningSplitter
-from server.response_events import frame
+from server.replies import ChatMessage, ResponseEvent, TextChoice, TextChunkChoice
+from server.response_events import framed
 from server.response_request import ResponseRequest, as_chat
 from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from server.schema_check import SchemaError, bound
@@ -218,7 +219,7 @@ def fuzz_tools(data: bytes) -> None:
         orjson.dumps(whole)
 
 
-def _message(pieces: Sequence[str], started: bool, parser: type[QwenParser | LlamaParser]) -> dict[str, Any]:
+def _message(pieces: Sequence[str], started: bool, parser: type[QwenParser | LlamaParser]) -> ChatMessage:
     reader = MessageReader(ReasoningSplitter(started=started), parser(lambda: "call"))
     events = [event for piece in pieces for event in reader.push(piece)] + reader.flush()
     message = fold(events)
@@ -231,15 +232,47 @@ def _message(pieces: Sequence[str], started: bool, parser: type[QwenParser | Lla
 def fuzz_sse(data: bytes) -> None:
     """Whatever the text, an event stream read by the standard's rules has the events that were written."""
     texts = pieces_of(data)
-    completion = Envelope("model", "chat.completion", "chatcmpl")
-    choices = [{"index": 0, "delta": {"content": text}} for text in texts]
-    stream = completion.chunks(choices) + sse.DONE
-    *chunks, done = _events(stream)
+    choice = Told(texts)
+    answer = TextAnswer("model", [], [choice], CompletionRequest(prompt=["Hi"]))
+    *chunks, done = _events(answer.frames([(0, Delta((), None, ()))]) + answer.last())
     assert done == ("message", "[DONE]")
-    assert [orjson.loads(payload)["choices"] for _, payload in chunks] == [[choice] for choice in choices]
-    typed = [{"type": "response.output_text.delta", "delta": text} for text in texts]
-    found = _events(b"".join(map(frame, typed)))
+    assert [orjson.loads(payload)["choices"] for _, payload in chunks] == [[chunk] for chunk in choice.told]
+    typed: list[ResponseEvent] = [
+        {
+            "type": "response.reasoning_text.delta",
+            "sequence_number": number,
+            "item_id": "rs_1",
+            "output_index": 0,
+            "content_index": 0,
+            "delta": text,
+        }
+        for number, text in enumerate(texts)
+    ]
+    found = _events(framed(typed))
     assert [(kind, orjson.loads(payload)) for kind, payload in found] == [(one["type"], one) for one in typed]
+
+
+class Told:
+    """A `Choice` that says these texts at once."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.told: list[TextChunkChoice] = [
+            {"index": 0, "text": text, "logprobs": None, "finish_reason": None} for text in texts
+        ]
+
+    def add(self, arrived: Delta) -> None:
+        pass
+
+    def whole(self) -> TextChoice:
+        return {
+            "index": 0,
+            "text": "".join(each["text"] for each in self.told),
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+
+    def chunks(self, arrived: Delta) -> list[TextChunkChoice]:
+        return self.told
 
 
 def _events(stream: bytes) -> list[tuple[str, str]]:

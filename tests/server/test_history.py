@@ -1,7 +1,7 @@
 """The law of histories: any answer of ours, sent back as its client keeps it, is answered, and means the same."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count
 from typing import Any
@@ -144,7 +144,7 @@ def folded(chunks: list[Any]) -> Json:
     return message
 
 
-def results_of(message: Json) -> list[Json]:
+def results_of(message: Mapping[str, Any]) -> list[Json]:
     called = [{"role": "tool", "tool_call_id": call["id"], "content": "7"} for call in message.get("tool_calls") or ()]
     if message.get("function_call"):
         called.append({"role": "function", "name": message["function_call"]["name"], "content": "7"})

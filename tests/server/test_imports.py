@@ -36,7 +36,7 @@ def packages(tmp_path: Path) -> Path:
 
 
 def test_the_port_is_open_before_anything_large_is_imported() -> None:
-    late = ["torch", "transformers", "opentelemetry", "server.openapi", "server.replies"]
+    late = ["torch", "transformers", "opentelemetry", "server.openapi"]
     answer = told_by(f"import server.__main__\nprint([name for name in {late} if name in sys.modules])")
     assert answer.stdout == "[]\n", answer.stderr
 

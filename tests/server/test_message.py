@@ -1,6 +1,7 @@
 """Laws of the way from an answer's text to its message."""
 
 import json
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -12,6 +13,7 @@ from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 from server.message import Event, MessageReader, Reasoning, delta, fold
 from server.qwen import QwenParser
 from server.reasoning import ReasoningSplitter
+from server.replies import Ending
 from server.tool_format import CallArguments, CallEnded, CallStarted, Content
 from tests.server.test_text import split
 from tests.server.test_tools import CALLS, CUTS, TEXTS, one
@@ -37,7 +39,7 @@ def read(pieces: list[str], **options: bool) -> tuple[list[Event], str | None]:
     return events, message.finish("stop")
 
 
-def merged(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+def merged(deltas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A message as clients put it together from a stream."""
     message: dict[str, Any] = {"content": ""}
     for change in deltas:
@@ -69,7 +71,7 @@ def test_a_stream_adds_up_to_the_plain_message(text: str, cuts: list[int]) -> No
     events, _ = read(split(text, cuts))
     deltas = [change for event in events if (change := delta(event)) is not None]
     plain = fold(events)
-    assert merged(deltas) == {key: value or "" for key, value in plain.items() if key != "role"}
+    assert merged(deltas) == {key: value or "" for key, value in plain.items() if key not in ("role", "refusal")}
     for change in deltas:
         chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
         choice = {"index": 0, "delta": change, "finish_reason": None}
@@ -88,7 +90,7 @@ def test_content_is_null_only_in_place_of_calls(text: str, cuts: list[int]) -> N
 @given(ANSWERS, CUTS)
 def test_without_splitter_and_parser_all_text_is_content(text: str, cuts: list[int]) -> None:
     events, finish = read(split(text, cuts), thinks=False, tools=False)
-    assert fold(events) == {"role": "assistant", "content": text}
+    assert fold(events) == {"role": "assistant", "content": text, "refusal": None}
     assert finish == "stop"
 
 
@@ -97,6 +99,7 @@ def test_a_whole_answer() -> None:
     assert fold(events) == {
         "role": "assistant",
         "content": "Look:",
+        "refusal": None,
         "reasoning_content": "hm",
         "tool_calls": [
             {"index": 0, "id": "call_0", "type": "function", "function": {"name": "f", "arguments": "{}"}},
@@ -113,12 +116,13 @@ def test_calls_alone_have_no_content_not_even_white_space() -> None:
 
 
 def test_an_empty_answer_has_empty_content() -> None:
-    assert fold([]) == {"role": "assistant", "content": ""}
+    assert fold([]) == {"role": "assistant", "content": "", "refusal": None}
 
 
 def test_a_call_in_a_thought_is_a_thought() -> None:
     events, finish = read([f"<think>{one('{}')}</think>No."])
-    assert fold(events) == {"role": "assistant", "content": "No.", "reasoning_content": one("{}")}
+    thought = one("{}")
+    assert fold(events) == {"role": "assistant", "content": "No.", "refusal": None, "reasoning_content": thought}
     assert finish == "stop"
 
 
@@ -134,7 +138,7 @@ def test_a_call_in_a_thought_is_a_thought() -> None:
     ],
 )
 def test_the_reason_is_calls_only_when_the_model_stopped_after_a_complete_one(
-    text: str, reason: str | None, expected: str | None
+    text: str, reason: Ending | None, expected: str | None
 ) -> None:
     message = reader()
     message.push(text)

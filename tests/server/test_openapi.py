@@ -13,7 +13,6 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -27,12 +26,12 @@ from server.app import OPEN_PATHS, routes
 from server.docs import ROUTES
 from server.errors import ApiError
 from server.fields import RequestBody
-from server.openapi import OPERATIONS, Operation, document
+from server.openapi import OPERATIONS, Operation, document, schemas
 from server.response_request import ResponseRequest
 from server.schema import ChatRequest, CompletionRequest, parse
 from tests.live import QUESTION, Live, frames, live, scripted
 
-DOCUMENT = document("scripted", keyed=False)
+DOCUMENT: Any = document("scripted", keyed=False)
 REFUSED = {"/v1/responses/{name}"}
 """Paths that are there only to say that there is nothing."""
 
@@ -42,6 +41,13 @@ EXAMPLES = [(each, name) for each in OPERATIONS for name in each.examples]
 def validator(name: str) -> jsonschema_rs.Validator:
     """Of one of the document's types."""
     return jsonschema_rs.validator_for({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})
+
+
+def exact_validator(kind: object) -> jsonschema_rs.Validator:
+    """Of a type that an operation names, for objects without fields that the document does not list."""
+    known: dict[str, Any] = DOCUMENT["components"]["schemas"]
+    closed = {name: each | {"additionalProperties": False} for name, each in known.items() if "properties" in each}
+    return jsonschema_rs.validator_for(schemas()[0][kind] | {"components": {"schemas": known | closed}})
 
 
 def accepts(kind: type[RequestBody], fields: dict[str, Any]) -> bool:
@@ -102,11 +108,10 @@ def test_every_reference_leads_somewhere() -> None:
             node = node[key]
 
 
-@pytest.mark.parametrize("operation", [each for each in OPERATIONS if each.takes], ids=lambda each: each.path)
-def test_every_field_is_in_the_document(operation: Operation) -> None:
-    assert operation.takes is not None
-    described = DOCUMENT["components"]["schemas"][operation.takes.__name__]
-    assert set(described["properties"]) == {info.alias or name for name, info in operation.takes.model_fields.items()}
+@pytest.mark.parametrize("kind", [each.takes for each in OPERATIONS if each.takes])
+def test_every_field_of_a_request_is_in_the_document(kind: type[RequestBody]) -> None:
+    described = DOCUMENT["components"]["schemas"][kind.__name__]
+    assert set(described["properties"]) == {info.alias or name for name, info in kind.model_fields.items()}
     assert described.get("additionalProperties", True) is True
 
 
@@ -170,15 +175,12 @@ def test_the_schema_of_best_of_takes_what_validation_takes(best_of: Any) -> None
 
 @pytest.mark.parametrize(("operation", "name"), EXAMPLES)
 def test_the_examples_work_and_answers_have_the_described_shape(service: Live, operation: Operation, name: str) -> None:
-    assert operation.takes is not None
-    assert not isinstance(operation.gives, str)
     post = DOCUMENT["paths"][operation.path]["post"]
     body = post["requestBody"]["content"]["application/json"]["examples"][name]["value"]
-    assert validator(operation.takes.__name__).is_valid(body)
+    assert exact_validator(operation.takes).is_valid(body)
     answer = service.post(orjson.dumps(body), operation.path)
     assert answer.status_code == 200, answer.text
     if body.get("stream"):
-        assert operation.event is not None
         for event in events(answer.text):
             assert_described(operation.event, event)
     else:
@@ -191,19 +193,15 @@ def events(text: str) -> list[Any]:
     return [orjson.loads(one) for one in found if one != "[DONE]"]
 
 
-def assert_described(kind: type[BaseModel], answer: Any) -> None:
+def assert_described(kind: object, answer: Any) -> None:
     """The answer is of this kind and has no field that the document does not know."""
-    assert validator(kind.__name__).is_valid(answer), answer
-    assert kind.model_validate(answer).model_dump(exclude_unset=True, mode="json") == answer
+    exact_validator(kind).validate(answer)
 
 
 @pytest.mark.parametrize("fields", [{"logprobs": True, "top_logprobs": 2}, {"n": 2, "max_tokens": 2}])
 def test_other_answers_have_the_described_shape(service: Live, fields: dict[str, Any]) -> None:
     by_path = {each.path: each for each in OPERATIONS}
     chat, models = by_path["/v1/chat/completions"], by_path["/v1/models"]
-    assert isinstance(chat.gives, type)
-    assert isinstance(models.gives, type)
-    assert chat.event is not None
     assert_described(chat.gives, service.chat(**fields).json())
     for event in frames(service.chat(stream=True, **fields))[:-1]:
         assert_described(chat.event, event)
