@@ -11,7 +11,6 @@ import contextlib
 import re
 import socket
 from functools import partial
-from typing import Any
 
 import h11
 from uvicorn import Config
@@ -121,7 +120,7 @@ class Connections:
         self,
         config: Config,
         server_state: ServerState,
-        app_state: dict[str, Any],
+        app_state: dict[str, object],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> "Connection":
         return Connection(self, config, server_state, app_state)
@@ -151,7 +150,7 @@ class Connection(asyncio.BufferedProtocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, shared: Connections, config: Config, server: ServerState, app_state: dict[str, Any]) -> None:
+    def __init__(self, shared: Connections, config: Config, server: ServerState, app_state: dict[str, object]) -> None:
         self._shared = shared
         self._app = config.loaded_app
         self._server = server

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import unquote
 
 import h11
@@ -161,7 +161,7 @@ def reason(status: int) -> str:
         return ""
 
 
-def scope_of(request: h11.Request, transport: asyncio.BaseTransport, app_state: dict[str, Any]) -> Scope:
+def scope_of(request: h11.Request, transport: asyncio.BaseTransport, app_state: dict[str, object]) -> Scope:
     """ASGI's description of a request (version 2.3, section HTTP)."""
     path, _, query = origin_form(request.target).partition(b"?")
     return {

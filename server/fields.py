@@ -3,7 +3,7 @@
 Lists say `fail_fast`: what is wrong with the first bad item is enough, and a million errors take seconds to build.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -18,7 +18,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
+    def _null_is_absent(cls, value: object) -> object:
         return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
@@ -52,7 +52,7 @@ class RequestBody(Body):
         self._size, self._ignored = size, ignored
 
 
-def _integral(value: Any) -> Any:
+def _integral(value: object) -> object:
     """2.0 is 2: languages without integers write it so."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -65,5 +65,5 @@ TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 """Without `_integral`, which would be a call for each of a prompt's tokens."""
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
-NoEffect = Annotated[Any, Field(description="Accepted and without effect.")]
+NoEffect = Annotated[object, Field(description="Accepted and without effect.")]
 """A field that this service knows, and that would not change an answer here."""

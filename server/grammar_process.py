@@ -18,7 +18,6 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from llguidance import LLTokenizer
 
@@ -88,7 +87,7 @@ def read_plan(line: bytes) -> Plan:
     return Plan(tuple(rules), tuple(Part(*part) for part in parts))
 
 
-def tried(plan: Plan, tokens: LLTokenizer) -> dict[str, Any]:
+def tried(plan: Plan, tokens: LLTokenizer) -> dict[str, object]:
     """A plan's `source`, and the bytes of `memory` that it took beyond the usual; or `refused` and the `param`."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:

@@ -13,7 +13,6 @@ import weakref
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from server.grammar_process import BEGUN, write_plan
 from server.grammar_source import PartError, Plan
@@ -46,7 +45,7 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> socket.socket:
-        """The socket of a running process. Blocks for tens of milliseconds if it has to be started. Any thread."""
+        """The socket of a running process. Blocks for tens of milliseconds if it has to be started. On any thread."""
         with self._starting:
             if (control := self._running()) is not None:
                 return control
@@ -69,7 +68,7 @@ class Sandbox:
         if told == BEGUN:
             message = "The schema takes too much time or memory to compile; make it simpler."
             raise PartError(message, plan.parts[0].param)
-        answer: dict[str, Any] = json.loads(told.removeprefix(BEGUN))
+        answer = json.loads(told.removeprefix(BEGUN))
         if "refused" in answer:
             raise PartError(answer["refused"], answer["param"])
         return Written(answer["source"], answer["memory"])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -159,20 +159,20 @@ class Reason(NamedTuple):
         return schema
 
 
-def _is_right(keyword: str, error: str, value: Any) -> bool:
-    match keyword:
-        case "pattern":
+def _is_right(keyword: str, error: str, value: object) -> bool:
+    match keyword, value:
+        case "pattern", str():
             return _compiles(value)
-        case "patternProperties":
+        case "patternProperties", dict():
             return all(map(_compiles, value))
-        case "$ref":
+        case "$ref", str():
             circle = re.search(CIRCLE, error)
             return value.startswith("#") and not (circle and circle[1].endswith(value))
         case _:
             return False
 
 
-def _is_never_right(keyword: str, error: str, value: Any) -> bool:
+def _is_never_right(keyword: str, error: str, value: object) -> bool:
     return False
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def follow_bars(tell: Callable[[Loading], None]) -> None:
     """Count along with transformers' progress bars, shown or not: the loading of weights is the longest."""
     from transformers.utils import logging as transformers_logging
 
-    def made(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def made(bar: Callable[..., T], args: tuple[object, ...], options: dict[str, object]) -> T:
         if args and isinstance(args[0], Collection):
             total = len(args[0])
             args = (counted(args[0], tell, str(options.get("desc", "Loading")), total), *args[1:])

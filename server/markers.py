@@ -19,7 +19,7 @@ import re
 import secrets
 from collections.abc import Collection
 from itertools import groupby
-from typing import Any
+from typing import overload
 
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -40,7 +40,16 @@ class Markers:
         found = [f"{re.escape(first)}(?={_any_of([text[1:] for text in group])})" for first, group in groups]
         self._pattern = re.compile("|".join(found) or r"(?!)")
 
-    def broken(self, value: Any) -> Any:
+    @overload
+    def broken(self, value: str) -> str: ...
+
+    @overload
+    def broken(self, value: dict[str, object]) -> dict[str, object]: ...
+
+    @overload
+    def broken(self, value: object) -> object: ...
+
+    def broken(self, value: object) -> object:
         """The same text, or JSON, with a `BREAK` in each marker, and after the start of one at the text's end: the
         template may put the rest behind it."""
         match value:

@@ -4,7 +4,7 @@ Clients send back what they were given, by this service or another, with whateve
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -15,7 +15,7 @@ THOUGHTS = frozenset(["thinking", "redacted_thinking", "reasoning"])
 """Types of parts with what a model thought, which are no content."""
 
 
-def _text(content: Any) -> Any:
+def _text(content: object) -> object:
     """Content as one string: text parts are joined, no content is empty, anything else is refused by its type."""
     if content is None:
         return ""
@@ -24,21 +24,22 @@ def _text(content: Any) -> Any:
     return "".join(map(_part, content))
 
 
-def _part(part: Any) -> str:
+def _part(part: object) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else None
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type")
     if kind in ("text", "input_text", "output_text"):
-        return _string(part, "text")
+        return _string(fields, "text")
     if kind == "refusal":
-        return _string(part, "refusal")
+        return _string(fields, "refusal")
     if isinstance(kind, str) and kind in THOUGHTS:
         return ""
     known = kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,30}", kind) else "other"
     raise ValueError(f"this model reads text only, but a part of type {known} was sent")
 
 
-def _string(part: dict[str, Any], key: str) -> str:
+def _string(part: dict[str, object], key: str) -> str:
     if not isinstance(part.get(key), str):
         raise ValueError(f"a part of type {part['type']} needs a string in its field {key}")
     return str(part[key])
@@ -51,12 +52,12 @@ class TextPart(BaseModel):
     text: str
 
 
-def _string_or_none(value: Any) -> str | None:
+def _string_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
 Content = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[str | TextPart] | None)]
-Thought = Annotated[str | None, BeforeValidator(_string_or_none, json_schema_input_type=Any)]
+Thought = Annotated[str | None, BeforeValidator(_string_or_none, json_schema_input_type=object)]
 """Other servers keep objects here, which no template reads: they count as none."""
 
 
@@ -70,7 +71,7 @@ class Message(ToolTurn):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_today(cls, value: Any) -> Any:
+    def _as_today(cls, value: object) -> object:
         """Older and other spellings of the same turn: `reasoning`, a refusal in place of content, `function_call`."""
         if not isinstance(value, dict):
             return value
@@ -90,9 +91,9 @@ class Message(ToolTurn):
         result_of = [self.name] if self.role in ("tool", "function") and self.name else []
         return [call.function.name for call in self.tool_calls or ()] + result_of
 
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self) -> dict[str, object]:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        message: dict[str, Any] = {"role": role, "content": self.content} | self.tool_fields()
+        message: dict[str, object] = {"role": role, "content": self.content} | self.tool_fields()
         if self.name:
             message["name"] = self.name
         if self.reasoning_content:
@@ -100,7 +101,7 @@ class Message(ToolTurn):
         return message
 
 
-def thought_of(turn: dict[str, Any]) -> str | None:
+def thought_of(turn: dict[str, object]) -> str | None:
     """What an assistant's turn says of its thinking, as a text under `reasoning` or in parts of its content."""
     if isinstance(turn.get("reasoning"), str):
         return str(turn["reasoning"])

@@ -7,7 +7,7 @@ to say.
 from typing import Annotated, Literal, NotRequired, TypeAlias
 
 import orjson
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 from typing_extensions import TypedDict  # pydantic takes that of `typing` only from Python 3.12 on
 
 from batching.events import State
@@ -16,6 +16,10 @@ Ending: TypeAlias = Literal["stop", "length"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "function_call"]
 Sent: TypeAlias = Annotated[orjson.Fragment, WithJsonSchema({})]
 """A value that is JSON already: of any type, as the client sent it or as a setting of its own would be written."""
+
+# What several types inherit says of itself what it is, because only a type's own strings are found.
+Seconds: TypeAlias = Annotated[int, Field(description="Seconds since 1970.")]
+Logprob: TypeAlias = Annotated[float, Field(description="Natural logarithm; -9999 stands for a probability of zero.")]
 
 
 class ErrorDetails(TypedDict):
@@ -52,8 +56,7 @@ class Usage(TypedDict):
 
 class LikelyToken(TypedDict):
     token: str
-    logprob: float
-    """Natural logarithm; -9999 stands for a probability of zero."""
+    logprob: Logprob
     bytes: list[int]
 
 
@@ -76,16 +79,20 @@ class TextLogprobs(TypedDict):
 
 
 class RankedToken(TypedDict):
-    logprob: float
+    logprob: Logprob
     rank: int
     """1 for the likeliest."""
     decoded_token: str
 
 
+PROMPT_LOGPROBS = (
+    "By token id, each token of the prompt and the likeliest in its place; null for the first token. Left out if not "
+    "asked for."
+)
+
+
 class OfPrompt(TypedDict, total=False):
-    prompt_logprobs: list[dict[str, RankedToken] | None]
-    """By token id, each token of the prompt and the likeliest in its place; null for the first token. Left out if not
-    asked for."""
+    prompt_logprobs: Annotated[list[dict[str, RankedToken] | None], Field(description=PROMPT_LOGPROBS)]
 
 
 # Chat completions
@@ -126,8 +133,7 @@ class ChatChoice(TypedDict):
 
 class Head(TypedDict):
     id: str
-    created: int
-    """Seconds since 1970."""
+    created: Seconds
     model: str
 
 
@@ -307,9 +313,8 @@ class Response(TypedDict):
 
     id: str
     object: Literal["response"]
-    created_at: int
-    """Seconds since 1970."""
-    completed_at: int | None
+    created_at: Seconds
+    completed_at: Seconds | None
     status: Literal["in_progress", "completed", "incomplete", "failed"]
     model: str
     output: list[OutputItem]
@@ -440,7 +445,7 @@ class Detokenized(TypedDict):
 class Model(TypedDict):
     id: str
     object: Literal["model"]
-    created: int
+    created: Seconds
     owned_by: str
     max_model_len: NotRequired[int]
     """Most tokens of prompt and answer together; left out while the model loads."""

@@ -5,7 +5,7 @@ does not know is ignored and named in the answer's headers, and one that it know
 """
 
 import re
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -20,6 +20,7 @@ from pydantic_core import from_json
 from server.errors import ApiError, bad_request
 from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens
 from server.messages import Messages
+from server.schema_walk import Schema
 from server.tools import ToolUse
 
 MAX_STOPS = 16  # OpenAI allows 4
@@ -49,14 +50,14 @@ class JsonSchema(Body):
     name: str | None = None
     """What the schema is called, which means nothing here."""
     description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[Schema, Field(alias="schema")]
     strict: Flag | None = None
 
 
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
     """The schema itself, of either type, as llama.cpp has it."""
 
     @model_validator(mode="after")
@@ -69,13 +70,13 @@ class ResponseFormat(Body):
         return self
 
 
-def _prompts(value: Any) -> Any:
+def _prompts(value: object) -> object:
     """One prompt or several, text or token ids -> a list of prompts."""
     single = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
     return [value] if single else value
 
 
-def _prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+def _prompt(value: object, check: ValidatorFunctionWrapHandler) -> object:
     try:
         return check(value)
     except ValidationError:
@@ -103,7 +104,7 @@ class TemplateOptions(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _template_is_the_models(cls, value: Any) -> Any:
+    def _template_is_the_models(cls, value: object) -> object:
         if isinstance(value, dict) and any(value.get(name) is not None for name in ("chat_template", "tokenize")):
             raise ValueError("the chat template is the model's own and cannot be replaced")
         return value
@@ -124,7 +125,7 @@ class Thinking(Body):
         return {"enabled": True, "disabled": False}.get(self.type)
 
 
-def _stops(value: Any) -> Any:
+def _stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
@@ -133,7 +134,7 @@ StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 Stops = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=Stop | StopList)]
 
 
-def _biases(value: Any) -> Any:
+def _biases(value: object) -> object:
     """Token ids are keys, hence strings, in JSON."""
     if not isinstance(value, dict):
         return value
@@ -411,7 +412,7 @@ MAX_PARTS, MAX_ITEMS = 100_000, 1_000_000
 the interpreter from other threads for a tenth of a second. A text with as many has more tokens than windows hold."""
 
 
-def _decode(body: bytes) -> dict[str, Any]:
+def _decode(body: bytes) -> dict[str, object]:
     if len(body) > MAX_PARTS and (sum(map(body.count, b"{[:")) > MAX_PARTS or body.count(b",") > MAX_ITEMS):
         raise bad_request(
             f"The body has more than {MAX_PARTS:,} opening brackets and colons, or {MAX_ITEMS:,} commas.",

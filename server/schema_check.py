@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import TypeGuard
 
 from server.schema_walk import Schema, resolve, subschemas, values
 
@@ -30,7 +30,7 @@ class SchemaError(ValueError):
     """What is wrong with a schema, as a sentence for whoever sent it."""
 
 
-def bound(*parts: Any) -> None:
+def bound(*parts: object) -> None:
     """Refuse what is too large to be looked at, at the cost of what is read before that is known.
 
     Raises `SchemaError`; also for a number that JSON has no form for.
@@ -49,7 +49,7 @@ def bound(*parts: Any) -> None:
                 raise SchemaError(f"The schema is too large: at most {MAX_LENGTH // 1024} KiB are read.")
 
 
-def _length(value: Any) -> int:
+def _length(value: object) -> int:
     """Roughly how many characters a string or number is in JSON."""
     match value:
         case str():
@@ -76,41 +76,41 @@ def check_names(schema: Schema) -> None:
 # What single keywords may say
 
 
-def _count(value: Any) -> bool:
+def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _limit(value: Any) -> bool:
+def _limit(value: object) -> bool:
     return isinstance(value, bool) or _number(value)  # draft 4 says by true that the other limit is exclusive
 
 
-def _schema(value: Any) -> bool:
+def _schema(value: object) -> bool:
     return isinstance(value, dict | bool)
 
 
-def _schemas(value: Any) -> bool:
+def _schemas(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_schema, value))
 
 
-def _named(value: Any) -> bool:
+def _named(value: object) -> bool:
     return isinstance(value, dict) and all(map(_schema, value.values()))
 
 
-def _strings(value: Any) -> bool:
+def _strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _types(value: Any) -> bool:
+def _types(value: object) -> bool:
     kinds = value if isinstance(value, list) else [value]
     return bool(kinds) and all(isinstance(kind, str) and kind in TYPES for kind in kinds)
 
 
 TYPES = frozenset(["string", "number", "integer", "boolean", "object", "array", "null"])
-FORMS: dict[str, Callable[[Any], bool]] = {
+FORMS: dict[str, Callable[[object], bool]] = {
     "type": _types,
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _count),
     **dict.fromkeys(("minimum", "maximum"), _number),
@@ -146,19 +146,19 @@ class Faults:
             elif told := self._told(keyword, value):
                 yield keyword, told
 
-    def _told(self, keyword: str, value: Any) -> str | None:
-        match keyword:
-            case "pattern" if written_out(value) > MAX_PATTERN:
+    def _told(self, keyword: str, value: object) -> str | None:
+        match keyword, value:
+            case "pattern", str() if written_out(value) > MAX_PATTERN:
                 return "A pattern in the schema repeats too much."
-            case "patternProperties" if any(written_out(name) > MAX_PATTERN for name in value):
+            case "patternProperties", dict() if any(written_out(name) > MAX_PATTERN for name in value):
                 return "A pattern in the schema repeats too much."
-            case "enum" if not value:
+            case "enum", []:
                 return "No value could satisfy the schema."
-            case "const" | "enum" if any(_written(text) > MAX_LITERAL for _, _, text in values(value)):
+            case "const" | "enum", _ if any(_written(text) > MAX_LITERAL for _, _, text in values(value)):
                 return "The schema has a fixed value that is too long."
-            case "multipleOf" if not self._takes_multiple(_digits(value)):
+            case "multipleOf", int() | float() if not self._takes_multiple(_digits(value)):
                 return "The schema uses multipleOf with numbers that are too large."
-            case "$ref" if not self._leads_somewhere(value):
+            case "$ref", str() if not self._leads_somewhere(value):
                 return "A $ref in the schema points to nothing inside it."
         return None
 
@@ -177,7 +177,7 @@ class Faults:
         return "#/" not in reference
 
 
-def _written(value: Any) -> int:
+def _written(value: object) -> int:
     """Bytes of a string in JSON; 0 for anything else."""
     return len(json.dumps(value, ensure_ascii=False).encode(errors="replace")) if isinstance(value, str) else 0
 

@@ -1,7 +1,6 @@
 """Whether a JSON Schema that refers to itself can be satisfied by a value of finite size."""
 
 from collections.abc import Callable
-from typing import Any
 
 from server.schema_walk import Schema, resolve
 
@@ -24,7 +23,7 @@ def terminates(schema: Schema, references: set[str]) -> bool:
     return True
 
 
-def _finite(node: Any, finite: set[str], seen: dict[int, bool]) -> bool:
+def _finite(node: object, finite: set[str], seen: dict[int, bool]) -> bool:
     if not isinstance(node, dict) or "const" in node or "enum" in node:
         return True
     if id(node) not in seen:
@@ -33,7 +32,7 @@ def _finite(node: Any, finite: set[str], seen: dict[int, bool]) -> bool:
     return seen[id(node)]
 
 
-def _is_finite(node: Schema, inner: Callable[[Any], bool], finite: set[str]) -> bool:
+def _is_finite(node: Schema, inner: Callable[[object], bool], finite: set[str]) -> bool:
     reference = node.get("$ref")
     if isinstance(reference, str) and reference not in finite:
         return False
@@ -53,6 +52,6 @@ def _is_finite(node: Schema, inner: Callable[[Any], bool], finite: set[str]) -> 
     return True
 
 
-def _listed(node: Schema, key: str) -> list[Any]:
+def _listed(node: Schema, key: str) -> list[object]:
     value = node.get(key)
     return value if isinstance(value, list) else []

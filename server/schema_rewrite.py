@@ -6,11 +6,10 @@ Pure functions that build new schemas; what they are given must be bounded (`sch
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from server.schema_check import PATTERN_PART, TYPES, Faults, SchemaError, check_names, counts_properties
 from server.schema_recursion import terminates
-from server.schema_walk import Schema, held, mapped, resolve, subschemas
+from server.schema_walk import Schema, held, mapped, resolve, rewritten, subschemas
 
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
@@ -36,18 +35,15 @@ def inline(schema: Schema, strict: bool) -> str:
     return "%json " + json.dumps(_guarded(closed(schema)) | {"x-guidance": options}, separators=(",", ":"))
 
 
-def without(schema: Schema, keyword: str, keeps: Callable[[Any], bool]) -> Schema:
+def without(schema: Schema, keyword: str, keeps: Callable[[object], bool]) -> Schema:
     """The schema without a keyword wherever its value is not one to keep."""
 
-    def change(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
+    def change(node: Schema) -> Schema:
         if keyword in node and not keeps(node[keyword]):
             node = {key: value for key, value in node.items() if key != keyword} | INSTEAD.get(keyword, {})
-        return mapped(node, change)
+        return rewritten(node, change)
 
-    kept: Schema = change(schema)
-    return kept
+    return change(schema)
 
 
 INSTEAD: dict[str, Schema] = {"patternProperties": {"additionalProperties": True}}
@@ -72,21 +68,25 @@ SYNONYMS = {
 """What authors of tools call the types that JSON has."""
 
 
-def tidied(schema: Any) -> Any:
+def tidied(schema: Schema) -> Schema:
     """The schema with the nearest types that JSON has, and none where that is any; nulls are as good as absent."""
-    if isinstance(schema, str):  # a property's type where its schema should be
-        schema = {"type": schema}
-    if not isinstance(schema, dict):
-        return schema if isinstance(schema, bool) else True
     kept = {key: value for key, value in schema.items() if value is not None or key in ("const", "default")}
     if "type" in kept:
         kept["type"] = _nearest(kept["type"])
         if kept["type"] is None:
             del kept["type"]
-    return mapped(kept, tidied)
+    return mapped(kept, _tidied)
 
 
-def _nearest(kind: Any) -> Any:
+def _tidied(inner: object) -> Schema | bool:
+    if isinstance(inner, str):  # a property's type where its schema should be
+        inner = {"type": inner}
+    if isinstance(inner, dict):
+        return tidied(inner)
+    return inner if isinstance(inner, bool) else True
+
+
+def _nearest(kind: object) -> str | list[str | None] | None:
     """One type or several by their names in JSON Schema; None for any."""
     if not isinstance(kind, list):
         return _named(kind)
@@ -94,18 +94,16 @@ def _nearest(kind: Any) -> Any:
     return None if None in kinds else list(dict.fromkeys(kinds)) or None
 
 
-def _named(kind: Any) -> str | None:
+def _named(kind: object) -> str | None:
     found = re.fullmatch(r"(\w+)(?:\[.*\]|<.*>)?", kind.strip().lower()) if isinstance(kind, str) else None
     if found is None:
         return None
     return found[1] if found[1] in TYPES else SYNONYMS.get(found[1])
 
 
-def _without_nulls(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return schema
+def _without_nulls(schema: Schema) -> Schema:
     kept = {key: value for key, value in schema.items() if value is not None or key in ("const", "default")}
-    return mapped(kept, _without_nulls)
+    return rewritten(kept, _without_nulls)
 
 
 # What cannot be held to
@@ -114,16 +112,13 @@ def _without_nulls(schema: Any) -> Any:
 def _without_faults(schema: Schema, strict: bool) -> Schema:
     faults = Faults(schema)
 
-    def change(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
+    def change(node: Schema) -> Schema:
         found = dict(faults.of(node))
         if strict and found:
             raise SchemaError(next(iter(found.values())))
-        return mapped(_of_a_known_draft({key: value for key, value in node.items() if key not in found}), change)
+        return rewritten(_of_a_known_draft({key: value for key, value in node.items() if key not in found}), change)
 
-    kept: Schema = change(schema)
-    return kept
+    return change(schema)
 
 
 DRAFTS = {f"draft-0{n}": f"http://json-schema.org/draft-0{n}/schema#" for n in (4, 6, 7)} | {
@@ -152,10 +147,8 @@ def closed(schema: Schema) -> Schema:
     """
     shared = {id(part) for node in subschemas(schema) if _is_joined(node) for part in _parts(node, schema)}
 
-    def change(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        kept = mapped(node, change) | {key: node[key] for key in ("not", "if") if key in node}
+    def change(node: Schema) -> Schema:
+        kept = rewritten(node, change) | {key: node[key] for key in ("not", "if") if key in node}
         if id(node) in shared:
             return kept
         joined = _is_joined(node)
@@ -166,8 +159,7 @@ def closed(schema: Schema) -> Schema:
             return kept | {"allOf": [*kept.get("allOf", ()), limits]}
         return kept | limits | {key: limits[key] | kept.get(key, {}) for key in ("properties", "patternProperties")}
 
-    root: Schema = change(schema)
-    return root
+    return change(schema)
 
 
 IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else", "dependentSchemas")
@@ -213,14 +205,12 @@ def _limits(parts: list[Schema]) -> Schema:
 # Patterns
 
 
-def _guarded(node: Any) -> Any:
+def _guarded(node: Schema) -> Schema:
     """The schema with U+0001 kept out of every negated character class in a pattern.
 
     The compiler lets an escaped quote or backslash through where a class excludes it but no control character.
     """
-    if not isinstance(node, dict):
-        return node
-    kept = mapped(node, _guarded)
+    kept = rewritten(node, _guarded)
     if "pattern" in kept:
         kept["pattern"] = _guard(kept["pattern"])
     if "patternProperties" in kept:

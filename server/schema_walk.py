@@ -1,10 +1,11 @@
 """Where JSON Schemas hold other schemas: the one walk that reading and rewriting them share."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
-Schema = dict[str, Any]
+Schema: TypeAlias = dict[str, Any]
+"""As it was sent: whatever may stand where a keyword has its value."""
 
 # The keywords of JSON Schema 2020-12, draft 7 and OpenAPI that hold schemas: by name, or alone or in a list.
 BY_NAME = frozenset(["properties", "patternProperties", "dependentSchemas", "$defs", "definitions", "schemas"])
@@ -15,9 +16,9 @@ ALONE_OR_LISTED = (
 )
 
 
-def values(root: Any) -> Iterator[tuple[int, str, Any]]:
+def values(root: object) -> Iterator[tuple[int, str, object]]:
     """Every value inside, data or schema, with its depth and the name of the member it is, without recursion."""
-    todo: list[tuple[int, str, Any]] = [(1, "", root)]
+    todo: list[tuple[int, str, object]] = [(1, "", root)]
     while todo:
         depth, key, value = todo.pop()
         yield depth, key, value
@@ -29,7 +30,7 @@ def values(root: Any) -> Iterator[tuple[int, str, Any]]:
 
 def subschemas(schema: Schema) -> Iterator[Schema]:
     """The schema and every one in it that is an object, without recursion."""
-    todo: list[Any] = [schema]
+    todo: list[object] = [schema]
     while todo:
         if isinstance(node := todo.pop(), dict):
             yield node
@@ -37,7 +38,7 @@ def subschemas(schema: Schema) -> Iterator[Schema]:
                 todo.extend(held(keyword, value))
 
 
-def held(keyword: str, value: Any) -> list[Any]:
+def held(keyword: str, value: object) -> list[object]:
     """What stands where a keyword's value has schemas."""
     if keyword in BY_NAME:
         return list(value.values()) if isinstance(value, dict) else []
@@ -46,12 +47,17 @@ def held(keyword: str, value: Any) -> list[Any]:
     return []
 
 
-def mapped(schema: Schema, change: Callable[[Any], Any]) -> Schema:
-    """The schema with what stands where it has schemas replaced. Members keep their order."""
+def rewritten(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
+    """The schema with those in it that are objects replaced. Members keep their order."""
+    return mapped(schema, lambda inner: change(inner) if isinstance(inner, dict) else inner)
+
+
+def mapped(schema: Schema, change: Callable[[object], object]) -> Schema:
+    """The schema with what stands where it has schemas, an object or not, replaced. Members keep their order."""
     return {keyword: _mapped(keyword, value, change) for keyword, value in schema.items()}
 
 
-def _mapped(keyword: str, value: Any, change: Callable[[Any], Any]) -> Any:
+def _mapped(keyword: str, value: object, change: Callable[[object], object]) -> object:
     if keyword in BY_NAME and isinstance(value, dict):
         return {name: change(inner) for name, inner in value.items()}
     if keyword in ALONE_OR_LISTED:
@@ -59,11 +65,11 @@ def _mapped(keyword: str, value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def resolve(schema: Schema, reference: str) -> Any:
+def resolve(schema: Schema, reference: str) -> object:
     """What a reference into the schema points to; None for any other, which is the compiler's to judge."""
     if not reference.startswith("#") or (reference != "#" and not reference.startswith("#/")):
         return None
-    node: Any = schema
+    node: object = schema
     for name in unquote(reference).split("/")[1:]:
         name = name.replace("~1", "/").replace("~0", "~")
         if isinstance(node, dict):

@@ -7,7 +7,7 @@ the event loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -63,16 +63,16 @@ class Text:
         _check_template(tokenizer, checkpoint)
         return cls(tokenizer)
 
-    def as_text(self, message: dict[str, Any]) -> dict[str, Any]:
+    def as_text(self, message: dict[str, object]) -> dict[str, object]:
         """A message for `render` of which nothing becomes a token of the model's own: see `server/markers.py`."""
         markers = self._all_markers if message["role"] == "tool" else self._turn_markers
         kept = {key: markers.broken(value) for key, value in message.items() if key not in ("role", "tool_calls")}
-        calls = {"tool_calls": self.as_data(message["tool_calls"])} if "tool_calls" in message else {}
+        calls = {"tool_calls": self._all_markers.broken(message["tool_calls"])} if "tool_calls" in message else {}
         return {"role": message["role"]} | kept | calls
 
-    def as_data(self, value: Any) -> Any:
-        """Definitions or calls of tools for `render`, likewise, and without tags of parts of a turn."""
-        return self._all_markers.broken(value)
+    def as_data(self, tools: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+        """Definitions of tools for `render`, likewise, and as calls without tags of parts of a turn."""
+        return [self._all_markers.broken(tool) for tool in tools]
 
     def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         """The text of a conversation up to where the assistant's answer starts.

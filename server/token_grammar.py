@@ -1,4 +1,4 @@
-"""A compiled grammar and a row's place in it: `batching`'s protocols over llguidance. Any thread, one at a time."""
+"""A compiled grammar and a row's place in it: `batching`'s protocols over llguidance. For one thread at a time."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ is somebody else's work.
 """
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 from server.fields import Body, Flag
 from server.schema_check import MAX_DEPTH, bound
 from server.schema_rewrite import tidied
-from server.schema_walk import values
+from server.schema_walk import Schema, values
 from server.tool_format import NAME
 
 MAX_TOOLS = 128  # as in OpenAI's API
@@ -32,17 +32,17 @@ Name = Annotated[str, Field(strict=True, pattern=NAME)]
 CallId = Annotated[str, Field(strict=True)]
 
 
-def _tools(tools: Any) -> Any:
+def _tools(tools: object) -> object:
     """Bounded before anything looks at them in detail, which takes longer."""
     listed = tools if isinstance(tools, list) else []
     bound([tool.model_dump() if isinstance(tool, BaseModel) else tool for tool in listed])
     return tools
 
 
-def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
+def _parameters(schema: Schema) -> Schema:
     """A schema of an object, with the types that JSON has where the author used other names."""
     bound(schema)
-    read: dict[str, Any] = tidied(schema)
+    read = tidied(schema)
     kind = read.get("type", "object")
     if "object" not in (kind if isinstance(kind, list) else [kind]):
         raise ValueError("a tool's parameters must be of type object")
@@ -54,7 +54,7 @@ class Function(Body):
 
     name: Name
     description: Annotated[str, Field(strict=True)] | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_parameters)] | None = None
+    parameters: Annotated[Schema, AfterValidator(_parameters)] | None = None
     strict: Flag | None = None
 
 
@@ -62,7 +62,7 @@ class Tool(Body):
     type: Literal["function"] = "function"
     function: Function
 
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self) -> dict[str, object]:
         """What the model is shown."""
         function = self.function
         shown = {"name": function.name, "description": function.description, "parameters": function.parameters}
@@ -75,12 +75,12 @@ class OtherTool(Body):
     type: Annotated[str, Field(strict=True, json_schema_extra={"not": {"const": "function"}})]
 
 
-def is_other(tool: Any) -> bool:
+def is_other(tool: object) -> bool:
     kind = tool.get("type") if isinstance(tool, dict) else None
     return isinstance(kind, str) and kind != "function"
 
 
-def _tool(value: Any) -> Any:
+def _tool(value: object) -> object:
     """By its type and no other sign, so that what is wrong with a function is told as such."""
     return (OtherTool if is_other(value) else Tool).model_validate(value)
 
@@ -99,7 +99,7 @@ class NamedChoice(Body):
     function: ChosenFunction
 
 
-def _functions(tools: Any) -> Any:
+def _functions(tools: object) -> object:
     return [tool for tool in tools if not is_other(tool)] if isinstance(tools, list) else tools
 
 
@@ -115,7 +115,7 @@ class AllowedChoice(Body):
     allowed_tools: AllowedTools
 
 
-def _choice(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+def _choice(value: object, check: ValidatorFunctionWrapHandler) -> object:
     try:
         return check(value)
     except ValidationError:
@@ -233,7 +233,7 @@ class ToolUse(Body):
         return NamedChoice(function=named) if isinstance(named, ChosenFunction) else named
 
 
-def _arguments_text(value: Any) -> Any:
+def _arguments_text(value: object) -> object:
     """Arguments as JSON text; some clients send the object itself."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
@@ -252,13 +252,13 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self) -> dict[str, object]:
         """The call with its arguments as the object that templates want, or as they are if they are no such text."""
         function = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
 
-def _arguments(text: str) -> dict[str, Any] | str:
+def _arguments(text: str) -> object:
     if not text.strip():
         return {}
     try:
@@ -289,9 +289,9 @@ class ToolTurn(Body):
             raise ValueError("only a message of the role assistant may have tool_calls")
         return self
 
-    def tool_fields(self) -> dict[str, Any]:
+    def tool_fields(self) -> dict[str, object]:
         """What the template is given besides role and content."""
-        fields: dict[str, Any] = {}
+        fields: dict[str, object] = {}
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if self.role == "tool" and self.tool_call_id is not None:

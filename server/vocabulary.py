@@ -19,7 +19,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Vocabulary:
-    """The tokens of one tokenizer. Any thread may ask.
+    """The tokens of one tokenizer. Safe to ask from every thread.
 
     `byte_level`: a text is its tokens' bytes one after the other. `special`: ids that are not part of a text.
     """

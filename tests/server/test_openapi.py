@@ -121,6 +121,13 @@ def test_fields_without_effect_say_so() -> None:
         assert "without effect" in described[name]["description"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("ChatCompletion", "created"), ("TextChoice", "prompt_logprobs"), ("ChosenToken", "logprob")]
+)
+def test_a_field_that_a_type_inherits_is_described(kind: str, name: str) -> None:
+    assert DOCUMENT["components"]["schemas"][kind]["properties"][name]["description"]
+
+
 # The schemas against validation
 
 CONTENTS: list[Any] = [

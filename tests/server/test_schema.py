@@ -39,7 +39,7 @@ def refused_field(name: str, json: str) -> dict[str, Any]:
     return refused(f'{{"messages": [{{"role": "user", "content": "Hi"}}], "{name}": {json}}}'.encode())
 
 
-def for_template(*messages: object) -> list[dict[str, str]]:
+def for_template(*messages: object) -> list[dict[str, object]]:
     return [message.for_template() for message in accepted(messages=messages).messages]
 
 

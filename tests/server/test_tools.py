@@ -684,7 +684,7 @@ def test_definitions_calls_and_results_go_through_the_template(thinking_tokenize
     calls = [call('{"city":"Rome"}'), call("oops", id="call_2")]
     asked = ToolTurn.model_validate_json(json.dumps({"role": "assistant", "tool_calls": calls}))
     told = ToolTurn(role="tool", tool_call_id="call_1")
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": "", **asked.tool_fields()},
         {"role": "tool", "content": "sunny", **told.tool_fields()},
