@@ -5,7 +5,7 @@ A new endpoint is one entry in `OPERATIONS`. The paths without /v1 are left out:
 """
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TypeAlias
 
 import orjson
@@ -54,13 +54,15 @@ STATUSES = {
 RETRIED_AFTER = (429, 503)
 READING = (400, 404, 408, 413, 415, 500, 503)
 """What can go wrong with any request that has a body."""
-GENERATING = (*READING, 429, 504)
+QUEUED = (429, 504)
+"""And with one that waits for its turn."""
 
 HEADERS = {
     "RequestId": {"description": "The request's id, as in the log.", "schema": {"type": "string"}},
     "RetryAfter": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 0}},
     "Authenticate": {"description": "The scheme of keys.", "schema": {"const": "Bearer"}},
 }
+NAME: JsonObject = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,30 @@ class Operation:
     event: object = None
     """What a stream is made of."""
     about: str = ""
+    examples: dict[str, JsonObject] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
+    """Besides those that all of its kind can give."""
     unwell: object = replies.Error
     """What a 503 holds."""
     media: str = "application/json"
     open: bool = False
     """Whether no API key is asked for."""
-    examples: dict[str, JsonObject] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         return "post" if self.takes else "get"
 
+    def statuses(self, asks_key: bool) -> list[int]:
+        errors = [*self.errors, *(READING if self.takes else ()), *(QUEUED if self.event else ())]
+        return [200, *sorted(errors + [401] * asks_key)]
+
 
 HI = [{"role": "user", "content": "Say hello."}]
+SAY: JsonObject = {"input": "Say hello."}
+ONCE: JsonObject = {"prompt": "Once upon a time"}
+STREAMED: JsonObject = {"stream": True, "stream_options": {"include_usage": True}}
+
+health = partial(Operation, gives=replies.Health, errors=(503,), unwell=replies.Health, open=True)
 
 OPERATIONS = (
     Operation(
@@ -97,11 +109,7 @@ OPERATIONS = (
         ChatRequest,
         replies.ChatChunk,
         CHUNKS,
-        GENERATING,
-        examples={
-            "Plain": {"messages": HI, "max_tokens": 64},
-            "Streamed": {"messages": HI, "stream": True, "stream_options": {"include_usage": True}},
-        },
+        {"Plain": {"messages": HI, "max_tokens": 64}, "Streamed": {"messages": HI} | STREAMED},
     ),
     Operation(
         "/v1/completions",
@@ -110,11 +118,7 @@ OPERATIONS = (
         CompletionRequest,
         replies.TextChunk,
         CHUNKS,
-        GENERATING,
-        examples={
-            "Plain": {"prompt": "Once upon a time", "max_tokens": 64},
-            "Streamed": {"prompt": "Once upon a time", "stream": True},
-        },
+        {"Plain": ONCE | {"max_tokens": 64}, "Streamed": ONCE | STREAMED},
     ),
     Operation(
         "/v1/responses",
@@ -123,8 +127,7 @@ OPERATIONS = (
         ResponseRequest,
         replies.ResponseEvent,
         EVENTS,
-        GENERATING,
-        examples={
+        {
             "Plain": {"input": "Say hello.", "max_output_tokens": 64},
             "Streamed": {"input": "Say hello.", "stream": True},
         },
@@ -134,29 +137,20 @@ OPERATIONS = (
         "Count tokens as the model does",
         replies.Tokenized,
         TokenizeRequest,
-        errors=READING,
-        examples={"Of a text": {"prompt": "Once upon a time"}, "Of a conversation": {"messages": HI}},
+        examples={"Of a text": ONCE, "Of a conversation": {"messages": HI}},
     ),
     Operation(
         "/v1/detokenize",
         "The text of token ids",
         replies.Detokenized,
         DetokenizeRequest,
-        errors=READING,
         examples={"Plain": {"tokens": [1, 2, 3]}},
     ),
     Operation("/v1/models", "The names the model is served under", replies.ModelList, errors=(500,)),
     Operation("/v1/models/{name}", "One of these names", replies.Model, errors=(404, 500)),
-    Operation("/health", "Whether requests are taken", replies.Health, errors=(503,), unwell=replies.Health, open=True),
-    Operation("/health/ready", "The same", replies.Health, errors=(503,), unwell=replies.Health, open=True),
-    Operation(
-        "/health/live",
-        "Whether the process can still come to serve: a 503 means that it needs a restart",
-        replies.Health,
-        errors=(503,),
-        unwell=replies.Health,
-        open=True,
-    ),
+    health("/health", "Whether requests are taken"),
+    health("/health/ready", "The same"),
+    health("/health/live", "Whether the process can still come to serve: a 503 means that it needs a restart"),
     Operation("/metrics", "Metrics for Prometheus", str, media=CONTENT_TYPE, open=True),
     Operation("/version", "What runs", replies.Version),
 )
@@ -203,21 +197,16 @@ def document(model: str, keyed: bool) -> JsonObject:
 def describe(operation: Operation, model: str, keyed: bool) -> JsonObject:
     """The document's Operation Object."""
     asks_key = keyed and not operation.open
-    errors = (*operation.errors, 401) if asks_key else operation.errors
     found: JsonObject = {
         "summary": operation.summary,
         "description": operation.about,
         "operationId": operation.path.removeprefix("/v1").strip("/").replace("/", "_").replace("{name}", "one"),
-        "parameters": [parameter(model)] if "{name}" in operation.path else None,
+        "parameters": [NAME | {"example": model}] if "{name}" in operation.path else None,
         "requestBody": request_body(operation, model) if operation.takes else None,
-        "responses": {str(status): response(operation, status) for status in (200, *sorted(errors))},
+        "responses": {str(status): response(operation, status) for status in operation.statuses(asks_key)},
         "security": [{"apiKey": []}] if asks_key else None,
     }
     return {key: value for key, value in found.items() if value}
-
-
-def parameter(model: str) -> JsonObject:
-    return {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": model}
 
 
 def request_body(operation: Operation, model: str) -> JsonObject:
