@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from batching.stream import Stream
 from batching.types import Delta, Forced
