@@ -7,7 +7,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from io import StringIO
-from typing import Any, Literal
+from typing import Literal
 
 import orjson
 
@@ -20,6 +20,7 @@ from server.tool_format import (
     Content,
     ToolEvent,
     ToolParser,
+    Turn,
     joined,
     new_call_id,
     quotable,
@@ -297,16 +298,16 @@ class LlamaFormat:
     def around(self, name: str) -> tuple[str, str]:
         return f'{{"name": "{name}", "parameters": ', "}"
 
-    def turns(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def turns(self, messages: Sequence[Turn]) -> list[Turn]:
         """Each call in a turn of its own, before its result, and after what was said beside it."""
-        turns: list[dict[str, Any]] = []
+        turns: list[Turn] = []
         at = 0
         while at < len(messages):
             message, at = messages[at], at + 1
             if "tool_calls" not in message:
                 turns.append(message)
                 continue
-            results = defaultdict[str, deque[dict[str, Any]]](deque)
+            results = defaultdict[str, deque[Turn]](deque)
             while at < len(messages) and messages[at]["role"] == "tool":
                 results[messages[at].get("tool_call_id", "")].append(messages[at])
                 at += 1
@@ -315,12 +316,13 @@ class LlamaFormat:
         return turns
 
 
-def _one_call_each(message: dict[str, Any], results: defaultdict[str, deque[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _one_call_each(message: Turn, results: defaultdict[str, deque[Turn]]) -> list[Turn]:
     """The turns of one with calls. Takes the results that it finds a call for."""
-    said = {key: value for key, value in message.items() if key != "tool_calls"}
+    said = message.copy()
+    calls = said.pop("tool_calls")
     turns = [said] if said["content"] else []
-    for call in message["tool_calls"]:
-        turns.append(message | {"content": "", "tool_calls": [call]})
+    for call in calls:
+        turns.append({**message, "content": "", "tool_calls": [call]})
         if results[call["id"]]:
             turns.append(results[call["id"]].popleft())
     return turns

@@ -19,12 +19,14 @@ import re
 import secrets
 from collections.abc import Collection
 from itertools import groupby
-from typing import overload
+from typing import TypeVar, cast
 
 from tokenizers import Tokenizer, pre_tokenizers
 
 BREAK = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
 """Private-use characters that nobody can guess, so that no client's text has them by chance or on purpose."""
+
+Broken = TypeVar("Broken")
 
 
 class Markers:
@@ -40,25 +42,19 @@ class Markers:
         found = [f"{re.escape(first)}(?={_any_of([text[1:] for text in group])})" for first, group in groups]
         self._pattern = re.compile("|".join(found) or r"(?!)")
 
-    @overload
-    def broken(self, value: str) -> str: ...
-
-    @overload
-    def broken(self, value: dict[str, object]) -> dict[str, object]: ...
-
-    @overload
-    def broken(self, value: object) -> object: ...
-
-    def broken(self, value: object) -> object:
+    def broken(self, value: Broken) -> Broken:
         """The same text, or JSON, with a `BREAK` in each marker, and after the start of one at the text's end: the
         template may put the rest behind it."""
+        return cast(Broken, self._broken(value))
+
+    def _broken(self, value: object) -> object:
         match value:
             case str():
                 return self._pattern.sub(rf"\g<0>{BREAK}", value) + (BREAK if self._begins_at_the_end(value) else "")
             case list():
-                return [self.broken(item) for item in value]
+                return [self._broken(item) for item in value]
             case dict():
-                return {self.broken(key): self.broken(item) for key, item in value.items()}
+                return {self._broken(key): self._broken(item) for key, item in value.items()}
             case _:
                 return value
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from server.tool_format import Turn
 from server.tools import ToolTurn
 
 MAX_MESSAGES = 2048
@@ -91,9 +92,9 @@ class Message(ToolTurn):
         result_of = [self.name] if self.role in ("tool", "function") and self.name else []
         return [call.function.name for call in self.tool_calls or ()] + result_of
 
-    def for_template(self) -> dict[str, object]:
+    def for_template(self) -> Turn:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        message: dict[str, object] = {"role": role, "content": self.content} | self.tool_fields()
+        message: Turn = {"role": role, "content": self.content, **self.tool_fields()}
         if self.name:
             message["name"] = self.name
         if self.reasoning_content:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tokenizers import AddedToken
 
@@ -16,7 +15,7 @@ from batching.types import Forced
 from server.llama import LlamaFormat
 from server.qwen import QwenFormat
 from server.reasoning import THINK, ReasoningSplitter, ThinkTags, ThoughtState, thought_state
-from server.tool_format import ToolFormat
+from server.tool_format import ShownTool, ToolFormat, Turn
 from server.tool_prompt import without_tools
 
 QWEN = QwenFormat()
@@ -57,9 +56,7 @@ class ModelFormat:
     thinking: Thinking | None
     turn_tokens: frozenset[str]
 
-    def conversation(
-        self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def conversation(self, turns: Sequence[Turn], tools: Sequence[ShownTool]) -> tuple[list[Turn], dict[str, object]]:
         """The turns that the template is given, and its variables, for a conversation with tools."""
         if not self.renders_tools:
             return without_tools(turns, tools), {}

@@ -6,7 +6,7 @@ Small state machines on the event loop.
 import re
 from collections.abc import Callable, Sequence
 from io import StringIO
-from typing import Any, Literal
+from typing import Literal
 
 import orjson
 
@@ -19,6 +19,7 @@ from server.tool_format import (
     Content,
     ToolEvent,
     ToolParser,
+    Turn,
     joined,
     new_call_id,
     quotable,
@@ -177,7 +178,7 @@ class QwenParser:
             return self._not_a_call(at)
         return at
 
-    def _learn(self, value: Any, source: str) -> bool:
+    def _learn(self, value: object, source: str) -> bool:
         """Take in a member of the outer object. False: this is no call."""
         if self._key == "name":
             if self._name is not None or not (isinstance(value, str) and re.fullmatch(NAME, value)):
@@ -281,7 +282,7 @@ def _start_of_tag(text: str, at: int) -> int:
     return start if start >= 0 and OPEN.startswith(text[start:]) else len(text)
 
 
-def _object_text(value: Any, source: str) -> str | None:
+def _object_text(value: object, source: str) -> str | None:
     """The JSON text of an object, given as such, in a string, or as nothing at all; None if it is none of these."""
     if isinstance(value, dict):
         return source
@@ -311,5 +312,5 @@ class QwenFormat:
     def around(self, name: str) -> tuple[str, str]:
         return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"
 
-    def turns(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def turns(self, messages: Sequence[Turn]) -> list[Turn]:
         return list(messages)

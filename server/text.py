@@ -7,8 +7,8 @@ the event loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import Tokenizer
 
@@ -16,6 +16,7 @@ from batching.errors import ModelError, explained
 from server.detokenizer import Detokenizer
 from server.markers import Markers, drop_breaks
 from server.model_format import PART_TAGS, format_of
+from server.tool_format import ShownTool, Turn
 from server.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -63,26 +64,27 @@ class Text:
         _check_template(tokenizer, checkpoint)
         return cls(tokenizer)
 
-    def as_text(self, message: dict[str, object]) -> dict[str, object]:
+    def as_text(self, message: Turn) -> Turn:
         """A message for `render` of which nothing becomes a token of the model's own: see `server/markers.py`."""
         markers = self._all_markers if message["role"] == "tool" else self._turn_markers
         kept = {key: markers.broken(value) for key, value in message.items() if key not in ("role", "tool_calls")}
         calls = {"tool_calls": self._all_markers.broken(message["tool_calls"])} if "tool_calls" in message else {}
-        return {"role": message["role"]} | kept | calls
+        return cast(Turn, {"role": message["role"]} | kept | calls)
 
-    def as_data(self, tools: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+    def as_data(self, tools: list[ShownTool]) -> list[ShownTool]:
         """Definitions of tools for `render`, likewise, and as calls without tags of parts of a turn."""
-        return [self._all_markers.broken(tool) for tool in tools]
+        return self._all_markers.broken(tools)
 
-    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+    def render(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, Any]) -> str:
         """The text of a conversation up to where the assistant's answer starts.
 
         `options` are variables for the template; the caller allows only harmless names. Raises `TemplateError`.
         """
         from jinja2 import TemplateError as JinjaError
 
+        turns = cast("list[dict[str, str]]", [*messages])  # all that transformers says of their type
         try:
-            return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+            return str(self._chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options))
         except (JinjaError, TypeError, ValueError) as error:
             raise TemplateError(_first_line(error)) from error
 

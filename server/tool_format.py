@@ -5,12 +5,55 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Protocol, TypeAlias
+from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict
+
+from server.schema_walk import Schema
 
 NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,128}$"
 """What may be a function's name, whether a client has defined it or a model has made it up."""
 
 UNQUOTABLE = re.compile(r'["\\<>\[\]{}|]')
+
+
+# A conversation as chat templates read it
+
+
+class ShownFunction(TypedDict):
+    name: str
+    description: NotRequired[str]
+    parameters: NotRequired[Schema]
+
+
+class ShownTool(TypedDict):
+    type: Literal["function"]
+    function: ShownFunction
+
+
+class ShownArguments(TypedDict):
+    name: str
+    arguments: object
+    """An object, or the text that came in its place."""
+
+
+class ShownCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: ShownArguments
+
+
+class TurnExtras(TypedDict, total=False):
+    name: str
+    reasoning_content: str
+    tool_calls: list[ShownCall]
+    tool_call_id: str
+
+
+class Turn(TurnExtras):
+    role: str
+    content: str
+
+
+# An answer with calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +132,7 @@ class ToolFormat(Protocol):
         """What a call of a name that it carries has before and after its arguments' JSON: what a grammar enforces."""
         ...
 
-    def turns(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def turns(self, messages: Sequence[Turn]) -> list[Turn]:
         """The conversation in turns that a template of this format takes."""
         ...
 

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from itertools import count
-from typing import Any
+from typing import TypeVar
+
+from server.tool_format import ShownCall, ShownTool, Turn
 
 MAX_STEM = 48  # characters kept of a name that has to be another one
+
+Named = TypeVar("Named", ShownTool, ShownCall)
 
 
 class ToolNames:
@@ -35,15 +39,20 @@ class ToolNames:
         """Which function the model means; a name that it made up is left as it is."""
         return self._meant.get(name, name)
 
-    def in_tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+    def in_tool(self, tool: Named) -> Named:
         """A definition for a template, with the name that the model is shown."""
-        return tool | {"function": self._renamed(tool["function"])}
+        renamed = tool.copy()
+        renamed["function"] = tool["function"].copy()
+        renamed["function"]["name"] = self._known(tool["function"]["name"])
+        return renamed
 
-    def in_turn(self, turn: dict[str, Any]) -> dict[str, Any]:
+    def in_turn(self, turn: Turn) -> Turn:
         """A message for a template, with the names that the model is shown in its calls, or of the call it answers."""
         if "tool_calls" in turn:
-            return turn | {"tool_calls": [self.in_tool(call) for call in turn["tool_calls"]]}
-        return self._renamed(turn) if turn["role"] == "tool" and "name" in turn else turn
+            return {**turn, "tool_calls": [self.in_tool(call) for call in turn["tool_calls"]]}
+        if turn["role"] == "tool" and "name" in turn:
+            return {**turn, "name": self._known(turn["name"])}
+        return turn
 
-    def _renamed(self, named: dict[str, Any]) -> dict[str, Any]:
-        return named | {"name": self._shown.get(named["name"], named["name"])}
+    def _known(self, name: str) -> str:
+        return self._shown.get(name, name)

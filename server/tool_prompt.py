@@ -5,9 +5,9 @@ The conversation is rewritten so that only system, user and assistant turns with
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from server.qwen import CLOSE, OPEN
+from server.tool_format import ShownArguments, ShownTool, Turn
 
 HOW = f"""You can call functions. These are the functions, one JSON object a line:
 {{tools}}
@@ -17,29 +17,30 @@ To call one, answer with nothing but a JSON object between tags, and wait for it
 {CLOSE}"""
 
 
-def without_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_tools(messages: Sequence[Turn], tools: Sequence[ShownTool]) -> list[Turn]:
     """The conversation with tools, calls and results in words. The tools are added to the system message."""
     turns = [_in_words(message) for message in messages]
     if not tools:
         return turns
     how = HOW.format(tools="\n".join(_json(tool["function"]) for tool in tools))
     if turns[0]["role"] == "system":
-        return [turns[0] | {"content": f"{turns[0]['content']}\n\n{how}"}, *turns[1:]]
+        return [{**turns[0], "content": f"{turns[0]['content']}\n\n{how}"}, *turns[1:]]
     return [{"role": "system", "content": how}, *turns]
 
 
-def _in_words(message: dict[str, Any]) -> dict[str, Any]:
+def _in_words(message: Turn) -> Turn:
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-    calls = [f"{OPEN}\n{_call(call['function'])}\n{CLOSE}" for call in message.get("tool_calls", ())]
-    plain = {key: value for key, value in message.items() if key != "tool_calls"}
-    return plain | {"content": "\n".join(filter(None, [message["content"], *calls]))}
+    plain = message.copy()
+    calls = [f"{OPEN}\n{_call(call['function'])}\n{CLOSE}" for call in plain.pop("tool_calls", [])]
+    plain["content"] = "\n".join(filter(None, [message["content"], *calls]))
+    return plain
 
 
-def _call(function: dict[str, Any]) -> str:
+def _call(function: ShownArguments) -> str:
     return _json({"name": function["name"], "arguments": function["arguments"]})
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     """Unlike orjson this has a form for integers of any size, which clients may send."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

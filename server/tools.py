@@ -23,7 +23,7 @@ from server.fields import Body, Flag
 from server.schema_check import MAX_DEPTH, bound
 from server.schema_rewrite import tidied
 from server.schema_walk import Schema, values
-from server.tool_format import NAME
+from server.tool_format import NAME, ShownArguments, ShownCall, ShownFunction, ShownTool, TurnExtras
 
 MAX_TOOLS = 128  # as in OpenAI's API
 MAX_CALLS = 4096  # in one turn of the history; more than an answer can make
@@ -62,11 +62,14 @@ class Tool(Body):
     type: Literal["function"] = "function"
     function: Function
 
-    def for_template(self) -> dict[str, object]:
+    def for_template(self) -> ShownTool:
         """What the model is shown."""
-        function = self.function
-        shown = {"name": function.name, "description": function.description, "parameters": function.parameters}
-        return {"type": "function", "function": {key: value for key, value in shown.items() if value is not None}}
+        shown: ShownFunction = {"name": self.function.name}
+        if self.function.description is not None:
+            shown["description"] = self.function.description
+        if self.function.parameters is not None:
+            shown["parameters"] = self.function.parameters
+        return {"type": "function", "function": shown}
 
 
 class OtherTool(Body):
@@ -252,9 +255,9 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    def for_template(self) -> dict[str, object]:
+    def for_template(self) -> ShownCall:
         """The call with its arguments as the object that templates want, or as they are if they are no such text."""
-        function = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
+        function: ShownArguments = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -289,9 +292,9 @@ class ToolTurn(Body):
             raise ValueError("only a message of the role assistant may have tool_calls")
         return self
 
-    def tool_fields(self) -> dict[str, object]:
+    def tool_fields(self) -> TurnExtras:
         """What the template is given besides role and content."""
-        fields: dict[str, object] = {}
+        fields: TurnExtras = {}
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if self.role == "tool" and self.tool_call_id is not None:

@@ -17,7 +17,7 @@ from server.model_format import QWEN, format_of
 from server.qwen import QwenFormat
 from server.schema import ChatRequest
 from server.text import Text
-from server.tool_format import CallArguments, CallEnded, CallStarted, Content
+from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ShownCall, Turn
 from tests.live import QUESTION, Live, live
 from tests.llama import TEMPLATE, llama_tokenizer
 from tests.server.test_reasoning import calls_in
@@ -295,7 +295,7 @@ def test_the_format_is_known_by_the_template() -> None:
     assert found("<tool_call>\n<function=f>") == (QwenFormat, False)
 
 
-def call(id: str, name: str = "f") -> dict[str, Any]:
+def call(id: str, name: str = "f") -> ShownCall:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": {"id": id}}}
 
 
@@ -314,12 +314,12 @@ TURNS = st.one_of(
 
 
 @given(st.lists(TURNS, max_size=8))
-def test_a_history_has_one_call_a_turn_and_loses_nothing(messages: list[dict[str, Any]]) -> None:
+def test_a_history_has_one_call_a_turn_and_loses_nothing(messages: list[Turn]) -> None:
     turns = LlamaFormat().turns(messages)
     assert all(len(turn.get("tool_calls", [0])) == 1 for turn in turns)
     assert not any(turn["content"] for turn in turns if "tool_calls" in turn)
 
-    def parts(turns: list[dict[str, Any]], role: str) -> list[Any]:
+    def parts(turns: list[Turn], role: str) -> list[Any]:
         calls = [("call", made) for turn in turns for made in turn.get("tool_calls", ())]
         said = [turn["content"] for turn in turns if turn["role"] == role and turn["content"]]
         return calls + said

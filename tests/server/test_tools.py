@@ -20,7 +20,19 @@ from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, QwenParser
 from server.schema import explain
 from server.schema_check import MAX_DEPTH, MAX_LENGTH
 from server.text import Text
-from server.tool_format import NAME, CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser, new_call_id
+from server.tool_format import (
+    NAME,
+    CallArguments,
+    CallEnded,
+    CallStarted,
+    Content,
+    ShownCall,
+    ShownTool,
+    ToolEvent,
+    ToolParser,
+    Turn,
+    new_call_id,
+)
 from server.tool_names import ToolNames
 from server.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
 from server.vocabulary import Vocabulary
@@ -283,16 +295,20 @@ def test_a_name_is_the_same_in_definitions_calls_and_results() -> None:
     known = ToolNames([plain, odd, "say _hi__1"], QwenFormat().carries)
     shown = known.shown(odd)
     assert shown == "say _hi__2"  # the first like it is another function's own
-    calls = [call({}, function={"name": name, "arguments": {}}) for name in (odd, plain)]
-    turns: list[dict[str, Any]] = [
-        {"role": "assistant", "tool_calls": calls},
+    calls: list[ShownCall] = [
+        {"id": "call_1", "type": "function", "function": {"name": name, "arguments": {}}} for name in (odd, plain)
+    ]
+    turns: list[Turn] = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "name": odd, "content": "1"},
         {"role": "user", "name": odd, "content": "1"},
     ]
     renamed = [known.in_turn(turn) for turn in turns]
     assert [made["function"]["name"] for made in renamed[0]["tool_calls"]] == [shown, plain]
     assert [turn["name"] for turn in renamed[1:]] == [shown, odd]
-    assert known.in_tool({"type": "function", "function": {"name": odd}})["function"] == {"name": shown}
+    tool: ShownTool = {"type": "function", "function": {"name": odd}}
+    assert known.in_tool(tool)["function"] == {"name": shown}
+    assert tool["function"]["name"] == odd
 
 
 def test_at_most_128_tools() -> None:
