@@ -15,9 +15,9 @@ from batching.events import State
 Ending: TypeAlias = Literal["stop", "length"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "function_call"]
 Sent: TypeAlias = Annotated[orjson.Fragment, WithJsonSchema({})]
-"""A value that is JSON already: of any type, as the client sent it or as a setting of its own would be written."""
+"""JSON of any type, encoded already: what the client sent, or what leaving it out means."""
 
-# What several types inherit says of itself what it is, because only a type's own strings are found.
+# Fields that types inherit carry their description with them, because only a type's own strings are read.
 Seconds: TypeAlias = Annotated[int, Field(description="Seconds since 1970.")]
 Logprob: TypeAlias = Annotated[float, Field(description="Natural logarithm; -9999 stands for a probability of zero.")]
 
