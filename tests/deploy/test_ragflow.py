@@ -12,7 +12,6 @@ from batching.events import Outcome
 from batching.types import Request
 from deploy.ragflow import selftest
 from server.settings import parse
-from server.text import Text
 from tests.live import ROOT, Live, byte_tokenizer, free_port, live, scripted, tokens_of
 from tests.server.test_app import fails_at, remembering
 
@@ -80,8 +79,8 @@ def test_a_chinese_prompt_that_fills_what_is_told_is_asked_for_real(monkeypatch:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([selftest.CHINESE])  # a tokenizer that knows Chinese very well
     seen: list[Request] = []
-    with live(scripted(remembering(seen, LONG), context_window=10_000), **GOOD) as service:
-        monkeypatch.setattr(service.service, "text", Text(tokenizer))
+    engine = scripted(remembering(seen, LONG), context_window=10_000)
+    with live(engine, tokenizer=tokenizer, **GOOD) as service:
         told = selftest.check_chinese(selftest.Service(f"{service.url}/v1", "scripted", "x"))
         sent = service.model.advertised_window
     assert f"a Chinese prompt of {sent} tokens" in told
