@@ -108,7 +108,7 @@ overload: install
 # The files are npm's as they are; package.json among them says which version.
 swagger:
 	@mkdir -p out
-	tar -xzf "out/$$(npm pack --silent --pack-destination out swagger-ui-dist@$(SWAGGER))" -C server/swagger \
+	tar -xzf "out/$$(npm pack --silent --pack-destination out swagger-ui-dist@$(SWAGGER))" -C server/web/swagger \
 		--strip-components=1 --no-same-owner $(foreach file,package.json LICENSE NOTICE swagger-ui.css \
 		swagger-ui-bundle.js swagger-ui-bundle.js.LICENSE.txt,package/$(file))
 

@@ -1,4 +1,4 @@
-"""What can go wrong below the HTTP layer. `server/errors.py` turns each into a status and a body."""
+"""What can go wrong below the HTTP layer. `server/http/errors.py` turns each into a status and a body."""
 
 import asyncio
 from collections.abc import Iterator

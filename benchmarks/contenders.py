@@ -17,7 +17,7 @@ import orjson
 
 from benchmarks.connection import get, server_url
 from benchmarks.models import MODULE, Model
-from server.loader import LIBRARY_SETTINGS
+from server.model.loader import LIBRARY_SETTINGS
 
 PATIENCE = 900.0
 """Seconds that a server may take to load its model and compile."""

@@ -17,12 +17,11 @@ from batching.progress import Progress
 from batching.stream import Row
 from batching.types import ModelInfo, PromptLogprob, TokenLogprob
 from server.__main__ import run
-from server.defaults import Defaults
-from server.loader import ModelLoader
-from server.loading import Loading
+from server.model.defaults import Defaults
+from server.model.loader import Loading, ModelLoader
+from server.model.text import Text
 from server.service import Loader
 from server.settings import Settings, parse
-from server.text import Text
 
 WORDS = " the lamp of a lighthouse turns above the sea while its keeper reads the weather and writes it down again"
 

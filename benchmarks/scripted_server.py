@@ -37,17 +37,17 @@ from batching.stream import Row
 from batching.types import ModelInfo
 from benchmarks.words import LANGUAGES
 from server import sse
+from server.__main__ import search_seldom, spare_what_is_loaded
 from server.app import create_app
-from server.connection import Connections
-from server.defaults import Defaults
-from server.garbage import search_seldom, spare_what_is_loaded
-from server.loading import Loading
-from server.log import configure, log_event
-from server.metrics import Metrics
+from server.http.connection import Connections
+from server.model.defaults import Defaults
+from server.model.loader import Loading
+from server.model.text import Text
+from server.observe.log import configure, log_event
+from server.observe.metrics import Metrics
 from server.replies import ChatChunk
 from server.service import Service
 from server.settings import Settings
-from server.text import Text
 
 Mode = Literal["bare", "bare at once", "in step", "at once"]
 """What answers: constant bytes or the service; each token written on its own, or all as fast as they are made."""

@@ -25,9 +25,9 @@ from batching.padded import PaddedEngine
 from batching.sampling import Sampler
 from batching.stream import Row
 from batching.types import Grammar, PromptLogprob, Request, Sampling, TokenLogprob
-from server.grammar import Grammars
-from server.grammar_source import Part
-from server.schema_walk import Schema
+from server.grammar.compiler import Grammars
+from server.grammar.json_schema import Schema
+from server.grammar.source import Part
 from server.settings import Settings
 
 VOCABULARY = 151_936  # Qwen3's logits; its tokenizer has 151,669 tokens

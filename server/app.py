@@ -18,25 +18,22 @@ from starlette.routing import Route
 
 from batching.events import Rejected, State
 from server import replies
-from server.body_budget import BODIES_FULL, BodyBudget
-from server.browsers import BrowserGuard, allowed_hosts
-from server.chat import ChatCompletions
-from server.completions import Completions
-from server.disconnect import CLIENT_CLOSED
-from server.docs import ROUTES as DOCS
-from server.errors import ApiError, internal
-from server.internal import ROUTES as INTERNAL
-from server.keys import load_keys
-from server.log import log_refusal
-from server.metrics import Metrics
-from server.middleware import ApiKey, RequestId
-from server.responses import Responses, stored_response
-from server.scrape import Scrapes, scrape
-from server.served_model import ServedModel, card, served_name
+from server.callers import load_keys
+from server.http.errors import ApiError, internal
+from server.http.middleware import BODIES_FULL, ApiKey, BodyBudget, BrowserGuard, RequestId, allowed_hosts
+from server.http.request import CLIENT_CLOSED
+from server.model.served_model import ServedModel, card, served_name
+from server.observe.log import log_refusal
+from server.observe.metrics import Metrics, Scrapes, scrape
+from server.openai.chat import ChatCompletions
+from server.openai.completions import Completions
+from server.openai.responses import Responses, stored_response
+from server.openai.tokenize import Detokenize, Tokenize
 from server.service import Service
-from server.static import PAGE
-from server.tokens import Detokenize, Tokenize
 from server.version import VERSION
+from server.web.internal import ROUTES as INTERNAL
+from server.web.pages import PAGE
+from server.web.pages import ROUTES as DOCS
 
 OPEN_PATHS = frozenset(
     {"/health", "/health/live", "/health/ready", "/metrics", *(route.path for route in [*DOCS, *PAGE])}

@@ -14,16 +14,16 @@ from batching.errors import UNWINDING, ModelError, NotReady, Stuck
 from batching.events import Observer, Rejected, State, broadcast
 from batching.progress import Progress
 from batching.queue import QueueLimits
-from server.defaults import Defaults
-from server.encoders import Encoders
-from server.errors import not_ready
-from server.grammar import Grammars
-from server.keys import load_keys
-from server.live import LiveFeed
-from server.loading import Loading
-from server.served_model import ServedModel
+from server.callers import load_keys
+from server.grammar.compiler import Grammars
+from server.http.errors import not_ready
+from server.model.defaults import Defaults
+from server.model.loader import Loading
+from server.model.served_model import ServedModel
+from server.model.text import Text
+from server.observe.live import LiveFeed
 from server.settings import Settings
-from server.text import Text
+from server.threads import Encoders
 
 logger = logging.getLogger(__name__)
 

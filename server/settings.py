@@ -20,7 +20,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from server.keys import load_keys
+from server.callers import load_keys
 
 PREFIX = "MICROBATCH_"
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import torch
 
-import server.loader
+import server.model.loader
 from batching.engine import Engine
 from batching.progress import Progress
-from server.defaults import Defaults
-from server.detokenizer import Detokenizer
+from server.model.defaults import Defaults
+from server.model.text import Text
+from server.output.detokenize import Detokenizer
 from server.settings import Settings
-from server.text import Text
 from tests.live import BYTES, scripted
 
 
@@ -79,5 +79,5 @@ class FailingLoader:
 
 
 if __name__ == "__main__":
-    server.loader.ModelLoader = FailingLoader  # type: ignore[assignment,misc]
+    server.model.loader.ModelLoader = FailingLoader  # type: ignore[assignment,misc]
     runpy.run_module("server", run_name="__main__")

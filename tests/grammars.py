@@ -15,12 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint
 from batching.types import TokenBitmask
-from server.errors import RETRIED, ApiError
-from server.grammar import Grammars
-from server.grammar_source import Part
-from server.schema_walk import Schema
+from server.grammar.compiler import Grammars, TokenGrammar, TokenMatcher
+from server.grammar.json_schema import Schema
+from server.grammar.source import Part
+from server.http.errors import RETRIED, ApiError
 from server.settings import parse
-from server.token_grammar import TokenGrammar, TokenMatcher
 from tests.conftest import TEST_TOKENIZER
 
 TEXT = {"type": "string"}

@@ -29,15 +29,15 @@ from batching.events import Event, RowEnded, State
 from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
-from server.connection import Connections, listener
-from server.defaults import Defaults
-from server.loading import Loading
-from server.log import log_event
-from server.metrics import Metrics
-from server.served_model import ServedModel
+from server.http.connection import Connections, listener
+from server.model.defaults import Defaults
+from server.model.loader import Loading
+from server.model.served_model import ServedModel
+from server.model.text import Text
+from server.observe.log import log_event
+from server.observe.metrics import Metrics
 from server.service import Service
 from server.settings import PREFIX, Settings
-from server.text import Text
 from server.watchdog import Watchdog
 from tests.fakes import INFO, Script, ScriptedEngine
 from tests.loop_guard import LoopGuard

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from server.llama import TAG
+from server.output.llama import TAG
 from tests.live import byte_tokenizer
 
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")

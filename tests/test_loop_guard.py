@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from server.text import Text
+from server.model.text import Text
 from tests.live import live
 from tests.loop_guard import LIMIT_SECONDS, LoopGuard
 

@@ -17,12 +17,12 @@ from starlette.applications import Starlette
 from batching.events import State
 from batching.progress import Progress
 from deploy.ray.metrics import told
+from server.__main__ import spare_what_is_loaded
 from server.app import create_app
-from server.garbage import spare_what_is_loaded
-from server.loader import ModelLoader
-from server.log import configure, log_event
-from server.metrics import Metrics
-from server.served_model import ServedModel
+from server.model.loader import ModelLoader
+from server.model.served_model import ServedModel
+from server.observe.log import configure, log_event
+from server.observe.metrics import Metrics
 from server.service import Service
 from server.settings import parse
 from server.version import VERSION

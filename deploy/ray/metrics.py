@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.metrics import CONTENT_TYPE, Metrics
+from server.observe.metrics import CONTENT_TYPE, Metrics
 
 APPLICATION = "metrics"
 TELLING_SECONDS = 1.0

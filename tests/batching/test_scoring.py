@@ -219,7 +219,7 @@ def test_the_logits_of_no_more_than_a_piece_are_there_at_a_time(engine: str, mon
         return split(logits, tokens, top)
 
     monkeypatch.setattr(scoring, "prompt_logprobs", noted)
-    monkeypatch.setattr("batching.packed.scoring.prompt_logprobs", noted)
+    monkeypatch.setattr("batching.packed.scheduler.prompt_logprobs", noted)
     monkeypatch.setattr(scoring, "_read", noted_part)
     made = packed(prefill_chunk=2048) if engine == "packed" else padded()
     Run(made, [of(long_prompt(random.Random(5), PIECE + 100), max_tokens=0)])

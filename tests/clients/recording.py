@@ -17,8 +17,8 @@ from unittest import mock
 
 from starlette.requests import Request
 
-from server import request
-from server.body import read_body
+from server.http import request
+from server.http.request import read_body
 from tests.clients.client import CLIENTS
 from tests.clients.model import scripted_model
 from tests.live import live

@@ -11,7 +11,7 @@ import orjson
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from server.text import Text
+from server.model.text import Text
 from tests.live import BYTES, QUESTION, Live, live, scripted, tokens_of
 
 CHAT = "/v1/chat/completions"

@@ -10,11 +10,11 @@ import orjson
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-import server.body
-import server.connection
+import server.http.connection
+import server.http.request
 from batching.events import Outcome
 from batching.types import Request
-from server.connection import HEAD_BYTES
+from server.http.connection import HEAD_BYTES
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted, tokens_of
 
 CROWD = 1000
@@ -67,7 +67,7 @@ def wait_alone(service: Live) -> None:
 
 @pytest.mark.parametrize("half", [b"", HALVES[0], HALVES[1]])
 def test_a_request_that_never_gets_to_its_body_is_hung_up_on(half: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.connection, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(server.http.connection, "HEAD_SECONDS", 0.1)
     with live() as service, service.connect() as bare:
         bare.sendall(half)
         assert read_all(bare) == b""
@@ -75,14 +75,14 @@ def test_a_request_that_never_gets_to_its_body_is_hung_up_on(half: bytes, monkey
 
 
 def test_a_second_request_has_as_long_for_its_head_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.connection, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(server.http.connection, "HEAD_SECONDS", 0.1)
     with live() as service, service.connect() as bare:
         bare.sendall(raw_request(orjson.dumps({"messages": QUESTION})) + HALVES[1])
         assert read_all(bare).count(b"HTTP/1.1 200") == 1
 
 
 def test_an_answer_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor) -> None:
-    monkeypatch.setattr(server.connection, "HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(server.http.connection, "HEAD_SECONDS", 0.05)
     with live(scripted(stepped=True)) as service, service.connect() as idle:
         answer = pool.submit(service.chat)
         service.wait_running()
@@ -152,7 +152,7 @@ def test_a_crowd_that_sends_half_a_request_keeps_nobody_out(half: bytes, monkeyp
         eventually(lambda: len(service.connections) >= CROWD, "all are connected")
         service.engine.release(100)
         assert service.chat().status_code == 200
-        monkeypatch.setattr(server.connection, "HEAD_SECONDS", 0.1)
+        monkeypatch.setattr(server.http.connection, "HEAD_SECONDS", 0.1)
         stack.close()
         wait_alone(service)
         assert service.chat().status_code == 200
@@ -170,8 +170,8 @@ def test_a_body_a_byte_at_a_time_is_put_together() -> None:
 
 
 def test_what_is_left_of_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.body, "READ_SECONDS", 0.05)
-    monkeypatch.setattr(server.connection, "REST_SECONDS", 0.1)
+    monkeypatch.setattr(server.http.request, "READ_SECONDS", 0.05)
+    monkeypatch.setattr(server.http.connection, "REST_SECONDS", 0.1)
     with live() as service, service.connect() as bare:
         bare.sendall(raw_request(b"{", length=1000))
         assert bare.recv(65536).startswith(b"HTTP/1.1 408")

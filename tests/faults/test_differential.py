@@ -23,8 +23,8 @@ from batching.padded import PaddedEngine
 from batching.queue import QueueLimits
 from batching.stream import Stream
 from batching.types import Forced, Grammar, Request, TokenLogprob
-from server.grammar import Grammars
-from server.grammar_source import Part
+from server.grammar.compiler import Grammars
+from server.grammar.source import Part
 from tests.batching.conftest import PATIENCE, request
 from tests.tiny import SHAPE, tiny_model
 

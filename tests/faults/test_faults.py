@@ -14,9 +14,9 @@ import pytest
 
 from batching.errors import OutOfMemory
 from batching.events import Outcome, State
-from server.detokenizer import Detokenizer
-from server.metrics import Metrics
-from server.text import Text
+from server.model.text import Text
+from server.observe.metrics import Metrics
+from server.output.detokenize import Detokenizer
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted
 
 ANSWER = "Hello!"

@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import uvloop
 
-import server.connection
+import server.http.connection
 from tests.faults.test_framing import chunked, read_all
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted
 
@@ -83,7 +83,7 @@ def test_what_has_no_end_is_refused_and_not_kept(what: str, new_loop: NewLoop) -
 
 
 def test_empty_lines_without_end_are_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.connection, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(server.http.connection, "HEAD_SECONDS", 0.5)
     with live() as service, service.connect() as bare:
         before = memory()
         with contextlib.suppress(ConnectionError):
@@ -129,7 +129,7 @@ def test_requests_behind_one_that_waits_are_not_read(new_loop: NewLoop) -> None:
             pytest.fail("all of it was taken")
         assert memory() - before < SLACK
         [connection] = [one for one in service.connections if one.exchange]
-        assert len(connection._unparsed) < 3 * server.connection.READ_BYTES
+        assert len(connection._unparsed) < 3 * server.http.connection.READ_BYTES
         service.engine.release(100)
         bare.settimeout(PATIENCE)
         assert bare.recv(12) == b"HTTP/1.1 200"
@@ -202,7 +202,7 @@ def test_half_a_request_keeps_nobody_out() -> None:
 
 
 def test_where_every_connection_is_being_answered_one_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.connection, "LINGERING", 2)
+    monkeypatch.setattr(server.http.connection, "LINGERING", 2)
     with live(scripted(stepped=True), max_connections=8) as service, contextlib.ExitStack() as stack:
         busy = [stack.enter_context(service.connect()) for _ in range(8)]
         for bare in busy:
@@ -228,15 +228,15 @@ def test_where_every_connection_is_being_answered_one_more_is_refused(monkeypatc
 def test_bodies_of_a_crowd_leave_the_event_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """On uvloop's, which reads up to 32 times from each connection if nothing stops it."""
     reads = [0]
-    received = server.connection.Connection.buffer_updated
+    received = server.http.connection.Connection.buffer_updated
 
-    def counted(connection: server.connection.Connection, nbytes: int) -> None:
+    def counted(connection: server.http.connection.Connection, nbytes: int) -> None:
         if not reads[-1]:
             connection._loop.call_soon(lambda: reads.append(0))
         reads[-1] += 1
         received(connection, nbytes)
 
-    monkeypatch.setattr(server.connection.Connection, "buffer_updated", counted)
+    monkeypatch.setattr(server.http.connection.Connection, "buffer_updated", counted)
     with live(new_loop=uvloop.new_event_loop) as service, contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(service.connect()) for _ in range(20)]
         for bare in crowd:
@@ -248,8 +248,8 @@ def test_bodies_of_a_crowd_leave_the_event_loop_to_others(monkeypatch: pytest.Mo
         for sender in senders:
             sender.join()
         assert {bare.recv(12) for bare in crowd} == {b"HTTP/1.1 400"}  # longer than the window
-    assert sum(reads) > 20 * len(LARGE) / server.connection.READ_BYTES - 20
-    assert max(reads) <= server.connection.READS_A_TURN + len(crowd)
+    assert sum(reads) > 20 * len(LARGE) / server.http.connection.READ_BYTES - 20
+    assert max(reads) <= server.http.connection.READS_A_TURN + len(crowd)
 
 
 # What a client without a key can make the process hold

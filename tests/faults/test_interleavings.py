@@ -33,7 +33,7 @@ from batching.events import Event, Outcome, RowEnded, State
 from batching.progress import Progress
 from batching.queue import MAX_PASSED_OVER, QueueLimits
 from batching.stream import Row, Stream
-from server.metrics import Metrics
+from server.observe.metrics import Metrics
 from tests.batching.conftest import PATIENCE, SkippingLoop, request
 from tests.fakes import INFO
 

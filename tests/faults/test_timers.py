@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from server.connection import HEAD_SECONDS, REST_SECONDS, Connection, Connections
+from server.http.connection import HEAD_SECONDS, REST_SECONDS, Connection, Connections
 from tests.live import settings_of
 
 EXAMPLES = int(os.environ.get("TIMERS", "150"))

@@ -12,11 +12,20 @@ from typing import Any
 import orjson
 from jsonschema_rs import validator_for
 
-from server.grammar_sandbox import Sandbox
-from server.grammar_source import Part, PartError, Plan
-from server.schema_check import FORMS, MAX_PATTERN, SchemaError, bound, written_out
-from server.schema_rewrite import _guard, closed, rewrite, tidied
-from server.schema_walk import ALONE_OR_LISTED, BY_NAME, Schema, subschemas
+from server.grammar.json_schema import (
+    ALONE_OR_LISTED,
+    BY_NAME,
+    FORMS,
+    MAX_PATTERN,
+    Schema,
+    SchemaError,
+    bound,
+    subschemas,
+    written_out,
+)
+from server.grammar.rewrite import _guard, closed, rewrite, tidied
+from server.grammar.sandbox import Sandbox
+from server.grammar.source import Part, PartError, Plan
 from tests.live import BYTES, END
 
 KEYWORDS = sorted({*FORMS, *ALONE_OR_LISTED, *BY_NAME, "const", "enum", "format", "uniqueItems", "$schema", "default"})

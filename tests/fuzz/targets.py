@@ -13,25 +13,23 @@ import orjson
 from pydantic import BaseModel
 
 from batching.types import Delta
-from server.completions import TextAnswer
-from server.constrain import form_of
-from server.detokenizer import Detokenizer
-from server.errors import RETRIED, ApiError, bad_request
 from server.fields import RequestBody
-from server.llama import LlamaParser
-from server.message import MessageReader, delta, fold
-from server.qwen import QwenParser
-from server.reasoning import ReasoningSplitter
+from server.grammar.json_schema import Schema, SchemaError, bound
+from server.grammar.rewrite import inline, rewrite
+from server.http.errors import RETRIED, ApiError, bad_request
+from server.model.text import StopScanner, Text
+from server.openai.chat import form_of
+from server.openai.completions import TextAnswer
+from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.openai.responses_output import framed
+from server.openai.responses_request import ResponseRequest, as_chat
+from server.output.detokenize import Detokenizer, Vocabulary
+from server.output.hermes import QwenParser
+from server.output.llama import LlamaParser
+from server.output.message import MessageReader, delta, fold
+from server.output.reasoning import ReasoningSplitter
+from server.output.tool_calls import NAME
 from server.replies import ChatMessage, ResponseEvent, TextChoice, TextChunkChoice
-from server.response_events import framed
-from server.response_request import ResponseRequest, as_chat
-from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
-from server.schema_check import SchemaError, bound
-from server.schema_rewrite import inline, rewrite
-from server.schema_walk import Schema
-from server.text import StopScanner, Text
-from server.tool_format import NAME
-from server.vocabulary import Vocabulary
 from tests.fuzz.schemas import fuzz_pattern, fuzz_schema
 from tests.live import BYTES, END
 

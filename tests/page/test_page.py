@@ -9,7 +9,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from batching.events import State
-from server.defaults import Defaults
+from server.model.defaults import Defaults
 from tests.live import Live, live, scripted
 from tests.page.browser import DESK, PHONE, Browser
 from tests.server.test_app import babble

@@ -13,12 +13,12 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import server.body
+import server.http.request
 from batching.errors import ModelError, OutOfMemory
 from batching.events import Outcome, State
 from batching.types import Request
-from server.errors import RETRIED
-from server.log import JsonFormatter
+from server.http.errors import RETRIED
+from server.observe.log import JsonFormatter
 from tests.fakes import Script
 from tests.live import (
     BYTES,
@@ -516,7 +516,7 @@ def test_a_body_that_is_too_large_is_refused_in_every_transfer(chunked: bool) ->
 
 
 def test_a_body_that_comes_too_slowly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.body, "READ_SECONDS", 0.01)
+    monkeypatch.setattr(server.http.request, "READ_SECONDS", 0.01)
     with live() as service, service.connect() as bare:
         bare.sendall(raw_request(b"{", length=100))
         assert bare.recv(65536).startswith(b"HTTP/1.1 408")

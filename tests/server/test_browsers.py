@@ -3,7 +3,7 @@
 import orjson
 import pytest
 
-from server.browsers import allowed_hosts
+from server.http.middleware import allowed_hosts
 from tests.live import QUESTION, Live, live
 from tests.server.test_app import error_of
 

@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from batching.types import Request
+from server.model.text import Text
 from server.settings import parse
-from server.text import Text
 from tests.live import BYTES, QUESTION, Live, byte_tokenizer, frames, live, scripted
 from tests.llama import llama_tokenizer
 from tests.server.test_app import error_of, remembering

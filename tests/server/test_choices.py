@@ -13,7 +13,7 @@ from batching.engine import NO_LOGPROBS, Steps
 from batching.events import Outcome
 from batching.stream import Row
 from batching.types import PromptLogprob, Request, TokenLogprob
-from server.schema import MAX_CHOICES
+from server.openai.requests import MAX_CHOICES
 from tests.fakes import Script, ScriptedEngine
 from tests.live import (
     END,

@@ -15,16 +15,15 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from batching.types import TokenBitmask
-from server import grammar_sandbox
-from server.constrain import ANY_OBJECT
-from server.errors import ApiError
-from server.grammar import MAX_TRIALS, Grammars
-from server.grammar_process import MEMORY, WALL_SECONDS
-from server.grammar_sandbox import ROOT, Sandbox
-from server.grammar_source import Part, Plan
-from server.reasoning import ThoughtState
-from server.schema_walk import Schema
-from server.token_grammar import TokenMatcher
+from server.grammar import sandbox
+from server.grammar.compiler import MAX_TRIALS, Grammars, TokenMatcher
+from server.grammar.json_schema import Schema
+from server.grammar.process import MEMORY, WALL_SECONDS
+from server.grammar.sandbox import ROOT, Sandbox
+from server.grammar.source import Part, Plan
+from server.http.errors import ApiError
+from server.openai.chat import ANY_OBJECT
+from server.output.reasoning import ThoughtState
 from tests.grammars import INT, TEXT, Kit, kit_of, refusal, run, strict
 from tests.live import eventually
 
@@ -59,7 +58,7 @@ def test_an_endless_compilation_ends_as_a_refusal_and_delays_no_other_client(dem
 
 def test_a_process_that_tries_grammars_gets_no_more_memory_than_allowed() -> None:
     hog = f"""
-from server.grammar_process import _be_limited
+from server.grammar.process import _be_limited
 _be_limited()
 held = bytearray({MEMORY // 2})
 try:
@@ -78,8 +77,8 @@ def test_an_endless_compilation_outlives_its_service_by_no_more_than_its_limit(d
     """Nothing is left even where the process ends without a word, as by a kill."""
     service = """
 import asyncio, json, os, sys
-from server.grammar_sandbox import ROOT, Sandbox
-from server.grammar_source import Part, Plan
+from server.grammar.sandbox import ROOT, Sandbox
+from server.grammar.source import Part, Plan
 
 async def main():
     sandbox = Sandbox(open("tokenizer.json").read(), None)
@@ -176,7 +175,7 @@ class Counting(Sandbox):
 
     tried = 0
 
-    async def write(self, plan: Plan) -> grammar_sandbox.Written:
+    async def write(self, plan: Plan) -> sandbox.Written:
         self.tried += 1
         return await super().write(plan)
 

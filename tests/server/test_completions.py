@@ -11,7 +11,7 @@ import pytest
 
 from batching.events import Outcome
 from batching.types import Request
-from server.schema import MAX_CHOICES, MAX_PROMPTS
+from server.openai.requests import MAX_CHOICES, MAX_PROMPTS
 from tests.fakes import Script
 from tests.live import BYTES, END, Live, frames, live, says, scripted, tokens_of
 from tests.server.test_app import error_of, remembering

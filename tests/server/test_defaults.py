@@ -17,8 +17,8 @@ from batching.events import State
 from batching.progress import Progress
 from batching.types import Request
 from server.__main__ import announce
-from server.defaults import DEMO, FILE, Defaults, recommended
-from server.loader import ModelLoader
+from server.model.defaults import DEMO, FILE, Defaults, recommended
+from server.model.loader import ModelLoader
 from server.settings import parse
 from tests.live import Live, live, scripted
 from tests.server.test_app import remembering

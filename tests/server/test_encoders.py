@@ -3,8 +3,8 @@
 import asyncio
 import threading
 
-from server.caller import Caller
-from server.encoders import LONG_BYTES, Encoders
+from server.callers import Caller
+from server.threads import LONG_BYTES, Encoders
 
 
 def caller(name: str = "", request_id: str = "r") -> Caller:

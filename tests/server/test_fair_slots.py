@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.fair_slots import FairSlots, Full
+from server.threads import FairSlots, Full
 
 CLIENTS = "abcd"
 SLOTS = 2

@@ -15,15 +15,14 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from batching.sampling import Sampler
 from batching.types import TokenBitmask
-from server.constrain import ANY_OBJECT
-from server.grammar_source import Part
-from server.llama import LlamaFormat
-from server.model_format import FORMATS, QWEN
-from server.reasoning import ThoughtState
-from server.schema_check import written_out
-from server.schema_recursion import terminates
-from server.schema_walk import Schema
-from server.tool_format import CallEnded, CallStarted, Content
+from server.grammar.json_schema import Schema, written_out
+from server.grammar.rewrite import terminates
+from server.grammar.source import Part
+from server.openai.chat import ANY_OBJECT
+from server.output.llama import LlamaFormat
+from server.output.model_format import FORMATS, QWEN
+from server.output.reasoning import ThoughtState
+from server.output.tool_calls import CallEnded, CallStarted, Content
 from tests.batching.conftest import request
 from tests.conftest import TEST_TOKENIZER
 from tests.grammars import INT, TEXT, Kit, kit_of, many, record, refusal, run, strict, valid

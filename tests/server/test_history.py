@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 
 from batching.types import Request
-from server.chat import encode
-from server.message import MessageReader, fold
-from server.qwen import QwenParser
-from server.reasoning import ReasoningSplitter
-from server.schema import ChatRequest
-from server.text import Text
+from server.model.text import Text
+from server.openai.chat import encode
+from server.openai.requests import ChatRequest
+from server.output.hermes import QwenParser
+from server.output.message import MessageReader, fold
+from server.output.reasoning import ReasoningSplitter
 from tests.live import BYTES, QUESTION, byte_tokenizer, frames, live, says, scripted
 from tests.llama import llama_tokenizer
 from tests.server.test_calls import KNOWING

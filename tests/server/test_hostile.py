@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from batching.types import Request
-from server.errors import RETRIED
+from server.http.errors import RETRIED
 from server.settings import PREFIX
 from tests.fakes import ScriptedEngine
 from tests.live import QUESTION, Live, eventually, live, raw_request, says, scripted

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from server.loader import UNUSED
+from server.model.loader import UNUSED
 
 LOADED = """
 from batching.progress import Progress
-from server.loader import ModelLoader
+from server.model.loader import ModelLoader
 from server.settings import parse
 
 ModelLoader(parse({flags}), Progress())
@@ -36,7 +36,7 @@ def packages(tmp_path: Path) -> Path:
 
 
 def test_the_port_is_open_before_anything_large_is_imported() -> None:
-    late = ["torch", "transformers", "opentelemetry", "server.openapi"]
+    late = ["torch", "transformers", "opentelemetry", "server.web.openapi"]
     answer = told_by(f"import server.__main__\nprint([name for name in {late} if name in sys.modules])")
     assert answer.stdout == "[]\n", answer.stderr
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batching.types import Request
-from server.keys import Key, KeyFileError, Keys, load_keys
+from server.callers import Key, KeyFileError, Keys, load_keys
 from server.settings import parse
 from tests.live import Live, eventually, live, scripted
 from tests.server.test_app import error_of, remembering

@@ -22,7 +22,7 @@ from batching.events import (
     StateChanged,
     Stepped,
 )
-from server.live import MOST_LISTENERS, MOST_WAITING, ROWS_KEPT, TICKS_KEPT, Listener, LiveFeed
+from server.observe.live import MOST_LISTENERS, MOST_WAITING, ROWS_KEPT, TICKS_KEPT, Listener, LiveFeed
 from tests.live import LOADING, PATIENCE, Live, eventually, live, scripted
 from tests.server.test_app import babble, error_of
 
@@ -191,7 +191,7 @@ def test_one_that_does_not_read_is_let_go_and_hurts_nobody() -> None:
 
 def test_nothing_is_encoded_while_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[object] = []
-    monkeypatch.setattr("server.live.frame", encoded.append)
+    monkeypatch.setattr("server.observe.live.frame", encoded.append)
     with live() as service:
         assert service.chat().status_code == 200
         service.wait_ended()

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batching.padded import PaddedEngine
-from server.chat import encode
-from server.llama import MAX_HELD, MAX_SPACE, TAG, LlamaFormat, LlamaParser
-from server.model_format import QWEN, format_of
-from server.qwen import QwenFormat
-from server.schema import ChatRequest
-from server.text import Text
-from server.tool_format import CallArguments, CallEnded, CallStarted, Content, ShownCall, Turn
+from server.model.text import Text
+from server.openai.chat import encode
+from server.openai.requests import ChatRequest
+from server.output.hermes import QwenFormat
+from server.output.llama import MAX_HELD, MAX_SPACE, TAG, LlamaFormat, LlamaParser
+from server.output.model_format import QWEN, format_of
+from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ShownCall, Turn
 from tests.live import QUESTION, Live, live
 from tests.llama import TEMPLATE, llama_tokenizer
 from tests.server.test_reasoning import calls_in

@@ -8,8 +8,7 @@ from transformers.utils.logging import set_tqdm_hook, tqdm
 
 from batching.errors import ModelError
 from batching.progress import Progress
-from server.loader import ModelLoader
-from server.loading import Loading, counted, follow_bars
+from server.model.loader import Loading, ModelLoader, counted, follow_bars
 from server.settings import parse
 from tests.live import byte_tokenizer
 from tests.tiny import tiny_model

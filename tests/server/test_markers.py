@@ -14,12 +14,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching.types import Request
-from server.chat import names_in, render
-from server.markers import BREAK, Markers
-from server.messages import Message
-from server.model_format import PART_TAGS, tokens_of_turns
-from server.text import Text
-from server.tools import Tool
+from server.model.markers import BREAK, Markers
+from server.model.text import Text
+from server.openai.chat import names_in, render
+from server.openai.messages import Message
+from server.openai.tools import Tool
+from server.output.model_format import PART_TAGS, tokens_of_turns
 from tests.live import END, byte_tokenizer, live, scripted, tokens_of
 from tests.server.test_app import remembering
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 
-from server.message import Event, MessageReader, Reasoning, delta, fold
-from server.qwen import QwenParser
-from server.reasoning import ReasoningSplitter
+from server.output.hermes import QwenParser
+from server.output.message import Event, MessageReader, Reasoning, delta, fold
+from server.output.reasoning import ReasoningSplitter
+from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
 from server.replies import Ending
-from server.tool_format import CallArguments, CallEnded, CallStarted, Content
 from tests.server.test_text import split
 from tests.server.test_tools import CALLS, CUTS, TEXTS, one
 

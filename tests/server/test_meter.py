@@ -17,7 +17,7 @@ from batching.events import (
     RowsJoined,
     Stepped,
 )
-from server.meter import FIRST_TOKENS_FOR, PERIOD, Meter, Tick, percentile
+from server.observe.live import FIRST_TOKENS_FOR, PERIOD, Meter, Tick, percentile
 
 MOST = 600
 

@@ -23,12 +23,12 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.app import OPEN_PATHS, routes
-from server.docs import ROUTES
-from server.errors import ApiError
 from server.fields import RequestBody
-from server.openapi import OPERATIONS, Operation, document, schemas
-from server.response_request import ResponseRequest
-from server.schema import ChatRequest, CompletionRequest, parse
+from server.http.errors import ApiError
+from server.openai.requests import ChatRequest, CompletionRequest, parse
+from server.openai.responses_request import ResponseRequest
+from server.web.openapi import OPERATIONS, Operation, document, schemas
+from server.web.pages import ROUTES
 from tests.live import QUESTION, Live, frames, live, scripted
 
 DOCUMENT: Any = document("scripted", keyed=False)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 import server
-from server.static import PAGE
+from server.web.pages import PAGE
 from tests.live import live
 from tests.server.test_app import error_of
 from tests.server.test_openapi import Links
 
-FOLDER = Path(server.__file__).with_name("page")
+FOLDER = Path(server.__file__).with_name("web") / "page"
 MOST_BYTES = 64_000
 KINDS = {".js": "javascript", ".css": "css", "/": "html"}
 PATHS = [route.path for route in PAGE]

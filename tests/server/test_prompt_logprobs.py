@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from server.echo import starts_of
-from server.endpoint import MAX_PROMPT_LOGPROBS
-from server.text import Text
+from server.model.text import Text
+from server.openai.completions import starts_of
+from server.openai.endpoint import MAX_PROMPT_LOGPROBS
 from tests.fakes import SCORED, prompt_logprob
 from tests.live import BYTES, END, TEMPLATE, frames, live, scripted, tokens_of
 from tests.server.test_app import error_of

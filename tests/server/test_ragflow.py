@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import APIStatusError
 
-import server.body
-import server.errors
+import server.http.errors
+import server.http.request
 from batching.errors import (
     BatchingError,
     DeadlineExceeded,
@@ -29,8 +29,8 @@ from batching.errors import (
 )
 from batching.events import Outcome, State
 from batching.types import Request
-from server.errors import ApiError, bad_request, from_batching, internal, not_ready
-from server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.http.errors import ApiError, bad_request, from_batching, internal, not_ready
+from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from tests.fakes import Script
 from tests.live import BYTES, Live, frames, live, says, scripted, text_of
 from tests.server.test_app import babble, error_of, fails_at, remembering
@@ -346,8 +346,8 @@ def test_a_refusal_is_told_well_whatever_it_repeats(message: str, param: str | N
 
 @given(NUMBERS, NUMBERS)
 def test_sizes_are_told_well(limit: int, tokens: int) -> None:
-    told_well(server.body._too_large(limit))
-    told_well(bad_request(f"The prompt has {server.errors.thousands(tokens)} tokens.", "messages"))
+    told_well(server.http.request._too_large(limit))
+    told_well(bad_request(f"The prompt has {server.http.errors.thousands(tokens)} tokens.", "messages"))
 
 
 KINDS = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.reasoning import THINK, ReasoningSplitter, ThoughtState, thought_state
+from server.output.reasoning import THINK, ReasoningSplitter, ThoughtState, thought_state
 from tests.server.test_text import split
 
 TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</th", "\n", "a", " ", "ink>"])).map("".join)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import RETRIED, ApiError
-from server.schema import MAX_STOP_LENGTH, MAX_STOPS, ChatRequest, parse
-from server.tool_format import Turn
+from server.http.errors import RETRIED, ApiError
+from server.openai.requests import MAX_STOP_LENGTH, MAX_STOPS, ChatRequest, parse
+from server.output.tool_calls import Turn
 
 HI = [{"role": "user", "content": "Hi"}]
 HUGE = 10**6

@@ -16,17 +16,16 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter
 
-from server.constrain import form_of, grammar_of
-from server.grammar_source import Part
-from server.model_format import QWEN
-from server.reasoning import ThoughtState
-from server.schema import ChatRequest, ResponseFormat
-from server.schema_check import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, SchemaError, bound, written_out
-from server.schema_rewrite import closed, tidied
-from server.schema_walk import Schema
-from server.token_grammar import TokenGrammar
-from server.tool_names import ToolNames
-from server.tools import ToolUse
+from server.grammar.compiler import TokenGrammar
+from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, Schema, SchemaError, bound, written_out
+from server.grammar.rewrite import closed, tidied
+from server.grammar.source import Part
+from server.openai.chat import form_of, grammar_of
+from server.openai.requests import ChatRequest, ResponseFormat
+from server.openai.tools import ToolUse
+from server.output.model_format import QWEN
+from server.output.reasoning import ThoughtState
+from server.output.tool_calls import ToolNames
 from tests.grammars import INT, TEXT, Kit, around, kit_of, many, record, refusal, run, strict, valid
 
 pytestmark = pytest.mark.model

@@ -15,7 +15,7 @@ from packaging.version import Version
 from batching.checkpoint import locate
 from batching.errors import ModelError
 from batching.model import load
-from server.text import Text
+from server.model.text import Text
 from tests.fakes import ScriptedEngine
 from tests.live import ROOT, Live, live, scripted
 

@@ -9,7 +9,7 @@ import pytest
 
 from batching.checkpoint import LFS_POINTER
 from batching.errors import ModelError
-from server.text import Text
+from server.model.text import Text
 from tests.live import PATIENCE, ROOT, SMALL, byte_tokenizer, environment, process
 from tests.tiny import tiny_model
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
-from server.docs import ROUTES as DOCS
-from server.static import PAGE
+from server.web.pages import PAGE
+from server.web.pages import ROUTES as DOCS
 from tests.live import Live, live
 
 PATHS = [route.path for route in [*PAGE, *DOCS] if route.path != "/openapi.json"]

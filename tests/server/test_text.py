@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from batching.errors import ModelError
 from batching.progress import Progress
 from batching.types import TokenLogprob
-from server.detokenizer import MAX_HELD, Detokenizer
-from server.loader import ModelLoader
-from server.logprobs import chat_logprobs
+from server.model.loader import ModelLoader
+from server.model.text import StopScanner, TemplateError, Text
+from server.openai.logprobs import chat_logprobs
+from server.output.detokenize import MAX_HELD, Detokenizer, Vocabulary
 from server.settings import parse
-from server.text import StopScanner, TemplateError, Text
-from server.vocabulary import Vocabulary
 from tests.live import BYTES, END, QUESTION, byte_tokenizer, tokens_of
 
 LETTERS = st.text("ab\n", max_size=20)

@@ -15,10 +15,10 @@ from batching.engine import Engine
 from batching.packed.engine import PackedEngine
 from batching.padded import PaddedEngine
 from batching.types import Request
-from server.chat import encode
-from server.reasoning import ThoughtState
-from server.schema import ChatRequest
-from server.text import Text
+from server.model.text import Text
+from server.openai.chat import encode
+from server.openai.requests import ChatRequest
+from server.output.reasoning import ThoughtState
 from tests.live import QUESTION, Live, byte_tokenizer, frames, live, scripted
 from tests.server.test_app import error_of, remembering
 from tests.tiny import tiny_model

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from server.detokenizer import Detokenizer
-from server.errors import RETRIED
-from server.model_format import FORMATS
-from server.qwen import MAX_HELD, MAX_SPACE, QwenFormat, QwenParser
-from server.schema import explain
-from server.schema_check import MAX_DEPTH, MAX_LENGTH
-from server.text import Text
-from server.tool_format import (
+from server.grammar.json_schema import MAX_DEPTH, MAX_LENGTH
+from server.http.errors import RETRIED
+from server.model.text import Text
+from server.openai.requests import explain
+from server.openai.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
+from server.output.detokenize import Detokenizer, Vocabulary
+from server.output.hermes import MAX_HELD, MAX_SPACE, QwenFormat, QwenParser
+from server.output.model_format import FORMATS
+from server.output.tool_calls import (
     NAME,
     CallArguments,
     CallEnded,
@@ -29,13 +30,11 @@ from server.tool_format import (
     ShownCall,
     ShownTool,
     ToolEvent,
+    ToolNames,
     ToolParser,
     Turn,
     new_call_id,
 )
-from server.tool_names import ToolNames
-from server.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
-from server.vocabulary import Vocabulary
 from tests.server.test_reasoning import calls_in
 from tests.server.test_text import split
 

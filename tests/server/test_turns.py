@@ -6,7 +6,7 @@ from functools import partial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.turns import Turns
+from server.http.turns import Turns
 
 
 @given(most=st.integers(1, 5), asked=st.lists(st.integers(0, 12), max_size=8))

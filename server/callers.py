@@ -1,0 +1,90 @@
+"""API keys: who holds which, and how large a share of the device each gets. Kept as digests only."""
+
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`name` is that of the API key, or empty where none is asked for; `share` is the key's weight.
+
+    `trace` has the W3C headers `traceparent` and `tracestate`, those that came.
+    """
+
+    request_id: str
+    name: str = ""
+    share: float = 1.0
+    trace: tuple[tuple[str, str], ...] = ()
+
+    def row_id(self, choice: int) -> str:
+        """The id of one of a request's rows: the request's own for the first."""
+        return f"{self.request_id}.{choice}" if choice else self.request_id
+
+
+class KeyFileError(ValueError):
+    """The file of keys cannot be read; the message is one sentence and holds no key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """`share` is its weight in the queue beside other keys."""
+
+    name: str
+    digest: bytes
+    share: float = 1.0
+
+
+class Keys:
+    """All keys there are. Empty: no key is asked for."""
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._keys = tuple(keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(key.name for key in self._keys)
+
+    def find(self, secret: bytes) -> Key | None:
+        """The key with this secret. All are compared, each in constant time, so that timing tells nothing of them."""
+        digest = sha256(secret).digest()
+        matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
+        return matches[0] if matches else None
+
+
+def load_keys(secrets: Iterable[str], file: Path | None) -> Keys:
+    """Keys from the settings, named key-1, key-2, ..., and from a file of lines `name key [share]` (# for comments).
+
+    Raises `KeyFileError`; a file without a key is one too, because the service would be open to everyone.
+    """
+    listed = [Key(f"key-{n}", sha256(secret.encode()).digest()) for n, secret in enumerate(secrets, 1)]
+    return Keys([*listed, *(_from_file(file) if file else [])])
+
+
+def _from_file(file: Path) -> list[Key]:
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise KeyFileError(f"the file of API keys {file} cannot be read") from None
+    numbered = [(number, line.split()) for number, line in enumerate(lines, 1)]
+    keys = [_from_line(words, file, number) for number, words in numbered if words and not words[0].startswith("#")]
+    if not keys:
+        raise KeyFileError(f"the file of API keys {file} has no key in it")
+    return keys
+
+
+def _from_line(words: list[str], file: Path, number: int) -> Key:
+    try:
+        name, secret, share = [*words, "1"][:3]
+        if len(words) > 3 or not 0 < float(share) <= 1000:
+            raise ValueError
+    except ValueError:
+        raise KeyFileError(
+            f"line {number} of {file} is not a name, a key and perhaps a share between 0 and 1000"
+        ) from None
+    return Key(name, sha256(secret.encode()).digest(), float(share))

@@ -1,0 +1,346 @@
+"""What a request's answer must look like, compiled for the served tokenizer: JSON, a JSON Schema, or tool calls.
+
+What a client sent is first tried in another process, which can be killed, and compiled here once it is known to take
+little, for each request anew. Clients have their turns at both. What is known is remembered within bounds. `Grammars`
+belongs to the event loop, and a compiled grammar to any thread.
+
+Objects have their properties in the schema's order, and the only white space is one optional blank after a comma and
+after a colon, so that a weak model cannot go on with white space for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from llguidance import LLTokenizer
+
+from server.grammar.json_schema import Schema, SchemaError, bound
+from server.grammar.process import STACK
+from server.grammar.sandbox import Sandbox, Unavailable, Written
+from server.grammar.source import START, Part, PartError, Plan, assembled, matcher_of
+from server.http.errors import ApiError, bad_request
+from server.output.reasoning import THINK, ThinkTags, ThoughtState
+from server.output.tool_calls import ToolFormat
+from server.threads import FairSlots, Full
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from numpy.typing import NDArray
+
+
+class TokenGrammar:
+    """`batching.types.Grammar` over llguidance, for the rows of one request.
+
+    All copies of a matcher share a lexer and what it may take. Once it has taken that, the masks of all of them are
+    wrong without a word; so no two requests may share a grammar.
+    """
+
+    def __init__(self, source: str, tokens: LLTokenizer) -> None:
+        """Compiles, which takes milliseconds. Raises ValueError if that cannot be."""
+        self._matcher = matcher_of(source, tokens)  # stays at its beginning
+        self._tokens = tokens
+        if self._matcher.is_error():
+            raise ValueError(_first_line(self._matcher.get_error()))
+
+    def matcher(self) -> TokenMatcher:
+        return TokenMatcher(self._matcher.deep_copy(), self._tokens)
+
+
+class TokenMatcher:
+    """`batching.types.Matcher` over llguidance."""
+
+    def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
+        self._matcher = matcher
+        self._vocab_size = tokens.vocab_size
+        self._words = -(-tokens.vocab_size // 32)
+        self._eos = tokens.eos_tokens
+
+    def fill(self, allowed: NDArray[np.int32]) -> bool:
+        """See `Matcher`. Tokens that only the tokenizer or only the model has are never allowed."""
+        fits = len(allowed) >= self._words
+        mask = allowed[: self._words] if fits else np.zeros(self._words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise ValueError(_first_line(self._matcher.get_error()))
+        for token in self._eos:  # the library's way to say that the text may end; the caller has its own
+            mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
+        if not fits:
+            allowed[:] = mask[: len(allowed)]
+        return self._matcher.is_accepting()
+
+    def advance(self, token: int) -> None:
+        """See `Matcher`."""
+        if token >= self._vocab_size or not self._matcher.consume_token(token):
+            raise ValueError(f"token {token} may not come here")
+
+
+def _first_line(error: str) -> str:
+    return (error.splitlines() or ["unknown"])[0][:200]
+
+
+logger = logging.getLogger(__name__)
+
+MAX_CALLS = 16  # in one answer
+SLOTS = 2  # grammars that are tried at once, and that are compiled at once, each for another client
+MAX_TRIALS = 64  # of one client that wait; they take 20 ms each, or a second
+MAX_WAITING = 1024  # known grammars of one client that wait to be compiled; they take a millisecond or two each
+HELD_BYTES = 2**30  # of memory in grammars of requests that wait or run
+SHARE = 0.5  # of that for one client
+
+NO_ARGUMENTS: Schema = {"type": "object", "properties": {}}
+HARMLESS: tuple[Schema, ...] = ({"type": "object"}, NO_ARGUMENTS)
+"""Schemas that need not be tried."""
+
+
+class Grammars:
+    """Compiles for one tokenizer. Its construction takes seconds of CPU for a large vocabulary: once, at the start."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        thinking: ThinkTags | None = THINK,
+        *,
+        time_limit: float = 10.0,
+        known_bytes: int = 2**24,
+        held_bytes: int = HELD_BYTES,
+    ) -> None:
+        """`thinking`: what is around the model's thoughts. `time_limit`: seconds that a request waits for its client's
+        turn."""
+        # As llguidance.hf does, which copies the tokenizer first: a third of the time, and only to switch off what
+        # `Text` has switched off.
+        source = tokenizer.backend_tokenizer.to_str()
+        self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
+        self._added = tokenizer.get_added_vocab()
+        self._thinking = thinking
+        self._time_limit = time_limit
+        self._sandbox = Sandbox(source, tokenizer.eos_token_id)
+        self._trials = FairSlots(SLOTS, MAX_TRIALS)
+        self._compilers = FairSlots(SLOTS, MAX_WAITING)
+        self._trying: dict[tuple[str, str], asyncio.Task[Written]] = {}
+        self._known = Known(known_bytes)
+        self._held_bytes = held_bytes
+        self._held: WeakKeyDictionary[TokenGrammar, tuple[str, int]] = WeakKeyDictionary()
+
+    def warm(self) -> None:
+        """Start what the first schema would otherwise wait for. Returns at once; any thread."""
+        threading.Thread(target=self._sandbox.start, name="grammar-sandbox", daemon=True).start()
+
+    async def json(self, form: Part, *, thought: ThoughtState = ThoughtState.UNKNOWN, client: str = "") -> TokenGrammar:
+        """The values of a schema, of drafts up to 2020-12. Raises `ApiError` 400 that names what is wrong with it.
+
+        A strict schema may only use what can be enforced. In another one, keywords and formats that cannot are left
+        to the model, and `oneOf` is read as `anyOf`. `thought`: the answer may or does start with the model's thought,
+        which is free. `client`: whose turn it takes to compile it.
+        """
+        return await self.compile(Plan((*self._start(thought), "answer: a0"), (form,)), client)
+
+    async def tool_calls(
+        self,
+        tools: Sequence[tuple[str, Schema | None]],
+        written: ToolFormat,
+        *,
+        named: str | None = None,
+        parallel: bool = True,
+        otherwise: Part | None = None,
+        thought: ThoughtState = ThoughtState.UNKNOWN,
+        client: str = "",
+        param: str = "tools",
+    ) -> TokenGrammar:
+        """One or more calls of `tools` (name, schema of the parameters), as the model has them `written`; one if not
+        `parallel`.
+
+        With `named`, exactly one call, of that function. With `otherwise`, calls or a value of that schema. A tool
+        without parameters takes an empty object. Schemas are read as ones that are not strict. Raises `ApiError` 400.
+        """
+        offered = [(name, schema) for name, schema in tools if named in (None, name)]
+        if not offered:
+            raise bad_request("There is no function of the name that tool_choice asks for.", "tool_choice")
+        separator = self._literal(written.separator)
+        more = f" ({separator} call){{0,{MAX_CALLS - 1}}}" if parallel and named is None else ""
+        form = f" | a{len(offered)}" if otherwise else ""
+        rules = [*self._start(thought), f"answer: call{more}{form}"]
+        rules.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
+        for n, (name, _) in enumerate(offered):
+            before, after = map(self._literal, written.around(name))
+            rules.append(f"f{n}: {before} a{n} {after}")
+        parts = [Part(_parameters(schema, param), strict=False, param=param) for _, schema in offered]
+        return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))), client)
+
+    def _literal(self, text: str) -> str:
+        """Text as a part of a grammar, with the tokenizer's own tokens where it holds one."""
+        marks = sorted((mark for mark in self._added if mark in text), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
+        return " ".join(f"<[{self._added[p]}]>" if p in self._added else json.dumps(p) for p in pieces if p)
+
+    def _start(self, state: ThoughtState) -> tuple[str, ...]:
+        """Rules for what comes before the answer: the rest of a thought, or one that the model may begin with."""
+        if self._thinking is None or not state.to_come:
+            return (START,)
+        opening, closing = map(self._literal, self._thinking)
+        marked = set(self._thinking) <= self._added.keys()
+        rest = (f"/(.|\\n)*/ {closing}" if marked else "spelled") + r' "\n\n"'
+        thought = rest if state is ThoughtState.OPENED else f"({opening} {rest})?"
+        # For a model that has no token to end a thought with.
+        spelled = re.escape(self._thinking.close).replace("/", r"\/")
+        return f"start: {thought} answer", rf"spelled[lazy]: /(.|\n)*{spelled}/"
+
+    # From a plan to a compiled grammar
+
+    async def compile(self, plan: Plan, client: str = "") -> TokenGrammar:
+        """The plan's grammar.
+
+        Raises `ApiError`: 400 for what cannot be compiled within the limits or at all, 503 if it cannot be told now.
+        """
+        key = await asyncio.to_thread(_checked, plan)
+        written = self._known.get(key) or await self._tried(plan, key, client)
+        async with self._turn(self._compilers, client):
+            self._check_room(client, written.memory)
+            grammar = await on_a_thread(partial(TokenGrammar, written.source, self._tokens))
+            self._held[grammar] = client, written.memory
+        return grammar
+
+    async def _tried(self, plan: Plan, key: str, client: str) -> Written:
+        """What trying the plan came to: once, however many requests of the client wait for it."""
+        task = self._trying.get((client, key))
+        if task is None:
+            # A task of its own, because whoever asked first may leave.
+            task = asyncio.create_task(self._try(plan, key, client))
+            self._trying[client, key] = task
+            task.add_done_callback(partial(self._told, (client, key)))
+        return await asyncio.shield(task)
+
+    def _told(self, place: tuple[str, str], task: asyncio.Task[Written]) -> None:
+        del self._trying[place]
+        if not task.cancelled():
+            task.exception()  # which those know who still wait
+
+    async def _try(self, plan: Plan, key: str, client: str) -> Written:
+        if all(part.schema in HARMLESS for part in plan.parts):
+            written = Written(assembled(plan, [part.schema for part in plan.parts]), memory=0)
+        else:
+            async with self._turn(self._trials, client):
+                try:
+                    # Another client may have asked for the same meanwhile.
+                    written = self._known.get(key) or await self._sandbox.write(plan)
+                except PartError as error:
+                    raise _refused(str(error), error.param) from None
+                except Unavailable:
+                    logger.exception("no grammar can be tried")
+                    raise _busy() from None
+        self._known.add(key, written)
+        return written
+
+    @asynccontextmanager
+    async def _turn(self, slots: FairSlots, client: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._time_limit) as waiting, slots.of(client):
+                waiting.reschedule(None)
+                yield
+        except (TimeoutError, Full):
+            raise _busy() from None
+
+    def _check_room(self, client: str, memory: int) -> None:
+        """Grammars that take much are not compiled for more requests than there is memory for."""
+        held = list(self._held.values())
+        mine = sum(size for name, size in held if name == client)
+        everyones = sum(size for _, size in held)
+        if memory and (mine + memory > SHARE * self._held_bytes or everyones + memory > self._held_bytes):
+            raise _busy()
+
+
+class Known:
+    """Grammars that were tried, by their plans' keys; the latest asked for, within so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._kept: OrderedDict[str, Written] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: str) -> Written | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def add(self, key: str, written: Written) -> None:
+        if key not in self._kept:
+            self._kept[key] = written
+            self._bytes += len(key) + len(written.source)
+        while self._bytes > self._most:
+            key, written = self._kept.popitem(last=False)
+            self._bytes -= len(key) + len(written.source)
+
+
+async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
+    """The result of work on a thread with a deep stack, a daemon, which cannot keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[TokenGrammar] = loop.create_future()
+
+    def settle(set_it: Callable[[], None]) -> None:
+        if not answer.done():
+            set_it()
+
+    def run() -> None:
+        if sys.platform == "linux":  # where a thread can be told to let the others go first
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        try:
+            done = partial(answer.set_result, work())
+        except BaseException as error:
+            done = partial(answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(settle, done)
+
+    usual = threading.stack_size(STACK)
+    try:
+        threading.Thread(target=run, name="grammar-compiler", daemon=True).start()
+    finally:
+        threading.stack_size(usual)
+    return await answer
+
+
+def _parameters(schema: Schema | None, param: str) -> Schema:
+    """The schema of a tool's arguments, which are an object whatever it says."""
+    if schema is None:
+        return NO_ARGUMENTS
+    if schema.get("type", "object") != "object":
+        raise _refused("The parameters of a function must be of type object.", param)
+    return {"type": "object"} | schema
+
+
+def _checked(plan: Plan) -> str:
+    """The key of a plan that is not too large, in up to 15 ms. Raises `ApiError` 400."""
+    try:
+        bound(*(part.schema for part in plan.parts))
+    except SchemaError as error:
+        raise _refused(str(error), plan.parts[-1].param) from None
+    return plan.key
+
+
+# Errors. None repeats what was sent but for names of keywords and formats.
+
+
+def _refused(sentence: str, param: str) -> ApiError:
+    return bad_request(sentence, param, "unsupported_schema")
+
+
+def _busy() -> ApiError:
+    message = "Other schemas are being compiled; try again in a few seconds."
+    return ApiError(503, message, "server_error", "compiler_busy", headers={"retry-after": "5"})

@@ -1,0 +1,289 @@
+"""JSON Schemas as clients write them, turned into what the compiler is to hold answers to.
+
+Pure functions that build new schemas; what they are given must be bounded (`schema_check.bound`).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+from server.grammar.json_schema import (
+    PATTERN_PART,
+    TYPES,
+    Faults,
+    Schema,
+    SchemaError,
+    check_names,
+    counts_properties,
+    held,
+    mapped,
+    resolve,
+    rewritten,
+    subschemas,
+)
+
+ROUNDS = 50
+
+
+def terminates(schema: Schema, references: set[str]) -> bool:
+    """Whether a value of finite size can satisfy the schema, as far as references to itself go.
+
+    Starts with no reference known to be finite and adds those that the known ones make so, until there are no more.
+    """
+    targets = {ref: resolve(schema, ref) for ref in references}
+    finite: set[str] = {ref for ref, target in targets.items() if target is None}
+    for _ in range(ROUNDS):
+        seen: dict[int, bool] = {}
+        found = {ref for ref, target in targets.items() if ref in finite or _finite(target, finite, seen)}
+        if found == finite:
+            return _finite(schema, finite, {})
+        finite = found
+    return True
+
+
+def _finite(node: object, finite: set[str], seen: dict[int, bool]) -> bool:
+    if not isinstance(node, dict) or "const" in node or "enum" in node:
+        return True
+    if id(node) not in seen:
+        seen[id(node)] = True
+        seen[id(node)] = _is_finite(node, lambda inner: _finite(inner, finite, seen), finite)
+    return seen[id(node)]
+
+
+def _is_finite(node: Schema, inner: Callable[[object], bool], finite: set[str]) -> bool:
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference not in finite:
+        return False
+    if not all(map(inner, _listed(node, "allOf"))):
+        return False
+    for choice in map(_listed, (node, node), ("anyOf", "oneOf")):
+        if choice and not any(map(inner, choice)):
+            return False
+    if node.get("type") in ("object", ["object"]):
+        properties = node.get("properties")
+        fields = properties if isinstance(properties, dict) else {}
+        rest = node.get("additionalProperties", True)
+        return all(inner(fields.get(name, rest)) for name in _listed(node, "required") if isinstance(name, str))
+    if node.get("type") in ("array", ["array"]) and isinstance(least := node.get("minItems", 0), int):
+        first = _listed(node, "prefixItems")[: max(least, 0)]
+        return all(map(inner, first)) and (least <= len(first) or inner(node.get("items", True)))
+    return True
+
+
+def _listed(node: Schema, key: str) -> list[object]:
+    value = node.get(key)
+    return value if isinstance(value, list) else []
+
+
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+
+def rewrite(schema: Schema, strict: bool) -> Schema:
+    """What of a schema is to be held to. Members keep their order, which is that of the answer's.
+
+    What cannot be held to is left out, but raises `SchemaError` where the schema is strict; so does in any what no
+    answer could satisfy.
+    """
+    check_names(schema)
+    if strict and any(map(counts_properties, subschemas(schema))):
+        raise SchemaError("The schema uses minProperties in a way that cannot be enforced.")
+    kept = _without_faults(_without_nulls(schema) if strict else tidied(schema), strict)
+    if not terminates(kept, set(_references(kept))):
+        raise SchemaError("The schema refers to itself without an end, so no answer could satisfy it.")
+    return kept
+
+
+def inline(schema: Schema, strict: bool) -> str:
+    """A schema that was rewritten, as a part of a grammar, its objects closed."""
+    options = LAYOUT | {"lenient": not strict}
+    return "%json " + json.dumps(_guarded(closed(schema)) | {"x-guidance": options}, separators=(",", ":"))
+
+
+def without(schema: Schema, keyword: str, keeps: Callable[[object], bool]) -> Schema:
+    """The schema without a keyword wherever its value is not one to keep."""
+
+    def change(node: Schema) -> Schema:
+        if keyword in node and not keeps(node[keyword]):
+            node = {key: value for key, value in node.items() if key != keyword} | INSTEAD.get(keyword, {})
+        return rewritten(node, change)
+
+    return change(schema)
+
+
+INSTEAD: dict[str, Schema] = {"patternProperties": {"additionalProperties": True}}
+"""What has to be said where a keyword is left out, so that what it allowed still is."""
+
+
+def _references(schema: Schema) -> Iterator[str]:
+    return (reference for node in subschemas(schema) if isinstance(reference := node.get("$ref"), str))
+
+
+# Liberal reading
+
+SYNONYMS = {
+    **dict.fromkeys(("str", "text", "char", "date", "datetime", "time", "uuid", "url", "uri", "email"), "string"),
+    **dict.fromkeys(("int", "int32", "int64", "long", "short"), "integer"),
+    **dict.fromkeys(("float", "float32", "float64", "double", "decimal", "numeric", "real"), "number"),
+    "bool": "boolean",
+    **dict.fromkeys(("dict", "map", "struct", "record"), "object"),
+    **dict.fromkeys(("list", "tuple", "set", "sequence"), "array"),
+    **dict.fromkeys(("none", "nil"), "null"),
+}
+"""What authors of tools call the types that JSON has."""
+
+
+def tidied(schema: Schema) -> Schema:
+    """The schema with the nearest types that JSON has, and none where that is any; nulls are as good as absent."""
+    kept = {key: value for key, value in schema.items() if value is not None or key in ("const", "default")}
+    if "type" in kept:
+        kept["type"] = _nearest(kept["type"])
+        if kept["type"] is None:
+            del kept["type"]
+    return mapped(kept, _tidied)
+
+
+def _tidied(inner: object) -> Schema | bool:
+    if isinstance(inner, str):  # a property's type where its schema should be
+        inner = {"type": inner}
+    if isinstance(inner, dict):
+        return tidied(inner)
+    return inner if isinstance(inner, bool) else True
+
+
+def _nearest(kind: object) -> str | list[str | None] | None:
+    """One type or several by their names in JSON Schema; None for any."""
+    if not isinstance(kind, list):
+        return _named(kind)
+    kinds = [_named("null" if one is None else one) for one in kind]
+    return None if None in kinds else list(dict.fromkeys(kinds)) or None
+
+
+def _named(kind: object) -> str | None:
+    found = re.fullmatch(r"(\w+)(?:\[.*\]|<.*>)?", kind.strip().lower()) if isinstance(kind, str) else None
+    if found is None:
+        return None
+    return found[1] if found[1] in TYPES else SYNONYMS.get(found[1])
+
+
+def _without_nulls(schema: Schema) -> Schema:
+    kept = {key: value for key, value in schema.items() if value is not None or key in ("const", "default")}
+    return rewritten(kept, _without_nulls)
+
+
+# What cannot be held to
+
+
+def _without_faults(schema: Schema, strict: bool) -> Schema:
+    faults = Faults(schema)
+
+    def change(node: Schema) -> Schema:
+        found = dict(faults.of(node))
+        if strict and found:
+            raise SchemaError(next(iter(found.values())))
+        return rewritten(_of_a_known_draft({key: value for key, value in node.items() if key not in found}), change)
+
+    return change(schema)
+
+
+DRAFTS = {f"draft-0{n}": f"http://json-schema.org/draft-0{n}/schema#" for n in (4, 6, 7)} | {
+    date: f"https://json-schema.org/draft/{date}/schema" for date in ("2019-09", "2020-12")
+}
+
+
+def _of_a_known_draft(schema: Schema) -> Schema:
+    """The schema with its draft by the very name that the compiler knows, or without: any other would be fetched."""
+    if "$schema" not in schema:
+        return schema
+    for draft, name in DRAFTS.items():
+        if draft in str(schema["$schema"]):
+            return schema | {"$schema": name}
+    return {key: value for key, value in schema.items() if key != "$schema"}
+
+
+# Closed objects
+
+
+def closed(schema: Schema) -> Schema:
+    """The schema with every object that lists properties kept to them, unless it says something of others.
+
+    Small models go on to invent properties where they may. Parts that hold for one and the same object (`allOf`, a
+    choice beside `properties` ...) are left as they are, and what they list together is said beside them.
+    """
+    shared = {id(part) for node in subschemas(schema) if _is_joined(node) for part in _parts(node, schema)}
+
+    def change(node: Schema) -> Schema:
+        kept = rewritten(node, change) | {key: node[key] for key in ("not", "if") if key in node}
+        if id(node) in shared:
+            return kept
+        joined = _is_joined(node)
+        limits = _limits([node, *_parts(node, schema)] if joined else [node])
+        if not limits:
+            return kept
+        if joined:
+            return kept | {"allOf": [*kept.get("allOf", ()), limits]}
+        return kept | limits | {key: limits[key] | kept.get(key, {}) for key in ("properties", "patternProperties")}
+
+    return change(schema)
+
+
+IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else", "dependentSchemas")
+LISTS = ("properties", "patternProperties", "required", "additionalProperties")
+
+
+def _is_joined(node: Schema) -> bool:
+    """Whether more than one part may say which properties the same object has."""
+    choices = sum(keyword in node for keyword in IN_PLACE if keyword != "allOf")
+    own = any(keyword in node for keyword in LISTS)
+    return own + ("$ref" in node) + len(node.get("allOf", ())) + choices > 1
+
+
+def _parts(node: Schema, root: Schema) -> list[Schema]:
+    """The schemas that hold, or may hold, for the same value as this one; itself left out."""
+    found: dict[int, Schema] = {id(node): node}
+    todo = [node]
+    while todo:
+        part = todo.pop()
+        inner = [one for keyword in IN_PLACE if keyword in part for one in held(keyword, part[keyword])]
+        if "$ref" in part:
+            inner.append(resolve(root, part["$ref"]))
+        for one in inner:
+            if isinstance(one, dict) and id(one) not in found:
+                found[id(one)] = one
+                todo.append(one)
+    return list(found.values())[1:]
+
+
+def _limits(parts: list[Schema]) -> Schema:
+    """Keywords that keep an object to the properties that these parts list; none if they list none or say more."""
+    if any("additionalProperties" in part or part.get("unevaluatedProperties", False) is not False for part in parts):
+        return {}
+    if not any("properties" in part or "patternProperties" in part for part in parts):
+        return {}
+    listed = [name for part in parts for name in part.get("properties", {})]
+    patterns = {name: True for part in parts for name in part.get("patternProperties", {})}
+    required = [name for part in parts for name in part.get("required", ())]
+    names = dict.fromkeys([*listed, *required], True)
+    return {"properties": names, "patternProperties": patterns, "additionalProperties": False}
+
+
+# Patterns
+
+
+def _guarded(node: Schema) -> Schema:
+    """The schema with U+0001 kept out of every negated character class in a pattern.
+
+    The compiler lets an escaped quote or backslash through where a class excludes it but no control character.
+    """
+    kept = rewritten(node, _guarded)
+    if "pattern" in kept:
+        kept["pattern"] = _guard(kept["pattern"])
+    if "patternProperties" in kept:
+        kept["patternProperties"] = {_guard(name): inner for name, inner in kept["patternProperties"].items()}
+    return kept
+
+
+def _guard(pattern: str) -> str:
+    parts = (part[0] for part in PATTERN_PART.finditer(pattern))
+    return "".join(
+        re.sub(r"^\[\^(\]?)", lambda start: "[^\\x01" + start[1].replace("]", "\\]"), part) for part in parts
+    )

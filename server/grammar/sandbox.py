@@ -1,0 +1,122 @@
+"""Where grammars are tried before this process compiles them: the service's side of `grammar_process`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.grammar.process import BEGUN, write_plan
+from server.grammar.source import PartError, Plan
+
+ROOT = Path(__file__).parents[2]
+
+
+class Unavailable(Exception):
+    """The process could not try a grammar, which says nothing of the grammar."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A grammar that was compiled and stepped through within the limits, and the bytes of memory that took."""
+
+    source: str
+    memory: int
+
+
+class Sandbox:
+    """The process, started when it is first needed, and again if it has ended. It ends when nobody holds this any more,
+    or with the service."""
+
+    def __init__(self, tokenizer: str, eos: int | None) -> None:
+        """`tokenizer`: its file's text."""
+        self._tokenizer = tokenizer
+        self._eos = eos
+        self._starting = threading.Lock()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> socket.socket:
+        """The socket of a running process. Blocks for tens of milliseconds if it has to be started. On any thread."""
+        with self._starting:
+            if (control := self._running()) is not None:
+                return control
+            control, self._process = _spawned(self._tokenizer, self._eos)
+            self._control = control
+            weakref.finalize(self, _end, control, self._process)
+            return control
+
+    def _running(self) -> socket.socket | None:
+        return self._control if self._process is not None and self._process.poll() is None else None
+
+    async def write(self, plan: Plan) -> Written:
+        """The plan's grammar. Raises `PartError`, also where a limit was passed, and `Unavailable`."""
+        try:
+            told = await self._ask(write_plan(plan))
+        except OSError as error:
+            raise Unavailable(str(error)) from error
+        if not told.startswith(BEGUN):
+            raise Unavailable("the process that tries grammars has ended")
+        if told == BEGUN:
+            message = "The schema takes too much time or memory to compile; make it simpler."
+            raise PartError(message, plan.parts[0].param)
+        answer = json.loads(told.removeprefix(BEGUN))
+        if "refused" in answer:
+            raise PartError(answer["refused"], answer["param"])
+        return Written(answer["source"], answer["memory"])
+
+    async def _ask(self, line: bytes) -> bytes:
+        control = self._running()
+        if control is None:
+            control = await asyncio.to_thread(self.start)
+        ours, theirs = socket.socketpair()
+        try:
+            socket.send_fds(control, [b"+"], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        loop = asyncio.get_running_loop()
+        ours.setblocking(False)
+        told = bytearray()
+        with ours, suppress(ConnectionError):  # one that was closed says that much less
+            await loop.sock_sendall(ours, line)
+            while piece := await loop.sock_recv(ours, 2**16):
+                told += piece
+        return bytes(told)
+
+
+def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Raises OSError if no process can be started."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with ExitStack() as undone:
+        ours, theirs = map(undone.enter_context, socket.socketpair())
+        process = subprocess.Popen(
+            # -P: this folder may have a package of the same name.
+            [sys.executable, "-P", "-m", "server.grammar.process", str(theirs.fileno()), json.dumps(eos)],
+            stdin=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"PYTHONPATH": paths},
+            start_new_session=True,  # so that Ctrl-C in a terminal is this process's alone to answer
+        )
+        undone.pop_all()
+    theirs.close()
+    if process.stdin is not None:
+        with suppress(BrokenPipeError), process.stdin as pipe:  # one that has ended already is found to when asked
+            pipe.write(tokenizer.encode())
+    return ours, process
+
+
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()
+    process.kill()
+    process.wait()

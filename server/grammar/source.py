@@ -1,0 +1,214 @@
+"""What llguidance compiles, made of rules and the schemas that clients sent.
+
+Takes as long as the schemas make it take: see `grammar_process`, where it is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import NamedTuple
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.grammar.json_schema import MALFORMED, Schema, SchemaError
+from server.grammar.rewrite import inline, rewrite, without
+
+LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
+"""llguidance's own limits: about 4 ms of a row's step, and 12 MB for the rows of a grammar."""
+
+START = "start: answer"
+MAX_SOURCE = 2**22  # characters
+STEPS = 64  # that are tried; enough to get into a tool's arguments
+
+
+@dataclass(frozen=True)
+class Part:
+    """A schema inside a grammar. `param` is the field that it came in."""
+
+    schema: Schema
+    strict: bool
+    param: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compile: rules, a line each, which call the parts `a0`, `a1` and so on.
+
+    The first is for `start`, and ends with `answer`.
+    """
+
+    rules: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def key(self) -> str:
+        """The same for plans of the same grammar."""
+        return json.dumps([self.rules, [(part.schema, part.strict) for part in self.parts]], separators=(",", ":"))
+
+
+class PartError(SchemaError):
+    """What is wrong with a part of a grammar, as a sentence, and the field that it came in."""
+
+    def __init__(self, sentence: str, param: str) -> None:
+        super().__init__(sentence)
+        self.param = param
+
+
+def write(plan: Plan, tokens: LLTokenizer) -> str:
+    """The plan's grammar, which compiles. Raises `PartError`.
+
+    What the compiler turns out not to know is left out of schemas that are not strict.
+    """
+    schemas = [_rewritten(part) for part in plan.parts]
+    while True:
+        source = assembled(plan, schemas)
+        if not (error := _first_error(source, tokens)):
+            return source
+        n = _part_at_fault(error, plan)
+        part, reason = plan.parts[n], _reason(error)
+        less = schemas[n] if part.strict else reason.leave_out(schemas[n], error)
+        if less == schemas[n]:
+            raise PartError(reason.told(error), part.param)
+        schemas[n] = less
+
+
+def matcher_of(source: str, tokens: LLTokenizer) -> LLMatcher:
+    """A matcher at the grammar's beginning, or in error. It keeps what it has computed for all its copies."""
+    matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(source), log_level=0, limits=LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # the first step finds what compiling does not
+    return matcher
+
+
+def _first_error(source: str, tokens: LLTokenizer) -> str:
+    """The compiler's, or that of one of the first steps, taken at random but with an eye to the ends of strings."""
+    matcher, dice = matcher_of(source, tokens), Random(0)
+    if not matcher.is_error() and not source.startswith(f"{START}\n"):
+        # Past the thought that may come first, where every step is free.
+        matcher = matcher_of(re.sub(r"\Astart: .*", START, source), tokens)
+    quote = tokens.tokenize_str('"')[0]
+    for step in range(STEPS):
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        mask = matcher.compute_bitmask()
+        tries = [quote] * (step % 8 == 7) + dice.choices(range(tokens.vocab_size), k=100)
+        if (token := next((one for one in tries if mask[one >> 3] >> (one & 7) & 1), _lowest(mask))) is None:
+            break
+        matcher.consume_token(token)
+    return matcher.get_error()
+
+
+def _lowest(mask: bytes) -> int | None:
+    """The first token that may come."""
+    return next((8 * n + (byte & -byte).bit_length() - 1 for n, byte in enumerate(mask) if byte), None)
+
+
+def _rewritten(part: Part) -> Schema:
+    try:
+        return rewrite(part.schema, part.strict)
+    except SchemaError as error:
+        raise PartError(str(error), part.param) from None
+
+
+def assembled(plan: Plan, schemas: Sequence[Schema]) -> str:
+    """The grammar of a plan whose schemas were rewritten."""
+    bodies = [f"a{n}: {inline(schema, plan.parts[n].strict)}" for n, schema in enumerate(schemas)]
+    source = "\n".join([*plan.rules, *bodies, ""])
+    if len(source) > MAX_SOURCE:
+        raise PartError(TOO_COMPLEX, plan.parts[0].param)
+    return source
+
+
+def _part_at_fault(error: str, plan: Plan) -> int:
+    """By the number of the line that the error names, if it names one."""
+    line = re.match(r"at (\d+)\(", error)
+    n = int(line[1]) - len(plan.rules) - 1 if line else 0
+    return n if 0 <= n < len(plan.parts) else 0
+
+
+# What llguidance says, and what is made of it. No sentence repeats what was sent but for names of keywords and formats.
+
+TOO_COMPLEX = "The schema is too complex to compile."
+
+
+class Reason(NamedTuple):
+    """An error by words in it, a sentence for the client, and the keywords that it is about, where they are known."""
+
+    words: str
+    sentence: str
+    keywords: tuple[str, ...] = ()
+
+    def told(self, error: str) -> str:
+        found = re.search(self.words, error)
+        groups = found.groups() if found else ()
+        return self.sentence.format(*(group.replace('"', "") for group in groups if group))
+
+    def leave_out(self, schema: Schema, error: str) -> Schema:
+        """The schema without what may be at fault: what is wrong by itself first. As it is if there is nothing left."""
+        for is_right in (_is_right, _is_never_right):
+            for keyword in self.keywords:
+                less = without(schema, keyword, partial(is_right, keyword, error))
+                if less != schema:
+                    return less
+        return schema
+
+
+def _is_right(keyword: str, error: str, value: object) -> bool:
+    match keyword, value:
+        case "pattern", str():
+            return _compiles(value)
+        case "patternProperties", dict():
+            return all(map(_compiles, value))
+        case "$ref", str():
+            circle = re.search(CIRCLE, error)
+            return value.startswith("#") and not (circle and circle[1].endswith(value))
+        case _:
+            return False
+
+
+def _is_never_right(keyword: str, error: str, value: object) -> bool:
+    return False
+
+
+def _compiles(pattern: str) -> bool:
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern}))
+
+
+ORDER = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+PATTERNS = ("pattern", "patternProperties")
+NOWHERE = r"registry|Pointer|Unresolvable|Anchor"
+CIRCLE = r"circular references[^:]*: (\S+)"
+REASONS = (
+    Reason(r"Unimplemented keys: \[([\w\", $]+)\]", "The schema uses keywords that cannot be enforced: {}."),
+    Reason(r"Unknown format: ([\w-]{1,30})\b", "The schema uses the format {}, which cannot be enforced."),
+    Reason(r"Unknown format", "The schema uses a format that cannot be enforced."),
+    Reason(r"look-?around", "A pattern in the schema looks ahead or behind, which cannot be enforced.", PATTERNS),
+    Reason(
+        r"regex parse error|failed to compile regex|invalid regex",
+        "A pattern in the schema is not a regular expression.",
+        PATTERNS,
+    ),
+    Reason(r"oneOf constraints", "The schema uses oneOf with alternatives that may overlap; use anyOf."),
+    Reason(r"min/maxProperties", "The schema uses minProperties or maxProperties in a way that cannot be enforced."),
+    Reason(r"disjoint", "The schema uses patternProperties that may overlap.", ("patternProperties",)),
+    Reason(r"Unsatisfiable|NoExtension", "No value could satisfy the schema."),
+    Reason(CIRCLE, "The schema refers to itself beside other keywords, which cannot be enforced.", ("$ref",)),
+    Reason(
+        r"registry|Pointer|Unresolvable|Anchor", "A $ref in the schema points to nothing inside it.", ("$ref", "$id")
+    ),
+    Reason(r"URI reference", MALFORMED, ("$id", "$ref")),
+    Reason(r"multipleOf", "The schema uses multipleOf with numbers that are too large.", ("multipleOf",)),
+    Reason(r"range:", MALFORMED, ORDER),
+    Reason(r"if regex is empty", TOO_COMPLEX, ("pattern",)),
+    Reason(r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is", TOO_COMPLEX, ("pattern",)),
+    Reason(r"", MALFORMED),
+)
+
+
+def _reason(error: str) -> Reason:
+    return next(reason for reason in REASONS if re.search(reason.words, error))

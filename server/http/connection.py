@@ -1,0 +1,659 @@
+"""One client's connection: bytes in and out, in bounded amounts and bounded time. Event loop only.
+
+h11 parses: it holds a request back until the one before is answered, and bounds heads, chunk headers and trailers.
+uvicorn's faster parser, httptools, can do neither, nor keep the body of a request that asks for another protocol. h11
+costs a request a tenth of a millisecond, and a token nothing: the chunks of a streamed answer do not pass through it.
+uvicorn accepts the connections, runs the lifespan and shuts down.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+from collections.abc import Iterable
+from functools import partial
+from http import HTTPStatus
+from typing import Protocol
+from urllib.parse import unquote
+
+import h11
+from starlette.types import ASGIApp, Message, Scope
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from server.http.errors import ApiError, internal
+from server.http.turns import Turns
+from server.observe.log import log_refusal
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BODY_BYTES = 32_768
+"""So much of a body waits for the application before reading stops."""
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Wire(Protocol):
+    """What an exchange needs of its connection."""
+
+    @property
+    def default_headers(self) -> Headers: ...
+
+    @property
+    def client_waits(self) -> bool:
+        """Whether the client sends its body only once it is asked to (`Expect: 100-continue`)."""
+        ...
+
+    @property
+    def full(self) -> bool:
+        """Whether enough waits to be sent."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the connection closes after this answer."""
+        ...
+
+    def send(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    async def writable(self) -> None: ...
+    def regulate(self) -> None: ...
+    def answered(self) -> None: ...
+    def refuse(self, error: ApiError) -> None: ...
+    def close(self) -> None: ...
+
+
+class Exchange:
+    """`run` it once. Its connection tells it what comes: the body with `take` and `end`, and that the client left."""
+
+    def __init__(self, wire: Wire, scope: Scope) -> None:
+        self._wire = wire
+        self._scope = scope
+        self._body = bytearray()
+        self._whole = False  # all of the body is here
+        self._read = False  # and the application has it
+        self._left = False  # the client sends nothing more
+        self._lost = False  # nor can it be sent anything
+        self._complete = False
+        self._chunked = False
+        self._news = asyncio.Event()
+
+    # From the connection
+
+    @property
+    def full(self) -> bool:
+        return len(self._body) > BODY_BYTES
+
+    def take(self, body: bytes) -> None:
+        self._body += body
+        self._news.set()
+
+    def end(self) -> None:
+        self._whole = True
+        self._news.set()
+
+    def leave(self) -> None:
+        self._left = True
+        self._news.set()
+
+    def lose(self) -> None:
+        self._left = self._lost = True
+        self._body.clear()
+        self._news.set()
+
+    # The application
+
+    async def run(self, app: ASGIApp) -> None:
+        """Let the application answer. An answer that is not whole in the end is seen to be cut off."""
+        try:
+            await app(self._scope, self._receive, self._send)
+        except Exception:
+            if not self._complete:  # else the application has logged it itself
+                logger.exception("a request was not answered")
+        finally:
+            if not self._complete and not self._lost:
+                self._wire.close() if self._left else self._wire.refuse(internal())
+
+    async def _receive(self) -> Message:
+        if self._wire.client_waits and not self._over:
+            self._wire.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
+        while not (self._over or self._body or (self._whole and not self._read)):
+            self._news.clear()
+            await self._news.wait()
+        if self._over:
+            return {"type": "http.disconnect"}
+        body, self._body = bytes(self._body), bytearray()
+        self._read = self._whole
+        self._wire.regulate()
+        return {"type": "http.request", "body": body, "more_body": not self._whole}
+
+    @property
+    def _over(self) -> bool:
+        return self._left or self._complete
+
+    async def _send(self, message: Message) -> None:
+        if self._wire.full:
+            await self._wire.writable()
+        if self._lost:
+            return
+        if message["type"] == "http.response.start":
+            self._start(message["status"], message.get("headers", []))
+        else:
+            self._continue(message.get("body", b""), more=message.get("more_body", False))
+
+    def _start(self, status: int, told: Iterable[tuple[bytes, bytes]]) -> None:
+        headers = [*self._wire.default_headers, *told]
+        if self._wire.stopping or self._wire.client_waits:  # who knows whether its body will still come?
+            headers.append((b"connection", b"close"))
+        bounded = status in (204, 304) or any(name.lower() == b"content-length" for name, _ in headers)
+        self._chunked = not (bounded or self._bodiless) and self._scope["http_version"] == "1.1"
+        self._wire.send(h11.Response(status_code=status, headers=headers, reason=reason(status)))
+
+    @property
+    def _bodiless(self) -> bool:
+        return bool(self._scope["method"] == "HEAD")
+
+    def _continue(self, body: bytes, *, more: bool) -> None:
+        if self._chunked:
+            if body:
+                self._wire.write(b"%x\r\n%b\r\n" % (len(body), body))
+        elif not self._bodiless:
+            self._wire.send(h11.Data(data=body))
+        if not more:
+            self._wire.send(h11.EndOfMessage())
+            self._complete = True
+            self._news.set()
+            self._wire.answered()
+
+
+def reason(status: int) -> str:
+    """The phrase that goes with a status."""
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""
+
+
+def scope_of(request: h11.Request, transport: asyncio.BaseTransport, app_state: dict[str, object]) -> Scope:
+    """ASGI's description of a request (version 2.3, section HTTP)."""
+    path, _, query = origin_form(request.target).partition(b"?")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": request.http_version.decode(),
+        "method": request.method.decode(),
+        "scheme": "http",
+        "path": unquote(path.decode("ascii")),
+        "raw_path": path,
+        "query_string": query,
+        "root_path": "",
+        "headers": list(request.headers),
+        "client": address(transport, "peername"),
+        "server": address(transport, "sockname"),
+        "state": app_state.copy(),
+    }
+
+
+def origin_form(target: bytes) -> bytes:
+    """`/path?query` also of what is sent to a proxy, `http://host/path?query` (RFC 9112, section 3.2.2)."""
+    if not target.lower().startswith(b"http://"):
+        return target
+    _, _, rest = target[len(b"http://") :].partition(b"/")
+    return b"/" + rest
+
+
+def address(transport: asyncio.BaseTransport, end: str) -> tuple[str, int] | None:
+    """Host and port of one end of a connection, which may be gone already."""
+    found = transport.get_extra_info(end)
+    return (found[0], found[1]) if isinstance(found, tuple) else None
+
+
+READ_BYTES = 8192
+"""Most bytes of one read: even of the smallest chunks, so many are parsed in a few milliseconds."""
+
+READS_A_TURN = 16
+"""So many of all connections are made before others have the event loop: left alone, libuv reads 32 times from each."""
+
+REQUESTS_A_TURN = 4
+"""So many of all connections begin to be answered before others have the event loop: each takes a millisecond or so."""
+
+PROBES = frozenset(["/health", "/health/live"])
+"""Paths whose requests wait for no others: whoever asks there wants to know whether the event loop turns."""
+
+EVENTS_A_TURN = 256
+"""So many of the parser's are taken before others have the event loop: a few milliseconds' worth."""
+
+HEAD_BYTES = 16_384
+"""Most bytes of a request's line and headers (the limit of h11 and Node)."""
+
+LINE_BYTES = 4096
+"""Most bytes of a chunk's header, or of trailers, that may be unfinished."""
+
+MOST_HEADERS = 100
+"""Apache's limit. Python needs a hundred times the bytes of a short header to hold it."""
+
+HEAD_SECONDS = 10.0
+"""How long a request's line and headers may take, from the connection or the first byte on."""
+
+REST_SECONDS = 5.0
+"""How long what is left of a body may take that was answered before it was all here (nginx's lingering_timeout)."""
+
+LINGERING = 64
+"""So many may linger until they have read why they were refused; then whoever does so for longest is broken off."""
+
+WAITING_BYTES = 32_768
+"""So much of an answer waits for its client before no more is written."""
+
+SEND_BYTES = 65_536
+"""What the kernel keeps for a client that does not read: some 300 tokens of a stream. Left alone it takes megabytes."""
+
+
+HEAD_TOO_LARGE = ApiError(
+    431,
+    f"The request's headers are larger than the {HEAD_BYTES // 1024} KiB or more than the {MOST_HEADERS} allowed.",
+    code="headers_too_large",
+)
+
+
+TOO_MANY = ApiError(
+    503,
+    "Too many connections are open; try again in 1 s.",
+    "server_error",
+    "service_connections_full",
+    headers={"retry-after": "1"},
+)
+
+
+BLANK_LINE = re.compile(rb"\n\r?\n")
+
+
+class Lines:
+    """Counts the lines of a head as it comes, up to the empty one at its end."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last = b""
+        self._ended = False
+
+    def add(self, data: bytes) -> int:
+        """How many there are with those in `data`."""
+        if not self._ended:
+            text = self._last + data
+            end = BLANK_LINE.search(text)
+            self._count += text.count(b"\n", len(self._last), end.start() if end else len(text))
+            self._last, self._ended = text[-2:], end is not None
+        return self._count
+
+
+class Connections:
+    """Makes the connections of one server, as uvicorn's `http`, and holds what they share.
+
+    `waiting` has those of which nothing is being answered, because their clients have to send something first, in the
+    order in which they began to wait; `leaving` those that linger.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.limit = settings.max_connections
+        self.waiting: dict[Connection, None] = {}
+        self.leaving: dict[Connection, None] = {}
+        self.reads = Turns(READS_A_TURN)
+        self.requests = Turns(REQUESTS_A_TURN)
+        self.send_seconds = settings.send_timeout_s
+        self.keep_alive_seconds = settings.keep_alive_s
+        self.buffer = memoryview(bytearray(READ_BYTES))
+
+    def __call__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> "Connection":
+        return Connection(self, config, server_state, app_state)
+
+    def make_room(self, newest: "Connection") -> None:
+        """One connection too many was opened: the one that waits for longest is closed, and if none waited before
+        the newest is refused."""
+        oldest = next(iter(self.waiting))
+        if oldest is not newest:
+            oldest.close()
+        else:
+            newest.refuse(TOO_MANY)
+
+    def linger(self, leaving: "Connection") -> None:
+        """It does not count among the others any more."""
+        self.leaving[leaving] = None
+        if len(self.leaving) > LINGERING:
+            next(iter(self.leaving)).transport.abort()
+
+
+class Connection(asyncio.BufferedProtocol):
+    """See the module. At most one request is being answered; `exchange` is its own, and None between requests.
+
+    Two timers: `_deadline`, for what the client has still to send, runs only while nothing is being answered;
+    `_sending` runs while bytes wait for the client, and acts only if it took none of them.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, shared: Connections, config: Config, server: ServerState, app_state: dict[str, object]) -> None:
+        self._shared = shared
+        self._app = config.loaded_app
+        self._server = server
+        self._app_state = app_state
+        self._loop = asyncio.get_running_loop()
+        self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
+        self._lines = Lines()
+        self.exchange: Exchange | None = None
+        self._framing = 0  # bytes received that are not known to be a body's, since the end of the last request
+        self._body = 0  # bytes received that are
+        self._held_back = False  # a further request waits in the parser
+        self._unfinished = False  # the parser has more to give, in the next turn of the loop
+        self._resting = False  # others read before it does again
+        self._reading = True
+        self._deadline: asyncio.TimerHandle | None = None
+        self._sending: asyncio.TimerHandle | None = None
+        self._written = 0
+        self.full = False  # enough waits to be sent
+        self._writable = asyncio.Event()
+        self.stopping = False  # after this request's answer
+        self._leaving = False  # nothing more is read, all is written
+        self.client_ended = False  # the client sends nothing more
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # no other comes here
+        self.transport = transport
+        transport.set_write_buffer_limits(high=WAITING_BYTES)
+        self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn means its own
+        self._expect(HEAD_SECONDS)
+        if len(self._server.connections) - len(self._shared.leaving) > self._shared.limit:
+            self._shared.make_room(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._leaving = True
+        self._shared.leaving.pop(self, None)
+        self._expect(None)
+        if self._sending is not None:
+            self._sending.cancel()
+        if self.exchange is not None:
+            self.exchange.lose()
+        self.resume_writing()
+
+    def shutdown(self) -> None:
+        """Close, once the answer that is on its way is out. uvicorn calls this when the service stops."""
+        if self.exchange is None:
+            self.transport.close()
+        else:
+            self.stopping = True
+
+    # Receiving
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._shared.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(self._shared.buffer[:nbytes])
+        self._resting = True
+        self._shared.reads.call(self._loop, self._rested)
+        if self._parser.their_state is h11.IDLE and not self._framing:
+            data = data.lstrip(b"\r\n")  # empty lines between requests mean nothing (RFC 9112, section 2.2)
+            if data:
+                self._expect(HEAD_SECONDS)
+        if data and self._wanted:
+            self._feed(data)
+            self._parse()
+        else:
+            self.regulate()
+
+    def _rested(self) -> None:
+        self._resting = False
+        if not self._reading:
+            self.regulate()
+
+    def _feed(self, data: bytes) -> None:
+        if self._parser.their_state is h11.IDLE and self._lines.add(data) > MOST_HEADERS + 1:
+            return self.refuse(HEAD_TOO_LARGE)  # to parse them would take milliseconds
+        self._framing += len(data)
+        self._parser.receive_data(data)
+
+    def _parse(self) -> None:
+        try:
+            self._unfinished = self._take_some()
+            self._check_framing()
+        except h11.RemoteProtocolError as error:
+            self.refuse(refusal_of(error))
+        self.regulate()
+
+    def _take_some(self) -> bool:
+        """Whether there is more to take; then others have the event loop first."""
+        for _ in range(EVENTS_A_TURN):
+            if not (self._wanted and self._take(self._parser.next_event())):
+                return False
+        self._loop.call_soon(self._parse)
+        return True
+
+    def _check_framing(self) -> None:
+        if self._parser.their_state is not h11.SEND_BODY:
+            return
+        if len(self._unparsed) > LINE_BYTES:
+            self.refuse(HEAD_TOO_LARGE)
+        elif self._framing > HEAD_BYTES + self._body:
+            self.refuse(ApiError(400, "The body's chunks are smaller than what frames them; send larger ones."))
+
+    @property
+    def _wanted(self) -> bool:
+        """Whether what the client sends is of use: not after the last request, nor once it was refused."""
+        return not self._leaving and self._parser.their_state is not h11.MUST_CLOSE
+
+    def _take(self, event: object) -> bool:
+        """Whether there may be more to take."""
+        match event:
+            case h11.Request():
+                self._begin(event)
+            case h11.Data():
+                self._framing -= len(event.data)
+                self._body += len(event.data)
+                if self.exchange is not None:
+                    self.exchange.take(event.data)
+            case h11.EndOfMessage():
+                if self.exchange is not None:
+                    self.exchange.end()
+                else:
+                    self._next()
+            case _:
+                self._held_back = event is h11.PAUSED and bool(self._unparsed)
+                return False
+        return True
+
+    @property
+    def _unparsed(self) -> bytes:
+        return self._parser.trailing_data[0]
+
+    def _begin(self, request: h11.Request) -> None:
+        unparsed = len(self._unparsed)
+        head, self._framing, self._body = self._framing - unparsed, unparsed, 0
+        if error := fault_of(request, head):
+            return self.refuse(error)
+        self._expect(None)
+        scope = scope_of(request, self.transport, self._app_state)
+        self.exchange = Exchange(self, scope)
+        answer = partial(self._answer, self.exchange)
+        if scope["path"] in PROBES:
+            answer()
+        else:
+            self._shared.requests.call(self._loop, answer)
+
+    def _answer(self, exchange: Exchange) -> None:
+        task = self._loop.create_task(exchange.run(self._app))
+        self._server.tasks.add(task)
+        task.add_done_callback(self._server.tasks.discard)
+
+    def answered(self) -> None:
+        """The exchange is over. Goes on with the next request, or closes."""
+        last, self.exchange = self._parser.our_state is not h11.DONE or self.stopping, None
+        incomplete = self._parser.their_state is h11.SEND_BODY
+        if self.client_ended or (last and not incomplete):
+            self.transport.close()
+        elif last:
+            self.leave()
+        elif incomplete:
+            self._expect(REST_SECONDS)
+            self.regulate()
+        else:
+            self._next()
+            self._parse()
+
+    def _next(self) -> None:
+        """A parser for the next request, with what is here of it."""
+        unparsed = self._unparsed.lstrip(b"\r\n")
+        self._parser, self._lines = h11.Connection(h11.SERVER, HEAD_BYTES), Lines()
+        self._framing, self._held_back = 0, False
+        if unparsed:
+            self._expect(HEAD_SECONDS)
+            self._feed(unparsed)
+        else:
+            self._expect(self._shared.keep_alive_seconds)
+
+    def regulate(self) -> None:
+        """Read, unless enough waits to be used. What is not read, the kernel holds back from the client."""
+        enough = self._held_back or self._unfinished or (self.exchange is not None and self.exchange.full)
+        wanted = not (enough or self._resting)
+        if wanted != self._reading and not self.client_ended and not self.transport.is_closing():
+            self._reading = wanted
+            (self.transport.resume_reading if wanted else self.transport.pause_reading)()
+
+    def eof_received(self) -> bool:
+        """The client sends nothing more. In the midst of a request it has left, as for nginx and Go: whether it would
+        still read cannot be told. The handler learns of it, and what it answers is still sent."""
+        self.client_ended = True
+        if self.exchange is None:
+            return False
+        self.exchange.leave()
+        return True
+
+    def refuse(self, error: ApiError) -> None:
+        """Answer what is no HTTP request, or too large to be one, if that is still possible, and close."""
+        log_refusal("-", "-", error.status, error.code)
+        if self.exchange is not None:
+            self.exchange.lose()
+        if self._parser.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = error.body()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
+            headers += [("connection", "close"), *error.headers.items()]
+            self.send(h11.Response(status_code=error.status, headers=headers, reason=reason(error.status)))
+            self.send(h11.Data(data=body))
+            self.send(h11.EndOfMessage())
+            self.leave()
+        else:
+            self.transport.close()
+
+    def close(self) -> None:
+        self._expect(None)
+        self.transport.close()
+
+    def leave(self) -> None:
+        """Close, once the client has. One in the midst of sending would lose the answer with a connection that is
+        closed at once (RFC 9112, section 9.6)."""
+        if not self._leaving and not self.transport.is_closing():
+            self._leaving = True
+            self.exchange, self._held_back, self._unfinished = None, False, False
+            with contextlib.suppress(OSError):  # the client has just broken off, which the next read will tell
+                self.transport.write_eof()
+            self._expect(REST_SECONDS)
+            self._shared.linger(self)
+            self.regulate()
+
+    def _expect(self, seconds: float | None) -> None:
+        """Within so many seconds the client has to send what is due, else the connection is closed."""
+        self._shared.waiting.pop(self, None)
+        if seconds is not None and not self._leaving:
+            self._shared.waiting[self] = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        # What is on its way out is still sent.
+        self._deadline = None if seconds is None else self._loop.call_later(seconds, self.transport.close)
+
+    # Sending
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return self._server.default_headers
+
+    @property
+    def client_waits(self) -> bool:
+        return self._parser.they_are_waiting_for_100_continue
+
+    def send(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None:
+        """Write what h11 makes of it. Raises `h11.LocalProtocolError` if it does not fit what was sent before."""
+        self.write(self._parser.send(event))
+
+    def write(self, data: bytes) -> None:
+        if not data or self.transport.is_closing():
+            return
+        self.transport.write(data)
+        self._written += len(data)
+        if self._sending is None and self.transport.get_write_buffer_size():
+            self._watch_sending()
+
+    def pause_writing(self) -> None:
+        self.full = True
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self.full = False
+        self._writable.set()
+
+    async def writable(self) -> None:
+        """Wait until little is left to write, or the connection is lost."""
+        await self._writable.wait()
+
+    def _watch_sending(self) -> None:
+        taken = self._written - self.transport.get_write_buffer_size()
+        self._sending = self._loop.call_later(self._shared.send_seconds, self._check_sending, taken)
+
+    def _check_sending(self, before: int) -> None:
+        """Break the connection off if the client took nothing, so that what waited then still waits.
+
+        How much was taken is what counts, not how much waits: meanwhile another answer may have come.
+        """
+        self._sending = None
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and self._written - waiting == before:
+            self.transport.abort()
+        elif waiting:
+            self._watch_sending()
+
+
+def fault_of(request: h11.Request, head: int) -> ApiError | None:
+    """What is wrong with a request's head of so many bytes that h11 leaves to its callers."""
+    names = [name for name, _ in request.headers]
+    if head > HEAD_BYTES or len(names) > MOST_HEADERS:
+        return HEAD_TOO_LARGE
+    if request.http_version not in (b"1.0", b"1.1"):
+        return ApiError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
+        # A proxy in front might see another end of the body (RFC 9112, section 6.1).
+        return ApiError(400, "The body's length is told in two ways, or in one that HTTP/1.0 does not have.")
+    return None
+
+
+def refusal_of(error: h11.RemoteProtocolError) -> ApiError:
+    """What a client is told about bytes that h11 does not take."""
+    match error.error_status_hint:
+        case 431:
+            return HEAD_TOO_LARGE
+        case 501:
+            return ApiError(501, "Of transfer codings only chunked is known here.")
+        case _:
+            return ApiError(400, "Malformed HTTP request.", code="malformed_request")
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """Listens there, for connections with bounded buffers; `::` is every address, IPv4's too. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # whatever the system does by itself
+    found = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # which accepted ones inherit
+    return found

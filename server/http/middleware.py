@@ -1,0 +1,210 @@
+"""What applies to every request: its id, and the API key. Plain ASGI, so streams pass through untouched."""
+
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Container
+from dataclasses import replace
+from ipaddress import ip_address
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from batching.errors import UNWINDING
+from server.callers import Caller, Keys
+from server.http.errors import ApiError
+
+
+class NativeFault(Exception):
+    """Stands for a fault that is no `Exception`, such as a panic in a Rust library, where an `Exception` is handled."""
+
+
+REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+
+
+class RequestId:
+    """Gives each request an id, the client's own `X-Request-Id` if it is fit for a log, and returns it.
+
+    It also names the fields of the request that were ignored, if any were.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
+        scope.setdefault("state", {})["caller"] = Caller(request_id, trace=trace_of(headers))
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                added = MutableHeaders(scope=message)
+                added["x-request-id"] = request_id
+                if ignored := scope["state"].get("ignored"):
+                    added["x-ignored-fields"] = ignored
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except (Exception, *UNWINDING):
+            raise
+        except BaseException as error:
+            raise NativeFault("a library failed") from error
+
+
+def trace_of(headers: Headers) -> tuple[tuple[str, str], ...]:
+    """The W3C Trace Context headers of a request."""
+    return tuple((name, headers[name]) for name in ("traceparent", "tracestate") if name in headers)
+
+
+class ApiKey:
+    """Asks for `Authorization: Bearer KEY` on every path that is not one of `open_paths`; `refuse` answers without.
+
+    The handlers are told whose key it is.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        open_paths: Container[str],
+        refuse: Callable[[Request, ApiError], Awaitable[Response]],
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._open_paths = open_paths
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            return await self._app(scope, receive, send)
+        scheme, _, secret = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        key = self._keys.find(secret.strip()) if scheme.lower() == b"bearer" else None
+        if key is not None:
+            state = scope["state"]
+            state["caller"] = replace(state["caller"], name=key.name, share=key.share)
+            return await self._app(scope, receive, send)
+        error = ApiError(
+            401,
+            "A known API key is needed, as Authorization: Bearer KEY.",
+            "authentication_error",
+            "unknown_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+        response = await self._refuse(Request(scope), error)
+        await response(scope, receive, send)
+
+
+BODIES_FULL = "service_bodies_full"
+
+UNCOUNTED_BYTES = 65_536
+"""So much of each body counts as its connection's: ordinary requests are read whatever others send."""
+
+
+class BodyBudget:
+    """ASGI middleware around all that reads bodies: `limit` bytes of them at once. What a request took is free again
+    once it is answered, because until then it is kept in one form or another."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+        self._taken = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["body_part"] = part = BodyPart(self)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._taken -= part.counted
+
+    def take(self, size: int) -> None:
+        """Raises `ApiError` 503 if there is not so much left."""
+        if self._taken + size > self._limit:
+            message = "Too many large request bodies are in flight; try again in 1 s."
+            raise ApiError(503, message, "server_error", BODIES_FULL, headers={"retry-after": "1"})
+        self._taken += size
+
+
+class BodyPart:
+    """What one request took of the budget."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self.counted = 0
+        self._budget = budget
+        self._size = 0
+
+    def take(self, size: int) -> None:
+        """Raises `ApiError` 503 if the budget does not have it."""
+        self._size += size
+        counted = max(0, self._size - UNCOUNTED_BYTES)
+        self._budget.take(counted - self.counted)
+        self.counted = counted
+
+
+LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])
+EXEMPT = frozenset(["/health", "/health/live", "/health/ready", "/metrics"])
+"""Probes and scrapers name this machine as they like, and a page can learn nothing there that matters."""
+
+
+def allowed_hosts(host: str, asked: Collection[str]) -> frozenset[str]:
+    """The names that requests may be addressed to, or `*`: by default any, or those of loopback if bound to that."""
+    if asked:
+        return LOOPBACK | {name.lower() for name in asked}
+    return LOOPBACK | {host.lower()} if is_loopback(host) else frozenset(["*"])
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class BrowserGuard:
+    """Refuses requests addressed to an unknown host, and those that pages of unknown origins send.
+
+    `origins` are those that may, `*` for all; a page of this service's own always may. `refuse` answers without.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: frozenset[str],
+        origins: Collection[str],
+        refuse: Callable[[Request, ApiError], Awaitable[Response]],
+    ) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._origins = origins
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in EXEMPT and (error := self._fault(Headers(scope=scope))):
+            response = await self._refuse(Request(scope), error)
+            return await response(scope, receive, send)
+        await self._app(scope, receive, send)
+
+    def _fault(self, headers: Headers) -> ApiError | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if host and not self._knows(host):
+            message = "Requests to this host name are not answered here; the operator can add it to --allowed-hosts."
+            return ApiError(421, message, code="unknown_host")
+        if origin is not None and not self._may(origin, host):
+            message = "Pages of this origin may not call here; the operator can add it to --cors-origins."
+            return ApiError(403, message, code="unknown_origin")
+        return None
+
+    def _knows(self, host: str) -> bool:
+        name = host.lower()
+        if not name.endswith("]"):
+            name = name.rsplit(":", 1)[0] if ":" in name else name
+        return "*" in self._hosts or name in self._hosts
+
+    def _may(self, origin: str, host: str) -> bool:
+        return "*" in self._origins or origin in self._origins or origin.partition("://")[2].lower() == host.lower()

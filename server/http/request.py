@@ -1,0 +1,157 @@
+"""From an HTTP request to a checked one: its body is read, decoded and checked, off the event loop if it is large."""
+
+import asyncio
+import logging
+import re
+import zlib
+from codecs import BOM_UTF8
+from collections.abc import AsyncIterator, Awaitable
+from functools import partial
+from typing import TypeVar
+
+import anyio
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.fields import RequestBody
+from server.http.errors import ApiError, bad_request
+from server.openai.requests import parse
+from server.service import Service
+
+logger = logging.getLogger(__name__)
+
+INLINE_BYTES = 65_536
+"""A body of this size is decoded and checked in about a millisecond; larger ones go to a helper thread."""
+
+MAX_NAMED = 20  # ignored fields that a header and a log line name
+FIT = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+Asked = TypeVar("Asked", bound=RequestBody)
+
+
+def check_content_type(value: str) -> None:
+    """Raises `ApiError` 415 for types that are not JSON: a page's form may send those anywhere without being asked."""
+    kind = value.partition(";")[0].strip().lower()
+    if kind and not (kind in ("application/json", "text/json") or kind.endswith("+json")):
+        message = "The body must be JSON; send it with the header content-type: application/json."
+        raise ApiError(415, message, code="unsupported_content_type")
+
+
+async def read(http: Request, kind: type[Asked]) -> Asked:
+    """The request of this kind. Raises `ApiError`: 400, 408, 413, 415 or 503.
+
+    Fields that were ignored are named in the answer's `x-ignored-fields`, which `RequestId` writes.
+    """
+    service: Service = http.app.state.service
+    check_content_type(http.headers.get("content-type", ""))
+    body = await read_body(http, service.max_body_bytes)
+    check = partial(parse, kind, body, refuse_unknown=service.settings.unknown_fields == "refuse")
+    small = len(body) <= INLINE_BYTES
+    asked = check() if small else await service.encoders.run(check, len(body), http.state.caller)
+    if asked.ignored:
+        http.app.state.metrics.ignored_fields.inc(len(asked.ignored))
+        http.state.ignored = ", ".join(name if FIT.fullmatch(name) else "?" for name in asked.ignored[:MAX_NAMED])
+        logger.debug("request %s: ignored fields %s", http.state.caller.request_id, http.state.ignored)
+    return asked
+
+
+READ_SECONDS = 30.0
+
+PIECE_BYTES = 65_536
+"""So much is decompressed at a time: a fraction of a millisecond."""
+
+GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
+"""The window bits that let zlib find out which of the two it is."""
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, of at most `limit` bytes, also once it is decompressed, and without a byte order mark.
+
+    Raises `ApiError` 413 as soon as it is longer, 408 if it comes too slowly, 415 or 400 if it cannot be decompressed,
+    503 if all requests' bodies together take too much (`BodyBudget`).
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_large(limit)
+    arriving = _bounded(request.stream(), limit)
+    chunks = []
+    try:
+        with anyio.fail_after(READ_SECONDS):
+            async for chunk in _bounded(_decompressed(arriving), limit) if _compressed(request) else arriving:
+                request.state.body_part.take(len(chunk))
+                chunks.append(chunk)
+    except TimeoutError:
+        raise ApiError(408, "Timed out reading the request body.", code="request_timeout") from None
+    return b"".join(chunks).removeprefix(BOM_UTF8)
+
+
+async def _bounded(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        yield chunk
+
+
+def _compressed(request: Request) -> bool:
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("gzip", "x-gzip", "deflate", "identity", ""):
+        raise ApiError(
+            415,
+            "The content-encoding of this body is not known here; send it with gzip, deflate or none.",
+            code="unsupported_encoding",
+            headers={"accept-encoding": "gzip, deflate"},
+        )
+    return coding not in ("identity", "")
+
+
+async def _decompressed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """What comes out, a piece at a time; others have the event loop in between."""
+    decompressor = zlib.decompressobj(GZIP_OR_ZLIB)
+    async for chunk in chunks:
+        if chunk and decompressor.eof:
+            raise _corrupt()
+        full = True  # a full piece may leave something inside, though all of the chunk was taken
+        while (chunk or full) and not decompressor.eof:
+            yield (piece := _decompress(decompressor, chunk))
+            chunk, full = decompressor.unconsumed_tail, len(piece) == PIECE_BYTES
+            await asyncio.sleep(0)
+    if decompressor.unused_data or not decompressor.eof:
+        raise _corrupt()
+
+
+def _decompress(decompressor: "zlib._Decompress", chunk: bytes) -> bytes:
+    try:
+        return decompressor.decompress(chunk, PIECE_BYTES)
+    except zlib.error:
+        raise _corrupt() from None
+
+
+def _corrupt() -> ApiError:
+    return bad_request("The body is not what its content-encoding says.", code="corrupt_body")
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body is larger than the {limit / 2**20:.3g} MiB allowed.", code="body_too_large")
+
+
+CLIENT_CLOSED = 499
+"""nginx's status for a client that left; nobody receives it, but logs and tests see it."""
+
+
+async def until_disconnect(request: Request, work: Awaitable[Response]) -> Response:
+    """The response that `work` makes, or a 499 if the client leaves first. The body must have been read."""
+    with anyio.CancelScope() as scope:
+        watcher = asyncio.create_task(_watch(request, scope))
+        try:
+            return await work
+        finally:
+            watcher.cancel()
+    return Response(status_code=CLIENT_CLOSED)
+
+
+async def _watch(request: Request, scope: anyio.CancelScope) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()

@@ -1,0 +1,160 @@
+"""Text to token ids and back: chat template, tokenizer, incremental decoding, stop strings.
+
+`Text.render` and `Text.encode` take milliseconds and run on a helper thread; the rest is called a token at a time on
+the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from tokenizers import Tokenizer
+
+from batching.errors import ModelError, explained
+from server.model.markers import Markers, drop_breaks
+from server.output.detokenize import Detokenizer, Vocabulary
+from server.output.model_format import PART_TAGS, format_of
+from server.output.tool_calls import ShownTool, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from server.grammar.compiler import Grammars
+
+
+logger = logging.getLogger(__name__)
+
+
+class TemplateError(Exception):
+    """The model's chat template refuses these messages; the message is its own sentence."""
+
+
+class Text:
+    """The served model's tokenizer and chat template. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._chat = tokenizer
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        # A tokenizer's file may ask for both, and what a client sends is to be read whole and as it is.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocabulary = Vocabulary(self._tokenizer)
+        drop_breaks(self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.format = format_of(str(tokenizer.chat_template), added, self.encode)
+        self._turn_markers = Markers(self.format.turn_tokens)
+        self._all_markers = Markers(self.format.turn_tokens | PART_TAGS.intersection(token.content for token in added))
+        stop = tokenizer.eos_token_id
+        self.stop_token_ids: frozenset[int] = frozenset() if stop is None else frozenset([stop])
+
+    @classmethod
+    def load(cls, checkpoint: str, *, trust_remote_code: bool = False) -> Text:
+        """The tokenizer in a model's folder. Raises `ModelError` if there is none, or one without a chat template."""
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        with explained(f"no usable tokenizer in {checkpoint}"):
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ModelError(f"the tokenizer in {checkpoint} has no fast form (tokenizer.json), which streaming needs")
+        if not tokenizer.chat_template:
+            raise ModelError(f"the tokenizer in {checkpoint} has no chat template, so it cannot serve chats")
+        _check_template(tokenizer, checkpoint)
+        return cls(tokenizer)
+
+    def as_text(self, message: Turn) -> Turn:
+        """A message for `render` of which nothing becomes a token of the model's own: see `server/model/markers.py`."""
+        markers = self._all_markers if message["role"] == "tool" else self._turn_markers
+        kept = {key: markers.broken(value) for key, value in message.items() if key not in ("role", "tool_calls")}
+        calls = {"tool_calls": self._all_markers.broken(message["tool_calls"])} if "tool_calls" in message else {}
+        return cast(Turn, {"role": message["role"]} | kept | calls)
+
+    def as_data(self, tools: list[ShownTool]) -> list[ShownTool]:
+        """Definitions of tools for `render`, likewise, and as calls without tags of parts of a turn."""
+        return self._all_markers.broken(tools)
+
+    def render(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, Any]) -> str:
+        """The text of a conversation up to where the assistant's answer starts.
+
+        `options` are variables for the template; the caller allows only harmless names. Raises `TemplateError`.
+        """
+        from jinja2 import TemplateError as JinjaError
+
+        turns = cast("list[dict[str, str]]", [*messages])  # all that transformers says of their type
+        try:
+            return str(self._chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options))
+        except (JinjaError, TypeError, ValueError) as error:
+            raise TemplateError(_first_line(error)) from error
+
+    def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+        """The ids of a text. `special` puts the tokens around it that the model has for where a text begins or ends."""
+        # Of its methods those for batches alone let go of the interpreter, which the worker and the event loop need.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return tuple(encoding.ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self.vocabulary.decode(list(tokens))
+
+    def grammars(self) -> Grammars:
+        """A compiler of grammars over this vocabulary. Takes seconds for a large one: not on the event loop."""
+        from server.grammar.compiler import Grammars
+
+        return Grammars(self._chat, self.format.thinking.tags if self.format.thinking else None)
+
+    def detokenizer(self, *, special: bool = False) -> Detokenizer:
+        """For one row's tokens; with special tokens in the text if those are `special`."""
+        return Detokenizer(self.vocabulary, special=special)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None:
+    """Raises `ModelError` if the chat template is not one. What it refuses is no error: it may want other messages."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        place = f"has a syntax error in line {error.lineno}"
+        raise ModelError(f"the chat template in {checkpoint} {place}: {error.message}") from error
+    except Exception as error:
+        logger.debug("the chat template refuses a single question: %s", error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class StopScanner:
+    """Finds the first of some stop strings in text that comes in pieces, and never lets the start of one out."""
+
+    def __init__(self, stops: Sequence[str], *, inclusive: bool = False) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._inclusive = inclusive
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Text that is safe to send, and whether a stop string was found: it ends before that one, or if `inclusive`
+        with it."""
+        if not self._stops:
+            return piece, False
+        text = self._held + piece
+        # The one that is complete first, so that nothing depends on how the text was cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            end, start = min(found)
+            return text[: end if self._inclusive else start], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back for a stop string that never came."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

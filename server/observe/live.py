@@ -1,0 +1,296 @@
+"""What `/internal/live` tells: ticks and rows as they happen, to whoever listens. On the event loop's thread.
+
+The last minutes are kept in any case, so that a listener starts with them; nothing is encoded while nobody listens.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import orjson
+
+from batching.events import (
+    BatchEnded,
+    BatchStarted,
+    Event,
+    PromptScored,
+    QueueChanged,
+    RowEnded,
+    RowsJoined,
+    RowStarted,
+    State,
+    StateChanged,
+    Stepped,
+)
+from server import sse
+from server.http.errors import ApiError
+
+PERIOD = 0.5
+"""Seconds of a tick."""
+
+FIRST_TOKENS = 256
+FIRST_TOKENS_FOR = 30.0
+"""Percentiles are of the last so many answers that ended within so many seconds: one tick has too few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A half second that ended at monotonic time `at`.
+
+    `queued` and `running` are the most rows there were at a time; `batches` and `batch_rows` count batches that
+    started, the two after them the prompts of all rows that did. Times to first token are in seconds, None if no
+    answer ended lately; `memory` in bytes, None before the first batch's end.
+    """
+
+    at: float
+    queued: int
+    running: int
+    tokens: int
+    batches: int
+    batch_rows: int
+    prompt_tokens: int
+    padded_tokens: int
+    ttft_p50: float | None
+    ttft_p95: float | None
+    memory: int | None
+
+
+class Peak:
+    """A level, and the highest it was since it was last asked."""
+
+    def __init__(self) -> None:
+        self._level = self._highest = 0
+
+    def set(self, level: int) -> None:
+        self._level = level
+        self._highest = max(self._highest, level)
+
+    def take(self) -> int:
+        highest, self._highest = self._highest, self._level
+        return highest
+
+
+class Meter:
+    """Counts from monotonic time `now` on."""
+
+    def __init__(self, now: float) -> None:
+        self._end = now + PERIOD
+        self._queued, self._running = Peak(), Peak()
+        self._memory: int | None = None
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=FIRST_TOKENS)  # ended at, seconds
+        self._restart()
+
+    def _restart(self) -> None:
+        self._tokens = self._batches = self._batch_rows = self._prompt_tokens = self._padded_tokens = 0
+
+    def note(self, event: Event, now: float) -> None:
+        """Count one event."""
+        match event:
+            case Stepped(tokens=tokens, running=running):
+                self._tokens += tokens
+                self._running.set(running)
+            case PromptScored(running=running):
+                self._running.set(running)
+            case QueueChanged(rows=rows):
+                self._queued.set(rows)
+            case BatchStarted(rows=rows, prompt_tokens=prompt_tokens, padded_tokens=padded_tokens):
+                self._running.set(rows)
+                self._batches += 1
+                self._batch_rows += rows
+                self._prompt_tokens += prompt_tokens
+                self._padded_tokens += padded_tokens
+            case RowsJoined(running=running, prompt_tokens=prompt_tokens):
+                self._running.set(running)
+                self._prompt_tokens += prompt_tokens
+                self._padded_tokens += prompt_tokens
+            case BatchEnded(running=running, memory=memory):
+                self._running.set(running)
+                self._memory = memory
+            case RowEnded(ttft=float(seconds)):
+                self._first_tokens.append((now, seconds))
+
+    def advance(self, now: float, most: int) -> Sequence[Tick]:
+        """The ticks that ended by `now` since the last call; only the last `most` of them after a long silence."""
+        if now < self._end:
+            return ()
+        ended = math.floor((now - self._end) / PERIOD) + 1
+        if ended > most:
+            self._end += (ended - most) * PERIOD
+            self._restart()
+        return [self._tick() for _ in range(min(ended, most))]
+
+    def _tick(self) -> Tick:
+        while self._first_tokens and self._first_tokens[0][0] < self._end - FIRST_TOKENS_FOR:
+            self._first_tokens.popleft()
+        seconds = sorted(seconds for _, seconds in self._first_tokens)
+        tick = Tick(
+            at=round(self._end, 3),
+            queued=self._queued.take(),
+            running=self._running.take(),
+            tokens=self._tokens,
+            batches=self._batches,
+            batch_rows=self._batch_rows,
+            prompt_tokens=self._prompt_tokens,
+            padded_tokens=self._padded_tokens,
+            ttft_p50=percentile(seconds, 0.5),
+            ttft_p95=percentile(seconds, 0.95),
+            memory=self._memory,
+        )
+        self._restart()
+        self._end += PERIOD
+        return tick
+
+
+def percentile(ordered: Sequence[float], share: float) -> float | None:
+    """The smallest value that at least `share` of all do not exceed; None of nothing."""
+    return ordered[math.ceil(share * len(ordered)) - 1] if ordered else None
+
+
+TICKS_KEPT = 600  # five minutes
+ROWS_KEPT = 256  # starts and ends of rows
+MOST_LISTENERS = 32
+MOST_WAITING = 1024
+"""Messages that wait for a listener that reads slowly; then its stream ends, and it may come back for the history."""
+
+FINAL = (State.STOPPED, State.FAILED)
+
+Message = dict[str, Any]
+
+
+class Listener:
+    """What one client has still to be sent. It hears of `client`'s rows alone, or of everyone's if None."""
+
+    def __init__(self, client: str | None = None, *, over: bool) -> None:
+        self.client = client
+        self._waiting: list[bytes] = []
+        self._news = asyncio.Event()
+        self.over = over
+
+    def hears(self, owner: str) -> bool:
+        return self.client is None or self.client == owner
+
+    def tell(self, message: bytes) -> None:
+        if len(self._waiting) == MOST_WAITING:
+            self.end()
+        else:
+            self._waiting.append(message)
+            self._news.set()
+
+    def end(self) -> None:
+        self.over = True
+        self._news.set()
+
+    async def take(self) -> bytes:
+        """All that waits, once something does; nothing at the end."""
+        if not self.over:
+            await self._news.wait()
+            self._news.clear()
+        taken = b"".join(self._waiting)
+        self._waiting.clear()
+        return taken
+
+
+class LiveFeed:
+    """An observer of the batcher."""
+
+    def __init__(self) -> None:
+        self._meter = Meter(time.monotonic())
+        self._ticks: deque[Tick] = deque(maxlen=TICKS_KEPT)
+        self._rows: deque[tuple[str, Message]] = deque(maxlen=ROWS_KEPT)  # whose, and what
+        self._listeners: set[Listener] = set()
+        self._state = State.STARTING
+        self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._batch = 0
+
+    def __call__(self, event: Event) -> None:
+        """Take note of one event."""
+        now = time.monotonic()
+        self._advance(now)
+        self._meter.note(event, now)
+        match event:
+            case BatchStarted():
+                self._batch += 1
+            case RowStarted():
+                self._tell_row(event.client, {"started": event, "batch": self._batch})
+            case RowEnded():
+                self._tell_row(event.client, {"ended": event, "at": now})
+            case StateChanged(state=state):
+                self._state = state
+                self._tell({"state": state})
+                if state in FINAL:
+                    self.close()
+
+    @property
+    def listeners(self) -> int:
+        return len(self._listeners)
+
+    def listen(self, client: str | None = None) -> AsyncIterator[bytes]:
+        """The frames for one more listener: of the rows of one client, or of all if None.
+
+        Raises `ApiError` 429 when there are too many.
+        """
+        if len(self._listeners) == MOST_LISTENERS:
+            raise ApiError(429, "Too many live viewers; close another tab.", "rate_limit_error", "too_many_listeners")
+        return self._frames(client)
+
+    async def _frames(self, client: str | None) -> AsyncIterator[bytes]:
+        listener, history = Listener(client, over=self._closed), self.history(client)
+        if len(self._listeners) == MOST_LISTENERS:
+            return  # many came at the same moment
+        self._listeners.add(listener)
+        if self._timer is None:
+            self._beat()
+        try:
+            yield frame(history)
+            while news := await listener.take():
+                yield news
+        finally:
+            self._listeners.discard(listener)
+
+    def close(self) -> None:
+        """End every stream, and those to come at once: an open one would hold up the end of the process."""
+        self._closed = True
+        for listener in self._listeners:
+            listener.end()
+
+    def _beat(self) -> None:
+        """Ticks go on while nothing happens, for as long as somebody listens."""
+        self._advance(time.monotonic())
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(PERIOD, self._beat) if self._listeners else None
+
+    def _advance(self, now: float) -> None:
+        for tick in self._meter.advance(now, TICKS_KEPT):
+            self._ticks.append(tick)
+            self._tell({"tick": tick})
+
+    def _tell_row(self, owner: str, message: Message) -> None:
+        self._rows.append((owner, message))
+        self._send(message, [listener for listener in self._listeners if listener.hears(owner)])
+
+    def _tell(self, message: Message) -> None:
+        self._send(message, self._listeners)
+
+    @staticmethod
+    def _send(message: Message, listeners: Collection[Listener]) -> None:
+        if listeners:
+            encoded = frame(message)
+            for listener in listeners:
+                listener.tell(encoded)
+
+    def history(self, client: str | None = None) -> Message:
+        """What a listener begins with: ticks by column, and what rows did."""
+        now = time.monotonic()
+        self._advance(now)
+        columns = {field.name: [getattr(tick, field.name) for tick in self._ticks] for field in fields(Tick)}
+        rows = [message for owner, message in self._rows if client in (None, owner)]
+        return {"now": now, "period": PERIOD, "state": self._state, "ticks": columns, "rows": rows}
+
+
+def frame(message: Message) -> bytes:
+    return sse.event(orjson.dumps(message))

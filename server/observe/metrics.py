@@ -1,0 +1,254 @@
+"""Events -> Prometheus. Names, types and labels here are a contract with dashboards: see CHANGELOG before a change."""
+
+import asyncio
+import platform
+
+from anyio import to_thread
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request
+from starlette.responses import Response
+
+from batching.events import (
+    BatchEnded,
+    BatchStarted,
+    Event,
+    Outcome,
+    PromptScored,
+    QueueChanged,
+    Rejected,
+    RowEnded,
+    RowsJoined,
+    State,
+    StateChanged,
+    Stepped,
+)
+from batching.progress import Progress
+from batching.types import Finish, ModelInfo
+from server.settings import Settings
+
+SECONDS_TO_FIRST = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+SECONDS_PER_TOKEN = (
+    *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04),
+    *(0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5),
+)
+SECONDS_WHOLE = (0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+SECONDS_OF_LAG = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+RATIO = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+
+class Metrics:
+    """An observer of the batcher, with a registry of its own. `progress` observes the same batcher."""
+
+    def __init__(self, progress: Progress) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per counter that says when it was made, which no dashboard reads
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"microbatch_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"microbatch_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"microbatch_{name}", text, labels, buckets=buckets, registry=registry)
+
+        self._state = gauge("state", "1 for the state the service is in.", "state")
+        self._info = gauge(
+            "build_info", "Always 1; what is running, as labels.", "version", "python", "model", "device", "dtype"
+        )
+        self._queue_depth = gauge("queue_depth", "Requests that wait for a batch.")
+        self._queue_limit = gauge("queue_limit", "Most requests that may wait.")
+        self._queue_tokens = gauge("queue_prompt_tokens", "Prompt tokens of the requests that wait.")
+        self._running = gauge("running_rows", "Requests in the batch that is running.")
+        self._batch_limit = gauge("batch_limit_rows", "Most requests in a batch.")
+        self._batches = counter("batches", "Batches started.")
+        self._batch_size = histogram("batch_size_rows", "Requests in a batch at its start.", ROWS)
+        self._step_rows = histogram("step_size_rows", "Requests that got a token in one step.", ROWS)
+        self._joined = counter("joined_requests", "Requests that joined a running batch.")
+        self._padding = histogram("batch_padding_ratio", "Share of a batch's prompt positions that is padding.", RATIO)
+        self._window_wait = histogram(
+            "batch_window_wait_seconds", "How long a batch was held open for more rows.", SECONDS_TO_FIRST
+        )
+        self._batch_seconds = histogram(
+            "batch_duration_seconds", "From a batch's start to its last row's end.", SECONDS_WHOLE
+        )
+        self._queue_wait = histogram(
+            "queue_wait_seconds", "From a request's arrival to its batch's start.", SECONDS_TO_FIRST
+        )
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", SECONDS_TO_FIRST
+        )
+        self._per_token = histogram(
+            "time_per_output_token_seconds", "Mean time between an answer's tokens.", SECONDS_PER_TOKEN
+        )
+        self._duration = histogram("request_duration_seconds", "From arrival to the outcome.", SECONDS_WHOLE, "outcome")
+        self._prompt_length = histogram("request_prompt_tokens", "Prompt length of requests that ended.", TOKENS)
+        self._output_length = histogram("request_output_tokens", "Answer length of requests that ended.", TOKENS)
+        self.ignored_fields = counter("ignored_fields", "Fields of requests that are not known and were ignored.")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose batch started.")
+        self._reused_tokens = counter(
+            "reused_prompt_tokens", "Prompt tokens that had been computed for another request."
+        )
+        self._preemptions = counter(
+            "preemptions", "Times that a request gave its memory to older ones and was computed again later."
+        )
+        self._scored_tokens = counter("scored_prompt_tokens", "Prompt tokens whose log probabilities were told.")
+        self._output_tokens = counter("output_tokens", "Tokens generated.")
+        self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
+        self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
+        self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
+        self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
+        self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
+        self._tasks = gauge("tasks", "Tasks on the event loop, the scrape's own among them.")
+        self.loop_lag = histogram(
+            "loop_lag_seconds", "How long the event loop took to answer the watchdog, 4 times a second.", SECONDS_OF_LAG
+        )
+        self._idle_seconds = gauge(
+            "worker_seconds_since_progress", "How long the worker has work and made no progress."
+        )
+        self._idle_seconds.set_function(progress.seconds)
+        self._show_state(State.STARTING)
+        self._start_series()
+        ProcessCollector(registry=registry)
+
+    def _start_series(self) -> None:
+        """Zeros for what has not happened yet: a series that begins at 1 hides its first event from rates."""
+        for outcome in Outcome:
+            self._duration.labels(outcome)
+        for finish in Finish:
+            self._finished.labels(finish)
+        for reason in ("queue_full", "not_ready", "bad_request"):
+            self._rejected.labels(reason)
+
+    def __call__(self, event: Event) -> None:
+        """Take note of one event."""
+        match event:
+            case Stepped(tokens=tokens, running=running):
+                self._output_tokens.inc(tokens)
+                self._running.set(running)
+                self._step_rows.observe(tokens)
+            case PromptScored(tokens=tokens, running=running):
+                self._scored_tokens.inc(tokens)
+                self._running.set(running)
+            case QueueChanged(rows=rows, prompt_tokens=tokens):
+                self._queue_depth.set(rows)
+                self._queue_tokens.set(tokens)
+            case BatchStarted():
+                self._batch_started(event)
+            case RowsJoined():
+                self._rows_joined(event)
+            case BatchEnded(running=running, duration=duration, memory=memory):
+                self._running.set(running)
+                self._batch_seconds.observe(duration)
+                self._memory.set(memory)
+            case RowEnded():
+                self._row_ended(event)
+            case Rejected(reason=reason):
+                self._rejected.labels(reason).inc()
+            case StateChanged(state=state):
+                self._show_state(state)
+                if state in (State.STOPPED, State.FAILED):  # no batch's end is told any more
+                    self._running.set(0)
+
+    def model(self, info: ModelInfo, settings: Settings, version: str) -> None:
+        """Say what is running, and within which limits."""
+        self._info.labels(version, platform.python_version(), settings.served_names[0], info.device, info.dtype).set(1)
+        self._queue_limit.set(settings.queue_size)
+        self._batch_limit.set(settings.max_batch_size or info.max_rows)
+        self._memory_total.set(info.device_memory)
+
+    async def exposition(self) -> bytes:
+        """The text format that Prometheus scrapes. Its writing takes milliseconds, which are not the event loop's."""
+        self._tasks.set(len(asyncio.all_tasks()))
+        return await to_thread.run_sync(generate_latest, self.registry)
+
+    def _show_state(self, now: State) -> None:
+        for state in State:
+            self._state.labels(state).set(state is now)
+
+    def _batch_started(self, event: BatchStarted) -> None:
+        self._batches.inc()
+        self._batch_size.observe(event.rows)
+        self._running.set(event.rows)
+        self._padding.observe(1 - event.prompt_tokens / event.padded_tokens)
+        self._window_wait.observe(event.window_wait)
+        self._prompt_tokens.inc(event.prompt_tokens)
+        for wait in event.queue_waits:
+            self._queue_wait.observe(wait)
+
+    def _rows_joined(self, event: RowsJoined) -> None:
+        self._joined.inc(event.rows)
+        self._running.set(event.running)
+        self._prompt_tokens.inc(event.prompt_tokens)
+        for wait in event.queue_waits:
+            self._queue_wait.observe(wait)
+
+    def _row_ended(self, event: RowEnded) -> None:
+        self._reused_tokens.inc(event.num_cached_tokens)
+        self._preemptions.inc(event.num_preemptions)
+        self._duration.labels(event.outcome).observe(event.duration)
+        self._prompt_length.observe(event.prompt_tokens)
+        self._output_length.observe(event.output_tokens)
+        self._finished.labels(event.finish).inc()
+        if event.outcome is Outcome.CANCELLED:
+            self._cancelled.inc()
+        if event.ttft is not None:
+            self._first_token.observe(event.ttft)
+            if event.output_tokens > 1:
+                self._per_token.observe((event.duration - event.ttft) / (event.output_tokens - 1))
+
+
+class Scrapes:
+    """Gives every scrape what was written after it asked."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._writing = asyncio.Lock()
+        self._next: asyncio.Task[bytes] | None = None
+
+    async def take(self) -> bytes:
+        if self._next is None:
+            self._next = asyncio.create_task(self._write())
+        return await asyncio.shield(self._next)
+
+    async def _write(self) -> bytes:
+        async with self._writing:
+            self._next = None  # who asks from now on gets the one after this
+            return await self._metrics.exposition()
+
+
+async def scrape(request: Request) -> Response:
+    return Response(await request.app.state.scrapes.take(), media_type=CONTENT_TYPE)

@@ -1,0 +1,300 @@
+"""`POST /v1/chat/completions`: a conversation as the model reads it, and its answer as a message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from batching.stream import Stream
+from batching.types import Delta, Forced
+from server import replies
+from server.callers import Caller
+from server.grammar.source import Part
+from server.http.errors import bad_request
+from server.model.served_model import ServedModel
+from server.model.text import StopScanner, TemplateError, Text
+from server.openai.choices import ChoicesAnswer
+from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
+from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
+from server.openai.messages import Message
+from server.openai.requests import ChatRequest, ResponseFormat, sampling
+from server.openai.tools import Tool
+from server.output.answer import AnswerReader
+from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
+from server.output.reasoning import ThoughtState
+from server.output.tool_calls import ToolNames
+
+if TYPE_CHECKING:
+    from batching.types import Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat as the model reads it, and what must be known of it to read the answer."""
+
+    chat: ChatRequest
+    tokens: tuple[int, ...]
+    thought: ThoughtState
+    names: ToolNames
+
+
+class ChatCompletions(GeneratingEndpoint[ChatRequest, Conversation]):
+    """`POST /v1/chat/completions`."""
+
+    kind = ChatRequest
+
+    def encode(self, model: ServedModel, body: ChatRequest) -> Conversation:
+        return encode(model.text, body, model.settings.thinking)
+
+    async def prompts(
+        self, model: ServedModel, body: ChatRequest, encoded: Conversation, caller: Caller
+    ) -> Sequence[Prompt]:
+        return await prompts(model, encoded, caller)
+
+    def answer(
+        self, model: ServedModel, name: str, body: ChatRequest, encoded: Conversation, streams: Sequence[Stream]
+    ) -> Answer:
+        text = model.text
+        readers = [EventReader(stream, text, encoded) for stream in streams]
+        choices = [ChatChoice(index, reader, text, legacy=body.is_legacy) for index, reader in enumerate(readers)]
+        return ChatAnswer(name, streams, choices, body)
+
+
+def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
+    """Template and tokens; `thinking` where the request does not say. Not on the event loop. Raises `ApiError` 400."""
+    thinks = thinking if chat.thinks is None else chat.thinks
+    names = names_in(text, chat.messages, chat.offered)
+    rendered = render(text, chat.messages, chat.offered, names, thinks)
+    return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names)
+
+
+async def prompts(model: ServedModel, read: Conversation, caller: Caller) -> list[Prompt]:
+    """One for each choice. Raises `ApiError` 400, or 503 if too many grammars are being compiled."""
+    chat = read.chat
+    grammar = await grammar_of(model, chat, read.names, read.thought, caller.name or caller.request_id)
+    room = model.room(len(read.tokens), "messages")
+    forced = end_of_thought(model.text, chat, read.thought)
+    return [
+        Prompt(read.tokens, sampling(model, chat, room, choice=choice, forced=forced), grammar, chat.priority or 0)
+        for choice in range(chat.n or 1)
+    ]
+
+
+def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
+    """The functions that a conversation speaks of."""
+    offered = [tool.function.name for tool in tools]
+    called = [name for message in messages for name in message.functions]
+    return ToolNames(offered + called, text.format.tools.carries)
+
+
+def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], names: ToolNames, thinks: bool) -> str:
+    """The text of a conversation. Raises `ApiError` 400."""
+    turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
+    tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
+    turns, options = text.format.conversation(turns, tools)
+    try:
+        return text.render(turns, {"enable_thinking": thinks} | options)
+    except TemplateError as error:
+        raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
+
+
+def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forced | None:
+    """How a thought is cut off at its budget. Raises `ApiError` 400 for a model that has no tokens around its own."""
+    if chat.budget is None or not thought.to_come:
+        return None
+    forced = text.format.forced_end(thought, chat.budget)
+    # Where the prompt leaves it to the model and the request does not ask for it, nothing says that it thinks at all.
+    if forced is None and (chat.thinks or thought is ThoughtState.OPENED):
+        raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
+    return forced
+
+
+class EventReader:
+    """Reads one row's answer: the events that its tokens complete, and why it is over.
+
+    Where only one call is allowed the answer ends with it.
+    """
+
+    def __init__(self, stream: Stream, text: Text, conversation: Conversation) -> None:
+        chat, thinking = conversation.chat, text.format.thinking
+        self._end_of_thought = thinking.tags.close if thinking else ""
+        self._stream = stream
+        self._thinking_tokens = 0
+        self._recent: tuple[int, ...] = ()  # in which the tag may have begun
+        self._vocabulary = text.vocabulary
+        self._one_call = chat.one_call
+        scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
+        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
+        parser = text.format.tools.parser() if chat.offered else None
+        self._message = MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
+
+    def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
+        """Events and, if the answer is over, OpenAI's reason for it."""
+        thinking = self._message.thinking
+        text, finish = self._answer.push(arrived)
+        events = self._message.push(text)
+        if thinking:
+            self._count(arrived.tokens)
+        if finish:
+            events += self._message.flush()
+        if self._one_call and (end := end_of_first_call(events)) is not None:
+            self._stream.stop()
+            events, finish = events[:end], "stop"
+        return events, self._message.finish(finish)
+
+    @property
+    def thought_tokens(self) -> int:
+        """How many tokens came until the thought was over, its tags included."""
+        return self._thinking_tokens if self._message.thought else 0
+
+    def _count(self, tokens: tuple[int, ...]) -> None:
+        """The end of a thought may have come together with what follows it."""
+        if self._message.thinking:
+            self._thinking_tokens += len(tokens)
+            self._recent = (self._recent + tokens)[-len(self._end_of_thought) :]
+            return
+        seen = b"".join(map(self._vocabulary.bytes_of, self._recent))
+        for token in tokens:
+            self._thinking_tokens += 1
+            seen += self._vocabulary.bytes_of(token)
+            if self._end_of_thought.encode() in seen:
+                return
+
+
+class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
+    """Its prompt is told of beside the choices, which all continue the same one."""
+
+    prefix = "chatcmpl"
+
+    def __init__(self, model: str, streams: Sequence[Stream], choices: Sequence[ChatChoice], body: ChatRequest) -> None:
+        super().__init__(model, streams, choices, body)
+        self._of_prompt = choices[0].of_prompt
+
+    def completion(self, choices: list[replies.ChatChoice], usage: replies.Usage) -> replies.ChatCompletion:
+        return {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            "usage": usage,
+            **self._of_prompt(),
+        }
+
+    def empty_chunk(self) -> replies.ChatChunk:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "choices": [],
+        }
+
+
+class ChatChoice:
+    """`Choice` of a chat completion."""
+
+    def __init__(self, index: int, reader: EventReader, text: Text, *, legacy: bool) -> None:
+        self._index = index
+        self._reader = reader
+        self._text = text
+        self._legacy = legacy
+        self._begun = False
+        self._events: list[Event] = []
+        self._logprobs = EncodedLists[replies.ChatLogprobs]()
+        self._prompt_logprobs = EncodedLists[replies.OfPrompt]()
+        self._finish: replies.FinishReason
+
+    def add(self, arrived: Delta) -> None:
+        events, finish = self._reader.push(arrived)
+        self._events += events
+        if finish:
+            self._finish = finish
+        self._logprobs.add(chat_logprobs(self._text, arrived.logprobs))
+        if arrived.prompt_logprobs:
+            self._prompt_logprobs.add(prompt_logprobs(self._text, arrived.prompt_logprobs))
+
+    def of_prompt(self) -> replies.OfPrompt:
+        """What the answer says of its prompt, beside the choices."""
+        return self._prompt_logprobs.whole() or {}
+
+    def whole(self) -> replies.ChatChoice:
+        message = fold(self._events)
+        return {
+            "index": self._index,
+            "message": as_legacy(message) if self._legacy else message,
+            "logprobs": self._logprobs.whole(),
+            "finish_reason": self._reason(self._finish),
+        }
+
+    def chunks(self, arrived: Delta) -> list[replies.ChunkChoice]:
+        """The first has the role alone. Why the answer is over is told with the last of its text, if that came now:
+        RAGFlow takes that text's language for the one to tell the reader in that the answer was cut."""
+        events, finish = self._reader.push(arrived)
+        logprobs = chat_logprobs(self._text, arrived.logprobs)
+        deltas = [news for event in events if (news := delta(event)) is not None]
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        if finish and (not deltas or "tool_calls" in deltas[-1]):
+            deltas.append({})
+        chunks = [] if self._begun else [self._chunk({"role": "assistant", "content": ""})]
+        self._begun = True
+        last = len(deltas) - 1
+        for n, news in enumerate(deltas):
+            chunks.append(self._chunk(news, None if n else logprobs, finish if n == last else None))
+        return chunks
+
+    def _chunk(
+        self,
+        news: replies.Delta,
+        logprobs: replies.ChatLogprobs | None = None,
+        finish: replies.FinishReason | None = None,
+    ) -> replies.ChunkChoice:
+        if self._legacy:
+            news = as_legacy(news)
+        return {
+            "index": self._index,
+            "delta": news,
+            "logprobs": logprobs,
+            "finish_reason": finish and self._reason(finish),
+        }
+
+    def _reason(self, finish: replies.FinishReason) -> replies.FinishReason:
+        return "function_call" if self._legacy and finish == "tool_calls" else finish
+
+
+async def grammar_of(
+    model: ServedModel, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
+) -> Grammar | None:
+    """The grammar of the answer, thought included; None if it is free. `client`: whose turn it takes to compile it.
+
+    A call that is demanded is what the answer is. Where calls are only offered, the answer is calls or of the format.
+    Raises `ApiError`: 400 for a schema that cannot be held to, 503 if too many are being compiled.
+    """
+    form = None if chat.demanded else form_of(chat.response_format)
+    if chat.demanded or (form and chat.offered):
+        return await model.grammars.tool_calls(
+            [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
+            model.text.format.tools,
+            named=names.shown(chat.named) if chat.named else None,
+            parallel=not chat.one_call,
+            otherwise=form,
+            thought=thought,
+            client=client,
+        )
+    return await model.grammars.json(form, thought=thought, client=client) if form else None
+
+
+def form_of(wanted: ResponseFormat | None) -> Part | None:
+    """The schema that a response format stands for; None for text."""
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.json_schema is not None:
+        return Part(wanted.json_schema.schema_, bool(wanted.json_schema.strict), "response_format")
+    if wanted.schema_ is not None:
+        return Part(wanted.schema_, strict=False, param="response_format")
+    return ANY_OBJECT
+
+
+ANY_OBJECT = Part({"type": "object"}, strict=True, param="response_format")

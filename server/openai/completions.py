@@ -1,0 +1,185 @@
+"""`POST /v1/completions`: prompts as they are, text or token ids, each with as many answers as asked for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from batching.stream import Stream
+from batching.types import Delta, PromptLogprob
+from server import replies
+from server.callers import Caller
+from server.http.errors import bad_request
+from server.model.served_model import ServedModel
+from server.model.text import StopScanner, Text
+from server.openai.choices import ChoicesAnswer
+from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
+from server.openai.logprobs import CompletionLogprobs, EncodedLists, completion_logprobs, prompt_logprobs
+from server.openai.requests import MAX_CHOICES, CompletionRequest, sampling
+from server.output.answer import AnswerReader
+from server.replies import TextLogprobs
+
+
+@dataclass(frozen=True)
+class Echoed:
+    """A prompt's tokens, and what of it is told again: its text, and where the text of each token starts in that."""
+
+    tokens: tuple[int, ...]
+    text: str = ""
+    starts: Sequence[int] = ()
+
+
+class Echo:
+    """Tells a prompt again: with `top` likeliest tokens at each place, or its text alone if that is None."""
+
+    def __init__(self, text: Text, prompt: Echoed, top: int | None) -> None:
+        self._text = text
+        self._prompt = prompt
+        self._top = top
+        self._told = 0  # tokens
+
+    def push(self, entries: Sequence[PromptLogprob | None]) -> tuple[str, TextLogprobs | None]:
+        """What of the prompt can be told with these log probabilities of its next tokens, and its `logprobs`."""
+        begin, self._told = self._told, self._told + len(entries)
+        if self._top is None:
+            self._told = len(self._prompt.tokens)
+            return self._prompt.text if begin == 0 else "", None
+        if not entries:
+            return "", None
+        starts = [*self._prompt.starts[begin : self._told + 1], len(self._prompt.text)]
+        tokens = self._prompt.tokens[begin : self._told]
+        here = self._prompt.text[starts[0] : starts[len(tokens)]]
+        return here, completion_logprobs(self._text, tokens, entries, starts[: len(tokens)], self._top)
+
+
+def starts_of(text: Text, tokens: Sequence[int], told: str) -> list[int]:
+    """Where each token's text starts in `told`, the text that the tokens were made of or that they make.
+
+    The tokens of one character all start where it does. What the tokenizer puts before a text is not in it, so those
+    tokens start where it does.
+    """
+    detokenizer = text.detokenizer(special=True)
+    ends = [0]
+    for token in tokens:
+        ends.append(ends[-1] + len(detokenizer.push([token])))
+    decoded = text.decode(tokens)
+    before = len(decoded) - len(told) if decoded.endswith(told) else 0
+    return [min(max(start - before, 0), len(told)) for start in ends[:-1]]
+
+
+class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
+    """`POST /v1/completions`."""
+
+    kind = CompletionRequest
+
+    def encode(self, model: ServedModel, body: CompletionRequest) -> list[Echoed]:
+        text = model.text
+        prompts = [text.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in body.prompt]
+        if not all(prompts):
+            raise bad_request("A prompt must have at least one token.", "prompt")
+        if any(max(prompt) >= model.info.vocab_size for prompt in prompts):
+            raise bad_request("A token id is beyond the model's vocabulary.", "prompt")
+        if not body.echo:
+            return [Echoed(tokens) for tokens in prompts]
+        pairs = zip(body.prompt, prompts, strict=True)
+        return [echoed(text, p if isinstance(p, str) else text.decode(tokens), tokens, body) for p, tokens in pairs]
+
+    async def prompts(
+        self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], caller: Caller
+    ) -> Sequence[Prompt]:
+        """In OpenAI's order: all choices of the first prompt first."""
+        count = body.n or 1
+        if count * len(encoded) > max(MAX_CHOICES, len(encoded)):
+            raise bad_request(f"Prompts times n may be at most {MAX_CHOICES}.", "n")
+        least = 0 if body.max_tokens == 0 else 1
+        rooms = [model.room(len(prompt.tokens), "prompt", least=least) for prompt in encoded]
+        return [
+            Prompt(prompt.tokens, sampling(model, body, room, choice=choice), priority=body.priority or 0)
+            for prompt, room in zip(encoded, rooms, strict=True)
+            for choice in range(count)
+        ]
+
+    def answer(
+        self, model: ServedModel, name: str, body: CompletionRequest, encoded: list[Echoed], streams: Sequence[Stream]
+    ) -> Answer:
+        count = body.n or 1
+        choices = [
+            TextChoice(index, stream, model.text, body, encoded[index // count]) for index, stream in enumerate(streams)
+        ]
+        return TextAnswer(name, streams, choices, body)
+
+
+def echoed(text: Text, told: str, tokens: tuple[int, ...], asked: CompletionRequest) -> Echoed:
+    return Echoed(tokens, told, () if asked.logprobs is None else starts_of(text, tokens, told))
+
+
+class TextAnswer(ChoicesAnswer[replies.TextChoice, replies.TextChunkChoice]):
+    prefix = "cmpl"
+
+    def completion(self, choices: list[replies.TextChoice], usage: replies.Usage) -> replies.TextCompletion:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            "usage": usage,
+        }
+
+    def empty_chunk(self) -> replies.TextChunk:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [],
+        }
+
+
+class TextChoice:
+    """`Choice` of a completion."""
+
+    def __init__(self, index: int, stream: Stream, text: Text, asked: CompletionRequest, prompt: Echoed) -> None:
+        self._index = index
+        self._text = text
+        self._echo = Echo(text, prompt, asked.logprobs) if asked.echo else None
+        self._prompt_top = asked.prompt_logprobs
+        self._logprobs = CompletionLogprobs(text, len(prompt.text))
+        scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
+        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
+        self._said: list[str] = []
+        self._encoded = EncodedLists[replies.TextLogprobs]()
+        self._prompt = EncodedLists[replies.OfPrompt]()
+        self._finish: replies.Ending
+
+    def _read(self, arrived: Delta) -> Iterator[tuple[str, replies.TextLogprobs | None, replies.Ending | None]]:
+        """Text, its log probabilities and why the answer is over: of the prompt, and of what was generated."""
+        if self._echo is not None:
+            text, logprobs = self._echo.push(arrived.prompt_logprobs)
+            if text or logprobs:
+                yield text, logprobs, None
+        text, finish = self._answer.push(arrived)
+        if text or arrived.logprobs or finish:
+            yield text, self._logprobs.push(arrived.logprobs), finish
+
+    def add(self, arrived: Delta) -> None:
+        for text, logprobs, finish in self._read(arrived):
+            self._said.append(text)
+            self._encoded.add(logprobs)
+            if finish:
+                self._finish = finish
+        if self._prompt_top is not None and arrived.prompt_logprobs:
+            self._prompt.add(prompt_logprobs(self._text, arrived.prompt_logprobs, self._prompt_top))
+
+    def whole(self) -> replies.TextChoice:
+        return {
+            "index": self._index,
+            "text": "".join(self._said),
+            "logprobs": self._encoded.whole(),
+            "finish_reason": self._finish,
+            **(self._prompt.whole() or {}),
+        }
+
+    def chunks(self, arrived: Delta) -> list[replies.TextChunkChoice]:
+        return [
+            {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+            for text, logprobs, finish in self._read(arrived)
+        ]

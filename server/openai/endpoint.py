@@ -1,0 +1,282 @@
+"""The path of every request: read, parsed, encoded, submitted, then its answer streamed or collected."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeAlias, TypeVar
+
+import orjson
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from batching.errors import BatchingError
+from batching.stream import Stream, with_deltas
+from batching.types import Delta, Grammar, Request, Sampling
+from server import sse
+from server.callers import Caller
+from server.fields import RequestBody
+from server.http.errors import ApiError, bad_request, from_batching
+from server.http.request import read, until_disconnect
+from server.model.served_model import ServedModel, served_name
+from server.openai.requests import Generation
+from server.service import Service
+
+MAX_PROMPT_LOGPROBS = 262_144
+"""Log probabilities of prompts in one answer: as JSON some 20 MB."""
+
+MAX_LOGPROBS = 2**18
+"""Those of generated tokens likewise."""
+
+Body = TypeVar("Body", bound=RequestBody)
+Generated = TypeVar("Generated", bound=Generation)
+Encoded = TypeVar("Encoded")
+
+
+class Endpoint(ABC, Generic[Body, Encoded]):
+    """A kind of request: its type, and what is made of it. As it stands, `encode` makes the whole answer's JSON."""
+
+    kind: type[Body]
+
+    async def handle(self, http: HttpRequest) -> Response:
+        """For a route. Raises `ApiError`."""
+        service: Service = http.app.state.service
+        model = service.ready_model()
+        body = await read(http, self.kind)
+        return await until_disconnect(http, self.respond(service, model, body, http.state.caller))
+
+    async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
+        """Everything after the body was read. Raises `ApiError`."""
+        served_name(model.settings.served_names, body.model)
+        return json_response(orjson.dumps(await self._encoded(service, model, body, caller)))
+
+    @abstractmethod
+    def encode(self, model: ServedModel, body: Body) -> Encoded:
+        """What takes long: templates and tokenizing. Not on the event loop. Raises `ApiError` 400."""
+
+    async def _encoded(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Encoded:
+        return await service.encoders.run(partial(self.encode, model, body), body.size, caller)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one row is to continue, and how."""
+
+    tokens: tuple[int, ...]
+    sampling: Sampling
+    grammar: Grammar | None = None
+    priority: int = 0
+
+
+class GeneratingEndpoint(Endpoint[Generated, Encoded]):
+    """A kind of request that rows of the batch answer."""
+
+    async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
+        name = served_name(model.settings.served_names, body.model)
+        with service.batcher.announce():
+            encoded = await self._encoded(service, model, body, caller)
+            prompts = await self.prompts(model, body, encoded, caller)
+            streams = submit(service, requests(model, prompts, caller))
+        answer = self.answer(model, name, body, encoded, streams)
+        return await (streamed(answer, model.settings.first_byte_s) if body.stream else collected(answer))
+
+    @abstractmethod
+    async def prompts(self, model: ServedModel, body: Generated, encoded: Encoded, caller: Caller) -> Sequence[Prompt]:
+        """One for each row. All that can be wrong with a request is found by now. Raises `ApiError`: 400 or 503."""
+
+    @abstractmethod
+    def answer(
+        self, model: ServedModel, name: str, body: Generated, encoded: Encoded, streams: Sequence[Stream]
+    ) -> Answer:
+        """What writes the answer of these rows, in the model's name that the client knows."""
+
+
+def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> list[Request]:
+    salt = caller.name if model.settings.prefix_sharing == "key" else ""
+    return [
+        Request(
+            id=caller.row_id(row),
+            prompt=prompt.tokens,
+            sampling=prompt.sampling,
+            time_limit=model.settings.request_timeout_s,
+            client=caller.name,
+            weight=caller.share,
+            priority=prompt.priority,
+            grammar=prompt.grammar,
+            salt=salt,
+            trace=caller.trace,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
+    """Queue the rows of one HTTP request. Raises `ApiError` 429 or 503, or 400 if they never have room."""
+    if sum(map(num_prompt_logprobs, rows)) > MAX_PROMPT_LOGPROBS:
+        raise bad_request(
+            f"An answer can hold {MAX_PROMPT_LOGPROBS:,} log probabilities of prompts; ask for fewer of the "
+            "likeliest tokens, for fewer prompts or choices, or with a shorter prompt.",
+            code="too_large",
+        )
+    if not service.limits.allow(rows):
+        raise bad_request("The queue can never hold this; ask for fewer choices or fewer tokens.", code="too_large")
+    if sum(map(num_logprobs, rows)) > MAX_LOGPROBS:
+        raise bad_request(
+            "That many log probabilities are too large an answer; ask for fewer tokens or choices.", "logprobs"
+        )
+    try:
+        return service.batcher.submit_all(rows)
+    except BatchingError as error:
+        raise from_batching(error) from None
+
+
+def num_prompt_logprobs(row: Request) -> int:
+    """How many log probabilities of its prompt a row asks for: of each token's own and the likeliest."""
+    top = row.sampling.prompt_logprobs
+    return 0 if top is None else (1 + top) * len(row.prompt)
+
+
+def num_logprobs(row: Request) -> int:
+    """How many log probabilities a row's answer can come to hold."""
+    top = row.sampling.top_logprobs
+    return 0 if top is None else row.sampling.max_tokens * (1 + top)
+
+
+# The answer
+
+Step: TypeAlias = Sequence[tuple[int, Delta]]
+"""Tokens that came together, each with the row they are of."""
+
+
+class Answer(ABC):
+    """Writes one answer: `add` and `whole` if it is collected, else `frames`, `last` and perhaps `failed`."""
+
+    streams: Sequence[Stream]
+
+    @abstractmethod
+    def add(self, row: int, arrived: Delta) -> None:
+        """Take in tokens of a collected answer."""
+
+    @abstractmethod
+    def whole(self) -> bytes:
+        """The JSON of a collected answer, once all of its tokens were added."""
+
+    @abstractmethod
+    def frames(self, step: Step) -> bytes:
+        """What a stream says of these tokens, possibly nothing yet."""
+
+    @abstractmethod
+    def last(self) -> bytes:
+        """How a stream ends."""
+
+    @abstractmethod
+    def failed(self, error: ApiError) -> bytes:
+        """How a stream ends that cannot go on."""
+
+    def cancel(self) -> None:
+        for stream in self.streams:
+            stream.cancel()
+
+
+async def collected(answer: Answer) -> Response:
+    """The whole answer as one JSON object. Raises `ApiError`."""
+    try:
+        async for step in steps(answer.streams):
+            for row, arrived in step:
+                answer.add(row, arrived)
+    except BatchingError as error:
+        raise from_batching(error) from None
+    finally:
+        answer.cancel()
+    return json_response(answer.whole())
+
+
+async def steps(streams: Iterable[Stream]) -> AsyncIterator[list[tuple[int, Delta]]]:
+    """The tokens of all rows as they come. Raises what a stream raises.
+
+    Read as they come also where nothing is sent before the end, because a whole answer's tokens would hold the event
+    loop up.
+    """
+    going = {stream: row for row, stream in enumerate(streams)}
+    while going:
+        step = []
+        for stream in await with_deltas(going):
+            arrived = stream.take()
+            if arrived is None:
+                del going[stream]
+            else:
+                step.append((going[stream], arrived))
+        if step:
+            yield step
+
+
+async def streamed(answer: Answer, patience: float) -> Response:
+    """The answer as server-sent events, of which the first has come, or else `patience` seconds have gone by.
+
+    All that can go wrong in the queue has a status of its own, because the status line waits so long; but no longer
+    than proxies wait for a first byte. Raises `ApiError`.
+    """
+    news = written(answer)
+    first = asyncio.ensure_future(anext(news))
+    try:
+        if (await asyncio.wait([first], timeout=patience))[0]:
+            first.result()
+        return AnswerResponse(answer, first, news, patience)
+    except BaseException as error:
+        first.cancel()
+        answer.cancel()
+        if isinstance(error, BatchingError):
+            raise from_batching(error) from None
+        raise
+
+
+async def written(answer: Answer) -> AsyncIterator[bytes]:
+    """The frames of a stream; those that came together are one piece."""
+    async for step in steps(answer.streams):
+        if frames := answer.frames(step):
+            yield frames
+    yield answer.last()
+
+
+class AnswerResponse(StreamingResponse):
+    """A stream that is never silent for longer than `patience` seconds. However it ends, its rows have ended too."""
+
+    def __init__(
+        self, answer: Answer, first: asyncio.Future[bytes], rest: AsyncIterator[bytes], patience: float
+    ) -> None:
+        super().__init__(self._frames(first, rest), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+        self._answer = answer
+        self._first = first
+        self._patience = patience
+
+    async def _frames(self, first: asyncio.Future[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """An error after the status line becomes the last frame."""
+        try:
+            yield await first
+            async for frames in rest:
+                yield frames
+        except BatchingError as error:
+            yield self._answer.failed(from_batching(error))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._first.cancel()
+            self._answer.cancel()
+
+    async def stream_response(self, send: Send) -> None:
+        pinged = sse.Pinged(send, self._patience)
+        pings = asyncio.create_task(pinged.ping())
+        try:
+            await super().stream_response(pinged.send)
+        finally:
+            pings.cancel()
+
+
+def json_response(content: bytes) -> Response:
+    return Response(content, media_type="application/json")

@@ -1,0 +1,120 @@
+"""Log probabilities in the two shapes that OpenAI's APIs give them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar, cast
+
+import orjson
+
+from batching.types import PromptLogprob, TokenLogprob
+from server import replies
+from server.model.text import Text
+
+LEAST = -9999.0
+"""What stands for a probability of zero, whose logarithm JSON has no number for."""
+
+Piece = TypeVar("Piece", bound=Mapping[str, object])
+
+
+def chat_logprobs(text: Text, entries: Sequence[TokenLogprob]) -> replies.ChatLogprobs | None:
+    """`logprobs` of a chat choice or chunk; None if there are no entries."""
+    if not entries:
+        return None
+    content: list[replies.ChosenToken] = [
+        {**_token(text, entry.token, entry.logprob), "top_logprobs": [_token(text, *other) for other in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+class EncodedLists(Generic[Piece]):
+    """The lists of a whole answer's `logprobs`, encoded as they grow: they can be megabytes at the end."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[bytes]] = {}
+        self._rest: dict[str, object] = {}
+
+    def add(self, piece: Piece | None) -> None:
+        """The next of `chat_logprobs` or of `CompletionLogprobs.push`: its lists, which are not empty, are appended."""
+        for key, value in piece.items() if piece else ():
+            if isinstance(value, list):
+                self._lists.setdefault(key, []).append(orjson.dumps(value)[1:-1])
+            else:
+                self._rest[key] = value
+
+    def whole(self) -> Piece | None:
+        """All of it as one piece, but for orjson alone: its lists are JSON already. None if nothing was added."""
+        if not self._lists:
+            return None
+        lists = {key: orjson.Fragment(b"[" + b",".join(parts) + b"]") for key, parts in self._lists.items()}
+        return cast(Piece, lists | self._rest)
+
+
+class CompletionLogprobs:
+    """`logprobs` of one completion, in one piece or in several. Its text starts at character `offset`."""
+
+    def __init__(self, text: Text, offset: int) -> None:
+        self._text = text
+        self._offset = offset
+        self._detokenizer = text.detokenizer()
+
+    def push(self, entries: Sequence[TokenLogprob]) -> replies.TextLogprobs | None:
+        """The next tokens; None if there are no entries."""
+        if not entries:
+            return None
+        tokens = [entry.token for entry in entries]
+        return completion_logprobs(self._text, tokens, entries, [self._start(token) for token in tokens])
+
+    def _start(self, token: int) -> int:
+        """Where the token's text starts; the tokens of one character all start where it does."""
+        start = self._offset
+        self._offset += len(self._detokenizer.push([token]))
+        return start
+
+
+def completion_logprobs(
+    text: Text,
+    tokens: Sequence[int],
+    entries: Sequence[TokenLogprob | None],
+    starts: Sequence[int],
+    top: int | None = None,
+) -> replies.TextLogprobs:
+    """`logprobs` of these tokens, whose texts start at `starts`, with `top` of the likeliest or all that there are."""
+    return {
+        "tokens": [_word(text, token) for token in tokens],
+        "token_logprobs": [None if entry is None else max(entry.logprob, LEAST) for entry in entries],
+        "top_logprobs": [
+            None if entry is None else {_word(text, token): max(value, LEAST) for token, value in entry.top[:top]}
+            for entry in entries
+        ],
+        "text_offset": list(starts),
+    }
+
+
+def prompt_logprobs(text: Text, entries: Sequence[PromptLogprob | None], top: int | None = None) -> replies.OfPrompt:
+    """vLLM's field of that name: by id, a prompt's token and in its place `top` of the likeliest, or all there are."""
+    return {"prompt_logprobs": [None if entry is None else _ranked(text, entry, top) for entry in entries]}
+
+
+def _ranked(text: Text, entry: PromptLogprob, top: int | None) -> dict[str, replies.RankedToken]:
+    likeliest = [(token, value, rank) for rank, (token, value) in enumerate(entry.top[:top], 1)]
+    return {
+        str(token): {"logprob": max(value, LEAST), "rank": rank, "decoded_token": _decoded(text, token)}
+        for token, value, rank in [(entry.token, entry.logprob, entry.rank), *likeliest]
+    }
+
+
+def _word(text: Text, token: int) -> str:
+    """A token's text, or as in OpenAI's API its bytes if they are no whole characters: others would look the same."""
+    word = _decoded(text, token)
+    if "\ufffd" not in word:
+        return word
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.vocabulary.bytes_of(token))
+
+
+def _token(text: Text, token: int, logprob: float) -> replies.LikelyToken:
+    data = list(text.vocabulary.bytes_of(token))
+    return {"token": _decoded(text, token), "logprob": max(logprob, LEAST), "bytes": data}
+
+
+def _decoded(text: Text, token: int) -> str:
+    return text.vocabulary.bytes_of(token).decode(errors="replace")

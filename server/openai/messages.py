@@ -1,0 +1,116 @@
+"""The turns of a conversation as clients send them, and as chat templates read them.
+
+Clients send back what they were given, by this service or another, with whatever they keep beside it.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from server.openai.tools import ToolTurn
+from server.output.tool_calls import Turn
+
+MAX_MESSAGES = 2048
+THOUGHTS = frozenset(["thinking", "redacted_thinking", "reasoning"])
+"""Types of parts with what a model thought, which are no content."""
+
+
+def _text(content: object) -> object:
+    """Content as one string: text parts are joined, no content is empty, anything else is refused by its type."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content
+    return "".join(map(_part, content))
+
+
+def _part(part: object) -> str:
+    if isinstance(part, str):
+        return part
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type")
+    if kind in ("text", "input_text", "output_text"):
+        return _string(fields, "text")
+    if kind == "refusal":
+        return _string(fields, "refusal")
+    if isinstance(kind, str) and kind in THOUGHTS:
+        return ""
+    known = kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,30}", kind) else "other"
+    raise ValueError(f"this model reads text only, but a part of type {known} was sent")
+
+
+def _string(part: dict[str, object], key: str) -> str:
+    if not isinstance(part.get(key), str):
+        raise ValueError(f"a part of type {part['type']} needs a string in its field {key}")
+    return str(part[key])
+
+
+class TextPart(BaseModel):
+    """What a part must have, for /openapi.json; other keys of it are not looked at."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _string_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+Content = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[str | TextPart] | None)]
+Thought = Annotated[str | None, BeforeValidator(_string_or_none, json_schema_input_type=object)]
+"""Other servers keep objects here, which no template reads: they count as none."""
+
+
+class Message(ToolTurn):
+    """One turn. Templates may use `name`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = ""
+    name: str | None = None
+    reasoning_content: Thought = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_today(cls, value: object) -> object:
+        """Older and other spellings of the same turn: `reasoning`, a refusal in place of content, `function_call`."""
+        if not isinstance(value, dict):
+            return value
+        turn = dict(value)
+        if turn.get("reasoning_content") is None:
+            turn["reasoning_content"] = thought_of(turn)
+        if not turn.get("content") and isinstance(turn.get("refusal"), str):
+            turn["content"] = turn["refusal"]
+        call = turn.get("function_call")
+        if isinstance(call, dict) and not turn.get("tool_calls"):
+            turn["tool_calls"] = [{"function": call}]
+        return turn
+
+    @property
+    def functions(self) -> list[str]:
+        """The functions that the turn calls, or the one whose result it is."""
+        result_of = [self.name] if self.role in ("tool", "function") and self.name else []
+        return [call.function.name for call in self.tool_calls or ()] + result_of
+
+    def for_template(self) -> Turn:
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: Turn = {"role": role, "content": self.content, **self.tool_fields()}
+        if self.name:
+            message["name"] = self.name
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        return message
+
+
+def thought_of(turn: dict[str, object]) -> str | None:
+    """What an assistant's turn says of its thinking, as a text under `reasoning` or in parts of its content."""
+    if isinstance(turn.get("reasoning"), str):
+        return str(turn["reasoning"])
+    parts = turn.get("content")
+    if not isinstance(parts, list):
+        return None
+    texts = [part.get("thinking") for part in parts if isinstance(part, dict) and part.get("type") == "thinking"]
+    return "".join(text for text in texts if isinstance(text, str)) or None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

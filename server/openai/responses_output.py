@@ -1,0 +1,312 @@
+"""A response's output items, and the typed events that tell of them as they grow. Runs on the event loop."""
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, count
+from typing import ClassVar, Literal, TypeAlias
+
+import orjson
+
+from batching.stream import Stream
+from batching.types import Delta
+from server import replies, sse
+from server.http.errors import ApiError
+from server.openai.chat import EventReader
+from server.openai.choices import usage
+from server.openai.endpoint import Answer, Step
+from server.output.message import Event, Reasoning
+from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
+
+Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+Kind: TypeAlias = Literal[
+    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+]
+
+
+class Item(ABC):
+    """One output item. It is opened, grows by pieces of text, and is closed once.
+
+    `opened`, `grown` and `closed` are the events that tell of that, made from the item as it is then, with the next of
+    `numbers`.
+    """
+
+    prefix: ClassVar[str]
+
+    def __init__(self, place: int, numbers: Iterator[int]) -> None:
+        self.status: Status = "in_progress"
+        self._place = place
+        self._numbers = numbers
+        self._id = f"{self.prefix}_{secrets.token_hex(12)}"
+        self._texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def add(self, text: str) -> None:
+        self._texts.append(text)
+
+    @abstractmethod
+    def json(self) -> replies.OutputItem: ...
+
+    @abstractmethod
+    def grown(self, text: str) -> list[replies.ResponseEvent]: ...
+
+    def opened(self) -> list[replies.ResponseEvent]:
+        return [self._whole("response.output_item.added")]
+
+    def closed(self) -> list[replies.ResponseEvent]:
+        return [self._whole("response.output_item.done")]
+
+    def _whole(self, kind: Literal["response.output_item.added", "response.output_item.done"]) -> replies.ResponseEvent:
+        return {
+            "type": kind,
+            "sequence_number": next(self._numbers),
+            "output_index": self._place,
+            "item": self.json(),
+        }
+
+    def _of_item(self) -> replies.OfItem:
+        return {"sequence_number": next(self._numbers), "item_id": self._id, "output_index": self._place}
+
+
+class TextItem(Item):
+    """An item with one part, which is text."""
+
+    @abstractmethod
+    def part(self) -> replies.OutputText | replies.ReasoningText: ...
+
+    @abstractmethod
+    def done(self) -> replies.TextDone | replies.ReasoningDone: ...
+
+    def opened(self) -> list[replies.ResponseEvent]:
+        return [*super().opened(), self._part("response.content_part.added")]
+
+    def closed(self) -> list[replies.ResponseEvent]:
+        return [self.done(), self._part("response.content_part.done"), *super().closed()]
+
+    def _part(self, kind: Literal["response.content_part.added", "response.content_part.done"]) -> replies.PartChanged:
+        return {"type": kind, **self._of_part(), "part": self.part()}
+
+    def _of_part(self) -> replies.OfPart:
+        return {**self._of_item(), "content_index": 0}
+
+
+class Thought(TextItem):
+    prefix = "rs"
+
+    def json(self) -> replies.OutputReasoning:
+        content = [] if self.status == "in_progress" else [self.part()]
+        return {"id": self._id, "type": "reasoning", "status": self.status, "summary": [], "content": content}
+
+    def part(self) -> replies.ReasoningText:
+        return {"type": "reasoning_text", "text": self.text}
+
+    def grown(self, text: str) -> list[replies.ResponseEvent]:
+        return [{"type": "response.reasoning_text.delta", **self._of_part(), "delta": text}]
+
+    def done(self) -> replies.ReasoningDone:
+        return {"type": "response.reasoning_text.done", **self._of_part(), "text": self.text}
+
+
+class Said(TextItem):
+    prefix = "msg"
+
+    def json(self) -> replies.OutputMessage:
+        content = [] if self.status == "in_progress" else [self.part()]
+        return {"id": self._id, "type": "message", "status": self.status, "role": "assistant", "content": content}
+
+    def part(self) -> replies.OutputText:
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+
+    def grown(self, text: str) -> list[replies.ResponseEvent]:
+        return [{"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": []}]
+
+    def done(self) -> replies.TextDone:
+        return {"type": "response.output_text.done", **self._of_part(), "text": self.text, "logprobs": []}
+
+
+class Call(Item):
+    """A function call; its text is that of its arguments."""
+
+    prefix = "fc"
+
+    def __init__(self, place: int, numbers: Iterator[int], started: CallStarted) -> None:
+        super().__init__(place, numbers)
+        self._started = started
+
+    def json(self) -> replies.OutputCall:
+        return {
+            "id": self._id,
+            "type": "function_call",
+            "status": self.status,
+            "call_id": self._started.id,
+            "name": self._started.name,
+            "arguments": self.text,
+        }
+
+    def grown(self, text: str) -> list[replies.ResponseEvent]:
+        return [{"type": "response.function_call_arguments.delta", **self._of_item(), "delta": text}]
+
+    def closed(self) -> list[replies.ResponseEvent]:
+        kind: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
+        return [{"type": kind, **self._of_item(), "arguments": self.text}, *super().closed()]
+
+
+Change: TypeAlias = Callable[[], list[replies.ResponseEvent]]
+"""Something that happened to an output: what a stream says of it, made only if there is a stream."""
+
+
+class Output:
+    """Folds an answer's events into items, change by change: each must be used before the next is asked for.
+
+    Only the last item grows. A call that no `CallEnded` has closed was cut off or broken, and is incomplete.
+    """
+
+    def __init__(self) -> None:
+        self.numbers = count()  # of a stream's events
+        self._items: list[Item] = []
+
+    def json(self) -> list[replies.OutputItem]:
+        return [item.json() for item in self._items]
+
+    def push(self, event: Event) -> Iterator[Change]:
+        match event:
+            case Reasoning():
+                yield from self._write(Thought, event.text)
+            case Content():
+                yield from self._write(Said, event.text)
+            case CallStarted():
+                yield from self._open(Call(len(self._items), self.numbers, event))
+            case CallArguments():
+                yield self._grow(event.text)
+            case CallEnded():
+                yield self._close("completed")
+
+    def end(self, *, cut: bool) -> Iterator[Change]:
+        """The answer is over; `cut` is whether its length was what ended it. One without any item is an empty text."""
+        if not self._items:
+            yield from self._open(Said(0, self.numbers))
+        yield from self._settle(cut)
+
+    def _write(self, kind: type[Thought] | type[Said], text: str) -> Iterator[Change]:
+        if not isinstance(self._growing, kind):
+            yield from self._open(kind(len(self._items), self.numbers))
+        yield self._grow(text)
+
+    def _open(self, item: Item) -> Iterator[Change]:
+        yield from self._settle(cut=False)
+        self._items.append(item)
+        yield item.opened
+
+    def _grow(self, text: str) -> Change:
+        item = self._items[-1]
+        item.add(text)
+        return partial(item.grown, text)
+
+    def _settle(self, cut: bool) -> Iterator[Change]:
+        if (growing := self._growing) is not None:
+            yield self._close("incomplete" if cut or isinstance(growing, Call) else "completed")
+
+    def _close(self, status: Status) -> Change:
+        item = self._items[-1]
+        item.status = status
+        return item.closed
+
+    @property
+    def _growing(self) -> Item | None:
+        return self._items[-1] if self._items and self._items[-1].status == "in_progress" else None
+
+
+class ResponseAnswer(Answer):
+    """A response, which one row writes. `head` is all of it that is known from the start."""
+
+    def __init__(self, stream: Stream, reader: EventReader, head: replies.Response) -> None:
+        self.streams = [stream]
+        self._reader = reader
+        self._head = head
+        self._output = Output()
+        self._finish: replies.FinishReason | None = None
+        self._begun = False
+
+    def _changes(self, arrived: Delta) -> Iterator[Change]:
+        events, self._finish = self._reader.push(arrived)
+        return chain.from_iterable(map(self._output.push, events))
+
+    def _end(self) -> Iterator[Change]:
+        return self._output.end(cut=self._finish == "length")
+
+    def add(self, row: int, arrived: Delta) -> None:
+        for _ in self._changes(arrived):
+            pass
+
+    def whole(self) -> bytes:
+        for _ in self._end():
+            pass
+        return orjson.dumps(self._ended())
+
+    def frames(self, step: Step) -> bytes:
+        [(_, arrived)] = step
+        return framed([*self._opening(), *told(self._changes(arrived))])
+
+    def last(self) -> bytes:
+        events = [*self._opening(), *told(self._end())]
+        response = self._ended()
+        kind: Kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
+        return framed([*events, self._changed(kind, response)])
+
+    def failed(self, error: ApiError) -> bytes:
+        for _ in self._output.end(cut=True):
+            pass
+        events = self._opening()
+        response = self._response("failed")
+        response["error"] = {"code": error.type, "message": error.message}
+        return framed([*events, self._changed("response.failed", response)])
+
+    def _opening(self) -> list[replies.ResponseEvent]:
+        """The first events of a stream, once."""
+        kinds: list[Kind] = [] if self._begun else ["response.created", "response.in_progress"]
+        self._begun = True
+        return [self._changed(kind, self._response("in_progress")) for kind in kinds]
+
+    def _changed(self, kind: Kind, response: replies.Response) -> replies.ResponseEvent:
+        return {"type": kind, "sequence_number": next(self._output.numbers), "response": response}
+
+    def _ended(self) -> replies.Response:
+        if self._finish == "length":
+            response = self._response("incomplete")
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            response = self._response("completed")
+            response["completed_at"] = int(time.time())
+        response["usage"] = self._usage()
+        return response
+
+    def _response(self, status: Status | Literal["failed"]) -> replies.Response:
+        """What is known of it by now."""
+        response = self._head.copy()
+        response["status"] = status
+        response["output"] = self._output.json()
+        return response
+
+    def _usage(self) -> replies.ResponseUsage:
+        counts = usage(self.streams)
+        return {
+            "input_tokens": counts["prompt_tokens"],
+            "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
+            "output_tokens": counts["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": self._reader.thought_tokens},
+            "total_tokens": counts["total_tokens"],
+        }
+
+
+def told(changes: Iterable[Change]) -> list[replies.ResponseEvent]:
+    return [event for change in changes for event in change()]
+
+
+def framed(events: Iterable[replies.ResponseEvent]) -> bytes:
+    """Events as they are sent: the type of each is told twice, in the frame and in the JSON."""
+    return b"".join(b"event: " + event["type"].encode() + b"\n" + sse.event(orjson.dumps(event)) for event in events)

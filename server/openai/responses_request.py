@@ -1,0 +1,344 @@
+"""What `POST /v1/responses` takes, and how chat completions would say it."""
+
+import json
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError
+
+from server.fields import Body, Flag, Integral, NoEffect, Tokens
+from server.http.errors import ApiError
+from server.openai.messages import MAX_MESSAGES, Content, Message
+from server.openai.requests import (
+    UNSUPPORTED,
+    ChatRequest,
+    Generation,
+    JsonSchema,
+    ResponseFormat,
+    TemplateOptions,
+    Thinking,
+    explain,
+)
+from server.openai.tools import (
+    MAX_TOOLS,
+    CalledFunction,
+    CallId,
+    ChosenFunction,
+    Function,
+    OtherTool,
+    ToolChoice,
+    is_other,
+)
+
+Fields: TypeAlias = dict[str, Any]
+"""A JSON object that is still to be checked."""
+
+CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
+"""What the fields of a chat request are called here."""
+
+ABOUT_THE_ITEM = frozenset(["type", "id", "call_id", "name", "status"])
+UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"])
+"""Items in place of a part of the conversation, encrypted by the service that made them."""
+
+TOKEN_LOGPROBS = "message.output_text.logprobs"
+
+
+def only(*allowed: object) -> BeforeValidator:
+    """A field that has one meaning here, so that only the values that ask for it are taken."""
+
+    def check(value: object) -> object:
+        if value not in allowed:
+            raise ValueError("stored state is not kept here, and the field input must hold the whole conversation")
+        return value
+
+    return BeforeValidator(check)
+
+
+Unstored = Annotated[None, only(None)]
+
+
+class MessageItem(Message):
+    type: Literal["message"] = "message"
+
+
+class CallItem(CalledFunction):
+    type: Literal["function_call"]
+    call_id: CallId
+
+
+class CallOutputItem(Body):
+    type: Literal["function_call_output"]
+    call_id: CallId
+    output: Content = ""
+
+
+class ReasoningItem(Body):
+    """A thought. Only its own text is read: a summary is not what the model thought, and the rest is encrypted."""
+
+    type: Literal["reasoning"]
+    content: object = None
+
+    @property
+    def text(self) -> str:
+        content = self.content if isinstance(self.content, list) else []
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in parts if isinstance(text, str))
+
+
+ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+class OtherItem(Body):
+    """What another service did by itself, such as a search, and told beside its answer. Skipped."""
+
+    type: Annotated[str, Field(json_schema_extra={"not": {"enum": [*ITEMS]}})]
+
+
+def _kind(item: object) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) and kind in ITEMS else "other"
+
+
+AnyItem = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[OtherItem, Tag("other")],
+    Discriminator(_kind),
+]
+
+
+def _checked(value: object) -> Fields:
+    """An item without nulls and with its type. Raises ValueError for one that cannot be read here."""
+    if not isinstance(value, dict):
+        raise ValueError("an item must be an object")
+    item = {key: part for key, part in value.items() if part is not None}
+    kind = item.setdefault("type", "message" if "role" in item else "item_reference")
+    if not isinstance(kind, str):
+        raise ValueError("the field type must be a string")
+    if kind == "item_reference":
+        raise ValueError("an item_reference names an item that was stored, but stored state is not kept here")
+    if kind in UNREADABLE:
+        raise ValueError(f"an item of type {kind} can be read only by the service that made it")
+    return item
+
+
+def _item(value: object) -> Fields:
+    """An item by one of the types that are read here, if it is a turn of the conversation."""
+    item = _checked(value)
+    kind: str = item["type"]
+    if kind.endswith("_call_output"):
+        return item | {"type": "function_call_output", "output": _output(item.get("output", ""))} | _call_of(item)
+    if kind in ITEMS:
+        return item
+    if "role" in item:
+        return item | {"type": "message"}
+    return _function_call(item) if kind.endswith("_call") and "call_id" in item else item
+
+
+def _function_call(item: Fields) -> Fields:
+    """A call of a tool that is no function, as a call of a function that takes what else the item says."""
+    name = item.get("name", item["type"].removesuffix("_call"))
+    arguments = {key: value for key, value in item.items() if key not in ABOUT_THE_ITEM}
+    return {"type": "function_call", "call_id": item["call_id"], "name": name, "arguments": arguments}
+
+
+def _call_of(output: Fields) -> Fields:
+    """Which call an output is of. That of the local shell names it in its own id."""
+    return {"call_id": output["id"]} if "call_id" not in output and "id" in output else {}
+
+
+def _output(value: object) -> object:
+    """A text, or a list of parts; what is neither is told as JSON."""
+    parts = value if isinstance(value, list) else [value]
+    if all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts):
+        return parts
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _input(value: object) -> object:
+    return [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
+
+
+Item = Annotated[AnyItem, BeforeValidator(_item)]
+# One less than the messages of a chat: the instructions are one, too.
+Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]
+
+
+class FlatTool(Function):
+    type: Literal["function"] = "function"
+
+
+def _tool(value: object) -> object:
+    """By its type and no other sign, so that what is wrong with a function is told as such."""
+    return (OtherTool if is_other(value) else FlatTool).model_validate(value)
+
+
+AnyTool = Annotated[FlatTool | OtherTool, PlainValidator(_tool, json_schema_input_type=FlatTool | OtherTool)]
+
+
+class FlatChoice(ChosenFunction):
+    type: Literal["function"]
+
+
+class FlatAllowed(Body):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[FlatChoice]
+
+
+def _choice(value: object) -> object:
+    """A choice of functions as chat completions write it."""
+    if not isinstance(value, dict):
+        return value
+    if value.get("type") == "allowed_tools" and isinstance(value.get("tools"), list):
+        return {"type": "allowed_tools", "allowed_tools": value | {"tools": [_choice(tool) for tool in value["tools"]]}}
+    return {"type": value.get("type"), "function": {key: value[key] for key in value if key != "type"}}
+
+
+FlatToolChoice = Literal["none", "auto", "required"] | FlatChoice | FlatAllowed
+
+
+class PlainFormat(Body):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(JsonSchema):
+    type: Literal["json_schema"]
+
+
+def _typed(value: object) -> object:
+    """Checked here because pydantic's own sentence repeats a type that is not a string."""
+    if isinstance(value, dict) and not isinstance(value.get("type"), str):
+        raise ValueError("the field type must be a string")
+    return value
+
+
+Format = Annotated[
+    PlainFormat | SchemaFormat,
+    Discriminator(
+        "type", custom_error_type="format_type", custom_error_message="must be of type text, json_object or json_schema"
+    ),
+    BeforeValidator(_typed),
+]
+
+
+class TextConfig(Body):
+    format: Format = PlainFormat(type="text")
+    verbosity: NoEffect = None
+
+
+class ReasoningConfig(Body):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """"none" and "minimal" turn thinking off, the others on."""
+    summary: NoEffect = None
+
+
+class ResponseRequest(Generation):
+    """`POST /v1/responses`. What chat completions know of sampling and thinking is known here, too."""
+
+    unsupported = UNSUPPORTED | {"messages", "functions", "response_format"}
+
+    input: Annotated[Items, BeforeValidator(_input, json_schema_input_type=str | Items)]
+    instructions: str | None = None
+    max_output_tokens: Tokens | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=1), Integral] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Those that are no functions are not offered to the model."""
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_choice, json_schema_input_type=FlatToolChoice)] | None = None
+    parallel_tool_calls: Flag | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    enable_thinking: Flag | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking: Thinking | None = None
+    thinking_budget: Tokens | None = None
+    thinking_token_budget: Tokens | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=0), Integral] | None = None
+    background: Annotated[Flag | None, only(False, None)] = None
+    previous_response_id: Unstored = None
+    conversation: Unstored = None
+    prompt: Unstored = None
+    include: list[str] | None = None
+    """Encrypted thoughts are here in plain text, and of the rest there is nothing to include."""
+    truncation: NoEffect = None
+    max_tool_calls: NoEffect = None
+    client_metadata: NoEffect = None
+
+    @property
+    def functions(self) -> list[FlatTool]:
+        return [tool for tool in self.tools or () if isinstance(tool, FlatTool)]
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
+        items = [f"input.{item.type}" for item in self.input if isinstance(item, OtherItem)]
+        included = [f"include.{name}" for name in self.include or () if name == TOKEN_LOGPROBS]
+        return tuple(dict.fromkeys(tools + items + included))
+
+
+SAME = ChatRequest.model_fields.keys() & ResponseRequest.model_fields.keys() - {"tools"}
+"""Fields that mean the same in both."""
+
+
+class ResponseChat(ChatRequest):
+    """What `as_chat` makes of a request. Agents use this API, and go wrong with half an answer."""
+
+    @property
+    def useless_if_cut(self) -> bool:
+        return True
+
+
+def as_chat(asked: ResponseRequest) -> ChatRequest:
+    """The same request to chat completions. Raises `ApiError` 400 in that one's words."""
+    form = PlainFormat(type="text") if asked.text is None else asked.text.format
+    schema = form if isinstance(form, SchemaFormat) else None
+    biases = {str(token): bias for token, bias in (asked.logit_bias or {}).items()}
+    same: Fields = {name: getattr(asked, name) for name in SAME}
+    fields = same | {
+        "messages": turns(asked),
+        "max_completion_tokens": asked.max_output_tokens,
+        "tools": None if asked.tools is None else [_chat_tool(tool) for tool in asked.tools],
+        "response_format": ResponseFormat(type=form.type, json_schema=schema),
+        "logit_bias": biases,
+        "reasoning_effort": asked.reasoning and asked.reasoning.effort,
+    }
+    try:
+        return ResponseChat(**fields)
+    except ValidationError as error:
+        raise explain(error) from None
+
+
+def _chat_tool(tool: FlatTool | OtherTool) -> Fields:
+    return {"function": tool} if isinstance(tool, FlatTool) else {"type": tool.type}
+
+
+def turns(asked: ResponseRequest) -> list[Fields]:
+    """The messages of a chat. A thought is part of the assistant's turn after it, and calls of the one before them."""
+    found: list[Fields] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
+    for item in asked.input:
+        last = found[-1] if found and found[-1]["role"] == "assistant" else None
+        match item:
+            case MessageItem():
+                turn = item.model_dump(exclude={"type"}, exclude_none=True)
+                if item.role == "assistant" and last is not None and last.keys() == {"role", "reasoning_content"}:
+                    found[-1] = last | turn
+                else:
+                    found.append(turn)
+            case ReasoningItem() if item.text:
+                found.append({"role": "assistant", "reasoning_content": item.text})
+            case CallItem():
+                if last is None:
+                    found.append({"role": "assistant"})
+                call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+                found[-1].setdefault("tool_calls", []).append(call)
+            case CallOutputItem():
+                found.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+    return found
+
+
+def renamed(error: ApiError) -> ApiError:
+    """An error about a chat request, with the field at fault as it is called here."""
+    name = (error.param or "").split(".")[0]
+    return replace(error, param=CHAT_FIELDS.get(name, error.param))

@@ -1,0 +1,62 @@
+"""`POST /tokenize` and `POST /detokenize`: what the model would see of a text, and what ids mean."""
+
+import orjson
+
+from server import replies
+from server.http.errors import bad_request, thousands
+from server.model.served_model import ServedModel
+from server.openai.chat import names_in, render
+from server.openai.endpoint import Endpoint
+from server.openai.requests import DetokenizeRequest, TokenizeRequest
+
+MAX_STRINGS = 2**17
+"""Tokens whose strings one answer tells: a few megabytes of JSON."""
+
+
+class Tokenize(Endpoint[TokenizeRequest, orjson.Fragment]):
+    kind = TokenizeRequest
+
+    def encode(self, model: ServedModel, body: TokenizeRequest) -> orjson.Fragment:
+        return orjson.Fragment(orjson.dumps(tokenized(model, body)))  # here, because it can be large
+
+
+class Detokenize(Endpoint[DetokenizeRequest, replies.Detokenized]):
+    kind = DetokenizeRequest
+
+    def encode(self, model: ServedModel, body: DetokenizeRequest) -> replies.Detokenized:
+        if any(token >= model.info.vocab_size for token in body.tokens):
+            raise bad_request("A token id is beyond the model's vocabulary.", "tokens")
+        return {"prompt": model.text.decode(body.tokens)}
+
+
+def tokenized(model: ServedModel, body: TokenizeRequest) -> replies.Tokenized:
+    ids = token_ids(model, body)
+    found: replies.Tokenized = {
+        "tokens": list(ids),
+        "count": len(ids),
+        "max_model_len": model.info.context_window,
+    }
+    if body.return_token_strs:
+        found["token_strs"] = strings(model, ids)
+    return found
+
+
+def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
+    """Raises `ApiError` 400."""
+    if body.messages is None:
+        return model.text.encode(body.prompt or "", special=body.add_special_tokens is not False)
+    names = names_in(model.text, body.messages)
+    rendered = render(model.text, body.messages, (), names, model.settings.thinking)
+    return model.text.encode(rendered, special=bool(body.add_special_tokens))
+
+
+def strings(model: ServedModel, ids: tuple[int, ...]) -> list[str]:
+    """The text of each token. Raises `ApiError` 400."""
+    if len(ids) > MAX_STRINGS:
+        raise bad_request(
+            f"The text has {thousands(len(ids))} tokens, but the strings of {thousands(MAX_STRINGS)} at most can be "
+            "told; shorten it.",
+            "return_token_strs",
+        )
+    vocabulary = model.text.vocabulary
+    return [vocabulary.bytes_of(token).decode(errors="replace") for token in ids]

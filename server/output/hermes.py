@@ -1,0 +1,316 @@
+"""Tool calls as Qwen 2.5 and 3 write them: JSON between tags, found in an answer's text as it comes, in linear time.
+
+Small state machines on the event loop.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import Literal
+
+import orjson
+
+from server.output.json_extent import SIGNS_OR_TAG, JsonExtent
+from server.output.tool_calls import (
+    NAME,
+    CallArguments,
+    CallEnded,
+    CallStarted,
+    Content,
+    ToolEvent,
+    ToolParser,
+    Turn,
+    joined,
+    new_call_id,
+    quotable,
+)
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+NO_ARGUMENTS = "{}"
+MAX_HELD = 2**16  # characters held back of what may become a call; more, and it is content
+MAX_SPACE = 256  # white space held back because a call may follow
+SPACE = re.compile(r"[ \t\r\n]*")
+CLOSERS = re.compile(r"[ \t\r\n}\]]*")
+SCALAR = re.compile(r"[-+.\w]*", re.ASCII)
+
+
+class QwenParser:
+    """Finds Qwen's calls, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, in an answer.
+
+    A call is announced once its name is complete and its arguments' opening brace is there, after JSON without a
+    fault; from then on the arguments stream as they come, up to the brace that matches. Where the arguments come before
+    the name, or are a JSON string that holds an object, they are held back and checked as a whole instead. Where there
+    are none, or null or an empty string, they are an empty object. Until the announcement the text may still turn out
+    to be no call (a fault in the JSON, a name that cannot be one, the end of the answer, more than `MAX_HELD`
+    characters), and is then content, byte for byte.
+
+    An announced call is never taken back, and its arguments are not checked. If they break off, at the answer's end or
+    at a closing tag outside of their strings, they stay as they are and there is no `CallEnded`. After whole arguments
+    the rest of the frame is dropped, superfluous or missing closing brackets included; anything else is content again.
+
+    White space between a call and its neighbours, or the answer's end, is dropped: RAGFlow ignores the calls of an
+    answer that has any content. Content after a call keeps the white space before it.
+
+    Every character is looked at a bounded number of times. Held back are at most `MAX_HELD` characters of a possible
+    call, `MAX_SPACE` of white space, or part of a tag.
+    """
+
+    def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
+        self._new_id = new_id
+        self._call = -1  # the index of the latest
+        self._out: list[ToolEvent] = []
+        self._carry = ""  # the start of a tag at the end of the text so far
+        self._space = ""
+        self._after_call = False  # whether nothing but white space has come since the last call
+        self._state: Callable[[str, int], int] = self._in_content
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget the call at hand."""
+        self._held = StringIO()
+        self._next: Literal["{", "key", ":", "value", ","] = "{"
+        self._key: str | None = None
+        self._name: str | None = None
+        self._arguments: str | None = None
+        self._announced = False
+
+    def push(self, text: str) -> tuple[ToolEvent, ...]:
+        """The events that this piece of text completes."""
+        text, self._carry, at = self._carry + text, "", 0
+        while at < len(text):
+            at = self._state(text, at)
+        return self._events()
+
+    def flush(self) -> tuple[ToolEvent, ...]:
+        """What was held back when the answer is over."""
+        carry, self._carry = self._carry, ""
+        if self._state == self._in_arguments:
+            self._argue(carry)
+        elif self._state != self._after_arguments:
+            self._not_a_call(0)
+            self._say(carry)
+        if self._space and not self._after_call:
+            self._out.append(Content(self._space))
+        self._space = ""
+        return self._events()
+
+    def _events(self) -> tuple[ToolEvent, ...]:
+        out, self._out = self._out, []
+        return joined(out)
+
+    # Each state takes the text and a position in it, and returns the position up to which it has dealt with the text.
+
+    def _in_content(self, text: str, at: int) -> int:
+        start = text.find(OPEN, at)
+        if start < 0:
+            cut = _start_of_tag(text, at)
+            self._say(text[at:cut])
+            self._carry = text[cut:]
+            return len(text)
+        self._say(text[at:start])
+        self._reset()
+        self._held.write(OPEN)
+        self._state = self._in_frame
+        return start + len(OPEN)
+
+    def _in_frame(self, text: str, at: int) -> int:
+        """Between the keys and values of the call's outer object."""
+        to, end = self._hold(SPACE, text, at)
+        if to == end:
+            return self._more(text, to)
+        char = text[to]
+        match self._next, char:
+            case "value", _:
+                return self._at_value(char, to)
+            case "key", '"':
+                self._key = None  # until it is read, which happens as with any other string
+                return self._at_value(char, to)
+            case "{", "{":
+                self._next = "key"
+            case ":", ":":
+                self._next = "value"
+            case ",", ",":
+                self._next = "key"
+            case ",", "}" if self._announced:
+                self._reset()
+                self._state = self._after_arguments
+                return to + 1
+            case ",", "}" if self._name:
+                self._call_whole(self._name, NO_ARGUMENTS)
+                return to + 1
+            case _:
+                return self._not_a_call(to)
+        self._held.write(char)
+        return to + 1
+
+    def _at_value(self, char: str, at: int) -> int:
+        self._extent = JsonExtent(SIGNS_OR_TAG)
+        self._value_start = self._held.tell()
+        if char == "{" and self._key == "arguments" and self._name and not self._arguments and not self._announced:
+            self._announce(self._name)
+        else:
+            self._state = self._in_value if char in '"{[' else self._in_scalar
+        return at
+
+    def _in_value(self, text: str, at: int) -> int:
+        """In a key, or in a value that is held back."""
+        to = self._extent.scan(text, at, self._limit(text, at))
+        self._held.write(text[at:to])
+        return self._after_value(to) if self._extent.ended else self._more(text, to)
+
+    def _in_scalar(self, text: str, at: int) -> int:
+        to, end = self._hold(SCALAR, text, at)
+        return self._after_value(to) if to < end else self._more(text, to)
+
+    def _after_value(self, at: int) -> int:
+        self._held.seek(self._value_start)
+        source = self._held.read()
+        try:
+            value = orjson.loads(source)
+        except orjson.JSONDecodeError:
+            return self._not_a_call(at)
+        self._state = self._in_frame
+        if self._key is None:
+            self._key, self._next = value, ":"
+        elif self._announced or self._learn(value, source):
+            self._next = ","
+        else:
+            return self._not_a_call(at)
+        return at
+
+    def _learn(self, value: object, source: str) -> bool:
+        """Take in a member of the outer object. False: this is no call."""
+        if self._key == "name":
+            if self._name is not None or not (isinstance(value, str) and re.fullmatch(NAME, value)):
+                return False
+            self._name = value
+        elif self._key == "arguments":
+            if self._arguments is not None or not (text := _object_text(value, source)):
+                return False
+            self._arguments = text
+        if self._name and self._arguments:
+            self._call_whole(self._name, self._arguments)
+        return True
+
+    def _in_arguments(self, text: str, at: int) -> int:
+        to = self._extent.scan(text, at, len(text))
+        self._argue(text[at:to])
+        if self._extent.ended:
+            self._end()
+            return to
+        tag = text[to : to + len(CLOSE)]
+        if tag == CLOSE:
+            self._state = self._in_content
+            return to + len(CLOSE)
+        if CLOSE.startswith(tag):
+            self._carry = tag
+            return len(text)
+        self._argue(text[to])
+        return to + 1
+
+    def _after_arguments(self, text: str, at: int) -> int:
+        to = CLOSERS.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string too
+        tag = text[to : to + len(CLOSE)]
+        if tag == CLOSE:
+            self._state = self._in_content
+            return to + len(CLOSE)
+        if CLOSE.startswith(tag):
+            self._carry = tag
+            return len(text)
+        if tag[0] != ",":
+            self._state = self._in_content
+            return to
+        self._reset()
+        self._announced, self._next, self._state = True, "key", self._in_frame
+        self._held.write(",")
+        return to + 1
+
+    def _limit(self, text: str, at: int) -> int:
+        return min(len(text), at + MAX_HELD - self._held.tell())
+
+    def _hold(self, pattern: re.Pattern[str], text: str, at: int) -> tuple[int, int]:
+        """Hold back what matches. Returns where that ends, and where it would have had to end."""
+        end = self._limit(text, at)
+        to = pattern.match(text, at, end).end()  # type: ignore[union-attr]  # it matches the empty string too
+        self._held.write(text[at:to])
+        return to, end
+
+    def _more(self, text: str, at: int) -> int:
+        """All that may be held was. That is fine at the end of the text, and elsewhere a fault or too much."""
+        return at if at == len(text) else self._not_a_call(at)
+
+    def _not_a_call(self, at: int) -> int:
+        held = self._held.getvalue()
+        self._reset()
+        self._state = self._in_content
+        self._say(held)
+        return at
+
+    def _announce(self, name: str) -> None:
+        self._reset()
+        self._announced, self._after_call, self._space = True, True, ""
+        self._call += 1
+        self._out.append(CallStarted(self._call, self._new_id(), name))
+        self._state = self._in_arguments
+
+    def _call_whole(self, name: str, arguments: str) -> None:
+        self._announce(name)
+        self._argue(arguments)
+        self._end()
+
+    def _argue(self, text: str) -> None:
+        if text:
+            self._out.append(CallArguments(self._call, text))
+
+    def _end(self) -> None:
+        self._out.append(CallEnded(self._call))
+        self._state = self._after_arguments
+
+    def _say(self, text: str) -> None:
+        """Content, but for the white space at its end, which may yet turn out to stand before a call."""
+        text = self._space + text
+        keep = (len(text) - len(text.rstrip())) % MAX_SPACE
+        said, self._space = text[: len(text) - keep], text[len(text) - keep :]
+        if said:
+            self._out.append(Content(said))
+            self._after_call = False
+
+
+def _start_of_tag(text: str, at: int) -> int:
+    """Where the text from `at` on ends with the start of an opening tag, or its length."""
+    start = text.rfind(OPEN[0], max(at, len(text) - len(OPEN) + 1))
+    return start if start >= 0 and OPEN.startswith(text[start:]) else len(text)
+
+
+def _object_text(value: object, source: str) -> str | None:
+    """The JSON text of an object, given as such, in a string, or as nothing at all; None if it is none of these."""
+    if isinstance(value, dict):
+        return source
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return NO_ARGUMENTS
+    try:
+        return value.strip() if isinstance(value, str) and isinstance(orjson.loads(value), dict) else None
+    except orjson.JSONDecodeError:
+        return None
+
+
+class QwenFormat:
+    """Qwen 2.5 and 3, and Hermes, which came first: JSON between tags."""
+
+    separator = "\n"
+    tags = frozenset([OPEN, CLOSE, "<tool_response>", "</tool_response>"])
+
+    def fits(self, template: str) -> bool:
+        return OPEN in template and "<function=" not in template  # Qwen3-Coder writes XML between the same tags
+
+    def carries(self, name: str) -> bool:
+        return quotable(name)
+
+    def parser(self) -> ToolParser:
+        return QwenParser()
+
+    def around(self, name: str) -> tuple[str, str]:
+        return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"
+
+    def turns(self, messages: Sequence[Turn]) -> list[Turn]:
+        return list(messages)

@@ -1,0 +1,328 @@
+"""Tool calls as Llama 3.1, 3.2 and 3.3 write them: an answer that is JSON objects and nothing else, in linear time.
+
+A small state machine on the event loop.
+"""
+
+import re
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import Literal
+
+import orjson
+
+from server.output.json_extent import JsonExtent
+from server.output.tool_calls import (
+    NAME,
+    CallArguments,
+    CallEnded,
+    CallStarted,
+    Content,
+    ToolEvent,
+    ToolParser,
+    Turn,
+    joined,
+    new_call_id,
+    quotable,
+)
+
+TAG = "<|python_tag|>"
+"""May stand before a call. Tokenizers flag it as special, and then it is in no text."""
+
+NO_ARGUMENTS = "{}"
+KEYS = {'"name"': "name", '"parameters"': "arguments", '"arguments"': "arguments", '"type"': "type"}
+EMPTY = ("null", '""')
+MAX_HELD = 2**16  # characters held back of what may become a call; more, and it is content
+MAX_SPACE = 256  # white space held back because a call may follow
+MAX_NAME = 2 + 12 * 128  # characters of JSON for a name: those of a pair of surrogates are escaped with twelve
+SPACE = re.compile(r"[ \t\r\n]*")
+CONTROL = re.compile(r"[\x00-\x1f]")  # which no JSON string holds as it is
+
+
+class LlamaParser:
+    """Finds Llama's calls, `{"name": ..., "parameters": {...}}`, separated by semicolons or white space, in an answer.
+
+    Nothing marks them, so they are looked for at the answer's beginning and after another call alone, and an object is
+    one only if it has a name, `parameters` or `arguments`, perhaps `"type": "function"`, and no other member. With the
+    first character that speaks against it the text is content, byte for byte, up to the answer's end. Of a name, and of
+    arguments that come before it, what their JSON says against it is known at their end.
+
+    A call is announced once its name is complete and its arguments' opening brace is there; from then on the arguments
+    stream as they come, up to the brace that matches. Null or an empty string are an empty object; an object without
+    arguments is no call.
+
+    An announced call is never taken back, and its arguments are not checked. If the answer's end breaks them off, there
+    is no `CallEnded`. After whole arguments, closing brackets, one semicolon and white space are dropped before another
+    call and at the answer's end.
+
+    Every character is looked at a bounded number of times. Held back are at most `MAX_HELD` characters of a possible
+    call, or `MAX_SPACE` of white space.
+    """
+
+    def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
+        self._new_id = new_id
+        self._call = -1  # the index of the latest
+        self._out: list[ToolEvent] = []
+        self._held = StringIO()
+        self._max_held = MAX_SPACE
+        self._separators = ""  # that may come before the next call
+        self._literals: tuple[str, ...] = ()
+        self._tagged = self._announced = False
+        self._state: Callable[[str, int], int] = self._before_call
+
+    def push(self, text: str) -> tuple[ToolEvent, ...]:
+        """The events that this piece of text completes."""
+        at = 0
+        while at < len(text):
+            at = self._state(text, at)
+        return self._events()
+
+    def flush(self) -> tuple[ToolEvent, ...]:
+        """What was held back when the answer is over."""
+        is_rest = self._announced or (self._call >= 0 and self._state == self._before_call)
+        if not is_rest:
+            self._not_a_call(0)
+        return self._events()
+
+    def _events(self) -> tuple[ToolEvent, ...]:
+        out, self._out = self._out, []
+        return joined(out)
+
+    # Each state takes the text and a position in it, and returns the position up to which it has dealt with the text.
+
+    def _in_content(self, text: str, at: int) -> int:
+        self._out.append(Content(text[at:]))
+        return len(text)
+
+    def _before_call(self, text: str, at: int) -> int:
+        to, end = self._hold_space(text, at)
+        if to == end:
+            return self._more(text, to)
+        char = text[to]
+        if char == "{":
+            self._begin()
+        elif char == TAG[0] and not self._tagged:
+            self._tagged = True
+            return self._expect((TAG,), to)
+        elif char not in self._separators:
+            return self._not_a_call(to)
+        if char == ";":
+            self._separators = ""
+        elif char in "}]":
+            return to + 1  # what an announced call ends with
+        self._held.write(char)
+        return to + 1
+
+    def _begin(self) -> None:
+        self._max_held = MAX_HELD
+        self._next: Literal["key", ":", "value", ","] = "key"
+        self._key = ""
+        self._seen = set[str]()
+        self._name: str | None = None
+        self._arguments: str | None = None
+        self._state = self._in_frame
+
+    def _in_frame(self, text: str, at: int) -> int:
+        """Between the keys and values of the call's outer object."""
+        to, end = self._hold_space(text, at)
+        if to == end:
+            return self._more(text, to)
+        char = text[to]
+        match self._next, char:
+            case "key", '"':
+                return self._expect(tuple(KEYS), to)
+            case "value", _:
+                return self._at_value(char, to)
+            case ":", ":":
+                self._next = "value"
+            case ",", ",":
+                self._next = "key"
+            case ",", _ if self._announced:
+                return self._after_call(to)
+            case _:
+                return self._not_a_call(to)
+        self._held.write(char)
+        return to + 1
+
+    def _at_value(self, char: str, at: int) -> int:
+        match self._key, char:
+            case "type", '"':
+                return self._expect(('"function"',), at)
+            case "arguments", '"' | "n":
+                return self._expect(EMPTY, at)
+            case "arguments", "{" if self._name:
+                self._announce(self._name)
+                self._state = self._in_arguments
+            case ("arguments", "{") | ("name", '"'):
+                self._extent = JsonExtent()
+                self._value_start = self._held.tell()
+                self._max_held = self._value_start + MAX_NAME if self._key == "name" else MAX_HELD
+                self._state = self._in_value
+            case _:
+                return self._not_a_call(at)
+        return at
+
+    def _expect(self, literals: tuple[str, ...], at: int) -> int:
+        """One of these is next, and nothing else."""
+        self._literals, self._literal = literals, ""
+        self._state = self._in_literal
+        return at
+
+    def _in_literal(self, text: str, at: int) -> int:
+        self._literal += text[at]
+        if not any(literal.startswith(self._literal) for literal in self._literals):
+            return self._not_a_call(at)
+        self._held.write(text[at])
+        if self._literal in self._literals:
+            return self._after_literal(at + 1)
+        return at + 1
+
+    def _after_literal(self, at: int) -> int:
+        self._state = self._in_frame
+        if self._literal == TAG:
+            self._state = self._before_call
+        elif self._next == "key":
+            self._key, self._next = KEYS[self._literal], ":"
+            if self._key in self._seen:
+                return self._not_a_call(at)
+            self._seen.add(self._key)
+        else:
+            self._learn(NO_ARGUMENTS if self._key == "arguments" else None)
+        return at
+
+    def _in_value(self, text: str, at: int) -> int:
+        """In a name, or in arguments that come before it."""
+        to = self._extent.scan(text, at, self._limit(text, at))
+        self._held.write(text[at:to])
+        if self._key == "name" and CONTROL.search(text, at, to):
+            return self._not_a_call(to)
+        if not self._extent.ended:
+            return self._more(text, to)
+        self._max_held = MAX_HELD
+        self._state = self._in_frame
+        self._held.seek(self._value_start)
+        source = self._held.read()
+        try:
+            value = orjson.loads(source)
+        except orjson.JSONDecodeError:
+            return self._not_a_call(to)
+        if self._key == "name":
+            if not re.fullmatch(NAME, value):
+                return self._not_a_call(to)
+            self._name = value
+        self._learn(source if self._key == "arguments" else None)
+        return to
+
+    def _learn(self, arguments: str | None) -> None:
+        """A member is complete. The call is, too, once it has a name and whole arguments."""
+        self._next = ","
+        self._arguments = self._arguments or arguments
+        if self._announced:
+            self._forget()
+        elif self._name and self._arguments:
+            self._announce(self._name)
+            self._argue(self._arguments)
+            self._end()
+
+    def _in_arguments(self, text: str, at: int) -> int:
+        to = self._extent.scan(text, at, len(text))
+        self._argue(text[at:to])
+        if self._extent.ended:
+            self._end()
+        return to
+
+    def _after_call(self, at: int) -> int:
+        self._forget()
+        self._announced = self._tagged = False
+        self._max_held, self._separators = MAX_SPACE, "}];"
+        self._state = self._before_call
+        return at
+
+    def _limit(self, text: str, at: int) -> int:
+        return max(at, min(len(text), at + self._max_held - self._held.tell()))
+
+    def _hold_space(self, text: str, at: int) -> tuple[int, int]:
+        """Hold back white space. Returns where that ends, and where it would have had to end."""
+        end = self._limit(text, at)
+        to = SPACE.match(text, at, end).end()  # type: ignore[union-attr]  # it matches the empty string too
+        self._held.write(text[at:to])
+        return to, end
+
+    def _more(self, text: str, at: int) -> int:
+        """All that may be held was. That is fine at the end of the text, and elsewhere a fault or too much."""
+        return at if at == len(text) else self._not_a_call(at)
+
+    def _not_a_call(self, at: int) -> int:
+        if held := self._held.getvalue():
+            self._out.append(Content(held))
+        self._forget()
+        self._announced = False
+        self._state = self._in_content
+        return at
+
+    def _forget(self) -> None:
+        """Drop what is held."""
+        self._held = StringIO()
+
+    def _announce(self, name: str) -> None:
+        self._forget()
+        self._announced = True
+        self._extent = JsonExtent()
+        self._call += 1
+        self._out.append(CallStarted(self._call, self._new_id(), name))
+
+    def _argue(self, text: str) -> None:
+        self._out.append(CallArguments(self._call, text))
+
+    def _end(self) -> None:
+        self._out.append(CallEnded(self._call))
+        self._next, self._state = ",", self._in_frame
+
+
+class LlamaFormat:
+    """Llama 3.1 to 3.3: JSON that is the whole answer. Their templates take one call a turn, and render results as
+    turns of `ipython`."""
+
+    separator = "; "
+    tags = frozenset[str]()
+
+    def fits(self, template: str) -> bool:
+        return "ipython" in template and '"parameters": ' in template and "<function=" not in template
+
+    def carries(self, name: str) -> bool:
+        return quotable(name)
+
+    def parser(self) -> ToolParser:
+        return LlamaParser()
+
+    def around(self, name: str) -> tuple[str, str]:
+        return f'{{"name": "{name}", "parameters": ', "}"
+
+    def turns(self, messages: Sequence[Turn]) -> list[Turn]:
+        """Each call in a turn of its own, before its result, and after what was said beside it."""
+        turns: list[Turn] = []
+        at = 0
+        while at < len(messages):
+            message, at = messages[at], at + 1
+            if "tool_calls" not in message:
+                turns.append(message)
+                continue
+            results = defaultdict[str, deque[Turn]](deque)
+            while at < len(messages) and messages[at]["role"] == "tool":
+                results[messages[at].get("tool_call_id", "")].append(messages[at])
+                at += 1
+            turns += _one_call_each(message, results)
+            turns += [result for left in results.values() for result in left]
+        return turns
+
+
+def _one_call_each(message: Turn, results: defaultdict[str, deque[Turn]]) -> list[Turn]:
+    """The turns of one with calls. Takes the results that it finds a call for."""
+    said = message.copy()
+    calls = said.pop("tool_calls")
+    turns = [said] if said["content"] else []
+    for call in calls:
+        turns.append({**message, "content": "", "tool_calls": [call]})
+        if results[call["id"]]:
+            turns.append(results[call["id"]].popleft())
+    return turns

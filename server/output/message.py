@@ -1,0 +1,146 @@
+"""From an answer's text to its OpenAI message: reasoning, content and tool calls. Runs on the event loop."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
+
+from server import replies
+from server.output.reasoning import Part, ReasoningSplitter
+from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolNames, ToolParser
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Some of the model's thinking; never empty."""
+
+    text: str
+
+
+Event: TypeAlias = Reasoning | ToolEvent
+Said = TypeVar("Said", replies.ChatMessage, replies.Delta)
+
+
+class MessageReader:
+    """Reads one answer's text as it comes. Without a splitter and a parser all of it is content.
+
+    The events of an answer, folded, do not depend on how its text was cut into pieces. Calls are looked for in the
+    content only: one inside a think block is a thought. Calls are of the functions that the model means by `names`.
+    """
+
+    def __init__(
+        self,
+        reasoning: ReasoningSplitter | None = None,
+        tools: ToolParser | None = None,
+        names: ToolNames | None = None,
+    ) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+        self._names = names
+        self._called = False
+
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next may be of a thought."""
+        return self._reasoning is not None and not self._reasoning.over
+
+    @property
+    def thought(self) -> bool:
+        """Whether there was a thought."""
+        return self._reasoning is not None and self._reasoning.thought
+
+    def push(self, text: str) -> list[Event]:
+        """The events that this piece of text completes, often one, sometimes none."""
+        return self._read([("content", text)] if self._reasoning is None else self._reasoning.push(text))
+
+    def flush(self) -> list[Event]:
+        """The events that are sure only when the answer is over."""
+        events = self._read([] if self._reasoning is None else self._reasoning.flush())
+        return events if self._tools is None else events + self._noted(self._tools.flush())
+
+    def finish(self, reason: replies.Ending | None) -> replies.FinishReason | None:
+        """The answer's `finish_reason`. A model that stopped after a complete call waits for its result."""
+        return "tool_calls" if self._called and reason == "stop" else reason
+
+    def _read(self, parts: Iterable[Part]) -> list[Event]:
+        events: list[Event] = []
+        for kind, text in parts:
+            if kind == "reasoning":
+                events.append(Reasoning(text))
+            elif self._tools is not None:
+                events += self._noted(self._tools.push(text))
+            elif text:
+                events.append(Content(text))
+        return events
+
+    def _noted(self, events: Sequence[ToolEvent]) -> list[Event]:
+        self._called = self._called or any(isinstance(event, CallEnded) for event in events)
+        return [self._meant(event) for event in events]
+
+    def _meant(self, event: ToolEvent) -> ToolEvent:
+        if self._names is None or not isinstance(event, CallStarted):
+            return event
+        return replace(event, name=self._names.meant(event.name))
+
+
+def fold(events: Iterable[Event]) -> replies.ChatMessage:
+    """The whole message. Its content is a string, and null only if there are calls and no content.
+
+    RAGFlow fails on null without calls, and on calls without the `index` that OpenAI sends in streams only.
+    """
+    reasoning: list[str] = []
+    content: list[str] = []
+    calls: list[tuple[CallStarted, list[str]]] = []
+    for event in events:
+        match event:
+            case Reasoning():
+                reasoning.append(event.text)
+            case Content():
+                content.append(event.text)
+            case CallStarted():
+                calls.append((event, []))
+            case CallArguments():
+                calls[event.index][1].append(event.text)
+    said = "".join(content) if content or not calls else None
+    message: replies.ChatMessage = {"role": "assistant", "content": said, "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    if calls:
+        message["tool_calls"] = [_call(started, "".join(arguments)) for started, arguments in calls]
+    return message
+
+
+def delta(event: Event) -> replies.Delta | None:
+    """What a streamed chunk says of an event; None for one that is not shown."""
+    match event:
+        case Reasoning():
+            return {"reasoning_content": event.text}
+        case Content():
+            return {"content": event.text}
+        case CallStarted():
+            return {"tool_calls": [_call(event, "")]}
+        case CallArguments():
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+        case CallEnded():
+            return None
+
+
+def end_of_first_call(events: Sequence[Event]) -> int | None:
+    """How many events there are up to the end of an answer's first call, complete or broken off by another one."""
+    for place, event in enumerate(events):
+        if isinstance(event, CallEnded):
+            return place + 1
+        if isinstance(event, CallStarted) and event.index:
+            return place
+    return None
+
+
+def as_legacy(said: Said) -> Said:
+    """A message or delta with one call at most, changed to what it was before there were `tools`."""
+    if "tool_calls" in said:
+        said["function_call"] = said.pop("tool_calls")[0]["function"]
+    return said
+
+
+def _call(started: CallStarted, arguments: str) -> replies.MadeCall:
+    function: replies.MadeFunction = {"name": started.name, "arguments": arguments}
+    return {"index": started.index, "id": started.id, "type": "function", "function": function}

@@ -1,0 +1,154 @@
+"""How one model writes and reads a conversation, found once when it is loaded. Nobody else looks into its template.
+
+A chat template tells most of it: which tags are around a thought, how calls of tools are written, whether it renders
+tools itself, and which tokens make turns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from tokenizers import AddedToken
+
+from batching.types import Forced
+from server.output.hermes import CLOSE, OPEN, QwenFormat
+from server.output.llama import LlamaFormat
+from server.output.reasoning import THINK, ReasoningSplitter, ThinkTags, ThoughtState, thought_state
+from server.output.tool_calls import ShownArguments, ShownTool, ToolFormat, Turn
+
+QWEN = QwenFormat()
+FORMATS: tuple[ToolFormat, ...] = (QWEN, LlamaFormat())
+PART_TAGS = frozenset(THINK).union(*(known.tags for known in FORMATS))
+"""Tags of parts of a turn, which models have as tokens whatever their template uses."""
+
+Encode = Callable[[str], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Tags around a model's thoughts, and the tokens for them.
+
+    `opening` and `closing` are None where the tokenizer has no one token for the tag; `end` is what a thought that is
+    cut off ends with.
+    """
+
+    tags: ThinkTags
+    opening: int | None
+    closing: int | None
+    end: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tags: ThinkTags, encode: Encode) -> Thinking:
+        opening, closing = map(encode, tags)
+        return cls(tags, _only(opening), _only(closing), encode(f"\n{tags.close}\n\n"))
+
+
+@dataclass(frozen=True)
+class ModelFormat:
+    """`thinking` is None if the template knows no thoughts. `tools` is how calls are written, by the model itself if
+    the template `renders_tools`, else because the prompt tells it to. `turn_tokens` are added tokens that make turns.
+    """
+
+    tools: ToolFormat
+    renders_tools: bool
+    thinking: Thinking | None
+    turn_tokens: frozenset[str]
+
+    def conversation(self, turns: Sequence[Turn], tools: Sequence[ShownTool]) -> tuple[list[Turn], dict[str, object]]:
+        """The turns that the template is given, and its variables, for a conversation with tools."""
+        if not self.renders_tools:
+            return without_tools(turns, tools), {}
+        return self.tools.turns(turns), {"tools": tools} if tools else {}
+
+    def thought_after(self, prompt: str) -> ThoughtState:
+        """What a rendered prompt has done about the thought that an answer may begin with."""
+        return thought_state(self.thinking.tags if self.thinking else None, prompt)
+
+    def splitter(self, thought: ThoughtState) -> ReasoningSplitter | None:
+        """What tells the thought of one answer from its content; None if the model knows no thoughts."""
+        if self.thinking is None:
+            return None
+        return ReasoningSplitter(*self.thinking.tags, started=thought is ThoughtState.OPENED)
+
+    def forced_end(self, thought: ThoughtState, after: int) -> Forced | None:
+        """How a thought that may come is cut off after so many tokens.
+
+        None for a model that has no tokens around its own.
+        """
+        if not thought.to_come or self.thinking is None or self.thinking.closing is None:
+            return None
+        first = self.thinking.opening if thought is ThoughtState.FREE else None
+        if first is None and thought is ThoughtState.FREE:
+            return None
+        return Forced(after=after, unless=self.thinking.closing, tokens=self.thinking.end, first=first)
+
+
+def format_of(template: str, added: Collection[AddedToken], encode: Encode) -> ModelFormat:
+    """The format of a model by its chat template, its tokenizer's added tokens, and how that encodes a text."""
+    own = next((known for known in FORMATS if known.fits(template)), None)
+    return ModelFormat(
+        tools=own or QWEN,
+        renders_tools=own is not None,
+        thinking=Thinking.of(THINK, encode) if THINK.open in template else None,
+        turn_tokens=tokens_of_turns(added, template),
+    )
+
+
+def tokens_of_turns(added: Collection[AddedToken], template: str) -> frozenset[str]:
+    """The special tokens and those that the template writes, without the tags of parts of a turn.
+
+    Some tokenizers do not flag the tokens that make turns, hence the template. Others list plain words and white space
+    as added tokens, which a template's source holds by chance.
+    """
+    turns = {
+        token.content for token in added if token.special or (token.content in template and _is_tag(token.content))
+    }
+    return frozenset(turns) - PART_TAGS
+
+
+def _is_tag(text: str) -> bool:
+    """Whether it has a letter, and signs around it."""
+    return any(map(str.isalpha, text)) and not text[0].isalnum() and not text[0].isspace()
+
+
+def _only(tokens: tuple[int, ...]) -> int | None:
+    return tokens[0] if len(tokens) == 1 else None
+
+
+HOW = f"""You can call functions. These are the functions, one JSON object a line:
+{{tools}}
+To call one, answer with nothing but a JSON object between tags, and wait for its result:
+{OPEN}
+{{{{"name": "the function's name", "arguments": {{{{"the parameter's name": "its value"}}}}}}}}
+{CLOSE}"""
+
+
+def without_tools(messages: Sequence[Turn], tools: Sequence[ShownTool]) -> list[Turn]:
+    """The conversation with tools, calls and results in words. The tools are added to the system message."""
+    turns = [_in_words(message) for message in messages]
+    if not tools:
+        return turns
+    how = HOW.format(tools="\n".join(_json(tool["function"]) for tool in tools))
+    if turns[0]["role"] == "system":
+        return [{**turns[0], "content": f"{turns[0]['content']}\n\n{how}"}, *turns[1:]]
+    return [{"role": "system", "content": how}, *turns]
+
+
+def _in_words(message: Turn) -> Turn:
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    plain = message.copy()
+    calls = [f"{OPEN}\n{_call(call['function'])}\n{CLOSE}" for call in plain.pop("tool_calls", [])]
+    plain["content"] = "\n".join(filter(None, [message["content"], *calls]))
+    return plain
+
+
+def _call(function: ShownArguments) -> str:
+    return _json({"name": function["name"], "arguments": function["arguments"]})
+
+
+def _json(value: object) -> str:
+    """Unlike orjson this has a form for integers of any size, which clients may send."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
