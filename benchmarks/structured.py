@@ -25,8 +25,8 @@ from batching.padded import PaddedEngine
 from batching.sampling import Sampler
 from batching.stream import Row
 from batching.types import Grammar, PromptLogprob, Request, Sampling, TokenLogprob
+from server.fields import Schema
 from server.grammar.compiler import Grammars
-from server.grammar.json_schema import Schema
 from server.grammar.source import Part
 from server.settings import Settings
 

@@ -3,7 +3,7 @@
 Lists say `fail_fast`: what is wrong with the first bad item is enough, and a million errors take seconds to build.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -67,3 +67,6 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 NoEffect = Annotated[object, Field(description="Accepted and without effect.")]
 """A field that this service knows, and that would not change an answer here."""
+
+Schema: TypeAlias = dict[str, Any]
+"""As it was sent: whatever may stand where a keyword has its value."""

@@ -27,7 +27,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from llguidance import LLTokenizer
 
-from server.grammar.json_schema import Schema, SchemaError, bound
+from server.fields import Schema
+from server.grammar.json_schema import SchemaError, bound
 from server.grammar.process import STACK
 from server.grammar.sandbox import Sandbox, Unavailable, Written
 from server.grammar.source import START, Part, PartError, Plan, assembled, matcher_of

@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeGuard
 from urllib.parse import unquote
 
-Schema: TypeAlias = dict[str, Any]
-"""As it was sent: whatever may stand where a keyword has its value."""
+from server.fields import Schema
 
 # The keywords of JSON Schema 2020-12, draft 7 and OpenAPI that hold schemas: by name, or alone or in a list.
 BY_NAME = frozenset(["properties", "patternProperties", "dependentSchemas", "$defs", "definitions", "schemas"])

@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
+from server.fields import Schema
 from server.grammar.json_schema import (
     PATTERN_PART,
     TYPES,
     Faults,
-    Schema,
     SchemaError,
     check_names,
     counts_properties,

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from server.grammar.json_schema import MALFORMED, Schema, SchemaError
+from server.fields import Schema
+from server.grammar.json_schema import MALFORMED, SchemaError
 from server.grammar.rewrite import inline, rewrite, without
 
 LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: chat template, tokenizer, incremental decoding, stop strings.
+"""Text to token ids and back: chat template, tokenizer, incremental decoding.
 
 `Text.render` and `Text.encode` take milliseconds and run on a helper thread; the rest is called a token at a time on
 the event loop.
@@ -123,38 +123,3 @@ def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class StopScanner:
-    """Finds the first of some stop strings in text that comes in pieces, and never lets the start of one out."""
-
-    def __init__(self, stops: Sequence[str], *, inclusive: bool = False) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._inclusive = inclusive
-        self._held = ""
-
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Text that is safe to send, and whether a stop string was found: it ends before that one, or if `inclusive`
-        with it."""
-        if not self._stops:
-            return piece, False
-        text = self._held + piece
-        # The one that is complete first, so that nothing depends on how the text was cut into pieces.
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            end, start = min(found)
-            return text[: end if self._inclusive else start], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
-
-    def flush(self) -> str:
-        """What was held back for a stop string that never came."""
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

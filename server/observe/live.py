@@ -27,7 +27,6 @@ from batching.events import (
     Stepped,
 )
 from server import sse
-from server.http.errors import ApiError
 
 PERIOD = 0.5
 """Seconds of a tick."""
@@ -194,6 +193,10 @@ class Listener:
         return taken
 
 
+class TooManyListeners(Exception):
+    """There are `MOST_LISTENERS` already."""
+
+
 class LiveFeed:
     """An observer of the batcher."""
 
@@ -232,10 +235,10 @@ class LiveFeed:
     def listen(self, client: str | None = None) -> AsyncIterator[bytes]:
         """The frames for one more listener: of the rows of one client, or of all if None.
 
-        Raises `ApiError` 429 when there are too many.
+        Raises `TooManyListeners`.
         """
         if len(self._listeners) == MOST_LISTENERS:
-            raise ApiError(429, "Too many live viewers; close another tab.", "rate_limit_error", "too_many_listeners")
+            raise TooManyListeners
         return self._frames(client)
 
     async def _frames(self, client: str | None) -> AsyncIterator[bytes]:

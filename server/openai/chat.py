@@ -13,14 +13,14 @@ from server.callers import Caller
 from server.grammar.source import Part
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
-from server.model.text import StopScanner, TemplateError, Text
+from server.model.text import TemplateError, Text
 from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import Message
 from server.openai.requests import ChatRequest, ResponseFormat, sampling
 from server.openai.tools import Tool
-from server.output.answer import AnswerReader
+from server.output.answer import AnswerReader, StopScanner
 from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.output.reasoning import ThoughtState
 from server.output.tool_calls import ToolNames

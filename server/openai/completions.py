@@ -9,12 +9,12 @@ from server import replies
 from server.callers import Caller
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
-from server.model.text import StopScanner, Text
+from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.openai.logprobs import CompletionLogprobs, EncodedLists, completion_logprobs, prompt_logprobs
 from server.openai.requests import MAX_CHOICES, CompletionRequest, sampling
-from server.output.answer import AnswerReader
+from server.output.answer import AnswerReader, StopScanner
 from server.replies import TextLogprobs
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,16 +23,24 @@ from server import sse
 from server.callers import Caller
 from server.fields import RequestBody
 from server.http.errors import ApiError, bad_request, from_batching
-from server.http.request import read, until_disconnect
+from server.http.request import check_content_type, read_body, until_disconnect
 from server.model.served_model import ServedModel, served_name
-from server.openai.requests import Generation
+from server.openai.requests import Generation, parse
 from server.service import Service
+
+logger = logging.getLogger(__name__)
 
 MAX_PROMPT_LOGPROBS = 262_144
 """Log probabilities of prompts in one answer: as JSON some 20 MB."""
 
 MAX_LOGPROBS = 2**18
 """Those of generated tokens likewise."""
+
+INLINE_BYTES = 65_536
+"""A body of this size is decoded and checked in about a millisecond; larger ones go to a helper thread."""
+
+MAX_NAMED = 20  # ignored fields that a header and a log line name
+FIT = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 Body = TypeVar("Body", bound=RequestBody)
 Generated = TypeVar("Generated", bound=Generation)
@@ -60,6 +70,24 @@ class Endpoint(ABC, Generic[Body, Encoded]):
 
     async def _encoded(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Encoded:
         return await service.encoders.run(partial(self.encode, model, body), body.size, caller)
+
+
+async def read(http: HttpRequest, kind: type[Body]) -> Body:
+    """The body of a request, of this kind. Raises `ApiError`: 400, 408, 413, 415 or 503.
+
+    Fields that were ignored are named in the answer's header `x-ignored-fields`, which the middleware writes.
+    """
+    service: Service = http.app.state.service
+    check_content_type(http.headers.get("content-type", ""))
+    content = await read_body(http, service.max_body_bytes)
+    check = partial(parse, kind, content, refuse_unknown=service.settings.unknown_fields == "refuse")
+    small = len(content) <= INLINE_BYTES
+    body = check() if small else await service.encoders.run(check, len(content), http.state.caller)
+    if body.ignored:
+        http.app.state.metrics.ignored_fields.inc(len(body.ignored))
+        http.state.ignored = ", ".join(name if FIT.fullmatch(name) else "?" for name in body.ignored[:MAX_NAMED])
+        logger.debug("request %s: ignored fields %s", http.state.caller.request_id, http.state.ignored)
+    return body
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from batching.types import Forced, Sampling
-from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens
-from server.grammar.json_schema import Schema
+from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, Schema, TokenId, Tokens
 from server.http.errors import ApiError, bad_request
 from server.model.served_model import ServedModel
 from server.openai.messages import Messages

@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from server.fields import Body, Flag
-from server.grammar.json_schema import MAX_DEPTH, Schema, bound, values
+from server.fields import Body, Flag, Schema
+from server.grammar.json_schema import MAX_DEPTH, bound, values
 from server.grammar.rewrite import tidied
 from server.output.tool_calls import NAME, ShownArguments, ShownCall, ShownFunction, ShownTool, TurnExtras
 

@@ -82,7 +82,7 @@ class ReasoningSplitter:
             if closed:
                 self._stage = "gap"
             else:
-                keep = _overlap(thought, self._close)
+                keep = overlap(thought, self._close)
                 thought, self._held = thought[: len(thought) - keep], thought[len(thought) - keep :]
             parts += self._reasoning(thought)
         if self._stage == "gap" and (text := text.lstrip("\n")):
@@ -110,6 +110,6 @@ class ReasoningSplitter:
         return [("reasoning", thought)]
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Length of the longest proper prefix of `tag` that `text` ends with."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)

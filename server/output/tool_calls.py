@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count, groupby
 from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
 
-from server.grammar.json_schema import Schema
+from server.fields import Schema
 
 NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,128}$"
 """What may be a function's name, whether a client has defined it or a model has made it up."""

@@ -12,6 +12,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from server import sse
+from server.http.errors import ApiError
+from server.observe.live import TooManyListeners
 from server.service import Service
 from server.version import VERSION
 
@@ -26,7 +28,11 @@ LIMITS = (
 async def live(request: Request) -> Response:
     service: Service = request.app.state.service
     name = request.state.caller.name
-    frames = service.live.listen(None if not name or name in service.settings.admin_keys else name)
+    try:
+        frames = service.live.listen(None if not name or name in service.settings.admin_keys else name)
+    except TooManyListeners:
+        message = "Too many live viewers; close another tab."
+        raise ApiError(429, message, "rate_limit_error", "too_many_listeners") from None
     return StreamingResponse(frames, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
 
 

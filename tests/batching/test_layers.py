@@ -1,6 +1,7 @@
 """Imports point down only, and the layers above the engines know nothing of torch: read from the source, not run."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -126,6 +127,35 @@ def test_a_module_imports_nothing_that_the_table_forbids(
     assert not (even_late and packages(path, deferred=True) & forbidden)
 
 
-def test_no_modules_of_batching_import_each_other_in_a_circle() -> None:
-    graph = {path: own(path, deferred=True) for path in modules("batching")}
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {path: own(path, deferred=True) for room in ("server", "batching") for path in modules(room)}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def rooms() -> list[str]:
+    """The rows of the table in server/README.md, from the bottom of the house to its top."""
+    table = (ROOT / "server" / "README.md").read_text().partition("who may import whom")[2]
+    return re.findall(r"^\| `([\w./]+)` \|", table, re.MULTILINE)
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(ROOT / "server").parts
+    return f"{inside[0]}/" if len(inside) > 1 else inside[0]
+
+
+def test_the_table_of_rooms_has_every_room() -> None:
+    assert sorted(rooms()) == sorted({room_of(path) for path in modules("server")} - {"__init__.py"})
+
+
+@pytest.mark.parametrize("path", modules("server"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_rooms_above_it_in_the_table(path: Path) -> None:
+    order = ["__init__.py", *rooms()]
+    used = {room_of(other) for other in own(path, deferred=True) if other.is_relative_to(ROOT / "server")}
+    assert all(order.index(room) <= order.index(room_of(path)) for room in used), used
+
+
+@pytest.mark.parametrize("room", [room for room in rooms() if room.endswith("/")])
+def test_each_room_says_what_lives_there(room: str) -> None:
+    folder = ROOT / "server" / room
+    told = (folder / "README.md").read_text()
+    assert [path.name for path in folder.glob("[a-z]*.py") if f"`{path.name}`" not in told] == []

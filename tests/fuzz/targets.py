@@ -13,16 +13,17 @@ import orjson
 from pydantic import BaseModel
 
 from batching.types import Delta
-from server.fields import RequestBody
-from server.grammar.json_schema import Schema, SchemaError, bound
+from server.fields import RequestBody, Schema
+from server.grammar.json_schema import SchemaError, bound
 from server.grammar.rewrite import inline, rewrite
 from server.http.errors import RETRIED, ApiError, bad_request
-from server.model.text import StopScanner, Text
+from server.model.text import Text
 from server.openai.chat import form_of
 from server.openai.completions import TextAnswer
 from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from server.openai.responses_output import framed
 from server.openai.responses_request import ResponseRequest, as_chat
+from server.output.answer import StopScanner
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenParser
 from server.output.llama import LlamaParser

@@ -15,7 +15,8 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from batching.sampling import Sampler
 from batching.types import TokenBitmask
-from server.grammar.json_schema import Schema, written_out
+from server.fields import Schema
+from server.grammar.json_schema import written_out
 from server.grammar.rewrite import terminates
 from server.grammar.source import Part
 from server.openai.chat import ANY_OBJECT

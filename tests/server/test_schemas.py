@@ -16,8 +16,9 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter
 
+from server.fields import Schema
 from server.grammar.compiler import TokenGrammar
-from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, Schema, SchemaError, bound, written_out
+from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, SchemaError, bound, written_out
 from server.grammar.rewrite import closed, tidied
 from server.grammar.source import Part
 from server.openai.chat import form_of, grammar_of

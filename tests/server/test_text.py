@@ -17,8 +17,9 @@ from batching.errors import ModelError
 from batching.progress import Progress
 from batching.types import TokenLogprob
 from server.model.loader import ModelLoader
-from server.model.text import StopScanner, TemplateError, Text
+from server.model.text import TemplateError, Text
 from server.openai.logprobs import chat_logprobs
+from server.output.answer import StopScanner
 from server.output.detokenize import MAX_HELD, Detokenizer, Vocabulary
 from server.settings import parse
 from tests.live import BYTES, END, QUESTION, byte_tokenizer, tokens_of
