@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
@@ -120,11 +120,11 @@ class Request:
     grammar: Grammar | None = None
     salt: str = ""
     trace: tuple[tuple[str, str], ...] = ()
+    total_tokens: int = field(init=False, compare=False)
+    """The most tokens this request can have: prompt and allowed output."""
 
-    @property
-    def total_tokens(self) -> int:
-        """The most tokens this request can come to have: prompt and allowed output."""
-        return len(self.prompt) + self.sampling.max_tokens
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total_tokens", len(self.prompt) + self.sampling.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

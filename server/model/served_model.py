@@ -30,8 +30,11 @@ class ServedModel:
     defaults: Defaults
     stop_token_ids: frozenset[int] = field(init=False)
     """Those that the tokenizer or the engine names."""
+    names: tuple[str, ...] = field(init=False)
+    """What clients may call it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names", self.settings.served_names)
         object.__setattr__(self, "stop_token_ids", self.text.stop_token_ids | self.info.stop_token_ids)
 
     @property

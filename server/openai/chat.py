@@ -64,8 +64,9 @@ class ChatCompletions(GeneratingEndpoint[ChatRequest, Conversation]):
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     """Template and tokens; `thinking` where the request does not say. Not on the event loop. Raises `ApiError` 400."""
     thinks = thinking if chat.thinks is None else chat.thinks
-    names = names_in(text, chat.messages, chat.offered)
-    rendered = render(text, chat.messages, chat.offered, names, thinks)
+    offered = chat.offered
+    names = names_in(text, chat.messages, offered)
+    rendered = render(text, chat.messages, offered, names, thinks)
     return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names)
 
 

@@ -61,7 +61,7 @@ class Endpoint(ABC, Generic[Body, Encoded]):
 
     async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
         """Everything after the body was read. Raises `ApiError`."""
-        served_name(model.settings.served_names, body.model)
+        served_name(model.names, body.model)
         return json_response(orjson.dumps(await self._encoded(service, model, body, caller)))
 
     @abstractmethod
@@ -104,7 +104,7 @@ class GeneratingEndpoint(Endpoint[Generated, Encoded]):
     """A kind of request that rows of the batch answer."""
 
     async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
-        name = served_name(model.settings.served_names, body.model)
+        name = served_name(model.names, body.model)
         with service.batcher.announce():
             encoded = await self._encoded(service, model, body, caller)
             prompts = await self.prompts(model, body, encoded, caller)

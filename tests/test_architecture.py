@@ -1,0 +1,35 @@
+"""Laws of how much of the house one request walks through: what a reader has to open to follow it."""
+
+import pytest
+
+from tests.live import live, scripted
+from tests.request_path import RequestPath, followed
+
+MOST_STAYS = 80  # some 70; threads may take turns in other ways
+MOST_FILES_BEFORE_THE_QUEUE = 24
+MOST_FILES = 40
+
+
+@pytest.fixture(scope="module")
+def path() -> RequestPath:
+    """Of one streamed chat with a key, after another one."""
+    headers = {"authorization": "Bearer secret"}
+    with followed() as found, live(scripted("Hello!"), api_keys=("secret",)) as service:
+        service.chat(stream=True, headers=headers)
+        service.wait_ended()
+        service.get("/health")  # after which nothing of the first is left to do
+        found.begin()
+        assert service.chat(stream=True, headers=headers).status_code == 200
+    return found
+
+
+def test_a_request_reaches_the_queue_in_few_stays_of_few_files(path: RequestPath) -> None:
+    stays = path.before_queue
+    assert stays[-1] == "batching/queue.py"
+    assert len(stays) <= MOST_STAYS, stays
+    assert len(set(stays)) <= MOST_FILES_BEFORE_THE_QUEUE, sorted(set(stays))
+
+
+def test_a_streamed_chat_enters_few_files(path: RequestPath) -> None:
+    assert "server/openai/endpoint.py" in path.entered
+    assert len(path.entered) <= MOST_FILES, sorted(path.entered)
