@@ -108,7 +108,14 @@ def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 def window_of(model: PreTrainedModel, wanted: int | None) -> int:
     """Tokens a row may have: `wanted`, or what the model was made for. Raises `ModelError` if it wants more."""
-    made_for = _longest(model.config.get_text_config())
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_attention_heads"):
+        raise ModelError("the model has no attention: one that keeps a state instead of keys and values is not served")
+    if not hasattr(config, "max_position_embeddings"):
+        if wanted is None:
+            raise ModelError("config.json does not say how long a text may be; give --context-window")
+        return wanted
+    made_for = _longest(config)
     if wanted is not None and wanted > made_for:
         raise ModelError(
             f"a context window of {wanted} was asked for, but the model was made for {made_for}; where its authors say "

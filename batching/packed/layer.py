@@ -68,10 +68,21 @@ def _joined(*parts: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
     return nn.Parameter(torch.cat(weights), requires_grad=False), bias
 
 
+def _fusable(layer: Any) -> bool:
+    """Whether it has the right form and plain weights: quantised ones are read by their own modules alone."""
+    if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, _SILU):
+        return False
+    return all(type(part) is nn.Linear for part in [*_projections(layer.self_attn), *_projections(layer.mlp)])
+
+
+def _projections(part: nn.Module) -> list[nn.Module]:
+    return [child for name, child in part.named_children() if name.endswith("_proj")]
+
+
 def fuse(model: PreTrainedModel, ops: Any) -> bool:
     """Replace the model's own layers by fused ones, if they have the right form; returns whether it did."""
-    layers: Any = model.base_model.layers
-    if not all(type(layer).__name__ in FUSABLE and isinstance(layer.mlp.act_fn, _SILU) for layer in layers):
+    layers: Any = getattr(model.base_model, "layers", ())
+    if not layers or not all(map(_fusable, layers)):
         return False
     for index in range(len(layers)):
         layers[index] = FusedLayer(layers[index], ops)  # one at a time: the weights are in memory twice for a moment

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from batching.checkpoint import find, prepare, readable
 from batching.engine import Engine
-from batching.errors import ModelError, explained
+from batching.errors import UNWINDING, ModelError, explained
 from batching.progress import Progress
 from server.model.defaults import Defaults, recommended
 from server.model.text import Text
@@ -130,11 +130,29 @@ class ModelLoader:
 
     def engine(self) -> Engine:
         self._import()
+        from batching.rehearsal import disagreement, own_answers
+
+        follow_bars(self._tell)
+        model = self._load()
+        if self._packs(model):
+            engine, reason = self._rehearsed(model)
+            if engine is not None:
+                self._progress.follow(model)
+                return engine
+            self._refuse_packed(reason)
+            del model  # it was taken apart, and there may be no room for two
+            model = self._load()
+        own = own_answers(model)
+        padded = self._padded(model)
+        if difference := disagreement(padded, model, own):
+            raise ModelError(f"this model cannot be served: in a padded batch {difference}")
+        self._progress.follow(model)
+        return padded
+
+    def _load(self) -> "PreTrainedModel":
         from batching.model import load
 
-        settings = self._settings
-        follow_bars(self._tell)
-        checkpoint = self._checkpoint
+        settings, checkpoint = self._settings, self._checkpoint
         self.loading = Loading("Loading the model")
         model = load(
             checkpoint,
@@ -144,22 +162,39 @@ class ModelLoader:
             trust_remote_code=settings.trust_remote_code,
         )
         self.loading = Loading("Preparing the engine")
-        engine = self._packed(model) if self._packs(model) else self._padded(model)
-        self._progress.follow(model)
-        return engine
+        return model
+
+    def _rehearsed(self, model: "PreTrainedModel") -> tuple[Engine | None, str]:
+        """The packed engine if it gives the model's own answers, or else why not. Raises `ModelError`."""
+        from batching.rehearsal import disagreement, own_answers
+
+        own = own_answers(model)
+        try:
+            engine = self._packed(model)
+            reason = disagreement(engine, model, own)
+        except (ModelError, *UNWINDING):
+            raise
+        except BaseException as error:
+            logger.debug("the packed engine failed", exc_info=True)
+            return None, f"it fails with {type(error).__name__}"
+        return (None, reason) if reason else (engine, "")
+
+    def _refuse_packed(self, reason: str) -> None:
+        """Raises `ModelError` if the packed engine was asked for."""
+        if self._settings.engine == "packed":
+            raise ModelError(f"the packed engine cannot run this model: {reason}; use --engine generate")
+        logger.info("padded batches of stock generate, because for the packed engine %s", reason)
 
     def _packs(self, model: "PreTrainedModel") -> bool:
-        """Whether the packed engine is to run this model. Raises `ModelError` if it was asked for and cannot."""
+        """Whether the packed engine is to be tried. Raises `ModelError` if it was asked for and cannot."""
         from batching.packed.engine import unsupported
 
         wanted = self._settings.engine
         if wanted == "generate" or (wanted == "auto" and model.device.type != "cuda"):
             return False
         reason = unsupported(model)
-        if reason is not None and wanted == "packed":
-            raise ModelError(f"the packed engine cannot run this model: {reason}; use --engine generate")
         if reason is not None:
-            logger.info("padded batches of stock generate, because for the packed engine %s", reason)
+            self._refuse_packed(reason)
         return reason is None
 
     def _packed(self, model: "PreTrainedModel") -> Engine:
