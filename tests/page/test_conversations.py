@@ -1,6 +1,5 @@
 """Laws of the page's conversations: they are kept in the browser, have branches, and can be gone on with."""
 
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,6 +147,13 @@ def test_what_another_tab_keeps_is_listed(page: Browser, service: Live) -> None:
     page.wait(lambda: page.texts("#conversations .name") == ["From the other tab"], "the first tab lists it")
 
 
+FILL = """
+for (let size = 2 ** 22; size >= 1; size /= 2) {
+  try { localStorage["x" + size] = "x".repeat(size); } catch {}
+}
+"""
+
+
 def test_a_full_browser_is_told(page: Browser, service: Live) -> None:
     page.open(service.url)
     page.js(
@@ -240,6 +246,9 @@ def test_a_file_of_something_else_is_refused_and_a_hostile_one_stays_text(
 # Branches
 
 
+EARLIER, LATER = "\u2039", "\u203a"
+
+
 def test_a_regenerated_answer_is_another_branch(page: Browser) -> None:
     seen: list[Request] = []
     script = counted()
@@ -255,10 +264,10 @@ def test_a_regenerated_answer_is_another_branch(page: Browser) -> None:
         page.press("Regenerate", ".answer:nth-child(2)")
         answers(page, "answer 3")
         assert prompt(seen[2]) == prompt(seen[0])
-        assert page.texts(".answer .branches") == ["‹ 2 / 2 ›"]
-        page.press("‹")
+        assert page.texts(".answer .branches") == [f"{EARLIER} 2 / 2 {LATER}"]
+        page.press(EARLIER)
         assert page.texts(".mine, .said") == ["Hi", "answer 1", "More", "answer 2"]
-        page.press("›", ".answer:nth-child(2)")
+        page.press(LATER, ".answer:nth-child(2)")
         ask(page, "Else")
         reload(page)
         assert page.texts(".mine, .said") == ["Hi", "answer 3", "Else", "answer 4"]
@@ -273,7 +282,7 @@ def test_an_edited_question_is_another_branch(page: Browser, service: Live) -> N
     edit(page, "Less")
     answers(page, "answer 1", "answer 3")
     assert page.texts(".mine") == ["Hi", "Less"]
-    page.press("‹", ".turn")
+    page.press(EARLIER, ".turn")
     assert page.texts(".mine, .said") == ["Hi", "answer 1", "More", "answer 2"]
     assert page.axe("#part-chat") == []
 
@@ -288,7 +297,7 @@ def test_an_answer_that_fails_leaves_the_earlier_one(page: Browser) -> None:
         answers(page, "Hello!", "Hello!")
         reload(page)
         assert page.texts(".mine, .said") == ["Hi", "Hello!", "Now", "Hello!"]
-        page.press("‹")
+        page.press(EARLIER)
         assert page.texts(".mine") == ["Hi", "refuse me"]
         page.press("Ask again")
         page.wait(lambda: bool(page.texts(".answer .note")), "it is refused again")
@@ -402,6 +411,11 @@ def test_a_reader_who_scrolls_up_is_left_there_and_can_jump_down(page: Browser) 
         assert not page.id("jump").is_displayed()
 
 
+def waiting(page: Browser, requests: str) -> None:
+    words = f"Queued, {requests} waiting"
+    page.wait(lambda: page.text(".answer .foot") == words, f"it says: {words}")
+
+
 def test_one_who_waits_is_told_why(page: Browser) -> None:
     with live(scripted("Hello!", stepped=True), max_batch_size=1) as service, ThreadPoolExecutor() as pool:
         page.open(service.url)
@@ -409,12 +423,10 @@ def test_one_who_waits_is_told_why(page: Browser) -> None:
         service.wait_running()
         service.wait_queued(2)
         page.say("Hi")
-        page.wait(lambda: page.text(".answer .foot") == "Queued, 3 requests waiting", "it waits with two others")
-        for left in (2, 1):
+        waiting(page, "3 requests")
+        for left in ("2 requests", "1 request"):
             service.engine.release(len("Hello!") + 1)
-            page.wait(
-                lambda left=left: re.match(rf"Queued, {left} request", page.text(".answer .foot")) is not None, "sooner"
-            )  # type: ignore[misc]
+            waiting(page, left)
         service.engine.release(len("Hello!") + 1)
         page.wait(lambda: page.text(".answer .foot") == "Prefill", "its prompt is computed")
         service.engine.release(2)

@@ -1,4 +1,4 @@
-"""Laws of the files of the page at `/`: ours are small, closed to all but this service, and not there where it is off."""
+"""Laws of the files of the page at `/`: ours are small, all ask this service alone, none is there where it is off."""
 
 import re
 from pathlib import Path
