@@ -10,7 +10,7 @@
 # make fuzz          fuzz every parser for CPU=600 seconds each, see tests/fuzz
 # make soak          mixed load with faults for MINUTES=30, see benchmarks/soak.py
 # make overload      ten times the capacity for FLOOD=120 seconds, see benchmarks/overload.py
-# make swagger       replace the Swagger UI of /docs by version SWAGGER of npm
+# make vendor        take the browser libraries of the page and of /docs anew from npm
 # make audit         ask for known vulnerabilities of what is installed
 # make clean         remove .venv and caches
 #
@@ -28,7 +28,6 @@ CONCURRENCY ?= 1,8,32
 CPU ?= 600
 MINUTES ?= 30
 FLOOD ?= 120
-SWAGGER ?= latest
 
 BIN := .venv/bin
 SERVING := .venv/serving
@@ -38,12 +37,13 @@ UV := $(shell command -v uv 2>/dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install) --constraint .venv/constraints.txt
 SHOWN = $(if $(UV),,| { sed -nu 's/^ *Downloading \([^ ]*\/\)*\([^ ]*\) (\(.* MB\))$$/  downloading \2, \3/p'; })
 CLIENTS := .clients
+VENDOR := server/web/page/vendor
 AXE := .browser/node_modules/axe-core/axe.min.js
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serving install run test test-deploy test-clients browser check bench fuzz soak overload swagger audit clean
+.PHONY: help serving install run test test-deploy test-clients browser check bench fuzz soak overload vendor audit clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -125,12 +125,27 @@ soak: install
 overload: install
 	$(BIN)/python -m benchmarks.overload --seconds $(FLOOD) $(ARGS)
 
-# The files are npm's as they are; package.json among them says which version.
-swagger:
-	@mkdir -p out
-	tar -xzf "out/$$(npm pack --silent --pack-destination out swagger-ui-dist@$(SWAGGER))" -C server/web/swagger \
-		--strip-components=1 --no-same-owner $(foreach file,package.json LICENSE NOTICE swagger-ui.css \
-		swagger-ui-bundle.js swagger-ui-bundle.js.LICENSE.txt,package/$(file))
+# $(call take,FOLDER,PACKAGE,FILES): the files are npm's as they are; package.json among them says which version.
+define take
+	@mkdir -p out $(1)
+	tar -xzf "out/$$(npm pack --silent --pack-destination out $(2))" -C $(1) --no-same-owner --transform 's,.*/,,' \
+		$(addprefix package/,package.json $(3))
+
+endef
+
+# markdown-it's file contains the five packages after it, so their licences lie beside it.
+vendor:
+	$(call take,server/web/swagger,swagger-ui-dist@5,LICENSE NOTICE swagger-ui.css swagger-ui-bundle.js \
+		swagger-ui-bundle.js.LICENSE.txt)
+	$(call take,$(VENDOR)/markdown-it,markdown-it@15,LICENSE dist/browser/markdown-it.umd.min.js)
+	$(call take,$(VENDOR)/linkify-it,linkify-it@6,LICENSE)
+	$(call take,$(VENDOR)/entities,entities@8,LICENSE)
+	$(call take,$(VENDOR)/mdurl,mdurl@2,LICENSE)
+	$(call take,$(VENDOR)/punycode,punycode.js@2,LICENSE-MIT.txt)
+	$(call take,$(VENDOR)/uc.micro,uc.micro@3,LICENSE.txt)
+	$(call take,$(VENDOR)/dompurify,dompurify@3,LICENSE dist/purify.min.js)
+	$(call take,$(VENDOR)/highlight,@highlightjs/cdn-assets@11,LICENSE highlight.min.js)
+	$(call take,$(VENDOR)/uplot,uplot@1,LICENSE dist/uPlot.iife.min.js dist/uPlot.min.css)
 
 audit: install
 	$(BIN)/python -m pip install --quiet pip-audit

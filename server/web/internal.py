@@ -4,7 +4,10 @@ A key hears of its own requests, `--admin-keys` and a service without keys of ev
 tokens, never a prompt or an answer. Totals are everyone's, as on /metrics.
 """
 
+import platform
 import time
+from functools import cache
+from importlib.metadata import version
 
 import orjson
 from starlette.requests import Request
@@ -20,7 +23,7 @@ from server.version import VERSION
 MODEL = ("device", "dtype", "parameters", "context_window", "token_budget")
 LIMITS = (
     *("default_max_tokens", "max_output_tokens", "max_batch_size", "batch_window_ms", "queue_size", "key_queue_size"),
-    *("key_queue_tokens", "request_timeout_s", "drain_timeout_s", "max_body_mib", "thinking"),
+    *("key_queue_tokens", "request_timeout_s", "drain_timeout_s", "max_body_mib", "thinking", "prefix_sharing"),
 )
 """Settings that say what a client may expect."""
 
@@ -41,20 +44,28 @@ async def state(request: Request) -> Response:
 
 
 def describe(service: Service) -> dict[str, object]:
-    """What runs. `model` and `sampling` are None until the model is loaded, and `loading` from then on."""
+    """What runs. `engine`, `model` and `sampling` are None until the model is loaded, and `loading` from then on."""
     settings, served = service.settings, service.model
     info = served and served.info
     return {
         "state": service.batcher.state,
-        "version": VERSION,
+        "versions": versions(),
         "names": settings.served_names,
         "uptime": round(time.monotonic() - service.begun),
+        "engine": ("packed" if info.joins else "generate") if info else None,
         "model": {name: getattr(info, name) for name in MODEL} if info else None,
         "loading": None if info else service.loading,
         "sampling": served and served.defaults.as_reply(),
         "limits": {name: getattr(settings, name) for name in LIMITS}
         | ({"max_batch_size": settings.max_batch_size or info.max_rows} if info else {}),
     }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What an answer may depend on, by name."""
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    return {"microbatch": VERSION} | libraries | {"Python": platform.python_version()}
 
 
 ROUTES = [Route("/internal/live", live), Route("/internal/state", state)]

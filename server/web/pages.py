@@ -50,6 +50,12 @@ def file_route(path: str, name: str) -> Route:
     return Route(path, file)
 
 
+def files_in(folder: str) -> list[str]:
+    """The files for browsers in a folder and those below it, named from here on."""
+    found = [file for file in HERE.joinpath(folder).rglob("*") if file.suffix in MEDIA_TYPES]
+    return sorted(file.relative_to(HERE).as_posix() for file in found)
+
+
 @cache
 def asset(name: str, without: bytes = b"") -> Asset:
     """A file, less a part of it. Read and compressed once: not on the event loop, which a megabyte would hold up."""
@@ -69,7 +75,7 @@ def response(request: Request, found: Asset, media_type: str) -> Response:
 
 PAGE = [
     file_route("/", "page/index.html"),
-    *(file_route(f"/page/{file.name}", f"page/{file.name}") for file in sorted(HERE.glob("page/*.[cj]s*"))),
+    *(file_route(f"/{name}", name) for name in files_in("page") if not name.endswith(".html")),
 ]
 """Where a person tries the model and watches the batcher. The files tell nothing secret, so they need no key."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -98,6 +99,25 @@ class Browser:
     def say(self, text: str) -> None:
         """Ask in the chat, by keyboard."""
         self.id("question").send_keys(text, Keys.ENTER)
+
+    def press(self, label: str, within: str = "body") -> None:
+        """Click the last button with this label that is seen."""
+        buttons = [each for each in self.all(f"{within} button") if each.is_displayed() and each.text == label]
+        buttons[-1].click()
+
+    def alert(self) -> str | None:
+        """What a dialog of the browser's own says, if there is one."""
+        try:
+            return str(self.driver.switch_to.alert.text)
+        except NoAlertPresentException:
+            return None
+
+    def dismissed(self) -> str:
+        """Close that dialog; what it said."""
+        shown = self.driver.switch_to.alert
+        text = str(shown.text)
+        shown.dismiss()
+        return text
 
     def answered(self, count: int = 1) -> None:
         self.wait(lambda: len(self.all(".answer:not([aria-busy])")) >= count, f"{count} answers are complete")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -10,12 +11,14 @@ from selenium.webdriver.common.keys import Keys
 
 from batching.events import State
 from server.model.defaults import Defaults
+from server.version import VERSION
 from tests.live import Live, live, scripted
 from tests.page.browser import DESK, PHONE, Browser
 from tests.server.test_app import babble
 
 pytestmark = pytest.mark.browser
 
+NONE = "\u2013"
 PARTS = ("chat", "many", "live", "state")
 
 
@@ -36,6 +39,13 @@ def value(page: Browser, title: str) -> list[str]:
     return [...chart.querySelectorAll(".values b")].map((each) => each.innerText);
     """
     found: list[str] = page.js(script, title)
+    return found
+
+
+def labels(page: Browser) -> list[str]:
+    """What each chart says to those who do not see it."""
+    script = "return [...document.querySelectorAll('.chart:not([hidden]) .plot')].map((each) => each.ariaLabel)"
+    found: list[str] = page.js(script)
     return found
 
 
@@ -68,11 +78,16 @@ def test_it_says_what_runs_and_within_which_limits(page: Browser) -> None:
     ) as service:
         page.open(service.url, "state")
         runs, limits = page.text("#runs"), page.text("#limits")
-        for fact in ("one, two", "scripted", "none"):
+        for fact in ("one, two", "scripted", "none", "generate: padded batches", VERSION, f"torch {version('torch')}"):
             assert fact in runs
-        for fact in ("4,096 tokens of prompt and answer", "99 tokens by default", "77 rows", "10 minutes"):
+        for fact in (
+            "4,096 tokens for prompt and answer",
+            "99 tokens if a request",
+            "at most 77 requests",
+            "10 minutes",
+        ):
             assert fact in limits
-        assert "temperature 0.6, top_p 1, top_k 20 by default" in limits
+        assert page.texts("#sampling > div") == ["Temperature\n0.6", "Top-p\n1", "Top-k\n20"]
         assert page.js("return document.getElementById('temperature').placeholder") == "0.6"
 
 
@@ -88,9 +103,9 @@ def test_it_says_that_the_service_stops_and_that_it_is_gone(page: Browser) -> No
         service.drain()
         page.wait(lambda: page.state() == "draining", "it drains")
         page.go("state")
-        assert "What was accepted is being finished" in page.text("#words")
+        assert "Accepted requests are finished" in page.text("#words")
     page.wait(lambda: page.state() == "unreachable", "it is gone")
-    assert "No answer from the service" in page.text("#words")
+    assert "Server unreachable, retrying" in page.text("#words")
 
 
 def test_it_survives_a_restart_of_the_server(page: Browser) -> None:
@@ -125,7 +140,7 @@ def test_it_asks_for_the_key_and_keeps_it_in_the_tab(page: Browser) -> None:
         page.wait(lambda: page.id("asks-key").is_displayed(), "it asks for the key")
         assert page.axe() == []
         page.id("key").send_keys("wrong", Keys.ENTER)
-        page.wait(lambda: "does not know this key" in page.text("#key-why"), "it asks again")
+        page.wait(lambda: page.text("#key-why") == "Invalid API key.", "it asks again")
         page.id("key").send_keys("sesame", Keys.ENTER)
         page.wait(lambda: page.state() == "ready", "the key is right")
         page.say("Hi")
@@ -133,7 +148,7 @@ def test_it_asks_for_the_key_and_keeps_it_in_the_tab(page: Browser) -> None:
         assert page.text(".said") == "Hello!"
         page.go("live")
         page.wait(lambda: "answered" in page.text("#latest tbody"), "the live part has the key too")
-        assert page.js("return [localStorage.length, document.cookie]") == [0, ""]
+        assert page.js("return [JSON.stringify(localStorage).includes('sesame'), document.cookie]") == [False, ""]
         assert "sesame" not in str(page.asked())
         page.driver.refresh()
         page.wait(lambda: page.state() == "ready", "the tab still has it")
@@ -165,14 +180,55 @@ def test_live_shows_what_the_batcher_does(page: Browser, pool: ThreadPoolExecuto
         assert all(answer.result().status_code == 200 for answer in asked)
         page.wait(lambda: value(page, "Requests") == ["0", "0"], "all is quiet")
         page.wait(lambda: len(page.texts("#latest tbody tr")) == 5, "each request is in the table")
-        assert sorted(page.texts("#latest td:nth-child(2)")) == [f"r{n}" for n in range(5)]
+        assert sorted(page.texts("#latest td:nth-child(10)")) == [f"r{n}" for n in range(5)]
         assert set(page.texts("#latest td:nth-child(8)")) == {"7"}
         assert all(re.fullmatch(r"[\d.]+ m?s", each) for each in value(page, "Time to first token"))
-        labels = page.js("return [...document.querySelectorAll('.chart svg')].map((each) => each.ariaLabel)")
-        assert [label.partition(" in ")[0] for label in labels][:2] == ["Requests", "Tokens generated"]
+        shown = page.js("return [...document.querySelectorAll('.chart:not([hidden])')].map((each) => each.innerText)")
+        assert [text.partition("\n")[0] for text in shown][:3] == ["Requests", "Output", "Prefill"]
+        labels = page.js(
+            "return [...document.querySelectorAll('.chart:not([hidden]) .plot')].map((each) => each.ariaLabel)"
+        )
         assert all("highest" in label for label in labels[:4])
         page.driver.find_element("css selector", "#span option[value='300']").click()
-        page.wait(lambda: "5 min ago" in page.text(".chart"), "the longer time is shown")
+        page.wait(lambda: "over 5 minutes" in labels(page)[0], "the longer time is shown")
+
+
+def test_values_are_told_where_one_points(page: Browser) -> None:
+    with live() as service:
+        assert service.chat().status_code == 200
+        page.open(service.url, "live")
+        page.wait(lambda: len(page.all(".u-over")) >= 4, "the charts are drawn")
+        page.wait(lambda: value(page, "Requests") == ["0", "0"], "the latest values are told")
+        assert "ago" not in page.text(".chart .values")
+        ActionChains(page.driver).move_to_element(page.all(".u-over")[0]).perform()
+        page.wait(lambda: page.text(".chart .values").count("30 s ago") >= 4, "every chart tells of the same moment")
+        assert value(page, "Requests") == [NONE, NONE]
+        names = page.texts(".chart:nth-child(4) .value")
+        assert [name.split()[-1] for name in names] == ["p50", "p95"]
+
+
+def test_a_panel_without_anything_to_show_says_so_or_is_not_there(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url, "live")
+        page.wait(lambda: value(page, "Requests") == ["0", "0"], "the charts are drawn")
+        titles = page.texts(".chart:not([hidden]) figcaption")
+        assert titles == ["Requests", "Output", "Prefill", "Time to first token, last 30 s"]
+        assert page.texts(".chart:not([hidden]) .empty:not([hidden])") == ["No answers in this time."]
+        service.chat()
+        page.wait(lambda: page.texts(".chart:not([hidden]) .empty:not([hidden])") == [], "there is something now")
+
+
+def test_on_a_phone_live_is_short_and_no_id_widens_it(page: Browser) -> None:
+    with live() as service:
+        for number in range(12):
+            service.chat(headers={"x-request-id": f"{number}-{'i' * 100}"})
+        page.look(PHONE, "light")
+        page.open(service.url, "live")
+        page.wait(lambda: len(page.texts("#latest tbody tr")) == 12, "the requests are told")
+        assert page.js("return document.documentElement.scrollHeight") <= 2.5 * PHONE[1]
+        within, around = page.js("const { parentElement: box } = latest; return [box.scrollWidth, box.clientWidth]")
+        assert within <= around
+        assert page.texts("#latest th")[0] == "Ended"
 
 
 def test_only_the_live_part_listens(page: Browser) -> None:
@@ -211,24 +267,12 @@ def test_all_of_it_is_reached_by_keyboard(page: Browser) -> None:
     with live() as service:
         page.open(service.url)
         reached = set()
-        for _ in range(20):
+        for _ in range(30):
             ActionChains(page.driver).send_keys(Keys.TAB).perform()
             reached.add(page.js("const now = document.activeElement; return now.id || now.hash || now.innerText"))
-        wanted = {
-            "#main",
-            "#chat",
-            "#many",
-            "#live",
-            "#state",
-            "question",
-            "send",
-            "system",
-            "seed",
-            "thinking",
-            "clear",
-        }
-        assert wanted <= reached
-        page.driver.refresh()
+        parts = {"#main", "#chat", "#many", "#live", "#state"}
+        assert parts | {"new-chat", "question", "send", "preset", "system", "seed", "thinking", "import"} <= reached
+        page.open(service.url, "state")
         for _ in range(3):
             ActionChains(page.driver).send_keys(Keys.TAB).perform()
         ActionChains(page.driver).send_keys(Keys.ENTER).perform()
@@ -237,12 +281,27 @@ def test_all_of_it_is_reached_by_keyboard(page: Browser) -> None:
         assert page.all("nav [aria-current=page]")[0].text == "Ask many"
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_opens_at_its_top(page: Browser, part: str) -> None:
+    with live() as service:
+        page.look((1280, 400), "light")
+        page.open(service.url, part)
+        page.wait(lambda: page.id(f"part-{part}").is_displayed(), "it is shown")
+        top, head = page.js(
+            "return [document.getElementById(arguments[0]).getBoundingClientRect().top,"
+            "document.querySelector('header').getBoundingClientRect().bottom]",
+            f"part-{part}",
+        )
+        assert page.js("return scrollY") == 0
+        assert top >= head
+
+
 def test_a_new_conversation_forgets_the_old_one(page: Browser) -> None:
     with live() as service:
         page.open(service.url)
         page.say("Hi")
         page.answered()
-        page.id("clear").click()
+        page.id("new-chat").click()
         assert page.all(".answer") == []
         assert page.id("empty").is_displayed()
         page.say("Hi")

@@ -82,7 +82,8 @@ def test_the_wheel_has_all_of_the_server_and_nothing_that_others_have_too(wheel:
     names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     endings = {".py", ".html", ".css", ".js"}
     files = [file for part in ("server", "batching") for file in (ROOT / part).rglob("*") if file.suffix in endings]
-    files += (ROOT / "server" / "web" / "swagger").iterdir()  # with its licences
+    vendored = [*(ROOT / "server" / "web" / "swagger").iterdir(), *(ROOT / "server").rglob("vendor/*/*")]
+    files += vendored  # with their licences
     assert {str(file.relative_to(ROOT)) for file in files} <= names
     assert {name.partition("/")[0] for name in names} == {"server", "batching"}
     assert wheel.name.startswith(f"microbatch-{VERSION}-")

@@ -290,6 +290,9 @@ def test_the_state_says_how_far_loading_is_and_then_what_runs() -> None:
         "context_window": 4096,
         "token_budget": 1_000_000,
     }
+    assert (starting["engine"], ready["engine"]) == (None, "generate")
+    assert ready["versions"] == starting["versions"]
+    assert set(ready["versions"]) == {"microbatch", "torch", "transformers", "Python"}
     assert ready["limits"]["queue_size"] == 77
     assert set(starting["limits"]) == set(ready["limits"])
 

@@ -22,7 +22,7 @@ let asking = null;
 let declined = false; // then only what a person does asks again
 
 // Resolves to whether a key was given. All who wait share the dialog.
-export function askKey(why = "This service asks for a key.") {
+export function askKey(why = "This service needs an API key.") {
 	asking ??= new Promise((resolve) => {
 		const dialog = byId("asks-key");
 		byId("key-why").textContent = why;
@@ -55,7 +55,7 @@ export async function ask(path, { body, id, signal, quiet = false } = {}) {
 	const response = await fetch(path, options);
 	if (response.ok) return response;
 	if (response.status === 401 && !(quiet && declined)) {
-		const why = hasKey() ? "The service does not know this key." : undefined;
+		const why = hasKey() ? "Invalid API key." : undefined;
 		if (await askKey(why)) return ask(path, { body, id, signal, quiet });
 		declined = true;
 	}
@@ -89,5 +89,5 @@ export async function* events(response) {
 // What to tell a person of any failure.
 export function inWords(error) {
 	if (error instanceof Refused) return error.message;
-	return "The service does not answer. It may be restarting; try again in a moment.";
+	return "Server unreachable. It may be restarting; try again in a moment.";
 }

@@ -1,107 +1,125 @@
-// A small chart over time: title, latest values with their unit, an area, a line or bars for each series.
+// A chart over time by uPlot: title, the latest values or those under the pointer, and a line or an area for each series.
 
-import { element, svg } from "./dom.js";
+import { element, plural } from "./dom.js";
 
-const WIDTH = 600;
-const HEIGHT = 120;
+const { uPlot } = globalThis;
+
+const COLUMNS = 60; // each wide enough to be seen, however short what it shows was
 const ROUND = [1, 1.5, 2, 3, 5, 7.5, 10];
+const COLOURS = ["--main", "--second"];
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 
 export class Chart {
-	// Each of `series`: { name, value: (tick) => number or null, shape: "area" | "line" | "bars" }, drawn in this order.
-	constructor(title, unit, least, format, ...series) {
-		Object.assign(this, { title, unit, least, format, series });
+	// Each of `series`: { name, value: (tick) => number or null, of: (values of a column) => number, fill }.
+	// `least` is the least that the top of the scale stands for.
+	constructor({ title, unit, least, format, series, empty, optional = false }) {
+		Object.assign(this, { title, unit, least, format, series, optional });
 		this.values = element("p.values");
-		this.plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" });
-		this.top = element("span.top");
-		this.from = element("span");
-		this.card = element("figure.chart", {},
-			element("figcaption", {}, title),
-			this.values,
-			element("div.plot", {}, this.top, this.plot),
-			element("p.ends", { "aria-hidden": "true" }, this.from, element("span", {}, "now")),
-		);
-		this.plot.addEventListener("pointermove", (event) => this.point(event));
-		this.plot.addEventListener("pointerleave", () => this.point(null));
+		this.empty = element("p.empty", {}, empty);
+		this.area = element("div.plot", { role: "img" });
+		this.card = element("figure.chart", {}, element("figcaption", {}, title), this.values, this.area, this.empty);
 	}
 
-	// `ticks` end at their `at`; the chart shows those of the `span` seconds before `now`.
+	// `ticks` end at their `at`; the chart shows those of the `span` seconds before `now`. An optional one shows itself
+	// once it has something to show.
 	draw(ticks, now, span) {
-		this.ticks = ticks.filter((tick) => tick.at > now - span);
-		this.x = (at) => WIDTH * (1 - (now - at) / span);
-		const all = this.series.flatMap(({ value }) => this.ticks.map(value)).filter((each) => each !== null);
+		this.span = span;
+		this.data = columns(ticks, now, span, this.series);
+		const all = this.data.slice(1).flat().filter((each) => each !== null);
+		this.card.hidden = this.optional && !all.length && !this.plot;
+		this.empty.hidden = all.length > 0;
+		if (this.card.hidden || !this.card.clientWidth) return;
 		this.highest = ceiling(Math.max(this.least, ...all));
-		this.plot.replaceChildren(...this.series.flatMap((each, place) => this.shape(each, place)));
-		this.top.textContent = this.format(this.highest);
-		this.from.textContent = `${span / 60} min ago`;
-		this.plot.setAttribute("aria-label", this.inWords(all));
+		this.plot ??= this.made();
+		this.plot.setData(this.data);
+		this.area.setAttribute("aria-label", this.inWords(all));
 		this.tell();
 	}
 
-	y(value) {
-		return HEIGHT - (value / this.highest) * (HEIGHT - 4);
+	made() {
+		const plot = new uPlot(this.options(), this.data, this.area);
+		new ResizeObserver(() => this.area.clientWidth && plot.setSize({ width: this.area.clientWidth, height: this.area.clientHeight })).observe(this.area);
+		matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plot.redraw());
+		return plot;
 	}
 
-	shape({ value, shape }, place) {
-		const points = this.ticks.map((tick) => [this.x(tick.at), value(tick)]);
-		if (shape === "bars") return points.filter(([, each]) => each).map(([x, each]) => this.bar(x, each, place));
-		const found = [];
-		for (const piece of pieces(points)) {
-			const line = piece.map(([x, each]) => `${x.toFixed(1)},${this.y(each).toFixed(1)}`).join(" ");
-			const corners = `${piece[0][0].toFixed(1)},${HEIGHT} ${line} ${piece.at(-1)[0].toFixed(1)},${HEIGHT}`;
-			if (shape === "area") found.push(svg("polygon", { class: `fill s${place}`, points: corners }));
-			found.push(svg("polyline", { class: `line s${place}`, points: line }));
-		}
-		return found;
+	options() {
+		const axis = { stroke: () => colour("--soft"), grid: { stroke: () => colour("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
+		return {
+			width: this.area.clientWidth,
+			height: this.area.clientHeight,
+			padding: [8, 12, 0, 0],
+			legend: { show: false },
+			cursor: { y: false, drag: { x: false, y: false }, sync: { key: "live" }, points: { show: false } },
+			scales: { x: { time: false, range: () => [-this.span, 0] }, y: { range: () => [0, this.highest] } },
+			axes: [
+				{ ...axis, size: 24, splits: () => [-this.span, -this.span / 2, 0], values: (_, all) => all.map(ago) },
+				{ ...axis, size: 52, splits: () => [0, this.highest / 2, this.highest], values: (_, [low, , high]) => [this.format(low), "", this.format(high)] },
+			],
+			series: [{}, ...this.series.map(drawn)],
+			hooks: { setCursor: [() => this.tell()] },
+		};
 	}
 
-	bar(x, value, place) {
-		const width = Math.max(2, this.x(1) - this.x(0.6));
-		return svg("rect", { x: x - width, y: this.y(value), width, height: HEIGHT - this.y(value) });
-	}
-
-	point(event) {
-		this.pointed = event && (event.offsetX / this.plot.clientWidth) * WIDTH;
-		this.tell();
-	}
-
-	// The values at the pointer, or the latest.
+	// The values under the pointer, or the latest.
 	tell() {
-		const tick = this.pointed == null ? null : this.ticks.find(({ at }) => this.x(at) >= this.pointed);
-		const shown = this.series.map(({ name, value }, place) => {
-			const found = tick ? value(tick) : this.latest(value);
+		const at = this.plot.cursor.idx ?? null;
+		const shown = this.series.map(({ name }, place) => {
+			const values = this.data[place + 1];
+			const found = at === null ? values.findLast((each) => each !== null) : values[at];
 			const number = element("b", {}, found == null ? "–" : this.format(found));
 			return element("span", { class: `value s${place}` }, number, ` ${name}`);
 		});
-		this.values.replaceChildren(...shown, element("span.soft", {}, this.when(tick)));
-	}
-
-	latest(value) {
-		const tick = this.ticks.findLast((each) => value(each) !== null);
-		return tick && value(tick);
-	}
-
-	when(tick) {
-		return tick ? `${this.unit} ${Math.round(this.ticks.at(-1).at - tick.at)} s ago` : this.unit;
+		const when = at === null ? "" : ago(this.data[0][at]);
+		this.values.replaceChildren(...shown, element("span.soft", {}, [this.unit, when].filter(Boolean).join(", ")));
 	}
 
 	inWords(all) {
-		if (!all.length) return `${this.title}: nothing yet`;
-		const now = this.series.map(({ name, value }) => `${name} ${this.format(this.latest(value) ?? 0)}`).join(", ");
-		return `${this.title} in ${this.unit}: now ${now}; highest ${this.format(Math.max(...all))}`;
+		const over = `${this.title} over ${plural(this.span / 60, "minute")}`;
+		if (!all.length) return `${over}: nothing yet`;
+		const now = this.series.map(({ name }, place) => {
+			const latest = this.data[place + 1].findLast((each) => each !== null) ?? 0;
+			return `${name} ${this.format(latest)}`.trim();
+		});
+		return `${over}: now ${now.join(", ")}; highest ${this.format(Math.max(...all))} ${this.unit}`.trim();
 	}
 }
 
-function pieces(points) {
-	const found = [[]];
-	for (const point of points) {
-		if (point[1] === null) found.push([]);
-		else found.at(-1).push(point);
-	}
-	return found.filter((piece) => piece.length);
+function drawn({ name, fill }, place) {
+	const stroke = () => colour(COLOURS[place]);
+	return {
+		label: name,
+		stroke,
+		width: 1.75,
+		paths: uPlot.paths.stepped({ align: -1 }),
+		points: { show: false },
+		...(fill ? { fill: () => `${colour(COLOURS[place])}2e` } : {}),
+	};
+}
+
+// Times before `now`, and for each series the values of the ticks of each column; null where there are none.
+function columns(ticks, now, span, series) {
+	const width = span / COLUMNS;
+	const last = Math.ceil(now / width);
+	const groups = Map.groupBy(ticks.filter(({ at }) => at > now - span), ({ at }) => Math.ceil(at / width));
+	const places = Array.from({ length: COLUMNS + 1 }, (_, back) => last - COLUMNS + back);
+	const all = series.map(({ value, of }) =>
+		places.map((place) => {
+			const values = (groups.get(place) ?? []).map(value).filter((each) => each !== null);
+			return values.length ? of(values) : null;
+		}),
+	);
+	return [places.map((place) => (place - last) * width), ...all];
+}
+
+function ago(seconds) {
+	if (seconds > -0.5) return "now";
+	return seconds <= -120 ? `${Math.round(-seconds / 6) / 10} min ago` : `${Math.round(-seconds)} s ago`;
 }
 
 // The next round number.
-export function ceiling(value) {
+function ceiling(value) {
 	const power = 10 ** Math.floor(Math.log10(value));
 	return power * ROUND.find((each) => each * power >= value * 0.999);
 }

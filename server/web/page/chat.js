@@ -1,33 +1,47 @@
 // The part where one talks with the model.
 
-import { ask, events, hasKey, inWords } from "./api.js";
-import { button, byId, copy, count, element, plural, seconds, soon, toast } from "./dom.js";
-import { show } from "./markdown.js";
+import { hasKey, inWords } from "./api.js";
+import { Conversation, newId } from "./conversation.js";
+import { ConversationList } from "./conversations.js";
+import { button, byId, copy, note, plural, toast } from "./dom.js";
+import { begin, CHAT, goOn } from "./generation.js";
+import * as options from "./options.js";
+import * as presets from "./presets.js";
+import * as scroll from "./scroll.js";
 import { explainIn, onStatus, status, takes } from "./status.js";
+import * as store from "./store.js";
+import { AnswerCard, branchSwitch, questionCard } from "./turn.js";
+import { follow } from "./waiting.js";
 
 const EXAMPLES = ["Write a haiku about a lighthouse.", "Show me a loop in Python."];
-const PATH = "v1/chat/completions";
+const OPEN = "microbatch-open"; // in sessionStorage: which conversation this tab shows
 
-const turns = []; // what the model is told of the conversation
-let running = null;
+let open = store.load(sessionStorage.getItem(OPEN)) ?? new Conversation();
+let running = null; // the answer that is being written: its controller, message, and conversation
+let list;
 
 export function start() {
 	byId("examples").append(...EXAMPLES.map((text) => button(text, () => say(text))));
 	byId("composer").addEventListener("submit", (event) => (event.preventDefault(), say(byId("question").value)));
 	byId("question").addEventListener("keydown", onKey);
 	byId("question").addEventListener("input", grow);
-	byId("part-chat").addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
-	byId("stop").addEventListener("click", () => running?.abort());
-	byId("clear").addEventListener("click", clear);
-	byId("options").open = matchMedia("(min-width: 60rem)").matches;
+	byId("part-chat").addEventListener("keydown", (event) => event.key === "Escape" && stop());
+	byId("stop").addEventListener("click", stop);
+	byId("new-chat").addEventListener("click", () => ((location.hash = "chat"), show(blank())));
+	for (const id of ["options", "kept"]) byId(id).open = matchMedia("(min-width: 75rem)").matches;
+	options.start();
+	presets.start();
+	scroll.start();
+	list = new ConversationList((conversation = blank()) => show(conversation));
+	addEventListener("storage", changedElsewhere);
+	addEventListener("pagehide", () => running && keep(running));
+	document.addEventListener("kept", () => list.draw(open));
 	explainIn("chat-note");
-	onStatus(({ info }) => {
-		if (info) byId("max-tokens").placeholder = info.limits.default_max_tokens || "what fits";
-		if (info?.sampling) byId("temperature").placeholder = info.sampling.temperature;
-		if (info?.sampling) byId("top-p").placeholder = info.sampling.top_p;
-		enable();
-	});
+	onStatus(enable);
+	show(open);
 }
+
+export const focus = () => byId("question").focus({ preventScroll: true });
 
 function onKey(event) {
 	if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -47,146 +61,173 @@ function enable() {
 	byId("stop").hidden = !running;
 }
 
-function clear() {
-	running?.abort();
-	turns.length = 0;
-	byId("turns").replaceChildren();
-	byId("empty").hidden = false;
-	byId("question").focus();
+const stop = () => running?.controller.abort();
+const blank = () => new Conversation({ system: byId("system").value.trim() });
+
+// The conversation that is shown
+
+function show(conversation) {
+	if (conversation.id === open.id && byId("turns").childElementCount) return retitle(conversation.title);
+	stop();
+	open = conversation;
+	sessionStorage.setItem(OPEN, open.id);
+	byId("system").value = open.system;
+	byId("system").dispatchEvent(new Event("input"));
+	draw();
+	scroll.toEnd();
+	focus();
 }
 
-function number(id) {
-	const field = byId(id);
-	return field.value === "" || !field.validity.valid ? undefined : Number(field.value);
+function retitle(title) {
+	open.title = title;
+	list.draw(open);
 }
 
-// Fields left empty are left out, so the service's own defaults hold.
-function request() {
-	const system = byId("system").value.trim();
-	const thinking = byId("thinking").value;
-	return {
-		model: status.info?.names[0],
-		messages: [...(system ? [{ role: "system", content: system }] : []), ...turns],
-		stream: true,
-		stream_options: { include_usage: true },
-		temperature: number("temperature"),
-		top_p: number("top-p"),
-		seed: number("seed"),
-		max_tokens: number("max-tokens"),
-		enable_thinking: thinking ? thinking === "true" : undefined,
-	};
+// `next` is the card of an answer on its way.
+function draw(next) {
+	const unanswered = open.messages[open.tip]?.role === "user" && !next;
+	const last = unanswered ? button("Ask again", () => regenerate(open.tip)) : next;
+	byId("turns").replaceChildren(...open.path().map(card), ...(last ? [last] : []));
+	byId("empty").hidden = open.tip >= 0;
+	list.draw(open);
 }
 
-function asCurl(body) {
+function card(place) {
+	const message = open.messages[place];
+	if (message.role === "user") return questionCard(message.content, (text) => edit(place, text), branches(place));
+	const made = new AnswerCard(message);
+	made.end(null, ...actions(place));
+	return made.card;
+}
+
+function branches(place) {
+	return branchSwitch(open.branches(place), place, (other) => {
+		if (running) return;
+		open.show(other);
+		save(open);
+		draw();
+	});
+}
+
+function actions(place) {
+	const message = open.messages[place];
+	const cut = place === open.tip && message.content && message.finish !== "stop";
+	const goesOn = cut && !status.info?.limits.thinking; // else the prompt's end would be within a thought
+	return [
+		button("Copy as curl", () => copy(asCurl(message))),
+		button("Regenerate", () => regenerate(message.parent)),
+		goesOn ? button("Continue", () => proceed(place)) : null,
+		branches(place),
+	];
+}
+
+function asCurl({ asked, parent }) {
 	const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 	const key = hasKey() ? ` -H "authorization: Bearer $API_KEY"` : "";
-	const url = new URL(PATH, document.baseURI);
-	return `curl -N ${quoted(url.href)}${key} -H 'content-type: application/json' -d ${quoted(JSON.stringify(body))}`;
+	const url = new URL(CHAT, document.baseURI);
+	const body = JSON.stringify({ ...asked, messages: open.told(parent) });
+	return `curl -N ${quoted(url.href)}${key} -H 'content-type: application/json' -d ${quoted(body)}`;
 }
 
-async function say(text) {
-	if (!text.trim() || running || byId("send").disabled) return;
-	const wrong = [...byId("options").querySelectorAll("input")].find((field) => !field.validity.valid);
-	if (wrong) return (byId("options").open = true), wrong.reportValidity();
-	running = new AbortController();
-	enable();
-	byId("empty").hidden = true;
+// What is done with it
+
+const may = () => !running && !byId("send").disabled && !options.wrong();
+
+function say(text) {
+	if (text.trim() && may()) return ask(text, open.end());
+}
+
+function edit(place, text) {
+	if (text.trim() && may()) return ask(text, open.messages[place].parent);
+}
+
+function ask(text, parent) {
 	byId("question").value = "";
 	grow();
-	turns.push({ role: "user", content: text });
-	const mine = element("article.mine", { "aria-label": "You" }, text);
-	const answer = new Answer(request());
-	byId("turns").append(mine, answer.card);
-	answer.card.scrollIntoView({ block: "end" });
-	await answer.stream(running);
-	if (!answer.card.isConnected) turns.length = 0; // a new conversation was begun meanwhile
-	else if (answer.failed || !answer.text) turns.pop(); // the model need not know
-	else turns.push({ role: "assistant", content: answer.text });
-	if (answer.failed) answer.foot.append(button("Try again", () => (mine.remove(), answer.card.remove(), say(text))));
-	running = null;
-	enable();
-	byId("question").focus({ preventScroll: true });
+	open.system = byId("system").value.trim();
+	open.add({ role: "user", content: text }, parent);
+	save(open);
+	return answer();
 }
 
-class Answer {
-	text = "";
-	thought = "";
-	failed = false;
-	first = this.tokens = this.finish = null;
+function regenerate(question) {
+	if (!may()) return;
+	open.tip = question;
+	return answer();
+}
 
-	constructor(body) {
-		this.body = body;
-		this.said = element("div.said");
-		this.foot = element("p.foot");
-		this.card = element("article.answer", { "aria-label": "Answer", "aria-busy": "true" }, this.said, this.foot);
-		this.draw = soon(() => this.drawn());
-	}
+// Writes an answer to the question at the tip.
+function answer() {
+	if (!may()) return;
+	const message = { role: "assistant", content: "", asked: options.asked() };
+	const told = open.told();
+	const made = new AnswerCard(message);
+	draw(made.card);
+	return write(made, (how) => begin(message, told, how));
+}
 
-	async stream(controller) {
-		this.begun = performance.now();
-		try {
-			const response = await ask(PATH, { body: this.body, signal: controller.signal });
-			for await (const chunk of events(response)) this.take(chunk);
-		} catch (error) {
-			if (controller.signal.aborted) this.finish = "stopped by you";
-			else this.fail(inWords(error));
-		}
-		this.end();
-	}
+// Goes on with the answer at `place`.
+function proceed(place) {
+	if (!may()) return;
+	const message = open.messages[place];
+	const told = open.told(message.parent);
+	const made = new AnswerCard(message);
+	made.drawn();
+	byId("turns").lastElementChild.replaceWith(made.card);
+	return write(made, (how) => goOn(message, told, how));
+}
 
-	take({ choices: [choice], usage }) {
-		if (usage) this.tokens = usage.completion_tokens;
-		if (!choice) return;
-		const { content, reasoning_content: thought } = choice.delta;
-		if (content || thought) this.first ??= performance.now();
-		this.last = performance.now();
-		this.text += content ?? "";
-		this.thought += thought ?? "";
-		this.finish = choice.finish_reason ?? this.finish;
-		this.draw();
-	}
+async function write(made, run) {
+	const { message } = made;
+	running = { controller: new AbortController(), message, conversation: open };
+	const { signal } = running.controller;
+	enable();
+	made.busy("");
+	scroll.toEnd();
+	const id = `page-${newId()}`;
+	const leave = follow(id, (words) => made.busy(words));
+	const changed = () => {
+		leave();
+		made.busy("Generating");
+		made.draw();
+	};
+	const wrong = await run({ id, signal, changed }).catch((error) => (signal.aborted ? null : inWords(error)));
+	leave();
+	if (wrong) message.finish = "error";
+	keep(running);
+	running = null;
+	enable();
+	if (made.card.isConnected) end(made, wrong); // else another conversation was opened meanwhile
+}
 
-	drawn() {
-		const follows = document.documentElement.scrollHeight - innerHeight - scrollY < 80;
-		if (this.thought) this.drawThought();
-		show(this.said, this.text);
-		if (follows) scrollTo(0, document.documentElement.scrollHeight);
-	}
+function end(made, wrong) {
+	const place = open.messages.indexOf(made.message);
+	const question = open.tip;
+	made.end(wrong, ...(place < 0 ? [button("Try again", () => regenerate(question))] : actions(place)));
+	if (place < 0) open.show(question); // an earlier answer, if there is one
+	if (!wrong) toast(made.message.tokens ? `Answered, ${plural(made.message.tokens, "token")}` : "Stopped");
+	list.draw(open);
+	focus();
+}
 
-	drawThought() {
-		if (!this.folded) {
-			this.folded = element("details.thought", {}, element("summary"), element("div"));
-			this.card.prepend(this.folded);
-		}
-		this.folded.firstChild.textContent = this.text || this.finish ? "Thought" : "Thinking…";
-		show(this.folded.lastChild, this.thought);
-	}
+// Keeping it
 
-	fail(words) {
-		this.failed = true;
-		this.card.append(element("p.note", { role: "alert" }, words));
-		this.card.append(this.foot);
-	}
+function keep({ message, conversation }) {
+	if (!message.content && !message.thought) return;
+	if (!conversation.messages.includes(message)) conversation.add(message);
+	if (store.load(conversation.id)) save(conversation); // else it was deleted meanwhile
+}
 
-	end() {
-		this.drawn();
-		this.card.removeAttribute("aria-busy");
-		const facts = this.facts();
-		this.foot.append(element("span", {}, facts.join(" · ")));
-		if (this.text) this.foot.append(button("Copy", () => copy(this.text)));
-		this.foot.append(button("Copy as curl", () => copy(asCurl(this.body))));
-		if (!this.failed) toast(this.tokens ? `Answered, ${plural(this.tokens, "token")}` : "Stopped");
-	}
+function save(conversation) {
+	conversation.changed = Date.now();
+	const room = store.save(conversation);
+	note("kept-note", room ? "" : "This browser has no room left to keep this conversation. Export or delete some.");
+}
 
-	facts() {
-		const facts = [];
-		if (this.first) facts.push(`first token after ${seconds((this.first - this.begun) / 1000)}`);
-		if (this.tokens) facts.push(plural(this.tokens, "token"));
-		if (this.tokens > 1 && this.last > this.first) {
-			facts.push(`${count(((this.tokens - 1) * 1000) / (this.last - this.first))} tokens/s`);
-		}
-		if (this.finish === "length") facts.push("cut at its greatest length");
-		else if (this.finish && this.finish !== "stop") facts.push(this.finish);
-		return facts;
-	}
+function changedElsewhere({ key }) {
+	if (key !== null && key !== store.entry(open.id)) return list.draw(open);
+	const found = store.load(open.id);
+	if (running || !found) return list.draw(open);
+	open = found;
+	draw();
 }

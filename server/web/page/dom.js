@@ -8,10 +8,6 @@ export function element(kind, attributes = {}, ...children) {
 	return fill(document.createElement(tag), name ? { class: name, ...attributes } : attributes, children);
 }
 
-export function svg(tag, attributes = {}, ...children) {
-	return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-}
-
 function fill(made, attributes, children) {
 	for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
 	made.append(...children.filter((child) => child != null));

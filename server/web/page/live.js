@@ -1,6 +1,6 @@
 // The part that shows the batcher at work, from the stream of its events.
 
-import { byId, count, note, soon, seconds, table } from "./dom.js";
+import { byId, count, element, note, soon, seconds, table } from "./dom.js";
 import { Chart } from "./chart.js";
 import { here, listen, toHere } from "./feed.js";
 
@@ -8,25 +8,69 @@ const KEPT = 600; // ticks, as on the server
 const ROWS = 12;
 
 const whole = (value) => count(Math.round(value));
-const share = (part, all) => (all ? part / all : null);
+const most = (values) => Math.max(...values);
+const mean = (values) => values.reduce((sum, each) => sum + each, 0) / values.length;
+const last = (values) => values.at(-1);
 
-const area = (name, value) => ({ name, value, shape: "area" });
-const line = (name, value) => ({ name, value, shape: "line" });
-const bars = (value) => ({ name: "", value, shape: "bars" });
-const gib = ({ memory }) => (memory === null ? null : memory / 2 ** 30);
-
-// Title, unit, the least that the highest place of the scale stands for, how numbers are written, series.
 const CHARTS = [
-	["Requests", "rows", 4, whole, area("running", (tick) => tick.running), line("waiting", (tick) => tick.queued)],
-	["Tokens generated", "tokens/s", 10, whole, area("", (tick) => tick.speed)],
-	["Size of batches at their start", "rows", 4, count, bars((tick) => share(tick.batch_rows, tick.batches))],
-	["Padding in prompts", "% of positions", 10, whole, bars(padding)],
-	["Time to first token, last 30 s of answers", "", 0.1, seconds, area("p95", (tick) => tick.ttft_p95), line("p50", (tick) => tick.ttft_p50)],
-	["Memory of the device", "GiB", 0.5, (value) => value.toFixed(value < 10 ? 2 : 1), area("", gib)],
+	{
+		title: "Requests",
+		unit: "",
+		least: 4,
+		format: whole,
+		series: [
+			{ name: "running", value: (tick) => tick.running, of: most, fill: true },
+			{ name: "queued", value: (tick) => tick.queued, of: most },
+		],
+	},
+	{
+		title: "Output",
+		unit: "tokens/s",
+		least: 10,
+		format: whole,
+		series: [{ name: "", value: (tick) => tick.output, of: mean, fill: true }],
+	},
+	{
+		title: "Prefill",
+		unit: "tokens/s",
+		least: 10,
+		format: whole,
+		series: [{ name: "", value: (tick) => tick.prefill, of: mean, fill: true }],
+	},
+	{
+		title: "Time to first token, last 30 s",
+		unit: "",
+		least: 0.1,
+		format: seconds,
+		empty: "No answers in this time.",
+		series: [
+			{ name: "p50", value: (tick) => tick.ttft_p50, of: last },
+			{ name: "p95", value: (tick) => tick.ttft_p95, of: last },
+		],
+	},
+	{
+		title: "Prompt padding, latest batch",
+		unit: "% of positions",
+		least: 10,
+		format: whole,
+		optional: true,
+		empty: "No padding in this time.",
+		series: [{ name: "", value: (tick) => tick.padding, of: last, fill: true }],
+	},
+	{
+		title: "Device memory",
+		unit: "GiB",
+		least: 0.5,
+		format: (value) => value.toFixed(value < 10 ? 2 : 1),
+		optional: true,
+		empty: "Not measured in this time.",
+		series: [{ name: "", value: ({ memory }) => (memory ? memory / 2 ** 30 : null), of: last, fill: true }],
+	},
 ];
 
-function padding({ prompt_tokens: prompt, padded_tokens: padded }) {
-	return padded ? 100 * (1 - prompt / padded) : null;
+// Nothing before the first batch that has some: an engine without it need not tell of it.
+function padding({ prompt_tokens: prompt, padded_tokens: padded }, before) {
+	return padded && (before || padded > prompt) ? 100 * (1 - prompt / padded) : before;
 }
 
 let charts = [];
@@ -37,7 +81,7 @@ let leave = null;
 const draw = soon(drawn);
 
 export function start() {
-	charts = CHARTS.map((each) => new Chart(...each));
+	charts = CHARTS.map((each) => new Chart(each));
 	byId("charts").append(...charts.map((chart) => chart.card));
 	byId("span").addEventListener("change", draw);
 	draw();
@@ -50,7 +94,7 @@ export function look(seen) {
 }
 
 function hear(message) {
-	if (message.lost) return note("live-note", "The stream of events broke off and is opened again.");
+	if (message.lost) return note("live-note", "Server unreachable, retrying.");
 	if (message.ticks) begin(message);
 	if (message.tick) add(message.tick);
 	if (message.ended) ended = [message, ...ended].slice(0, ROWS);
@@ -66,12 +110,14 @@ function begin({ period: length, ticks: columns, rows }) {
 	ended = rows.filter((each) => each.ended).reverse().slice(0, ROWS);
 }
 
-// The speed is that of two seconds: where steps are slow, ticks without any lie between others.
+// Speeds are those of two seconds: where steps are slow, ticks without any lie between others.
 function add(tick) {
+	tick.padding = padding(tick, ticks.at(-1)?.padding ?? null);
 	ticks.push(tick);
 	if (ticks.length > KEPT) ticks.shift();
-	const last = ticks.slice(-4);
-	tick.speed = last.reduce((sum, each) => sum + each.tokens, 0) / last.length / period;
+	const recent = ticks.slice(-4);
+	tick.output = mean(recent.map((each) => each.tokens)) / period;
+	tick.prefill = mean(recent.map((each) => each.prompt_tokens)) / period;
 }
 
 function drawn() {
@@ -81,7 +127,7 @@ function drawn() {
 	table(
 		byId("latest"),
 		"Latest requests",
-		["Ended", "Request", "Outcome", "Waited", "First token", "Whole", "Prompt", "Answer", "Batch"],
+		["Ended", "Outcome", "Queued", "First token", "Total", "Prompt", "Cached", "Output", "Batch", "Request"],
 		ended.map(cells),
 	);
 }
@@ -90,13 +136,14 @@ function cells({ ended: row, at }) {
 	const ago = Math.max(0, Math.round(here() - toHere(at)));
 	return [
 		`${ago} s ago`,
-		row.id,
 		row.outcome,
 		seconds(row.queue_wait),
 		seconds(row.ttft),
 		seconds(row.duration),
 		count(row.prompt_tokens),
+		count(row.num_cached_tokens),
 		count(row.output_tokens),
 		row.batch_size ? count(row.batch_size) : "–",
+		element("span.id", { title: row.id }, row.id),
 	];
 }

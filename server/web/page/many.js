@@ -30,7 +30,7 @@ export function start() {
 	byId("document").value = SAMPLE;
 	byId("questions").value = QUESTIONS;
 	byId("questions").addEventListener("input", label);
-	byId("many").addEventListener("submit", (event) => (event.preventDefault(), go()));
+	byId("ask-many").addEventListener("submit", (event) => (event.preventDefault(), go()));
 	byId("ask-stop").addEventListener("click", () => running?.abort());
 	explainIn("many-note");
 	onStatus(enable);
@@ -151,7 +151,7 @@ class Round {
 		table(
 			byId("times"),
 			"Times of each question",
-			["Question", "Waited", "First token", "End", "Tokens", "Batch"],
+			["Question", "Queued", "First token", "Total", "Tokens", "Batch"],
 			this.rows.map((row) => row.cells()),
 		);
 		if (!this.over) this.draw();
@@ -177,7 +177,7 @@ class Row {
 		this.question = question;
 		this.place = place;
 		this.said = element("div.said");
-		this.foot = element("p.foot", {}, "waits");
+		this.foot = element("p.foot", {}, "Queued");
 		this.card = element("article.card", {}, element("h4", {}, `${place + 1}. ${question}`), this.said, this.foot);
 		this.draw = soon(() => show(this.said, this.shown()));
 	}
@@ -221,7 +221,7 @@ class Row {
 	label() {
 		const words = [];
 		if (this.first) words.push(`first token after ${seconds(this.first - this.queued)}`);
-		else words.push(this.ended ? "no answer" : this.started ? "prompt is read" : "waits");
+		else words.push(this.ended ? "No answer" : this.started ? "Prefill" : "Queued");
 		if (this.tokens) words.push(plural(this.tokens, "token"));
 		if (this.batch) words.push(`batch of ${this.size}`);
 		this.foot.textContent = words.join(" · ");

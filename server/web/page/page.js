@@ -4,6 +4,7 @@ import * as chat from "./chat.js";
 import { byId } from "./dom.js";
 import * as live from "./live.js";
 import * as many from "./many.js";
+import * as scroll from "./scroll.js";
 import * as state from "./state.js";
 import { onStatus, refresh } from "./status.js";
 
@@ -18,17 +19,18 @@ function turn() {
 	}
 	document.title = `${byId(`${shown()}-title`).textContent} – microbatch`;
 	watch();
+	if (shown() === "chat") chat.focus();
 }
 
 const watch = () => live.look(shown() === "live" && !document.hidden);
 
 onStatus(({ state: word, info }) => {
 	byId("pill").dataset.state = word;
-	byId("pill-state").textContent = word === "unreachable" ? "no answer" : word;
+	byId("pill-state").textContent = word;
 	byId("pill-model").textContent = info?.names[0] ?? "";
 });
 for (const part of [chat, many, live, state]) part.start();
-addEventListener("hashchange", () => (turn(), scrollTo(0, 0)));
+addEventListener("hashchange", () => (turn(), shown() === "chat" ? scroll.toEnd() : scrollTo(0, 0)));
 document.addEventListener("visibilitychange", watch);
 turn();
 refresh();

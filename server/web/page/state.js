@@ -12,8 +12,10 @@ export function start() {
 function draw({ state, info }) {
 	byId("words").textContent = WORDS[state];
 	loading(state === "starting" ? info.loading : null);
-	if (info) list("runs", runs(info));
-	if (info) list("limits", limits(info));
+	if (!info) return;
+	list("runs", runs(info));
+	list("sampling", info.sampling ? sampling(info.sampling) : []);
+	list("limits", limits(info));
 }
 
 function loading(progress) {
@@ -30,48 +32,54 @@ function list(id, pairs) {
 	byId(id).replaceChildren(...entries);
 }
 
-function runs({ names, version, uptime, model }) {
+const ENGINES = {
+	packed: "packed: rows without padding, which join a running batch",
+	generate: "generate: padded batches, one after the other",
+};
+const REUSE = { all: "between all requests", key: "between requests of one API key", off: "off" };
+
+function runs({ names, engine, versions, uptime, model, limits }) {
 	const loaded = model
 		? [
-				["Size", `${(model.parameters / 1e9).toFixed(2)} billion parameters`],
+				["Engine", ENGINES[engine]],
+				["Parameters", `${(model.parameters / 1e9).toFixed(2)} billion`],
 				["Device", model.device],
-				["Number format", model.dtype],
+				["Precision", model.dtype],
+				["Prefix reuse", engine === "packed" ? REUSE[limits.prefix_sharing] : "not with this engine"],
 			]
 		: [];
-	return [["Model", names.join(", ")], ...loaded, ["Version", version], ["Up for", long(uptime)]];
+	const installed = Object.entries(versions).map(([name, version]) => `${name} ${version}`);
+	return [["Model", names.join(", ")], ...loaded, ["Versions", installed.join(", ")], ["Uptime", long(uptime)]];
 }
 
-function limits({ limits, model, sampling }) {
+function limits({ limits, model }) {
 	const tokens = (number) => plural(number, "token");
 	return [
-		...(model ? [["Window", `${tokens(model.context_window)} of prompt and answer`]] : []),
-		["Answers", `${limits.default_max_tokens ? tokens(limits.default_max_tokens) : "what fits the window"} by default, ${count(limits.max_output_tokens)} at most`],
-		...(sampling ? [["Sampling", `${chosen(sampling)} by default`]] : []),
-		...(limits.max_batch_size ? [["Batches", `up to ${plural(limits.max_batch_size, "row")}${model ? ` or ${count(model.token_budget)} padded tokens` : ""}`]] : []),
-		["Batch window", `${limits.batch_window_ms} ms`],
-		["Queue", plural(limits.queue_size, "row")],
-		...(limits.key_queue_size ? [["Queue of one key", plural(limits.key_queue_size, "row")]] : []),
-		...(limits.key_queue_tokens ? [["Tokens of one key", count(limits.key_queue_tokens)]] : []),
-		["Time limit", long(limits.request_timeout_s)],
-		["Time to stop", long(limits.drain_timeout_s)],
-		["Largest body", `${limits.max_body_mib} MiB`],
-		["Thinking", limits.thinking ? "on unless a request says no" : "off unless a request asks for it"],
+		...(model ? [["Context window", `${tokens(model.context_window)} for prompt and answer`]] : []),
+		["Answer", `at most ${tokens(limits.max_output_tokens)}; ${limits.default_max_tokens ? tokens(limits.default_max_tokens) : "what fits"} if a request does not say`],
+		...(limits.max_batch_size ? [["Batch", `at most ${plural(limits.max_batch_size, "row")}${model ? ` and ${tokens(model.token_budget)}` : ""}`]] : []),
+		["Batch window", `an idle device waits ${limits.batch_window_ms} ms for more requests`],
+		["Queue", `at most ${plural(limits.queue_size, "request")}; then requests get status 429`],
+		...(limits.key_queue_size ? [["Queue of one key", `at most ${plural(limits.key_queue_size, "request")}`]] : []),
+		...(limits.key_queue_tokens ? [["Tokens of one key", `at most ${tokens(limits.key_queue_tokens)} waiting`]] : []),
+		["Time limit", `${long(limits.request_timeout_s)} from a request's arrival to its last token`],
+		["Shutdown", `accepted requests may take ${long(limits.drain_timeout_s)} more`],
+		["Request body", `at most ${limits.max_body_mib} MiB`],
+		["Thinking", limits.thinking ? "on unless a request turns it off" : "off unless a request turns it on"],
 	];
 }
 
-// Temperature and top_p, and whatever else has an effect.
-function chosen({ temperature, top_p, top_k, min_p, repetition_penalty }) {
-	return [
-		`temperature ${temperature}`,
-		`top_p ${top_p}`,
-		...(top_k ? [`top_k ${top_k}`] : []),
-		...(min_p ? [`min_p ${min_p}`] : []),
-		...(repetition_penalty !== 1 ? [`repetition_penalty ${repetition_penalty}`] : []),
-	].join(", ");
+const SAMPLING = { temperature: "Temperature", top_p: "Top-p", top_k: "Top-k", min_p: "Min-p", repetition_penalty: "Repetition penalty" };
+const WITHOUT = { top_k: 0, min_p: 0, repetition_penalty: 1 };
+
+// Temperature and top-p, and whatever else has an effect.
+function sampling(defaults) {
+	const found = Object.entries(SAMPLING).filter(([name]) => defaults[name] !== WITHOUT[name]);
+	return found.map(([name, label]) => [label, String(defaults[name])]);
 }
 
 function long(value) {
-	if (value < 120) return `${value} s`;
+	if (value < 120) return plural(value, "second");
 	const minutes = Math.floor(value / 60);
-	return minutes < 120 ? `${minutes} minutes` : `${Math.floor(minutes / 60)} hours`;
+	return minutes < 120 ? plural(minutes, "minute") : plural(Math.floor(minutes / 60), "hour");
 }

@@ -5,13 +5,13 @@ import { note } from "./dom.js";
 
 export const WORDS = {
 	connecting: "Connecting.",
-	starting: "Starting. The model is loading; questions are taken when it is done.",
-	ready: "Ready. Questions are taken.",
-	draining: "Stopping. What was accepted is being finished, and nothing new is taken.",
+	starting: "Starting. The model is loading; it takes requests when that is done.",
+	ready: "Ready.",
+	draining: "Stopping. Accepted requests are finished, new ones are refused.",
 	stopped: "Stopped.",
-	failed: "Failed. The model is down and the service needs a restart; its log says why.",
-	unreachable: "No answer from the service. It is asked again.",
-	locked: "The service wants an API key to tell more.",
+	failed: "Failed. The model is down and the service needs a restart; see its log.",
+	unreachable: "Server unreachable, retrying.",
+	locked: "This service needs an API key to tell more.",
 };
 
 export const status = { state: "connecting", info: null };

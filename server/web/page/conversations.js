@@ -1,0 +1,73 @@
+// The list of kept conversations: open, rename, delete, export and import them.
+
+import { button, byId, element, plural, toast } from "./dom.js";
+import * as store from "./store.js";
+
+export class ConversationList {
+	// `open` is called with a conversation to show, or with none for a new one.
+	constructor(open) {
+		this.open = open;
+		byId("export-all").addEventListener("click", () => download(store.all()));
+		byId("import").addEventListener("click", () => byId("import-file").click());
+		byId("import-file").addEventListener("change", (event) => this.read(event.target));
+	}
+
+	draw(current) {
+		const kept = store.all();
+		byId("conversations").replaceChildren(...kept.map((each) => this.item(each, each.id === current.id)));
+		byId("export-all").disabled = !kept.length;
+	}
+
+	item(conversation, current) {
+		const name = button(conversation.title || "Untitled", () => this.open(conversation));
+		name.classList.add("name");
+		if (!current) return element("li", {}, name);
+		name.setAttribute("aria-current", "true");
+		return element("li", {}, name, this.actions(conversation, name));
+	}
+
+	actions(conversation, name) {
+		return element("p.foot", {},
+			button("Rename", () => name.replaceWith(this.field(conversation))),
+			button("Export", () => download([conversation])),
+			button("Delete", () => this.remove(conversation)),
+		);
+	}
+
+	field(conversation) {
+		const field = element("input", { "aria-label": "Name", value: conversation.title });
+		const end = (kept) => {
+			field.onblur = null;
+			if (kept && field.value.trim()) store.save(Object.assign(conversation, { title: field.value.trim() }));
+			this.open(conversation);
+		};
+		field.onkeydown = ({ key }) => {
+			if (["Enter", "Escape"].includes(key)) end(key === "Enter");
+		};
+		field.onblur = () => end(true);
+		setTimeout(() => field.select());
+		return field;
+	}
+
+	remove(conversation) {
+		if (!confirm(`Delete “${conversation.title}”?`)) return;
+		store.remove(conversation.id);
+		this.open();
+	}
+
+	async read(chooser) {
+		try {
+			toast(`${plural(store.take(await chooser.files[0].text()), "conversation")} imported`);
+		} catch (error) {
+			alert(error.message);
+		}
+		chooser.value = ""; // so that the same file can be chosen again
+		document.dispatchEvent(new Event("kept"));
+	}
+}
+
+function download(conversations) {
+	const url = URL.createObjectURL(new Blob([store.exported(conversations)], { type: "application/json" }));
+	element("a", { href: url, download: "conversations.json" }).click();
+	setTimeout(() => URL.revokeObjectURL(url), 1000);
+}

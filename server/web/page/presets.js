@@ -1,0 +1,56 @@
+// System messages to choose from: some of ours, and those that a person saved in this browser.
+
+import { byId, element } from "./dom.js";
+
+const KEPT = "microbatch-presets";
+const OURS = {
+	Brief: "Answer in one or two sentences.",
+	Teacher: "Explain step by step, for somebody who is new to the subject. Give one example.",
+	"Code reviewer": "You review code. Name bugs first, then what could be simpler. Show the changed lines only.",
+	Translator: "Translate what the user writes into English. Answer with the translation alone.",
+};
+
+let own = {};
+
+export function start() {
+	byId("preset").addEventListener("change", ({ target }) => choose({ ...OURS, ...own }[target.value] ?? ""));
+	byId("system").addEventListener("input", draw);
+	byId("save-preset").addEventListener("click", () => keep({ ...own, [name(text())]: text() }));
+	byId("delete-preset").addEventListener("click", () => keep(without(byId("preset").value)));
+	own = read();
+	draw();
+}
+
+const text = () => byId("system").value.trim();
+const name = (words) => words.split("\n")[0].slice(0, 40);
+const without = (gone) => Object.fromEntries(Object.entries(own).filter(([each]) => each !== gone));
+
+function choose(system) {
+	byId("system").value = system;
+	byId("system").dispatchEvent(new Event("input"));
+}
+
+function keep(presets) {
+	own = presets;
+	localStorage.setItem(KEPT, JSON.stringify(own));
+	draw();
+}
+
+function read() {
+	try {
+		const kept = Object.entries(JSON.parse(localStorage.getItem(KEPT)) ?? {});
+		return Object.fromEntries(kept.filter(([, words]) => typeof words === "string"));
+	} catch {
+		return {};
+	}
+}
+
+function draw() {
+	const options = (presets) => Object.keys(presets).map((each) => element("option", {}, each));
+	const group = (label, presets) => element("optgroup", { label }, ...options(presets));
+	const found = Object.entries({ ...OURS, ...own }).find(([, words]) => words === text())?.[0];
+	byId("preset").replaceChildren(element("option", { value: "" }, text() && !found ? "Your own" : "None"), group("Presets", OURS), group("Saved", own));
+	byId("preset").value = found ?? "";
+	byId("save-preset").hidden = !text() || found !== undefined;
+	byId("delete-preset").hidden = !(found in own);
+}

@@ -1,0 +1,62 @@
+// Where conversations are kept: in this browser, under an entry each, and nowhere else.
+
+import { Conversation, isConversation, newId } from "./conversation.js";
+
+const PREFIX = "microbatch-conversation-";
+const FORMAT = "microbatch conversations";
+
+export const entry = (id) => PREFIX + id;
+
+// All that are kept, the latest first.
+export function all() {
+	const ids = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
+	const found = ids.map((key) => load(key.slice(PREFIX.length)));
+	return found.filter(Boolean).sort((a, b) => b.changed - a.changed);
+}
+
+export function load(id) {
+	const value = parsed(localStorage.getItem(entry(id)));
+	return isConversation(value) ? new Conversation(value) : null;
+}
+
+// Returns whether there was room.
+export function save(conversation) {
+	try {
+		localStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
+		return true;
+	} catch {
+		return false;
+	}
+}
+
+export const remove = (id) => localStorage.removeItem(entry(id));
+
+export const exported = (conversations) => JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
+
+// Keeps what a file has, and returns how many that were. Raises an error in words.
+export function take(text) {
+	const found = parsed(text);
+	if (found?.format !== FORMAT || found.version !== 1 || !Array.isArray(found.conversations)) {
+		throw new Error("This file has no exported conversations.");
+	}
+	const wrong = found.conversations.findIndex((each) => !isConversation(each));
+	if (wrong >= 0) throw new Error(`Conversation ${wrong + 1} of this file is damaged; nothing was imported.`);
+	const taken = found.conversations.map(unlike).filter(Boolean);
+	if (!taken.every(save)) throw new Error("The browser has no room for all of them; delete some conversations.");
+	return taken.length;
+}
+
+// The conversation, under another id if that is taken; nothing if it is there already.
+function unlike(conversation) {
+	const kept = localStorage.getItem(entry(conversation.id));
+	if (kept === null) return conversation;
+	return kept === JSON.stringify(conversation) ? null : { ...conversation, id: newId() };
+}
+
+function parsed(text) {
+	try {
+		return JSON.parse(text);
+	} catch {
+		return null;
+	}
+}

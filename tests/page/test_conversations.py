@@ -1,0 +1,437 @@
+"""Laws of the page's conversations: they are kept in the browser, have branches, and can be gone on with."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from batching.types import Request
+from tests.live import BYTES, END, Live, live, scripted, tokens_of
+from tests.page.browser import PHONE, Browser
+from tests.server.test_app import babble, remembering
+
+pytestmark = pytest.mark.browser
+
+
+def counted() -> Callable[[Request, int], int]:
+    """The first request is answered "answer 1", the next "answer 2"."""
+    numbers: dict[str, int] = {}
+
+    def script(request: Request, position: int) -> int:
+        text = tokens_of(f"answer {numbers.setdefault(request.id, len(numbers) + 1)}")
+        return text[position] if position < len(text) else END
+
+    return script
+
+
+@pytest.fixture
+def service() -> Iterator[Live]:
+    with live(scripted(counted())) as found:
+        yield found
+
+
+def prompt(request: Request) -> str:
+    return str(BYTES.decode(list(request.prompt)))
+
+
+def ask(page: Browser, *questions: str) -> None:
+    for question in questions:
+        before = len(page.all(".answer"))
+        page.say(question)
+        page.answered(before + 1)
+
+
+def answers(page: Browser, *expected: str) -> None:
+    page.wait(lambda: page.texts(".answer:not([aria-busy]) .said") == list(expected), f"the answers are {expected}")
+
+
+def reload(page: Browser) -> None:
+    page.driver.refresh()
+    page.wait(lambda: page.state() == "ready", "the page is there again")
+
+
+def edit(page: Browser, text: str) -> None:
+    """Write the last question anew."""
+    page.press("Edit")
+    page.all(".editor textarea")[0].send_keys(Keys.CONTROL, "a")
+    page.all(".editor textarea")[0].send_keys(text, Keys.ENTER)
+
+
+# Kept in the browser
+
+
+def test_a_conversation_is_kept_and_gone_on_with(page: Browser) -> None:
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, "Hello!"))) as service:
+        page.open(service.url)
+        page.id("system").send_keys("Be brief.")
+        ask(page, "Hi")
+        reload(page)
+        assert page.texts(".mine, .said") == ["Hi", "Hello!"]
+        assert "first token after" in page.text(".answer .foot")
+        assert page.id("system").get_attribute("value") == "Be brief."
+        ask(page, "And?")
+        assert page.texts(".mine, .said") == ["Hi", "Hello!", "And?", "Hello!"]
+    shown = "<system>Be brief.<|end|><user>Hi<|end|><assistant>Hello!<|end|><user>And?<|end|><assistant>"
+    assert prompt(seen[-1]) == shown
+
+
+def test_what_was_written_before_the_page_was_left_is_kept(page: Browser) -> None:
+    with live(scripted(babble, stepped=True)) as service:
+        page.open(service.url)
+        page.say("Hi")
+        service.wait_running()
+        service.engine.release(3)
+        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+        reload(page)
+        assert page.texts(".mine, .said") == ["Hi", "xxx"]
+        assert "Continue" in page.text(".answer .foot")
+
+
+def test_conversations_are_listed_opened_renamed_and_deleted(page: Browser, service: Live) -> None:
+    page.open(service.url)
+    ask(page, "First question and more of it")
+    page.id("new-chat").click()
+    assert page.texts(".mine, .said") == []
+    ask(page, "Second")
+    assert page.texts("#conversations .name") == ["Second", "First question and more of it"]
+    page.press("First question and more of it")
+    assert page.texts(".said") == ["answer 1"]
+    page.press("Rename")
+    field = page.all("#conversations input")[0]
+    page.wait(lambda: page.js("return document.activeElement === arguments[0]", field), "the name can be written")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("Lighthouses", Keys.ENTER)
+    page.wait(lambda: "Lighthouses" in page.texts("#conversations .name"), "it has its new name")
+    ask(page, "More")
+    reload(page)
+    assert page.texts("#conversations .name") == ["Lighthouses", "Second"]
+    assert page.texts(".said") == ["answer 1", "answer 3"]
+    page.press("Delete", "#kept")
+    page.driver.switch_to.alert.dismiss()
+    assert len(page.texts("#conversations .name")) == 2
+    page.press("Delete", "#kept")
+    page.driver.switch_to.alert.accept()
+    page.wait(lambda: page.texts("#conversations .name") == ["Second"], "it is gone")
+    assert page.texts(".mine, .said") == []
+    reload(page)
+    assert page.texts("#conversations .name") == ["Second"]
+
+
+def test_a_deleted_conversation_stays_deleted_though_its_answer_was_on_its_way(page: Browser) -> None:
+    with live(scripted(babble, stepped=True)) as service:
+        page.open(service.url)
+        page.say("Hi")
+        service.wait_running()
+        service.engine.release(3)
+        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+        page.press("Delete", "#kept")
+        page.driver.switch_to.alert.accept()
+        service.wait_ended()
+        page.wait(lambda: page.id("send").is_displayed(), "the answer is stopped")
+        assert page.texts("#conversations .name") == []
+
+
+def test_what_another_tab_keeps_is_listed(page: Browser, service: Live) -> None:
+    page.open(service.url)
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.open(service.url)
+    ask(page, "From the other tab")
+    page.driver.close()
+    page.driver.switch_to.window(first)
+    page.wait(lambda: page.texts("#conversations .name") == ["From the other tab"], "the first tab lists it")
+
+
+FILL = """
+for (let size = 2 ** 22; size >= 1; size /= 2) {
+  try { localStorage["x" + size] = "x".repeat(size); } catch {}
+}
+"""
+
+
+def test_a_full_browser_is_told(page: Browser, service: Live) -> None:
+    page.open(service.url)
+    page.js(
+        "for (let size = 2 ** 22; size >= 1; size /= 2) try { localStorage['x' + size] = 'x'.repeat(size); } catch {}"
+    )
+    ask(page, "Hi")
+    assert "no room left" in page.text("#kept-note")
+    assert page.texts(".said") == ["answer 1"]
+    page.js("localStorage.clear()")
+    ask(page, "And now?")
+    assert page.text("#kept-note") == ""
+
+
+# Files
+
+
+def exported(page: Browser, folder: Path, label: str) -> dict[str, Any]:
+    """The one file that a button saves."""
+    behaviour = {"behavior": "allow", "downloadPath": str(folder)}
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    page.press(label, "#kept")
+    page.wait(lambda: bool(list(folder.glob("*.json"))), "a file is saved")
+    [file] = folder.glob("*.json")
+    found: dict[str, Any] = orjson.loads(file.read_bytes())
+    return found
+
+
+def test_an_exported_conversation_comes_back_when_it_is_imported(page: Browser, service: Live, tmp_path: Path) -> None:
+    page.open(service.url)
+    ask(page, "One")
+    page.id("new-chat").click()
+    ask(page, "Two")
+    document = exported(page, tmp_path, "Export all")
+    assert [each["title"] for each in document["conversations"]] == ["Two", "One"]
+    page.js("localStorage.clear()")
+    reload(page)
+    [file] = tmp_path.iterdir()
+    for _ in range(2):  # the second time it is all there already
+        page.id("import-file").send_keys(str(file))
+        page.wait(lambda: page.texts("#conversations .name") == ["Two", "One"], "they are listed")
+        page.wait(lambda: "imported" in page.text("#toast"), "it is told")
+        page.js("document.getElementById('toast').textContent = ''")
+    page.press("One")
+    assert page.texts(".mine, .said") == ["One", "answer 1"]
+
+
+MESSAGE = {"role": "user", "content": "<img src=x onerror=alert(1)>", "parent": -1}
+CONVERSATION = {"id": "a", "title": "<b>t</b>", "system": "", "changed": 1, "messages": [MESSAGE], "tip": 0}
+DAMAGED: list[dict[str, Any]] = [
+    {"id": 1},
+    {"tip": 1},
+    {"tip": 0.5},
+    {"messages": {}},
+    {"messages": [None]},
+    {"messages": [MESSAGE | {"parent": 0}]},
+    {"messages": [MESSAGE | {"role": "system"}]},
+    {"messages": [MESSAGE | {"speed": "fast"}]},
+    {"messages": [MESSAGE | {"content": None}]},
+]
+
+
+def test_a_file_of_something_else_is_refused_and_a_hostile_one_stays_text(
+    page: Browser, service: Live, tmp_path: Path
+) -> None:
+    page.open(service.url)
+    file = tmp_path / "import.json"
+
+    def offer(value: Any) -> None:
+        file.write_bytes(value if isinstance(value, bytes) else orjson.dumps(value))
+        page.id("import-file").send_keys(str(file))
+
+    def told() -> str:
+        page.wait(lambda: page.alert() is not None, "it is told")
+        return page.dismissed()
+
+    document = {"format": "microbatch conversations", "version": 1}
+    for wrong in (b"{", b"null", {"format": "other"}, document | {"version": 2, "conversations": []}):
+        offer(wrong)
+        assert told() == "This file has no exported conversations."
+    for change in DAMAGED:
+        offer(document | {"conversations": [CONVERSATION | {"id": "whole"}, CONVERSATION | change]})
+        assert told() == "Conversation 2 of this file is damaged; nothing was imported."
+    assert page.texts("#conversations .name") == []
+    offer(document | {"conversations": [CONVERSATION]})
+    page.wait(lambda: page.texts("#conversations .name") == ["<b>t</b>"], "it is listed")
+    page.press("<b>t</b>")
+    assert page.texts(".mine") == [MESSAGE["content"]]
+
+
+# Branches
+
+
+EARLIER, LATER = "\u2039", "\u203a"
+
+
+def test_a_regenerated_answer_is_another_branch(page: Browser) -> None:
+    seen: list[Request] = []
+    script = counted()
+
+    def remembered(request: Request, position: int) -> int:
+        if position == 0:
+            seen.append(request)
+        return script(request, position)
+
+    with live(scripted(remembered)) as service:
+        page.open(service.url)
+        ask(page, "Hi", "More")
+        page.press("Regenerate", ".answer:nth-child(2)")
+        answers(page, "answer 3")
+        assert prompt(seen[2]) == prompt(seen[0])
+        assert page.texts(".answer .branches") == [f"{EARLIER} 2 / 2 {LATER}"]
+        page.press(EARLIER)
+        assert page.texts(".mine, .said") == ["Hi", "answer 1", "More", "answer 2"]
+        page.press(LATER, ".answer:nth-child(2)")
+        ask(page, "Else")
+        reload(page)
+        assert page.texts(".mine, .said") == ["Hi", "answer 3", "Else", "answer 4"]
+    assert prompt(seen[3]).endswith("<assistant>answer 3<|end|><user>Else<|end|><assistant>")
+
+
+def test_an_edited_question_is_another_branch(page: Browser, service: Live) -> None:
+    page.open(service.url)
+    ask(page, "Hi", "More")
+    page.press("Edit", ".turn:nth-child(3)")
+    page.press("Cancel")
+    edit(page, "Less")
+    answers(page, "answer 1", "answer 3")
+    assert page.texts(".mine") == ["Hi", "Less"]
+    page.press(EARLIER, ".turn")
+    assert page.texts(".mine, .said") == ["Hi", "answer 1", "More", "answer 2"]
+    assert page.axe("#part-chat") == []
+
+
+def test_an_answer_that_fails_leaves_the_earlier_one(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url)
+        ask(page, "Hi")
+        page.say("refuse me")
+        page.wait(lambda: bool(page.texts(".answer .note")), "it is refused")
+        edit(page, "Now")
+        answers(page, "Hello!", "Hello!")
+        reload(page)
+        assert page.texts(".mine, .said") == ["Hi", "Hello!", "Now", "Hello!"]
+        page.press(EARLIER)
+        assert page.texts(".mine") == ["Hi", "refuse me"]
+        page.press("Ask again")
+        page.wait(lambda: bool(page.texts(".answer .note")), "it is refused again")
+        assert any("400" in complaint for complaint in page.complaints())
+
+
+# Length
+
+
+WHOLE = "Hello, world"
+
+
+def rest(request: Request, position: int) -> int:
+    """What is missing of the answer that the prompt ends with."""
+    begun = prompt(request).rpartition("<assistant>")[2]
+    text = tokens_of(WHOLE.removeprefix(begun))
+    return text[position] if position < len(text) else END
+
+
+def test_an_answer_that_was_cut_goes_on_where_it_stopped(page: Browser) -> None:
+    seen: list[Request] = []
+
+    def remembered(request: Request, position: int) -> int:
+        if position == 0:
+            seen.append(request)
+        return rest(request, position)
+
+    with live(scripted(remembered)) as service:
+        page.open(service.url)
+        page.id("max-tokens").send_keys("5")
+        page.say("Hi")
+        answers(page, "Hello")
+        assert "Stopped at the token limit" in page.text(".answer .foot")
+        page.press("Continue")
+        answers(page, "Hello, wor")
+        page.press("Continue")
+        answers(page, WHOLE)
+        assert "Stopped" not in page.text(".answer .foot")
+        assert "13 tokens" in page.text(".answer .foot")
+        assert "Continue" not in page.text(".answer .foot")
+        assert len({request.sampling.max_tokens for request in seen}) == 1
+        reload(page)
+        assert page.texts(".mine, .said") == ["Hi", WHOLE]
+    assert prompt(seen[1]) == prompt(seen[0]) + "Hello"
+
+
+def test_as_much_is_asked_for_as_fits(page: Browser) -> None:
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, "Hello!")), default_max_tokens=5, max_output_tokens=300) as service:
+        page.open(service.url)
+        ask(page, "Hi")
+    assert [request.sampling.max_tokens for request in seen] == [300]
+
+
+# System prompts
+
+
+def test_system_prompts_are_chosen_saved_and_deleted(page: Browser, service: Live) -> None:
+    def names() -> list[str]:
+        return [each.strip() for each in page.texts("#preset option")]
+
+    page.open(service.url)
+    ours = names()
+    assert ours[0] == "None"
+    page.driver.find_element("css selector", "#preset optgroup option").click()
+    assert page.id("system").get_attribute("value")
+    assert not page.id("save-preset").is_displayed()
+    page.id("system").clear()
+    page.id("system").send_keys("Speak like a keeper.")
+    page.press("Save as preset")
+    assert names() == [*ours, "Speak like a keeper."]
+    page.id("system").clear()
+    reload(page)
+    page.all("#preset option")[-1].click()
+    assert page.id("system").get_attribute("value") == "Speak like a keeper."
+    page.press("Delete preset")
+    assert names() == ["Your own", *ours[1:]]
+
+
+# Where one is
+
+
+def test_one_may_write_at_once(page: Browser, service: Live) -> None:
+    def focused() -> bool:
+        return bool(page.js("return document.activeElement.id === 'question'"))
+
+    page.open(service.url)
+    page.wait(focused, "the message can be written")
+    page.open(service.url, "live")
+    assert not focused()
+    page.id("new-chat").click()
+    page.wait(focused, "and after New chat from another part")
+
+
+def test_a_reader_who_scrolls_up_is_left_there_and_can_jump_down(page: Browser) -> None:
+    with live(scripted("word\n\n" * 100, stepped=True)) as service:
+        page.look(PHONE, "light")
+        page.open(service.url)
+        page.say("Hi")
+        service.wait_running()
+        service.engine.release(300)
+        page.wait(lambda: page.js("return scrollY") > 500, "the page follows the answer")
+        assert not page.id("jump").is_displayed()
+        page.js("scrollTo({ top: 0, behavior: 'instant' })")
+        page.wait(lambda: page.id("jump").is_displayed(), "one may jump")
+        service.engine.release(1000)
+        page.answered()
+        assert page.js("return scrollY") == 0
+        page.id("jump").click()
+        page.wait(lambda: page.js("return scrollY + innerHeight + 1 >= document.documentElement.scrollHeight"), "down")
+        assert not page.id("jump").is_displayed()
+
+
+def waiting(page: Browser, requests: str) -> None:
+    words = f"Queued, {requests} waiting"
+    page.wait(lambda: page.text(".answer .foot") == words, f"it says: {words}")
+
+
+def test_one_who_waits_is_told_why(page: Browser) -> None:
+    with live(scripted("Hello!", stepped=True), max_batch_size=1) as service, ThreadPoolExecutor() as pool:
+        page.open(service.url)
+        others = [pool.submit(service.chat) for _ in range(3)]
+        service.wait_running()
+        service.wait_queued(2)
+        page.say("Hi")
+        waiting(page, "3 requests")
+        for left in ("2 requests", "1 request"):
+            service.engine.release(len("Hello!") + 1)
+            waiting(page, left)
+        service.engine.release(len("Hello!") + 1)
+        page.wait(lambda: page.text(".answer .foot") == "Prefill", "its prompt is computed")
+        service.engine.release(2)
+        page.wait(lambda: page.text(".answer .foot") == "Generating", "its answer is written")
+        service.engine.release(100)
+        answers(page, "Hello!")
+        assert all(other.result().status_code == 200 for other in others)
+        page.wait(lambda: service.service.live.listeners == 0, "nobody listens any more")
