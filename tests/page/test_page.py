@@ -185,10 +185,7 @@ def test_live_shows_what_the_batcher_does(page: Browser, pool: ThreadPoolExecuto
         assert all(re.fullmatch(r"[\d.]+ m?s", each) for each in value(page, "Time to first token"))
         shown = page.js("return [...document.querySelectorAll('.chart:not([hidden])')].map((each) => each.innerText)")
         assert [text.partition("\n")[0] for text in shown][:3] == ["Requests", "Output", "Prefill"]
-        labels = page.js(
-            "return [...document.querySelectorAll('.chart:not([hidden]) .plot')].map((each) => each.ariaLabel)"
-        )
-        assert all("highest" in label for label in labels[:4])
+        assert all("highest" in label for label in labels(page)[:4])
         page.driver.find_element("css selector", "#span option[value='300']").click()
         page.wait(lambda: "over 5 minutes" in labels(page)[0], "the longer time is shown")
 
@@ -243,16 +240,33 @@ def test_only_the_live_part_listens(page: Browser) -> None:
 # Everyone
 
 
-LOOKS = {"desk": (DESK, "light"), "desk, dark": (DESK, "dark"), "phone": (PHONE, "light")}
+SIZES = {"desk": DESK, "phone": PHONE}
+LOOKS = {f"{name}, {scheme}": (size, scheme) for name, size in SIZES.items() for scheme in ("light", "dark")}
+ANSWER = """Some *text*, `code` and a https://example.org/link.
+
+- [x] done
+
+| a | b |
+| - | -: |
+| 1 | 2 |
+
+```python
+# A comment
+def area(side: float = 2.5) -> str:
+    return f"{side ** 2}"
+```"""
 
 
 @pytest.mark.parametrize(("size", "scheme"), LOOKS.values(), ids=LOOKS)
 def test_every_part_is_accessible_and_fits(page: Browser, size: tuple[int, int], scheme: str) -> None:
-    with live(scripted("Some *text*, `code` and a https://example.org/link.")) as service:
+    with live(scripted(ANSWER)) as service:
         page.look(size, scheme)
         page.open(service.url)
         page.say("Hi")
         page.answered()
+        page.press("Regenerate")
+        page.wait(lambda: len(page.all(".branches")) == 1, "there are two answers")
+        page.js("document.getElementById('kept').open = document.getElementById('options').open = true")
         page.go("many")
         page.id("ask").click()
         page.wait(lambda: "12 of 12 answered" in page.text("#summary"), "all are complete")

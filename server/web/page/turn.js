@@ -1,14 +1,17 @@
 // How the messages of a conversation look: questions that can be edited, answers with their thought and facts.
 
-import { button, byId, copy, count, element, plural, seconds, soon } from "./dom.js";
+import { button, copy, count, element, plural, seconds, soon } from "./dom.js";
 import { show } from "./markdown.js";
 
 const FINISHES = { length: "Stopped at the token limit", stopped: "Stopped", error: "Broken off" };
 
 export function questionCard(text, edit, branches) {
-	const shown = element("div.mine", {}, text);
-	const foot = element("p.foot", {}, button("Edit", () => (shown.replaceWith(editor(text, edit, () => card.replaceWith(questionCard(text, edit, branches)))), foot.remove())), branches);
-	const card = element("article.turn", { "aria-label": "You" }, shown, foot);
+	const card = element("article.turn", { "aria-label": "You" });
+	const draw = () => {
+		const foot = element("p.foot", {}, button("Edit", () => card.replaceChildren(editor(text, edit, draw))), branches);
+		card.replaceChildren(element("div.mine", {}, text), foot);
+	};
+	draw();
 	return card;
 }
 
@@ -22,7 +25,8 @@ function editor(text, edit, cancel) {
 		edit(area.value);
 	};
 	setTimeout(() => area.focus());
-	return element("div.editor", {}, area, element("p.row", {}, button("Send", () => edit(area.value)), button("Cancel", cancel)));
+	const buttons = element("p.row", {}, button("Send", () => edit(area.value)), button("Cancel", cancel));
+	return element("div.editor", {}, area, buttons);
 }
 
 // "‹ 2 / 3 ›", where there are several.
