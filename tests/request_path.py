@@ -4,14 +4,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from dis import get_instructions
+from dis import opmap
 from functools import cache
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ROOMS = tuple(f"{ROOT / room}/" for room in ("server", "batching"))
+MADE = bytes([opmap["RETURN_GENERATOR"]])
+MAKES = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 APART = ("server/watchdog.py", "batching/worker.py")
 """Threads that start here have work of their own, whoever asks."""
 
@@ -59,8 +62,7 @@ def relative(name: str) -> str | None:
 @cache
 def start(code: CodeType) -> int:
     """Where the code is when it is first entered: a coroutine or generator has been made before."""
-    made = (each.offset for each in get_instructions(code) if each.opname == "RETURN_GENERATOR")
-    return next(made, -4) + 4
+    return code.co_code[::2].find(MADE) * 2 + 4 if code.co_flags & MAKES else 0
 
 
 def apart(frame: FrameType) -> bool:
