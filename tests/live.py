@@ -280,7 +280,8 @@ def live(
     """A server around `engine`. With `ready=False` its model loads until `loader.may_load` is set.
 
     `listen_on` is its port, where it is to be that of a server before it. `defaults` are what its model recommends.
-    What keeps its loop for long fails the test, unless not `guarded`. `new_loop` makes its event loop; on uvloop's, which the service has, nothing is told of callbacks that take long.
+    What keeps its loop for long fails the test, unless not `guarded`. `new_loop` makes its event loop; on uvloop's,
+    which the service has, nothing is known of callbacks that take long.
     """
     engine = engine or scripted()
     made = cast(ScriptedEngine, engine)  # a test with another one does not look at it
