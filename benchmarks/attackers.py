@@ -192,7 +192,7 @@ def attacks(half: int) -> dict[str, Attack]:
     return {
         "trailers without end": endless(CHUNKED + b"0\r\n", b"aN:bb\r\n" * 4096),
         "the smallest chunks without end": endless(CHUNKED, b"1\r\n \r\n" * 4096),
-        "schemas that compile for ever, 4 clients": repeated(endless_schemas(), 4),
+        "schemas that compile endlessly, 4 clients": repeated(endless_schemas(), 4),
         "a pattern of 32,000 brackets, and of a million": repeated(
             [of_schema({"type": "string", "pattern": "[^" + "[" * size}) for size in (32_000, MIB)], 2
         ),

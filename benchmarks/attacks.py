@@ -184,7 +184,7 @@ WORST: dict[str, Attack] = {
     "chats of 4 MiB that are refused, 4 clients": repeated(
         [keyed("bad", chat(messages=[{"role": "user", "content": "word " * 838_000}]))], 4
     ),
-    "schemas that compile for ever, 4 clients": repeated((keyed("bad", one) for one in endless_schemas()), 4),
+    "schemas that compile endlessly, 4 clients": repeated((keyed("bad", one) for one in endless_schemas()), 4),
     "answers of 16 x 960 tokens, 2 clients": repeated([keyed("bad", chat(n=16, max_tokens=960, ignore_eos=True))], 2),
 }
 
