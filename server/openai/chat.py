@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat as the model reads it, and what must be known of it to read the answer."""
+    """A chat as the model reads it, with what is needed to parse the answer."""
 
     chat: ChatRequest
     tokens: tuple[int, ...]
@@ -62,7 +62,7 @@ class ChatCompletions(GeneratingEndpoint[ChatRequest, Conversation]):
 
 
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
-    """Template and tokens; `thinking` where the request does not say. Not on the event loop. Raises `ApiError` 400."""
+    """Render and tokenize; `thinking` is the default. Runs on a helper thread. Raises `ApiError` 400."""
     thinks = thinking if chat.thinks is None else chat.thinks
     offered = chat.offered
     names = names_in(text, chat.messages, offered)
@@ -83,14 +83,14 @@ async def prompts(model: ServedModel, read: Conversation, caller: Caller) -> lis
 
 
 def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
-    """The functions that a conversation speaks of."""
+    """The names of all functions that a conversation mentions."""
     offered = [tool.function.name for tool in tools]
     called = [name for message in messages for name in message.functions]
     return ToolNames(offered + called, text.format.tools.carries)
 
 
 def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], names: ToolNames, thinks: bool) -> str:
-    """The text of a conversation. Raises `ApiError` 400."""
+    """The rendered text of a conversation. Raises `ApiError` 400."""
     turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
     tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
     turns, options = text.format.conversation(turns, tools)
@@ -101,20 +101,22 @@ def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], nam
 
 
 def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forced | None:
-    """How a thought is cut off at its budget. Raises `ApiError` 400 for a model that has no tokens around its own."""
+    """How a thought is ended at its budget. Raises `ApiError` 400 if the model has no tokens for its thinking tags."""
     if chat.budget is None or not thought.to_come:
         return None
     forced = text.format.forced_end(thought, chat.budget)
-    # Where the prompt leaves it to the model and the request does not ask for it, nothing says that it thinks at all.
+    # If the request does not ask for thinking and the prompt leaves it to the model, there may be no thought to end.
     if forced is None and (chat.thinks or thought is ThoughtState.OPENED):
-        raise bad_request("This model has no thinking that a budget could end.", "thinking_budget")
+        raise bad_request(
+            "This model has no thinking tags, so its thinking cannot have a budget; leave it out.", "thinking_budget"
+        )
     return forced
 
 
 class EventReader:
-    """Reads one row's answer: the events that its tokens complete, and why it is over.
+    """Turns one row's tokens into events and a finish reason.
 
-    Where only one call is allowed the answer ends with it.
+    If only one call is allowed, the answer ends after it.
     """
 
     def __init__(self, stream: Stream, text: Text, conversation: Conversation) -> None:
@@ -122,7 +124,7 @@ class EventReader:
         self._end_of_thought = thinking.tags.close if thinking else ""
         self._stream = stream
         self._thinking_tokens = 0
-        self._recent: tuple[int, ...] = ()  # in which the tag may have begun
+        self._recent: tuple[int, ...] = ()  # the closing tag may have begun in these
         self._vocabulary = text.vocabulary
         self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
@@ -131,7 +133,7 @@ class EventReader:
         self._message = MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
 
     def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
-        """Events and, if the answer is over, OpenAI's reason for it."""
+        """Events and, if the answer has ended, its finish reason."""
         thinking = self._message.thinking
         text, finish = self._answer.push(arrived)
         events = self._message.push(text)
@@ -146,11 +148,11 @@ class EventReader:
 
     @property
     def thought_tokens(self) -> int:
-        """How many tokens came until the thought was over, its tags included."""
+        """Number of tokens up to the end of the thought, tags included."""
         return self._thinking_tokens if self._message.thought else 0
 
     def _count(self, tokens: tuple[int, ...]) -> None:
-        """The end of a thought may have come together with what follows it."""
+        """One step's tokens can hold both the end of a thought and what follows it."""
         if self._message.thinking:
             self._thinking_tokens += len(tokens)
             self._recent = (self._recent + tokens)[-len(self._end_of_thought) :]
@@ -164,7 +166,7 @@ class EventReader:
 
 
 class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
-    """Its prompt is told of beside the choices, which all continue the same one."""
+    """`prompt_logprobs` stand beside the choices, because all of them continue the same prompt."""
 
     prefix = "chatcmpl"
 
@@ -217,7 +219,7 @@ class ChatChoice:
             self._prompt_logprobs.add(prompt_logprobs(self._text, arrived.prompt_logprobs))
 
     def of_prompt(self) -> replies.OfPrompt:
-        """What the answer says of its prompt, beside the choices."""
+        """The prompt's fields, which stand beside the choices."""
         return self._prompt_logprobs.whole() or {}
 
     def whole(self) -> replies.ChatChoice:
@@ -230,11 +232,11 @@ class ChatChoice:
         }
 
     def chunks(self, arrived: Delta) -> list[replies.ChunkChoice]:
-        """The first has the role alone. Why the answer is over is told with the last of its text, if that came now:
-        RAGFlow takes that text's language for the one to tell the reader in that the answer was cut."""
+        """The first has only the role. The finish reason shares a chunk with the last text, if both came in this step:
+        RAGFlow picks the language of its notice about a cut answer by the text in that chunk."""
         events, finish = self._reader.push(arrived)
         logprobs = chat_logprobs(self._text, arrived.logprobs)
-        deltas = [news for event in events if (news := delta(event)) is not None]
+        deltas = [change for event in events if (change := delta(event)) is not None]
         if logprobs and not deltas:
             deltas = [{"content": ""}]
         if finish and (not deltas or "tool_calls" in deltas[-1]):
@@ -242,21 +244,21 @@ class ChatChoice:
         chunks = [] if self._begun else [self._chunk({"role": "assistant", "content": ""})]
         self._begun = True
         last = len(deltas) - 1
-        for n, news in enumerate(deltas):
-            chunks.append(self._chunk(news, None if n else logprobs, finish if n == last else None))
+        for n, change in enumerate(deltas):
+            chunks.append(self._chunk(change, None if n else logprobs, finish if n == last else None))
         return chunks
 
     def _chunk(
         self,
-        news: replies.Delta,
+        change: replies.Delta,
         logprobs: replies.ChatLogprobs | None = None,
         finish: replies.FinishReason | None = None,
     ) -> replies.ChunkChoice:
         if self._legacy:
-            news = as_legacy(news)
+            change = as_legacy(change)
         return {
             "index": self._index,
-            "delta": news,
+            "delta": change,
             "logprobs": logprobs,
             "finish_reason": finish and self._reason(finish),
         }
@@ -268,10 +270,10 @@ class ChatChoice:
 async def grammar_of(
     model: ServedModel, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
 ) -> Grammar | None:
-    """The grammar of the answer, thought included; None if it is free. `client`: whose turn it takes to compile it.
+    """The grammar of the answer, thought included; None if it is unconstrained. Clients take turns to compile.
 
-    A call that is demanded is what the answer is. Where calls are only offered, the answer is calls or of the format.
-    Raises `ApiError`: 400 for a schema that cannot be held to, 503 if too many are being compiled.
+    A required call is the whole answer. If calls are optional, the answer is either calls or of the format.
+    Raises `ApiError`: 400 for a schema that cannot be enforced, 503 if too many are being compiled.
     """
     form = None if chat.demanded else form_of(chat.response_format)
     if chat.demanded or (form and chat.offered):
@@ -288,7 +290,7 @@ async def grammar_of(
 
 
 def form_of(wanted: ResponseFormat | None) -> Part | None:
-    """The schema that a response format stands for; None for text."""
+    """The schema of a response format; None for text."""
     if wanted is None or wanted.type == "text":
         return None
     if wanted.json_schema is not None:

@@ -1,4 +1,4 @@
-"""Answers made of choices, as chat completions and completions are: their JSON, whole or in chunks."""
+"""The JSON of answers that consist of choices (chat completions and completions), whole or in chunks."""
 
 import secrets
 import time
@@ -20,25 +20,25 @@ Chunk = TypeVar("Chunk")
 
 
 class Choice(Protocol[Whole, Chunk]):
-    """One row's answer in an endpoint's own words."""
+    """One row's answer in an endpoint's format."""
 
     def add(self, arrived: Delta) -> None:
-        """Take in tokens of a collected answer."""
+        """Add tokens of a collected answer."""
         ...
 
     def whole(self) -> Whole:
-        """The choice of a collected answer, once all of its tokens were added."""
+        """The finished choice of a collected answer."""
         ...
 
     def chunks(self, arrived: Delta) -> list[Chunk]:
-        """What a stream says of these tokens, often once, sometimes not at all; the last has the finish reason."""
+        """The chunks for these tokens, usually one, sometimes none; the last chunk has the finish reason."""
         ...
 
 
 class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
-    """An answer in the name of `model`. Its id begins with `prefix`.
+    """An answer from `model`, with an id that starts with `prefix`.
 
-    What does not change from chunk to chunk is encoded once.
+    The fields that are the same in every chunk are encoded once.
     """
 
     prefix: str
@@ -61,7 +61,7 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
 
     @abstractmethod
     def empty_chunk(self) -> replies.ChatChunk | replies.TextChunk:
-        """An event without choices, which are its last field."""
+        """A chunk without choices; `choices` is its last field."""
 
     def add(self, row: int, arrived: Delta) -> None:
         self._choices[row].add(arrived)
@@ -70,7 +70,7 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
         return orjson.dumps(self.completion([choice.whole() for choice in self._choices], usage(self.streams)))
 
     def frames(self, step: Step) -> bytes:
-        """With the counts so far if they were asked for."""
+        """Includes the usage so far if the request asked for it."""
         end = b"]}\n\n"
         if self._usage_always:
             end = b'],"usage":' + orjson.dumps(usage(self.streams)) + b"}\n\n"
@@ -78,7 +78,7 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
         return b"".join([self._chunk_start + orjson.dumps(chunk) + end for chunk in chunks])
 
     def last(self) -> bytes:
-        """Counts have an event of their own, without a choice: clients add up those of events that have one."""
+        """Usage has an event of its own, without choices: clients add up the counts of events with choices."""
         if not self._usage:
             return sse.DONE
         counts = self.empty_chunk()
@@ -86,14 +86,14 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
         return sse.event(orjson.dumps(counts)) + sse.DONE
 
     def failed(self, error: ApiError) -> bytes:
-        """Without `[DONE]`: the answer is not whole."""
+        """Sends no `[DONE]`, because the answer is incomplete."""
         return sse.event(error.body())
 
 
 def usage(streams: Sequence[Stream]) -> replies.Usage:
-    """Token counts of an answer. Choices that continue the same prompt count it once, as OpenAI does.
+    """Token counts of an answer. A prompt shared by several choices is counted once, as OpenAI does.
 
-    `cached_tokens`: how many of the prompts' tokens had been computed for other requests.
+    `cached_tokens`: prompt tokens whose KV was already cached from other requests.
     """
     prompts = {id(row.request.prompt): row for row in (stream.row for stream in streams)}
     prompt = sum(len(row.request.prompt) for row in prompts.values())

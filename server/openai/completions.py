@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: prompts as they are, text or token ids, each with as many answers as asked for."""
+"""`POST /v1/completions`: raw prompts, as text or token ids, each with `n` choices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from server.replies import TextLogprobs
 
 @dataclass(frozen=True)
 class Echoed:
-    """A prompt's tokens, and what of it is told again: its text, and where the text of each token starts in that."""
+    """A prompt's tokens and, for `echo`, its text and the offset in it at which each token's text starts."""
 
     tokens: tuple[int, ...]
     text: str = ""
@@ -28,41 +28,40 @@ class Echoed:
 
 
 class Echo:
-    """Tells a prompt again: with `top` likeliest tokens at each place, or its text alone if that is None."""
+    """Echoes a prompt: with the `top` likeliest tokens at each position, or only its text if `top` is None."""
 
     def __init__(self, text: Text, prompt: Echoed, top: int | None) -> None:
         self._text = text
         self._prompt = prompt
         self._top = top
-        self._told = 0  # tokens
+        self._echoed = 0  # number of tokens
 
     def push(self, entries: Sequence[PromptLogprob | None]) -> tuple[str, TextLogprobs | None]:
-        """What of the prompt can be told with these log probabilities of its next tokens, and its `logprobs`."""
-        begin, self._told = self._told, self._told + len(entries)
+        """The text and `logprobs` of the prompt's next tokens, whose log probabilities these are."""
+        begin, self._echoed = self._echoed, self._echoed + len(entries)
         if self._top is None:
-            self._told = len(self._prompt.tokens)
+            self._echoed = len(self._prompt.tokens)
             return self._prompt.text if begin == 0 else "", None
         if not entries:
             return "", None
-        starts = [*self._prompt.starts[begin : self._told + 1], len(self._prompt.text)]
-        tokens = self._prompt.tokens[begin : self._told]
+        starts = [*self._prompt.starts[begin : self._echoed + 1], len(self._prompt.text)]
+        tokens = self._prompt.tokens[begin : self._echoed]
         here = self._prompt.text[starts[0] : starts[len(tokens)]]
         return here, completion_logprobs(self._text, tokens, entries, starts[: len(tokens)], self._top)
 
 
-def starts_of(text: Text, tokens: Sequence[int], told: str) -> list[int]:
-    """Where each token's text starts in `told`, the text that the tokens were made of or that they make.
+def starts_of(text: Text, tokens: Sequence[int], string: str) -> list[int]:
+    """Where each token's text starts in `string`, the text that the tokens encode.
 
-    The tokens of one character all start where it does. What the tokenizer puts before a text is not in it, so those
-    tokens start where it does.
+    Tokens that share a character all start where it does. Tokens that the tokenizer adds in front start at 0.
     """
     detokenizer = text.detokenizer(special=True)
     ends = [0]
     for token in tokens:
         ends.append(ends[-1] + len(detokenizer.push([token])))
     decoded = text.decode(tokens)
-    before = len(decoded) - len(told) if decoded.endswith(told) else 0
-    return [min(max(start - before, 0), len(told)) for start in ends[:-1]]
+    before = len(decoded) - len(string) if decoded.endswith(string) else 0
+    return [min(max(start - before, 0), len(string)) for start in ends[:-1]]
 
 
 class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
@@ -85,10 +84,10 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
     async def prompts(
         self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], caller: Caller
     ) -> Sequence[Prompt]:
-        """In OpenAI's order: all choices of the first prompt first."""
+        """In OpenAI's order: all choices of the first prompt come first."""
         count = body.n or 1
         if count * len(encoded) > max(MAX_CHOICES, len(encoded)):
-            raise bad_request(f"Prompts times n may be at most {MAX_CHOICES}.", "n")
+            raise bad_request(f"A request can have at most {MAX_CHOICES} choices: the number of prompts times n.", "n")
         least = 0 if body.max_tokens == 0 else 1
         rooms = [model.room(len(prompt.tokens), "prompt", least=least) for prompt in encoded]
         return [
@@ -107,8 +106,8 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
         return TextAnswer(name, streams, choices, body)
 
 
-def echoed(text: Text, told: str, tokens: tuple[int, ...], asked: CompletionRequest) -> Echoed:
-    return Echoed(tokens, told, () if asked.logprobs is None else starts_of(text, tokens, told))
+def echoed(text: Text, string: str, tokens: tuple[int, ...], body: CompletionRequest) -> Echoed:
+    return Echoed(tokens, string, () if body.logprobs is None else starts_of(text, tokens, string))
 
 
 class TextAnswer(ChoicesAnswer[replies.TextChoice, replies.TextChunkChoice]):
@@ -137,13 +136,13 @@ class TextAnswer(ChoicesAnswer[replies.TextChoice, replies.TextChunkChoice]):
 class TextChoice:
     """`Choice` of a completion."""
 
-    def __init__(self, index: int, stream: Stream, text: Text, asked: CompletionRequest, prompt: Echoed) -> None:
+    def __init__(self, index: int, stream: Stream, text: Text, body: CompletionRequest, prompt: Echoed) -> None:
         self._index = index
         self._text = text
-        self._echo = Echo(text, prompt, asked.logprobs) if asked.echo else None
-        self._prompt_top = asked.prompt_logprobs
+        self._echo = Echo(text, prompt, body.logprobs) if body.echo else None
+        self._prompt_top = body.prompt_logprobs
         self._logprobs = CompletionLogprobs(text, len(prompt.text))
-        scanner = StopScanner(asked.stop or (), inclusive=bool(asked.include_stop_str_in_output))
+        scanner = StopScanner(body.stop or (), inclusive=bool(body.include_stop_str_in_output))
         self._answer = AnswerReader(stream, text.detokenizer(), scanner)
         self._said: list[str] = []
         self._encoded = EncodedLists[replies.TextLogprobs]()
@@ -151,7 +150,7 @@ class TextChoice:
         self._finish: replies.Ending
 
     def _read(self, arrived: Delta) -> Iterator[tuple[str, replies.TextLogprobs | None, replies.Ending | None]]:
-        """Text, its log probabilities and why the answer is over: of the prompt, and of what was generated."""
+        """Text, its log probabilities and the reason it ended, first of the prompt, then of what was generated."""
         if self._echo is not None:
             text, logprobs = self._echo.push(arrived.prompt_logprobs)
             if text or logprobs:

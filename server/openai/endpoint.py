@@ -1,4 +1,4 @@
-"""The path of every request: read, parsed, encoded, submitted, then its answer streamed or collected."""
+"""The path of every request: read, parse, encode, submit, then stream or collect the answer."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from server.service import Service
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_LOGPROBS = 262_144
-"""Log probabilities of prompts in one answer: as JSON some 20 MB."""
+"""Limit on prompt log probabilities in one answer: about 20 MB of JSON."""
 
 MAX_LOGPROBS = 2**18
-"""Those of generated tokens likewise."""
+"""The same limit for generated tokens."""
 
 INLINE_BYTES = 65_536
-"""A body of this size is decoded and checked in about a millisecond; larger ones go to a helper thread."""
+"""Bytes of a body that is decoded and checked in about a millisecond; larger ones go to a helper thread."""
 
-MAX_NAMED = 20  # ignored fields that a header and a log line name
+MAX_NAMED = 20  # ignored fields listed in a header or a log line
 FIT = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 Body = TypeVar("Body", bound=RequestBody)
@@ -48,34 +48,34 @@ Encoded = TypeVar("Encoded")
 
 
 class Endpoint(ABC, Generic[Body, Encoded]):
-    """A kind of request: its type, and what is made of it. As it stands, `encode` makes the whole answer's JSON."""
+    """A kind of request: its body type and how it is answered. By default `encode` returns the answer's JSON."""
 
     kind: type[Body]
 
     async def handle(self, http: HttpRequest) -> Response:
-        """For a route. Raises `ApiError`."""
+        """The route's handler. Raises `ApiError`."""
         service: Service = http.app.state.service
         model = service.ready_model()
         body = await read(http, self.kind)
         return await until_disconnect(http, self.respond(service, model, body, http.state.caller))
 
     async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
-        """Everything after the body was read. Raises `ApiError`."""
+        """Handle a request whose body has been read. Raises `ApiError`."""
         served_name(model.names, body.model)
         return json_response(orjson.dumps(await self._encoded(service, model, body, caller)))
 
     @abstractmethod
     def encode(self, model: ServedModel, body: Body) -> Encoded:
-        """What takes long: templates and tokenizing. Not on the event loop. Raises `ApiError` 400."""
+        """The slow part, templates and tokenizing, on a helper thread. Raises `ApiError` 400."""
 
     async def _encoded(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Encoded:
         return await service.encoders.run(partial(self.encode, model, body), body.size, caller)
 
 
 async def read(http: HttpRequest, kind: type[Body]) -> Body:
-    """The body of a request, of this kind. Raises `ApiError`: 400, 408, 413, 415 or 503.
+    """Read and check a request's body. Raises `ApiError`: 400, 408, 413, 415 or 503.
 
-    Fields that were ignored are named in the answer's header `x-ignored-fields`, which the middleware writes.
+    The middleware names ignored fields in the response header `x-ignored-fields`.
     """
     service: Service = http.app.state.service
     check_content_type(http.headers.get("content-type", ""))
@@ -92,7 +92,7 @@ async def read(http: HttpRequest, kind: type[Body]) -> Body:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What one row is to continue, and how."""
+    """One row's prompt and how to sample from it."""
 
     tokens: tuple[int, ...]
     sampling: Sampling
@@ -101,7 +101,7 @@ class Prompt:
 
 
 class GeneratingEndpoint(Endpoint[Generated, Encoded]):
-    """A kind of request that rows of the batch answer."""
+    """A kind of request that is answered by generating tokens."""
 
     async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
         name = served_name(model.names, body.model)
@@ -114,13 +114,13 @@ class GeneratingEndpoint(Endpoint[Generated, Encoded]):
 
     @abstractmethod
     async def prompts(self, model: ServedModel, body: Generated, encoded: Encoded, caller: Caller) -> Sequence[Prompt]:
-        """One for each row. All that can be wrong with a request is found by now. Raises `ApiError`: 400 or 503."""
+        """One for each row. The last check of a request before the queue. Raises `ApiError`: 400 or 503."""
 
     @abstractmethod
     def answer(
         self, model: ServedModel, name: str, body: Generated, encoded: Encoded, streams: Sequence[Stream]
     ) -> Answer:
-        """What writes the answer of these rows, in the model's name that the client knows."""
+        """The writer of these rows' answer; `name` is the model's name in the reply."""
 
 
 def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> list[Request]:
@@ -143,18 +143,21 @@ def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> l
 
 
 def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
-    """Queue the rows of one HTTP request. Raises `ApiError` 429 or 503, or 400 if they never have room."""
+    """Queue the rows of one HTTP request. Raises `ApiError`: 429, 503, or 400 if they could never fit."""
     if sum(map(num_prompt_logprobs, rows)) > MAX_PROMPT_LOGPROBS:
         raise bad_request(
-            f"An answer can hold {MAX_PROMPT_LOGPROBS:,} log probabilities of prompts; ask for fewer of the "
-            "likeliest tokens, for fewer prompts or choices, or with a shorter prompt.",
+            f"An answer can hold at most {MAX_PROMPT_LOGPROBS:,} log probabilities of prompt tokens; ask for fewer "
+            "likeliest tokens, prompts or choices, or shorten the prompt.",
             code="too_large",
         )
     if not service.limits.allow(rows):
-        raise bad_request("The queue can never hold this; ask for fewer choices or fewer tokens.", code="too_large")
+        raise bad_request(
+            "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
+        )
     if sum(map(num_logprobs, rows)) > MAX_LOGPROBS:
         raise bad_request(
-            "That many log probabilities are too large an answer; ask for fewer tokens or choices.", "logprobs"
+            "An answer with this many log probabilities would be too large; ask for fewer tokens or choices.",
+            "logprobs",
         )
     try:
         return service.batcher.submit_all(rows)
@@ -163,13 +166,13 @@ def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
 
 
 def num_prompt_logprobs(row: Request) -> int:
-    """How many log probabilities of its prompt a row asks for: of each token's own and the likeliest."""
+    """Number of prompt log probabilities a row asks for: each token's own and the likeliest ones."""
     top = row.sampling.prompt_logprobs
     return 0 if top is None else (1 + top) * len(row.prompt)
 
 
 def num_logprobs(row: Request) -> int:
-    """How many log probabilities a row's answer can come to hold."""
+    """Maximum number of log probabilities in a row's answer."""
     top = row.sampling.top_logprobs
     return 0 if top is None else row.sampling.max_tokens * (1 + top)
 
@@ -177,33 +180,33 @@ def num_logprobs(row: Request) -> int:
 # The answer
 
 Step: TypeAlias = Sequence[tuple[int, Delta]]
-"""Tokens that came together, each with the row they are of."""
+"""Tokens that arrived together, each with its row."""
 
 
 class Answer(ABC):
-    """Writes one answer: `add` and `whole` if it is collected, else `frames`, `last` and perhaps `failed`."""
+    """Writes one answer: with `add` and `whole` if it is collected, else with `frames` and `last` or `failed`."""
 
     streams: Sequence[Stream]
 
     @abstractmethod
     def add(self, row: int, arrived: Delta) -> None:
-        """Take in tokens of a collected answer."""
+        """Add tokens of a collected answer."""
 
     @abstractmethod
     def whole(self) -> bytes:
-        """The JSON of a collected answer, once all of its tokens were added."""
+        """The JSON of a collected answer, after its last token was added."""
 
     @abstractmethod
     def frames(self, step: Step) -> bytes:
-        """What a stream says of these tokens, possibly nothing yet."""
+        """The events for these tokens, possibly none yet."""
 
     @abstractmethod
     def last(self) -> bytes:
-        """How a stream ends."""
+        """The end of a stream."""
 
     @abstractmethod
     def failed(self, error: ApiError) -> bytes:
-        """How a stream ends that cannot go on."""
+        """The end of a stream that failed."""
 
     def cancel(self) -> None:
         for stream in self.streams:
@@ -224,10 +227,9 @@ async def collected(answer: Answer) -> Response:
 
 
 async def steps(streams: Iterable[Stream]) -> AsyncIterator[list[tuple[int, Delta]]]:
-    """The tokens of all rows as they come. Raises what a stream raises.
+    """The tokens of all rows as they arrive. Raises what a stream raises.
 
-    Read as they come also where nothing is sent before the end, because a whole answer's tokens would hold the event
-    loop up.
+    Collected answers are read this way too: processing a whole answer's tokens at once would block the event loop.
     """
     going = {stream: row for row, stream in enumerate(streams)}
     while going:
@@ -243,17 +245,17 @@ async def steps(streams: Iterable[Stream]) -> AsyncIterator[list[tuple[int, Delt
 
 
 async def streamed(answer: Answer, patience: float) -> Response:
-    """The answer as server-sent events, of which the first has come, or else `patience` seconds have gone by.
+    """The answer as server-sent events, once the first event is there or `patience` seconds have passed.
 
-    All that can go wrong in the queue has a status of its own, because the status line waits so long; but no longer
-    than proxies wait for a first byte. Raises `ApiError`.
+    The status line waits so that failures in the queue get a status of their own, but no longer than proxies wait for
+    a first byte. Raises `ApiError`.
     """
-    news = written(answer)
-    first = asyncio.ensure_future(anext(news))
+    frames = written(answer)
+    first = asyncio.ensure_future(anext(frames))
     try:
         if (await asyncio.wait([first], timeout=patience))[0]:
             first.result()
-        return AnswerResponse(answer, first, news, patience)
+        return AnswerResponse(answer, first, frames, patience)
     except BaseException as error:
         first.cancel()
         answer.cancel()
@@ -263,7 +265,7 @@ async def streamed(answer: Answer, patience: float) -> Response:
 
 
 async def written(answer: Answer) -> AsyncIterator[bytes]:
-    """The frames of a stream; those that came together are one piece."""
+    """The frames of a stream; tokens that arrived together share one."""
     async for step in steps(answer.streams):
         if frames := answer.frames(step):
             yield frames
@@ -271,7 +273,7 @@ async def written(answer: Answer) -> AsyncIterator[bytes]:
 
 
 class AnswerResponse(StreamingResponse):
-    """A stream that is never silent for longer than `patience` seconds. However it ends, its rows have ended too."""
+    """A stream that is never silent for longer than `patience` seconds. When it ends, its rows are cancelled."""
 
     def __init__(
         self, answer: Answer, first: asyncio.Future[bytes], rest: AsyncIterator[bytes], patience: float
@@ -282,7 +284,7 @@ class AnswerResponse(StreamingResponse):
         self._patience = patience
 
     async def _frames(self, first: asyncio.Future[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """An error after the status line becomes the last frame."""
+        """Sends an error after the status line as the last frame."""
         try:
             yield await first
             async for frames in rest:

@@ -1,4 +1,4 @@
-"""Log probabilities in the two shapes that OpenAI's APIs give them."""
+"""Log probabilities in the two formats of OpenAI's APIs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar, cast
@@ -10,7 +10,7 @@ from server import replies
 from server.model.text import Text
 
 LEAST = -9999.0
-"""What stands for a probability of zero, whose logarithm JSON has no number for."""
+"""Stands for the logarithm of zero, which JSON cannot express."""
 
 Piece = TypeVar("Piece", bound=Mapping[str, object])
 
@@ -27,14 +27,14 @@ def chat_logprobs(text: Text, entries: Sequence[TokenLogprob]) -> replies.ChatLo
 
 
 class EncodedLists(Generic[Piece]):
-    """The lists of a whole answer's `logprobs`, encoded as they grow: they can be megabytes at the end."""
+    """The lists of a whole answer's `logprobs`, encoded as they grow, because they can reach megabytes."""
 
     def __init__(self) -> None:
         self._lists: dict[str, list[bytes]] = {}
         self._rest: dict[str, object] = {}
 
     def add(self, piece: Piece | None) -> None:
-        """The next of `chat_logprobs` or of `CompletionLogprobs.push`: its lists, which are not empty, are appended."""
+        """Append the lists of the next `chat_logprobs` or `CompletionLogprobs.push`, none of which is empty."""
         for key, value in piece.items() if piece else ():
             if isinstance(value, list):
                 self._lists.setdefault(key, []).append(orjson.dumps(value)[1:-1])
@@ -42,7 +42,7 @@ class EncodedLists(Generic[Piece]):
                 self._rest[key] = value
 
     def whole(self) -> Piece | None:
-        """All of it as one piece, but for orjson alone: its lists are JSON already. None if nothing was added."""
+        """Everything as one piece for orjson; its lists are already JSON. None if nothing was added."""
         if not self._lists:
             return None
         lists = {key: orjson.Fragment(b"[" + b",".join(parts) + b"]") for key, parts in self._lists.items()}
@@ -50,7 +50,7 @@ class EncodedLists(Generic[Piece]):
 
 
 class CompletionLogprobs:
-    """`logprobs` of one completion, in one piece or in several. Its text starts at character `offset`."""
+    """`logprobs` of one completion, whole or piece by piece. Its text starts at character `offset`."""
 
     def __init__(self, text: Text, offset: int) -> None:
         self._text = text
@@ -65,7 +65,7 @@ class CompletionLogprobs:
         return completion_logprobs(self._text, tokens, entries, [self._start(token) for token in tokens])
 
     def _start(self, token: int) -> int:
-        """Where the token's text starts; the tokens of one character all start where it does."""
+        """Where the token's text starts; tokens that share a character all start where it does."""
         start = self._offset
         self._offset += len(self._detokenizer.push([token]))
         return start
@@ -78,7 +78,7 @@ def completion_logprobs(
     starts: Sequence[int],
     top: int | None = None,
 ) -> replies.TextLogprobs:
-    """`logprobs` of these tokens, whose texts start at `starts`, with `top` of the likeliest or all that there are."""
+    """`logprobs` of these tokens, whose texts start at `starts`, with the `top` likeliest or all there are."""
     return {
         "tokens": [_word(text, token) for token in tokens],
         "token_logprobs": [None if entry is None else max(entry.logprob, LEAST) for entry in entries],
@@ -91,7 +91,7 @@ def completion_logprobs(
 
 
 def prompt_logprobs(text: Text, entries: Sequence[PromptLogprob | None], top: int | None = None) -> replies.OfPrompt:
-    """vLLM's field of that name: by id, a prompt's token and in its place `top` of the likeliest, or all there are."""
+    """vLLM's `prompt_logprobs`: at each position the prompt's token and the `top` likeliest (or all), by id."""
     return {"prompt_logprobs": [None if entry is None else _ranked(text, entry, top) for entry in entries]}
 
 
@@ -104,7 +104,7 @@ def _ranked(text: Text, entry: PromptLogprob, top: int | None) -> dict[str, repl
 
 
 def _word(text: Text, token: int) -> str:
-    """A token's text, or as in OpenAI's API its bytes if they are no whole characters: others would look the same."""
+    """A token's text or, if it is not whole characters, its bytes as in OpenAI's API, to tell such tokens apart."""
     word = _decoded(text, token)
     if "\ufffd" not in word:
         return word

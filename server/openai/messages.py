@@ -1,6 +1,6 @@
-"""The turns of a conversation as clients send them, and as chat templates read them.
+"""The turns of a conversation as clients send them and as chat templates read them.
 
-Clients send back what they were given, by this service or another, with whatever they keep beside it.
+Clients send back earlier answers, from this service or another, often with fields of their own.
 """
 
 import re
@@ -13,11 +13,11 @@ from server.output.tool_calls import Turn
 
 MAX_MESSAGES = 2048
 THOUGHTS = frozenset(["thinking", "redacted_thinking", "reasoning"])
-"""Types of parts with what a model thought, which are no content."""
+"""Part types that hold reasoning, which is not content."""
 
 
 def _text(content: object) -> object:
-    """Content as one string: text parts are joined, no content is empty, anything else is refused by its type."""
+    """Content as one string: text parts are joined, missing content is empty, other part types are refused."""
     if content is None:
         return ""
     if not isinstance(content, list):
@@ -37,7 +37,7 @@ def _part(part: object) -> str:
     if isinstance(kind, str) and kind in THOUGHTS:
         return ""
     known = kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,30}", kind) else "other"
-    raise ValueError(f"this model reads text only, but a part of type {known} was sent")
+    raise ValueError(f"this model only reads text, but the message has a part of type {known}")
 
 
 def _string(part: dict[str, object], key: str) -> str:
@@ -47,7 +47,7 @@ def _string(part: dict[str, object], key: str) -> str:
 
 
 class TextPart(BaseModel):
-    """What a part must have, for /openapi.json; other keys of it are not looked at."""
+    """A part's required fields, for /openapi.json; its other keys are ignored."""
 
     type: Literal["text"]
     text: str
@@ -59,7 +59,7 @@ def _string_or_none(value: object) -> str | None:
 
 Content = Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[str | TextPart] | None)]
 Thought = Annotated[str | None, BeforeValidator(_string_or_none, json_schema_input_type=object)]
-"""Other servers keep objects here, which no template reads: they count as none."""
+"""Other servers put objects here, which no template reads; they count as null."""
 
 
 class Message(ToolTurn):
@@ -73,7 +73,7 @@ class Message(ToolTurn):
     @model_validator(mode="before")
     @classmethod
     def _as_today(cls, value: object) -> object:
-        """Older and other spellings of the same turn: `reasoning`, a refusal in place of content, `function_call`."""
+        """Accept other spellings of a turn: `reasoning`, a refusal in place of content, `function_call`."""
         if not isinstance(value, dict):
             return value
         turn = dict(value)
@@ -88,7 +88,7 @@ class Message(ToolTurn):
 
     @property
     def functions(self) -> list[str]:
-        """The functions that the turn calls, or the one whose result it is."""
+        """The functions that the turn calls, or the one whose result it holds."""
         result_of = [self.name] if self.role in ("tool", "function") and self.name else []
         return [call.function.name for call in self.tool_calls or ()] + result_of
 
@@ -103,7 +103,7 @@ class Message(ToolTurn):
 
 
 def thought_of(turn: dict[str, object]) -> str | None:
-    """What an assistant's turn says of its thinking, as a text under `reasoning` or in parts of its content."""
+    """An assistant turn's reasoning: the text of `reasoning`, or parts of its content."""
     if isinstance(turn.get("reasoning"), str):
         return str(turn["reasoning"])
     parts = turn.get("content")

@@ -1,7 +1,7 @@
-"""What a client may ask for, as types that check it.
+"""Request bodies, as types that check them.
 
-Exact about what would change the answer, liberal about the rest: a null is a field left out, a field that this service
-does not know is ignored and named in the answer's headers, and one that it knows but cannot honour is a 400.
+Exact about what would change the answer, liberal about the rest: null means the field is left out, an unknown field is
+ignored and named in a response header, and a known field that cannot be honoured is a 400.
 """
 
 import re
@@ -32,8 +32,8 @@ MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
-MAX_STOP_LENGTH = 256  # characters; each piece of an answer is searched for each stop string
-GREEDY_BELOW = 0.01  # a smaller temperature only adds rounding noise to the choice of the largest logit
+MAX_STOP_LENGTH = 256  # characters; every piece of an answer is searched for every stop string
+GREEDY_BELOW = 0.01  # a lower temperature only adds rounding noise to argmax
 
 UNSUPPORTED = (
     frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
@@ -42,17 +42,17 @@ UNSUPPORTED = (
     | frozenset(["regex", "ebnf", "grammar", "json_schema", "bad_words", "allowed_token_ids", "use_beam_search"])
     | frozenset(["mirostat", "typical_p", "logits_processors"])
 )
-"""Fields of OpenAI's API and of other servers that would change the answer, and that this service does not have."""
+"""Fields of OpenAI's API and of other servers that would change the answer and are not implemented here."""
 
 
 class JsonSchema(Body):
     """`json_schema` of a response format.
 
-    With `strict`, a schema that cannot be held to in every word is refused; else the rest is left to the model.
+    With `strict`, a schema that cannot be enforced completely is refused; otherwise the rest is left to the model.
     """
 
     name: str | None = None
-    """What the schema is called, which means nothing here."""
+    """The schema's name; it has no effect."""
     description: str | None = None
     schema_: Annotated[Schema, Field(alias="schema")]
     strict: Flag | None = None
@@ -62,7 +62,7 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: Annotated[Schema | None, Field(alias="schema")] = None
-    """The schema itself, of either type, as llama.cpp has it."""
+    """The schema itself, for either JSON type, as in llama.cpp."""
 
     @model_validator(mode="after")
     def _schema_if_named(self) -> Self:
@@ -70,7 +70,7 @@ class ResponseFormat(Body):
         if self.type == "json_schema" and not schemas:
             raise ValueError("the type json_schema needs a json_schema")
         if len(schemas) > (self.type != "text") or (self.json_schema and self.type != "json_schema"):
-            raise ValueError("a json_schema belongs to the type json_schema, which has one")
+            raise ValueError("json_schema needs the type json_schema, and only one schema can be given")
         return self
 
 
@@ -95,13 +95,13 @@ Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type
 
 class StreamOptions(Body):
     include_usage: Flag = False
-    """Counts in one event of their own, the last."""
+    """Send the usage in a final event of its own."""
     continuous_usage_stats: Flag = False
-    """Counts so far in every event, as vLLM has it; not for clients that add up what events say."""
+    """Send the usage so far in every event, as in vLLM; not for clients that add up usage across events."""
 
 
 class TemplateOptions(Body):
-    """The only variables of a chat template that a request may set; `thinking` is the same under another name."""
+    """The chat template variables that a request may set; `thinking` is an alias of `enable_thinking`."""
 
     enable_thinking: Flag | None = None
     thinking: Flag | None = None
@@ -110,7 +110,7 @@ class TemplateOptions(Body):
     @classmethod
     def _template_is_the_models(cls, value: object) -> object:
         if isinstance(value, dict) and any(value.get(name) is not None for name in ("chat_template", "tokenize")):
-            raise ValueError("the chat template is the model's own and cannot be replaced")
+            raise ValueError("the model's chat template cannot be replaced")
         return value
 
     @property
@@ -119,7 +119,7 @@ class TemplateOptions(Body):
 
 
 class Thinking(Body):
-    """As Anthropic's API and the Go rewrite of RAGFlow have it. `budget_tokens` ends the thinking after that many."""
+    """As in Anthropic's API and the Go rewrite of RAGFlow. `budget_tokens` ends the thinking after that many."""
 
     type: Literal["enabled", "disabled", "adaptive", "auto"]
     budget_tokens: Tokens | None = None
@@ -139,7 +139,7 @@ Stops = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=Stop 
 
 
 def _biases(value: object) -> object:
-    """Token ids are keys, hence strings, in JSON."""
+    """Token ids are JSON keys, so they arrive as strings."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_BIASES:
@@ -158,24 +158,24 @@ Biases = Annotated[
 
 
 class Generation(RequestBody):
-    """What every request for generated text may say of the tokens it wants."""
+    """The fields shared by all requests that generate text."""
 
     unsupported = UNSUPPORTED
 
     stream: Flag | None = None
-    """Whether the answer comes as server-sent events, the last one being `[DONE]`."""
+    """Send the answer as server-sent events, ending with `[DONE]`."""
     stream_options: StreamOptions | None = None
-    """Means something with `stream` only."""
+    """Only used with `stream`."""
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), Integral] | None = None
-    """How many answers to each prompt."""
+    """Number of choices for each prompt."""
     max_tokens: Tokens | None = None
-    """The answer's greatest length; the service's default if left out, and cut to what fits."""
+    """Maximum length of the answer; defaults to the service's setting and is cut to what fits."""
     min_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
-    """No stop token is chosen before."""
+    """Suppress stop tokens until the answer has this many tokens."""
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    """Below 0.01 the likeliest token is taken."""
+    """Below 0.01, decoding is greedy."""
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    """At 0 the likeliest token is taken."""
+    """At 0, decoding is greedy."""
     top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31), Integral] | None = None
     """0 and -1: no limit."""
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -183,27 +183,27 @@ class Generation(RequestBody):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
     logit_bias: Biases | None = None
-    """By token id, what is added to the token's score."""
+    """Added to the logits of the given token ids."""
     seed: Int64 | None = None
-    """Choice i is drawn with the seed + i, so each can be had again alone; random if left out."""
+    """Choice i uses seed + i, so each choice can be reproduced alone; random if left out."""
     stop: Stops | None = None
-    """Strings before which an answer ends."""
+    """Strings that end the answer."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     include_stop_str_in_output: Flag | None = None
-    """Whether the stop string that was found ends the text."""
+    """Keep the matched stop string at the end of the text."""
     ignore_eos: Flag | None = None
-    """Whether to go on past the model's own end tokens."""
+    """Continue past the model's end-of-sequence tokens."""
     do_sample: Flag | None = None
-    """False: the likeliest token is taken."""
+    """False: greedy decoding."""
     priority: Annotated[int, Field(strict=True, ge=-8, le=8), Integral] | None = None
-    """Lower is sooner, among the requests of the same API key."""
+    """Lower runs sooner, among requests of the same API key."""
     prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
-    """How many likeliest tokens to tell beside each token of the prompt, and its own log probability. Not streamed."""
+    """Return each prompt token's log probability and this many likeliest tokens. Cannot be streamed."""
     skip_special_tokens: Literal[True] | None = None
-    """As it is here in any case."""
+    """Always on; accepted for compatibility."""
     add_generation_prompt: Literal[True] | None = None
-    """As it is here in any case."""
-    # They say who asks, how an account is billed, or what would be quicker or shown elsewhere: not what is wanted.
+    """Always on; accepted for compatibility."""
+    # These concern the user, billing, speed or display elsewhere, not the answer.
     user: NoEffect = None
     metadata: NoEffect = None
     store: NoEffect = None
@@ -222,28 +222,28 @@ class Generation(RequestBody):
     drop_params: NoEffect = None
 
     @model_validator(mode="after")
-    def _prompt_is_told_whole(self) -> Self:
+    def _prompt_logprobs_not_streamed(self) -> Self:
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("the field prompt_logprobs may not be set when stream is true")
         return self
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The answer's length that was asked for."""
+        """The requested answer length."""
         return self.max_tokens
 
     @property
     def useless_if_cut(self) -> bool:
-        """Whether a program reads the answer, so that one that is cut is as good as none."""
+        """Whether a program will parse the answer, so that a truncated one is useless."""
         return False
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many likeliest tokens to tell at each place; None for no log probabilities at all."""
+        """Number of likeliest tokens to return at each position; None for no log probabilities at all."""
         return None
 
     def prompt_logprobs_with(self, choice: int) -> int | None:
-        """The same for the places of the prompt. They are told once, with the first choice."""
+        """The same for the prompt's positions, which are returned once, with the first choice."""
         return self.prompt_logprobs if choice == 0 else None
 
     @property
@@ -265,21 +265,21 @@ class ChatRequest(Generation, ToolUse):
 
     messages: Messages
     max_completion_tokens: Tokens | None = None
-    """`max_tokens` under its newer name, which wins."""
+    """The newer name of `max_tokens`; it takes precedence."""
     logprobs: Flag | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
-    """Needs `logprobs`, unless it is 0."""
+    """Requires `logprobs`, unless it is 0."""
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     enable_thinking: Flag | None = None
     chat_template_kwargs: TemplateOptions | None = None
     thinking: Thinking | None = None
     thinking_budget: Tokens | None = None
-    """Tokens after which thinking is ended."""
+    """Maximum number of thinking tokens."""
     thinking_token_budget: Tokens | None = None
-    """The same, as vLLM calls it."""
+    """vLLM's name for `thinking_budget`."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """"none" and "minimal" turn thinking off, the others on."""
+    """"none" and "minimal" turn thinking off, other values on."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -289,7 +289,7 @@ class ChatRequest(Generation, ToolUse):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The newer name wins."""
+        """The newer name takes precedence."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -306,13 +306,13 @@ class ChatRequest(Generation, ToolUse):
 
     @property
     def budget(self) -> int | None:
-        """Tokens after which thinking must end, in any spelling."""
+        """Maximum number of thinking tokens, whichever field gives it."""
         spelled = self.thinking_budget or self.thinking_token_budget
         return spelled or (self.thinking.budget_tokens if self.thinking else None)
 
     @property
     def thinks(self) -> bool | None:
-        """Whether the request turns thinking on or off, in any of its spellings; None if in none."""
+        """Whether the request turns thinking on or off, whichever field says so; None if none does."""
         if self.enable_thinking is not None:
             return self.enable_thinking
         for spelled in (self.chat_template_kwargs, self.thinking):
@@ -322,19 +322,19 @@ class ChatRequest(Generation, ToolUse):
 
 
 class CompletionRequest(Generation):
-    """`POST /v1/completions`: a prompt as text or token ids, or several, each with an answer of its own."""
+    """`POST /v1/completions`: one prompt or several, as text or token ids, each answered separately."""
 
     unsupported = UNSUPPORTED | {"messages", "tools", "functions", "response_format", "max_completion_tokens"}
 
     prompt: Prompts
     """A text, token ids, or a list of either."""
     max_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
-    """The same; 0 needs `echo`, and then nothing is generated."""
+    """As for chat; 0 needs `echo` and generates nothing."""
     echo: Flag | None = None
-    """Whether the answer begins with the prompt, and `logprobs` with those of its tokens (null for the first)."""
+    """Start the answer with the prompt, and `logprobs` with the prompt's tokens (null for the first)."""
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), Integral] | None = None
-    """As many as `n`: there are no others to choose from."""
+    """At most `n`, because every answer is returned."""
 
     @model_validator(mode="after")
     def _all_are_best(self) -> Self:
@@ -343,7 +343,7 @@ class CompletionRequest(Generation):
         return self
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _generates_or_echoes(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("the field max_tokens may only be 0 when echo is true")
         return self
@@ -353,24 +353,24 @@ class CompletionRequest(Generation):
         return self.logprobs
 
     def prompt_logprobs_with(self, choice: int) -> int | None:
-        """Each choice has its own. A row that generates nothing is there for these alone, wanted or not."""
+        """Each choice has its own. A row that generates nothing computes them whether or not they are wanted."""
         echoed = self.logprobs if self.echo else None
-        asked = [wanted for wanted in (echoed, self.prompt_logprobs) if wanted is not None]
-        return max(asked, default=0 if self.max_tokens == 0 else None)
+        counts = [wanted for wanted in (echoed, self.prompt_logprobs) if wanted is not None]
+        return max(counts, default=0 if self.max_tokens == 0 else None)
 
 
 class TokenizeRequest(RequestBody):
-    """`POST /tokenize`: a text, or a conversation as the model would see it."""
+    """`POST /tokenize`: a text, or a conversation as the model sees it."""
 
     unsupported = UNSUPPORTED
 
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: Flag | None = None
-    """Whether to add what the tokenizer puts around a text, its first token for instance; by default to a prompt and
-    not to messages, which have it from the chat template."""
+    """Add the tokenizer's special tokens, such as a beginning-of-sequence token. By default true for a prompt and
+    false for messages, whose chat template adds them."""
     return_token_strs: Flag = False
-    """Whether to answer with the text of each token, too."""
+    """Also return the text of each token."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -385,14 +385,14 @@ class DetokenizeRequest(RequestBody):
     tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
 
 
-Asked = TypeVar("Asked", bound=RequestBody)
+Checked = TypeVar("Checked", bound=RequestBody)
 
 
-def parse(kind: type[Asked], body: bytes, *, refuse_unknown: bool = False) -> Asked:
-    """The request of this kind in a body of JSON.
+def parse(kind: type[Checked], body: bytes, *, refuse_unknown: bool = False) -> Checked:
+    """Parse a JSON body as a request of type `kind`.
 
-    Raises `ApiError` 400 that names the first field at fault: one of a wrong value, one that would change the answer
-    and is not supported, or with `refuse_unknown` one that is not known.
+    Raises `ApiError` 400 for the first field at fault: one with a wrong value, one that would change the answer and is
+    not supported, or with `refuse_unknown` an unknown one.
     """
     fields = _decode(body)
     for name in sorted(kind.unsupported):
@@ -402,18 +402,18 @@ def parse(kind: type[Asked], body: bytes, *, refuse_unknown: bool = False) -> As
     if ignored and refuse_unknown:
         raise unsupported(ignored[0])
     try:
-        asked = kind.model_validate(fields)
+        request = kind.model_validate(fields)
     except ValidationError as error:
         raise explain(error) from None
-    asked.note(len(body), ignored)
-    if asked.ignored and refuse_unknown:
-        raise unsupported(asked.ignored[0])
-    return asked
+    request.note(len(body), ignored)
+    if request.ignored and refuse_unknown:
+        raise unsupported(request.ignored[0])
+    return request
 
 
 MAX_PARTS, MAX_ITEMS = 100_000, 1_000_000
-"""Objects, lists and members of a body, and values in them, as its brackets, colons and commas tell. More would keep
-the interpreter from other threads for a tenth of a second. A text with as many has more tokens than windows hold."""
+"""Containers and members of a body, counted by opening brackets and colons, and values, counted by commas. Parsing more
+would hold the GIL for a tenth of a second. A text with that many has more tokens than any context window."""
 
 
 def _decode(body: bytes) -> dict[str, object]:
@@ -434,13 +434,14 @@ def _decode(body: bytes) -> dict[str, object]:
 
 
 def unsupported(name: str) -> ApiError:
-    """A field's own name is repeated only where it is fit for a log and a terminal."""
+    """Repeats the field's name only if it is safe to print in a log or a terminal."""
     shown = name if re.fullmatch(r"[\w.]{1,80}", name, re.ASCII) else None
-    return bad_request(f"The field {shown or 'of that name'} is not supported.", shown, "unsupported_field")
+    field = f"The field {shown}" if shown else "A field of the request"
+    return bad_request(f"{field} is not supported.", shown, "unsupported_field")
 
 
 def explain(error: ValidationError) -> ApiError:
-    """One sentence about the first thing that is wrong. Never repeats a value that was sent."""
+    """One sentence about the first error. Never repeats a value from the request."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ").removesuffix(".")
     param = ".".join(map(str, first["loc"]))
@@ -453,46 +454,46 @@ Value = TypeVar("Value", int, float)
 
 
 def sampling(
-    model: ServedModel, asked: Generation, room: int, *, choice: int = 0, forced: Forced | None = None
+    model: ServedModel, body: Generation, room: int, *, choice: int = 0, forced: Forced | None = None
 ) -> Sampling:
-    """The sampling of one choice of a request that has room for `room` tokens; what it leaves open is the service's.
+    """Sampling parameters of one choice, with `room` tokens left; unset fields take the service's defaults.
 
-    A length that does not fit is cut to what does. Choice i of a seeded request has the seed + i, so that each can be
-    had again alone. Raises `ApiError` 400 for a token id that the model does not have.
+    A length that does not fit is reduced. Choice i of a seeded request uses seed + i, so that each can be reproduced
+    alone. Raises `ApiError` 400 for a token id outside the model's vocabulary.
     """
-    wanted = length(model.settings, asked, room)
+    wanted = length(model.settings, body, room)
     vocab_size = model.info.vocab_size
-    _check_ids(asked.logit_bias or (), vocab_size, "logit_bias")
-    _check_ids(asked.stop_token_ids or (), vocab_size, "stop_token_ids")
+    _check_ids(body.logit_bias or (), vocab_size, "logit_bias")
+    _check_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
     defaults = model.defaults
-    temperature, top_p = _or(asked.temperature, defaults.temperature), _or(asked.top_p, defaults.top_p)
-    greedy = asked.greedy or temperature < GREEDY_BELOW or top_p == 0
-    ends = frozenset() if asked.ignore_eos else model.stop_token_ids
+    temperature, top_p = _or(body.temperature, defaults.temperature), _or(body.top_p, defaults.top_p)
+    greedy = body.greedy or temperature < GREEDY_BELOW or top_p == 0
+    ends = frozenset() if body.ignore_eos else model.stop_token_ids
     return Sampling(
         max_tokens=wanted,
-        seed=secrets.randbits(63) if asked.seed is None else _wrapped(asked.seed + choice),
+        seed=secrets.randbits(63) if body.seed is None else _wrapped(body.seed + choice),
         temperature=0.0 if greedy else temperature,
         top_p=top_p,
-        top_k=max(_or(asked.top_k, defaults.top_k), 0),
-        min_p=_or(asked.min_p, defaults.min_p),
-        presence_penalty=asked.presence_penalty or 0.0,
-        frequency_penalty=asked.frequency_penalty or 0.0,
-        repetition_penalty=_or(asked.repetition_penalty, defaults.repetition_penalty),
-        stop_token_ids=ends | frozenset(asked.stop_token_ids or ()),
-        min_tokens=min(asked.min_tokens or 0, wanted),
-        logit_bias=tuple((asked.logit_bias or {}).items()),
-        top_logprobs=asked.wanted_logprobs,
-        prompt_logprobs=asked.prompt_logprobs_with(choice),
+        top_k=max(_or(body.top_k, defaults.top_k), 0),
+        min_p=_or(body.min_p, defaults.min_p),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+        stop_token_ids=ends | frozenset(body.stop_token_ids or ()),
+        min_tokens=min(body.min_tokens or 0, wanted),
+        logit_bias=tuple((body.logit_bias or {}).items()),
+        top_logprobs=body.wanted_logprobs,
+        prompt_logprobs=body.prompt_logprobs_with(choice),
         forced=forced,
     )
 
 
-def length(settings: Settings, asked: Generation, room: int) -> int:
-    """The most tokens of an answer to a request that has room for `room` of them."""
+def length(settings: Settings, body: Generation, room: int) -> int:
+    """The maximum length of an answer with `room` tokens left."""
     default = settings.default_max_tokens or room
-    if asked.useless_if_cut:
+    if body.useless_if_cut:
         default = max(default, WHOLE_ANSWER)
-    return min(_or(asked.wanted_tokens, default), settings.max_output_tokens, room)
+    return min(_or(body.wanted_tokens, default), settings.max_output_tokens, room)
 
 
 def _or(value: Value | None, default: Value) -> Value:

@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: OpenAI's Responses API over the path of chat completions. Nothing is stored."""
+"""`POST /v1/responses`: OpenAI's Responses API on top of chat completions. Nothing is stored."""
 
 import secrets
 import time
@@ -50,12 +50,12 @@ class Responses(GeneratingEndpoint[ResponseRequest, Conversation]):
 
 
 async def stored_response(http: HttpRequest) -> Response:
-    """Every answer that a client wants to see again, cancel or delete. Raises `ApiError` 404."""
-    raise ApiError(404, "Responses are not stored here, so there is none to be found.", code="response_not_found")
+    """Answers attempts to retrieve, cancel or delete a response. Raises `ApiError` 404."""
+    raise ApiError(404, "Responses are not stored here, so this one cannot be found.", code="response_not_found")
 
 
-def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> replies.Response:
-    """The response before there is any output. Some clients need also the fields that are never different here."""
+def head_of(model: str, body: ResponseRequest, defaults: Defaults) -> replies.Response:
+    """The response before any output. Some clients require even the fields that never vary here."""
     return {
         "id": f"resp_{secrets.token_hex(12)}",
         "object": "response",
@@ -67,22 +67,22 @@ def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> replies.R
         "usage": None,
         "incomplete_details": None,
         "error": None,
-        "instructions": asked.instructions,
-        "max_output_tokens": asked.max_output_tokens,
-        "temperature": defaults.temperature if asked.temperature is None else asked.temperature,
-        "top_p": defaults.top_p if asked.top_p is None else asked.top_p,
-        "presence_penalty": asked.presence_penalty or 0.0,
-        "frequency_penalty": asked.frequency_penalty or 0.0,
-        "tools": [as_json(tool) for tool in asked.functions],
-        "tool_choice": choice_of(asked),
-        "parallel_tool_calls": asked.parallel_tool_calls is not False,
-        "text": as_json(asked.text or TextConfig()),
-        "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
-        "metadata": as_json(asked.metadata or {}),
-        "user": as_json(asked.user),
-        "safety_identifier": as_json(asked.safety_identifier),
-        "prompt_cache_key": as_json(asked.prompt_cache_key),
-        "max_tool_calls": as_json(asked.max_tool_calls),
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "temperature": defaults.temperature if body.temperature is None else body.temperature,
+        "top_p": defaults.top_p if body.top_p is None else body.top_p,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "tools": [as_json(tool) for tool in body.functions],
+        "tool_choice": choice_of(body),
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "text": as_json(body.text or TextConfig()),
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        "metadata": as_json(body.metadata or {}),
+        "user": as_json(body.user),
+        "safety_identifier": as_json(body.safety_identifier),
+        "prompt_cache_key": as_json(body.prompt_cache_key),
+        "max_tool_calls": as_json(body.max_tool_calls),
         "previous_response_id": None,
         "top_logprobs": 0,
         "truncation": "disabled",
@@ -92,9 +92,9 @@ def head_of(model: str, asked: ResponseRequest, defaults: Defaults) -> replies.R
     }
 
 
-def choice_of(asked: ResponseRequest) -> replies.ToolChoice:
-    """`tool_choice` as it was sent, or what leaving it out means."""
-    match asked.tool_choice:
+def choice_of(body: ResponseRequest) -> replies.ToolChoice:
+    """`tool_choice` as it was sent, or its default."""
+    match body.tool_choice:
         case NamedChoice(function=function):
             return {"type": "function", "name": function.name}
         case AllowedChoice(allowed_tools=allowed):
@@ -107,5 +107,5 @@ def choice_of(asked: ResponseRequest) -> replies.ToolChoice:
 
 
 def as_json(value: object) -> orjson.Fragment:
-    """What a client sent, encoded by pydantic, which has a form for integers of any size."""
+    """A value that a client sent, encoded by pydantic, which can write integers of any size."""
     return orjson.Fragment(to_json(value, by_alias=True, inf_nan_mode="null"))

@@ -1,4 +1,4 @@
-"""What `POST /v1/responses` takes, and how chat completions would say it."""
+"""The body of `POST /v1/responses`, and its translation into a chat completion request."""
 
 import json
 from dataclasses import replace
@@ -31,24 +31,24 @@ from server.openai.tools import (
 )
 
 Fields: TypeAlias = dict[str, Any]
-"""A JSON object that is still to be checked."""
+"""A JSON object that has not been checked yet."""
 
 CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
-"""What the fields of a chat request are called here."""
+"""Chat request fields and their names in this API."""
 
 ABOUT_THE_ITEM = frozenset(["type", "id", "call_id", "name", "status"])
 UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"])
-"""Items in place of a part of the conversation, encrypted by the service that made them."""
+"""Items that replace part of the conversation, encrypted by the service that made them."""
 
 TOKEN_LOGPROBS = "message.output_text.logprobs"
 
 
 def only(*allowed: object) -> BeforeValidator:
-    """A field that has one meaning here, so that only the values that ask for it are taken."""
+    """For a field about stored state: accepts only the values that ask for none."""
 
     def check(value: object) -> object:
         if value not in allowed:
-            raise ValueError("stored state is not kept here, and the field input must hold the whole conversation")
+            raise ValueError("stored state is not kept here, so the field input must hold the whole conversation")
         return value
 
     return BeforeValidator(check)
@@ -73,7 +73,7 @@ class CallOutputItem(Body):
 
 
 class ReasoningItem(Body):
-    """A thought. Only its own text is read: a summary is not what the model thought, and the rest is encrypted."""
+    """Reasoning. Only its text is used: a summary is not what the model thought, and the rest is encrypted."""
 
     type: Literal["reasoning"]
     content: object = None
@@ -89,7 +89,7 @@ ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 class OtherItem(Body):
-    """What another service did by itself, such as a search, and told beside its answer. Skipped."""
+    """An action that another service took by itself, such as a search. Skipped."""
 
     type: Annotated[str, Field(json_schema_extra={"not": {"enum": [*ITEMS]}})]
 
@@ -110,7 +110,7 @@ AnyItem = Annotated[
 
 
 def _checked(value: object) -> Fields:
-    """An item without nulls and with its type. Raises ValueError for one that cannot be read here."""
+    """The item with its type and without nulls. Raises ValueError if it is not supported."""
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
     item = {key: part for key, part in value.items() if part is not None}
@@ -118,14 +118,14 @@ def _checked(value: object) -> Fields:
     if not isinstance(kind, str):
         raise ValueError("the field type must be a string")
     if kind == "item_reference":
-        raise ValueError("an item_reference names an item that was stored, but stored state is not kept here")
+        raise ValueError("an item_reference refers to a stored item, but stored state is not kept here")
     if kind in UNREADABLE:
         raise ValueError(f"an item of type {kind} can be read only by the service that made it")
     return item
 
 
 def _item(value: object) -> Fields:
-    """An item by one of the types that are read here, if it is a turn of the conversation."""
+    """The item, converted to a supported type if it belongs to the conversation."""
     item = _checked(value)
     kind: str = item["type"]
     if kind.endswith("_call_output"):
@@ -138,19 +138,19 @@ def _item(value: object) -> Fields:
 
 
 def _function_call(item: Fields) -> Fields:
-    """A call of a tool that is no function, as a call of a function that takes what else the item says."""
+    """A call of a non-function tool, as a function call whose arguments are the item's other fields."""
     name = item.get("name", item["type"].removesuffix("_call"))
     arguments = {key: value for key, value in item.items() if key not in ABOUT_THE_ITEM}
     return {"type": "function_call", "call_id": item["call_id"], "name": name, "arguments": arguments}
 
 
 def _call_of(output: Fields) -> Fields:
-    """Which call an output is of. That of the local shell names it in its own id."""
+    """The id of the call that an output answers. A local shell output has it as its own id."""
     return {"call_id": output["id"]} if "call_id" not in output and "id" in output else {}
 
 
 def _output(value: object) -> object:
-    """A text, or a list of parts; what is neither is told as JSON."""
+    """A text or a list of parts; anything else becomes JSON text."""
     parts = value if isinstance(value, list) else [value]
     if all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts):
         return parts
@@ -162,7 +162,7 @@ def _input(value: object) -> object:
 
 
 Item = Annotated[AnyItem, BeforeValidator(_item)]
-# One less than the messages of a chat: the instructions are one, too.
+# One less than the messages of a chat, because the instructions become one, too.
 Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]
 
 
@@ -171,7 +171,7 @@ class FlatTool(Function):
 
 
 def _tool(value: object) -> object:
-    """By its type and no other sign, so that what is wrong with a function is told as such."""
+    """Decides by the type alone, so that errors in a function are reported as errors in a function."""
     return (OtherTool if is_other(value) else FlatTool).model_validate(value)
 
 
@@ -189,7 +189,7 @@ class FlatAllowed(Body):
 
 
 def _choice(value: object) -> object:
-    """A choice of functions as chat completions write it."""
+    """The tool choice in the format of chat completions."""
     if not isinstance(value, dict):
         return value
     if value.get("type") == "allowed_tools" and isinstance(value.get("tools"), list):
@@ -209,7 +209,7 @@ class SchemaFormat(JsonSchema):
 
 
 def _typed(value: object) -> object:
-    """Checked here because pydantic's own sentence repeats a type that is not a string."""
+    """Checked here because pydantic's own message repeats a type that is not a string."""
     if isinstance(value, dict) and not isinstance(value.get("type"), str):
         raise ValueError("the field type must be a string")
     return value
@@ -231,12 +231,12 @@ class TextConfig(Body):
 
 class ReasoningConfig(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """"none" and "minimal" turn thinking off, the others on."""
+    """"none" and "minimal" turn thinking off, other values on."""
     summary: NoEffect = None
 
 
 class ResponseRequest(Generation):
-    """`POST /v1/responses`. What chat completions know of sampling and thinking is known here, too."""
+    """`POST /v1/responses`. Takes the sampling and thinking fields of chat completions, too."""
 
     unsupported = UNSUPPORTED | {"messages", "functions", "response_format"}
 
@@ -245,7 +245,7 @@ class ResponseRequest(Generation):
     max_output_tokens: Tokens | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=1), Integral] | None = None
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    """Those that are no functions are not offered to the model."""
+    """Tools other than functions are not offered to the model."""
     tool_choice: Annotated[ToolChoice, BeforeValidator(_choice, json_schema_input_type=FlatToolChoice)] | None = None
     parallel_tool_calls: Flag | None = None
     text: TextConfig | None = None
@@ -261,7 +261,7 @@ class ResponseRequest(Generation):
     conversation: Unstored = None
     prompt: Unstored = None
     include: list[str] | None = None
-    """Encrypted thoughts are here in plain text, and of the rest there is nothing to include."""
+    """Reasoning is returned in plain text rather than encrypted; nothing else can be included."""
     truncation: NoEffect = None
     max_tool_calls: NoEffect = None
     client_metadata: NoEffect = None
@@ -279,30 +279,30 @@ class ResponseRequest(Generation):
 
 
 SAME = ChatRequest.model_fields.keys() & ResponseRequest.model_fields.keys() - {"tools"}
-"""Fields that mean the same in both."""
+"""Fields with the same meaning in both APIs."""
 
 
 class ResponseChat(ChatRequest):
-    """What `as_chat` makes of a request. Agents use this API, and go wrong with half an answer."""
+    """The result of `as_chat`. Agents use this API and cannot use a truncated answer."""
 
     @property
     def useless_if_cut(self) -> bool:
         return True
 
 
-def as_chat(asked: ResponseRequest) -> ChatRequest:
-    """The same request to chat completions. Raises `ApiError` 400 in that one's words."""
-    form = PlainFormat(type="text") if asked.text is None else asked.text.format
-    schema = form if isinstance(form, SchemaFormat) else None
-    biases = {str(token): bias for token, bias in (asked.logit_bias or {}).items()}
-    same: Fields = {name: getattr(asked, name) for name in SAME}
+def as_chat(request: ResponseRequest) -> ChatRequest:
+    """The same request to chat completions. Raises `ApiError` 400 with that API's field names."""
+    wanted = PlainFormat(type="text") if request.text is None else request.text.format
+    schema = wanted if isinstance(wanted, SchemaFormat) else None
+    biases = {str(token): bias for token, bias in (request.logit_bias or {}).items()}
+    same: Fields = {name: getattr(request, name) for name in SAME}
     fields = same | {
-        "messages": turns(asked),
-        "max_completion_tokens": asked.max_output_tokens,
-        "tools": None if asked.tools is None else [_chat_tool(tool) for tool in asked.tools],
-        "response_format": ResponseFormat(type=form.type, json_schema=schema),
+        "messages": turns(request),
+        "max_completion_tokens": request.max_output_tokens,
+        "tools": None if request.tools is None else [_chat_tool(tool) for tool in request.tools],
+        "response_format": ResponseFormat(type=wanted.type, json_schema=schema),
         "logit_bias": biases,
-        "reasoning_effort": asked.reasoning and asked.reasoning.effort,
+        "reasoning_effort": request.reasoning and request.reasoning.effort,
     }
     try:
         return ResponseChat(**fields)
@@ -314,31 +314,31 @@ def _chat_tool(tool: FlatTool | OtherTool) -> Fields:
     return {"function": tool} if isinstance(tool, FlatTool) else {"type": tool.type}
 
 
-def turns(asked: ResponseRequest) -> list[Fields]:
-    """The messages of a chat. A thought is part of the assistant's turn after it, and calls of the one before them."""
-    found: list[Fields] = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
-    for item in asked.input:
-        last = found[-1] if found and found[-1]["role"] == "assistant" else None
+def turns(request: ResponseRequest) -> list[Fields]:
+    """The messages of a chat. Reasoning joins the assistant turn after it, calls join the one before them."""
+    messages: list[Fields] = [{"role": "system", "content": request.instructions}] if request.instructions else []
+    for item in request.input:
+        last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
         match item:
             case MessageItem():
                 turn = item.model_dump(exclude={"type"}, exclude_none=True)
                 if item.role == "assistant" and last is not None and last.keys() == {"role", "reasoning_content"}:
-                    found[-1] = last | turn
+                    messages[-1] = last | turn
                 else:
-                    found.append(turn)
+                    messages.append(turn)
             case ReasoningItem() if item.text:
-                found.append({"role": "assistant", "reasoning_content": item.text})
+                messages.append({"role": "assistant", "reasoning_content": item.text})
             case CallItem():
                 if last is None:
-                    found.append({"role": "assistant"})
+                    messages.append({"role": "assistant"})
                 call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
-                found[-1].setdefault("tool_calls", []).append(call)
+                messages[-1].setdefault("tool_calls", []).append(call)
             case CallOutputItem():
-                found.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
-    return found
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+    return messages
 
 
 def renamed(error: ApiError) -> ApiError:
-    """An error about a chat request, with the field at fault as it is called here."""
+    """An error about a chat request, with the field's name in this API."""
     name = (error.param or "").split(".")[0]
     return replace(error, param=CHAT_FIELDS.get(name, error.param))

@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`: what the model would see of a text, and what ids mean."""
+"""`POST /tokenize` and `POST /detokenize`: text to token ids as the model sees them, and back."""
 
 import orjson
 
@@ -10,14 +10,14 @@ from server.openai.endpoint import Endpoint
 from server.openai.requests import DetokenizeRequest, TokenizeRequest
 
 MAX_STRINGS = 2**17
-"""Tokens whose strings one answer tells: a few megabytes of JSON."""
+"""Limit on token strings in one answer: a few megabytes of JSON."""
 
 
 class Tokenize(Endpoint[TokenizeRequest, orjson.Fragment]):
     kind = TokenizeRequest
 
     def encode(self, model: ServedModel, body: TokenizeRequest) -> orjson.Fragment:
-        return orjson.Fragment(orjson.dumps(tokenized(model, body)))  # here, because it can be large
+        return orjson.Fragment(orjson.dumps(tokenized(model, body)))  # encoded here, because it can be large
 
 
 class Detokenize(Endpoint[DetokenizeRequest, replies.Detokenized]):
@@ -31,14 +31,14 @@ class Detokenize(Endpoint[DetokenizeRequest, replies.Detokenized]):
 
 def tokenized(model: ServedModel, body: TokenizeRequest) -> replies.Tokenized:
     ids = token_ids(model, body)
-    found: replies.Tokenized = {
+    result: replies.Tokenized = {
         "tokens": list(ids),
         "count": len(ids),
         "max_model_len": model.info.context_window,
     }
     if body.return_token_strs:
-        found["token_strs"] = strings(model, ids)
-    return found
+        result["token_strs"] = strings(model, ids)
+    return result
 
 
 def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
@@ -54,8 +54,8 @@ def strings(model: ServedModel, ids: tuple[int, ...]) -> list[str]:
     """The text of each token. Raises `ApiError` 400."""
     if len(ids) > MAX_STRINGS:
         raise bad_request(
-            f"The text has {thousands(len(ids))} tokens, but the strings of {thousands(MAX_STRINGS)} at most can be "
-            "told; shorten it.",
+            f"The text has {thousands(len(ids))} tokens, but strings can be returned for at most "
+            f"{thousands(MAX_STRINGS)}; shorten it.",
             "return_token_strs",
         )
     vocabulary = model.text.vocabulary

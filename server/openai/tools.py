@@ -1,7 +1,6 @@
-"""Tools: what a client may offer, demand, and tell of calls that were made. Types that check it.
+"""Types for tools: those a client offers or requires, and the calls in a conversation's history.
 
-Nothing here reads a definition's meaning beyond what must hold for it to be shown to the model; a grammar made from it
-is somebody else's work.
+Definitions are only checked as far as needed to show them to the model; `server/grammar` decides what is enforced.
 """
 
 import json
@@ -32,14 +31,14 @@ CallId = Annotated[str, Field(strict=True)]
 
 
 def _tools(tools: object) -> object:
-    """Bounded before anything looks at them in detail, which takes longer."""
+    """Bounds the number before each is checked in detail, which takes longer."""
     listed = tools if isinstance(tools, list) else []
     bound([tool.model_dump() if isinstance(tool, BaseModel) else tool for tool in listed])
     return tools
 
 
 def _parameters(schema: Schema) -> Schema:
-    """A schema of an object, with the types that JSON has where the author used other names."""
+    """A schema of an object; type names from other languages become JSON's."""
     bound(schema)
     read = tidied(schema)
     kind = read.get("type", "object")
@@ -49,7 +48,7 @@ def _parameters(schema: Schema) -> Schema:
 
 
 class Function(Body):
-    """What a tool is called, does and takes. `strict` asks for calls that always fit `parameters`."""
+    """A function's name, description and parameters. `strict`: calls must always match `parameters`."""
 
     name: Name
     description: Annotated[str, Field(strict=True)] | None = None
@@ -62,7 +61,7 @@ class Tool(Body):
     function: Function
 
     def for_template(self) -> ShownTool:
-        """What the model is shown."""
+        """The definition as the chat template gets it."""
         shown: ShownFunction = {"name": self.function.name}
         if self.function.description is not None:
             shown["description"] = self.function.description
@@ -72,7 +71,7 @@ class Tool(Body):
 
 
 class OtherTool(Body):
-    """One that is no function, such as a web search, which a service would have to do itself. The model is not told."""
+    """A tool other than a function, such as web search, which the service would have to run. Hidden from the model."""
 
     type: Annotated[str, Field(strict=True, json_schema_extra={"not": {"const": "function"}})]
 
@@ -83,7 +82,7 @@ def is_other(tool: object) -> bool:
 
 
 def _tool(value: object) -> object:
-    """By its type and no other sign, so that what is wrong with a function is told as such."""
+    """Decides by the type alone, so that errors in a function are reported as errors in a function."""
     return (OtherTool if is_other(value) else Tool).model_validate(value)
 
 
@@ -95,7 +94,7 @@ class ChosenFunction(Body):
 
 
 class NamedChoice(Body):
-    """`tool_choice` as an object: this very function must be called."""
+    """`tool_choice` as an object: this function must be called."""
 
     type: Literal["function"] = "function"
     function: ChosenFunction
@@ -111,7 +110,7 @@ class AllowedTools(Body):
 
 
 class AllowedChoice(Body):
-    """`tool_choice` as an object: as if there were no tools but these."""
+    """`tool_choice` as an object: only these tools may be called."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -121,7 +120,7 @@ def _choice(value: object, check: ValidatorFunctionWrapHandler) -> object:
     try:
         return check(value)
     except ValidationError:
-        raise ValueError('must be "none", "auto", "required", or an object that names functions') from None
+        raise ValueError('must be "none", "auto", "required" or an object that names functions') from None
 
 
 Choice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
@@ -133,53 +132,53 @@ Functions = Annotated[list[Function], Field(max_length=MAX_TOOLS, fail_fast=True
 
 
 class ToolUse(Body):
-    """The fields of a request that offer tools: the request's own type inherits from this one.
+    """The fields of a request about tools; request types inherit from this one.
 
-    `tools: []` means no tools whatever the choice is, because clients send both by default.
+    `tools: []` means no tools whatever `tool_choice` says, because clients send both by default.
     """
 
     tools: Tools | None = None
-    """Those that are no functions are not offered to the model."""
+    """Tools other than functions are not offered to the model."""
     tool_choice: ToolChoice | None = None
     functions: Functions | None = None
-    """`tools` in an older form, which is answered in its own: at most one call, as `function_call`."""
+    """The older form of `tools`. The answer has at most one call, as `function_call`."""
     function_call: Literal["none", "auto"] | ChosenFunction | None = None
-    """`tool_choice` in that form."""
+    """The older form of `tool_choice`."""
     parallel_tool_calls: Flag | None = None
 
     @model_validator(mode="after")
     def _choice_can_be_met(self) -> Self:
         if self.tools and self.functions:
-            raise ValueError("tools and functions are the same in a newer and an older form, so send only one of them")
+            raise ValueError("functions is the older form of tools, so send only one of the two")
         if self.tools is None and not self.is_legacy and self._must_call:
-            raise ValueError("the field tool_choice asks for a call, but there is no field tools")
+            raise ValueError("the field tool_choice requires a call, but there is no field tools")
         if self.functions is None and isinstance(self.function_call, ChosenFunction):
-            raise ValueError("the field function_call asks for a call, but there is no field functions")
+            raise ValueError("the field function_call requires a call, but there is no field functions")
         if self._all and not self._mentioned <= {tool.function.name for tool in self._all}:
             field = "function_call" if self.is_legacy else "tool_choice"
             raise ValueError(f"the field {field} names a function that is not defined")
         if self.tools and self._must_call and not self.offered:
-            raise ValueError("the field tool_choice asks for a call, but there is no function that may be called")
+            raise ValueError("the field tool_choice requires a call, but no function may be called")
         return self
 
     @property
     def is_legacy(self) -> bool:
-        """Whether the request has `functions`, so that a call is answered as `function_call`."""
+        """Whether the request uses `functions`, so that a call is returned as `function_call`."""
         return bool(self.functions) and not self.tools
 
     @property
     def one_call(self) -> bool:
-        """Whether an answer ends with its first call."""
+        """Whether an answer ends after its first call."""
         return self.is_legacy or self.parallel_tool_calls is False
 
     @property
     def skipped_tools(self) -> tuple[str, ...]:
-        """The types of the tools that are no functions, as they are told to the client."""
+        """The types of the tools that were skipped, as reported to the client."""
         return tuple(dict.fromkeys(f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)))
 
     @property
     def offered(self) -> tuple[Tool, ...]:
-        """The tools that the model is shown and may call."""
+        """The tools that are shown to the model and may be called."""
         match self._choice:
             case "none":
                 return ()
@@ -190,14 +189,14 @@ class ToolUse(Body):
 
     @property
     def demanded(self) -> tuple[Tool, ...]:
-        """The tools one of which must be called; none if the model is free to answer in words."""
+        """The tools of which one must be called; empty if a call is optional."""
         if not self._must_call:
             return ()
         return tuple(tool for tool in self.offered if self.named in (None, tool.function.name))
 
     @property
     def named(self) -> str | None:
-        """The one function that must be called, once, if the choice is of one."""
+        """The function that must be called, once, if the choice names one."""
         return self._choice.function.name if isinstance(self._choice, NamedChoice) else None
 
     @property
@@ -241,21 +240,21 @@ def _arguments_text(value: object) -> object:
 
 
 class CalledFunction(Body):
-    """A function and its arguments as JSON text, or as whatever the model wrote in their place."""
+    """A function and its arguments as JSON text, or whatever text the model wrote instead."""
 
     name: Name
     arguments: Annotated[str, Field(strict=True), BeforeValidator(_arguments_text)] = ""
 
 
 class ToolCall(Body):
-    """A call that an earlier answer made. Older clients give it no id."""
+    """A call from an earlier answer. Older clients send no id."""
 
     id: CallId = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
     def for_template(self) -> ShownCall:
-        """The call with its arguments as the object that templates want, or as they are if they are no such text."""
+        """The call with its arguments parsed into an object for the template, or as they are if that fails."""
         function: ShownArguments = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -265,21 +264,21 @@ def _arguments(text: str) -> object:
         return {}
     try:
         value = json.loads(text, parse_constant=_refuse)
-        # Neither a lone surrogate nor a number beyond all floats can be shown to a model.
+        # Lone surrogates and numbers beyond the range of floats cannot be shown to a model.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return text
-    # What is nested deeper could be too deep for the template's own encoder.
+    # Deeper nesting could overflow the template's JSON encoder.
     shown = isinstance(value, dict) and all(depth <= MAX_DEPTH for depth, _, _ in values(value))
     return value if shown else text
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 class ToolTurn(Body):
-    """The fields of a message about tools: the message's own type inherits from this one."""
+    """The fields of a message about tools; the message type inherits from this one."""
 
     role: str
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
@@ -288,11 +287,11 @@ class ToolTurn(Body):
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("only a message of the role assistant may have tool_calls")
+            raise ValueError("only a message with the role assistant may have tool_calls")
         return self
 
     def tool_fields(self) -> TurnExtras:
-        """What the template is given besides role and content."""
+        """The template's fields besides role and content."""
         fields: TurnExtras = {}
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]

@@ -172,7 +172,7 @@ def test_a_choice_that_cannot_be_met_is_refused_in_a_sentence() -> None:
     for demand in ("required", named, allowed("required", "f")):
         assert "there is no field tools" in refused(ToolUse, json.dumps({"tool_choice": demand}))
         skipped = json.dumps({"tools": OTHERS, "tool_choice": demand})
-        assert "no function that may be called" in refused(ToolUse, skipped)
+        assert "no function may be called" in refused(ToolUse, skipped)
     assert use(tool_choice="auto").offered == use(tool_choice=allowed("auto", "f")).offered == ()
     body = json.dumps({"functions": [{"name": "f"}], "function_call": {"name": "other"}})
     assert refused(ToolUse, body) == "The field function_call names a function that is not defined."
