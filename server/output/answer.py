@@ -1,4 +1,4 @@
-"""The text of one row's answer as it comes: what streamed and plain responses both read."""
+"""The text of one row's answer as it arrives, for streamed and plain responses alike."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from server.output.reasoning import overlap
 from server.replies import Ending
 
 ENDINGS: dict[Finish | None, Ending] = {Finish.STOP: "stop", Finish.LENGTH: "length"}
-"""What a client is told. Of a row that ended in another way there is no more to read."""
+"""The endings that a client sees. A row with any other ending is not read to its end."""
 
 
 class StopScanner:
-    """Finds the first of some stop strings in text that comes in pieces, and never lets the start of one out."""
+    """Finds the first stop string in text that arrives in pieces, and holds back anything that may begin one."""
 
     def __init__(self, stops: Sequence[str], *, inclusive: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -21,29 +21,29 @@ class StopScanner:
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Text that is safe to send, and whether a stop string was found: it ends before that one, or if `inclusive`
-        with it."""
+        """Text that is safe to send, and whether a stop string was found. The text then ends before the stop string, or
+        after it if `inclusive`."""
         if not self._stops:
             return piece, False
         text = self._held + piece
-        # The one that is complete first, so that nothing depends on how the text was cut into pieces.
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        # The match that is complete first, so that the result does not depend on how the text was split.
+        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if matches:
             self._held = ""
-            end, start = min(found)
+            end, start = min(matches)
             return text[: end if self._inclusive else start], True
         keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """What was held back for a stop string that never came."""
+        """The text held back for a stop string that never came."""
         text, self._held = self._held, ""
         return text
 
 
 class AnswerReader:
-    """Makes text of a stream's tokens. A stop string ends the answer and its row."""
+    """Turns a stream's tokens into text. A stop string ends the answer and its row."""
 
     def __init__(self, stream: Stream, detokenizer: Detokenizer, scanner: StopScanner) -> None:
         self._stream = stream
@@ -51,7 +51,7 @@ class AnswerReader:
         self._scanner = scanner
 
     def push(self, arrived: Delta) -> tuple[str, Ending | None]:
-        """The text that these tokens complete, possibly none, and why the answer is over if it is."""
+        """The text that these tokens complete, possibly empty, and the answer's ending if it has ended."""
         text, stopped = self._scanner.push(self._detokenizer.push(_visible(arrived)))
         if stopped:
             self._stream.stop()
@@ -62,5 +62,5 @@ class AnswerReader:
 
 
 def _visible(arrived: Delta) -> tuple[int, ...]:
-    """The tokens without the stop token, which is not part of the answer even where it has a text."""
+    """The tokens without the stop token, which is not part of the answer even if it decodes to text."""
     return arrived.tokens[:-1] if arrived.finish is Finish.STOP else arrived.tokens

@@ -1,4 +1,4 @@
-"""From one row's tokens to its text, as they come, in time that does not grow with the answer. Event loop only."""
+"""Incremental detokenization, at a cost per token that does not grow with the answer. Event loop only."""
 
 import codecs
 import re
@@ -9,7 +9,7 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Which character stands for which byte in a byte-level vocabulary (GPT-2's: printable ones for themselves)."""
+    """GPT-2's mapping of characters to bytes in byte-level vocabularies (printable characters stand for themselves)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -17,13 +17,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTES = _byte_alphabet()
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-"""How SentencePiece's vocabularies name the token of a byte, for characters that they have no token for."""
+"""SentencePiece's name for a byte token, used for characters outside the vocabulary."""
 
 
 class Vocabulary:
-    """The tokens of one tokenizer. Safe to ask from every thread.
+    """The tokens of one tokenizer. Thread-safe.
 
-    `byte_level`: a text is its tokens' bytes one after the other. `special`: ids that are not part of a text.
+    `byte_level`: a text is the concatenation of its tokens' bytes. `special`: ids that are not part of a text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -34,11 +34,11 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}  # at most one entry a token
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that a token stands for, which may be a part of a character."""
-        found = self._bytes.get(token)
-        if found is None:
-            found = self._bytes[token] = self._look_up(token)
-        return found
+        """A token's bytes, which may be part of a character."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._look_up(token)
+        return known
 
     def _look_up(self, token: int) -> bytes:
         piece = self.tokenizer.id_to_token(token) or ""
@@ -47,23 +47,23 @@ class Vocabulary:
         alone = self.decode([token])
         if (byte := BYTE_TOKEN.fullmatch(piece)) and alone != piece:
             return bytes([int(byte[1], 16)])
-        # After another token, because some decoders drop the space that a text begins with.
+        # Decoded after another token, because some decoders drop a text's leading space.
         return self.decode([token, token]).removeprefix(alone).encode()
 
     def decode(self, tokens: list[int], *, special: bool = True) -> str:
-        """The text of ids, with special tokens or without."""
+        """The text of ids, with or without special tokens."""
         # Only methods for batches release the GIL.
         [text] = self.tokenizer.decode_batch([tokens], skip_special_tokens=not special)
         return str(text)
 
 
 MAX_HELD = 8
-"""Tokens that may stand for one unfinished character, which has at most four bytes. More are no character, and a
-`DecodeStream` decodes all that it holds again at every token."""
+"""Tokens that can form one unfinished character, which has at most four bytes. Beyond that they are no character, and
+a `DecodeStream` decodes everything it holds again at every token."""
 
 
 class Detokenizer:
-    """Turns one row's tokens into text; holds back the bytes of an unfinished character. Special tokens have a text
+    """Turns one row's tokens into text, holding back the bytes of an unfinished character. Special tokens are included
     if `special`."""
 
     def __init__(self, vocabulary: Vocabulary, *, special: bool = False) -> None:
@@ -76,14 +76,14 @@ class Detokenizer:
         self._last: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens complete, often a word, sometimes nothing."""
+        """The text that these tokens complete, often a word, sometimes empty."""
         visible = [token for token in tokens if token not in self._hidden]
         if self._vocabulary.byte_level:
             return self._bytes.decode(b"".join(map(self._vocabulary.bytes_of, visible)))
         return "".join(map(self._step, visible))
 
     def _step(self, token: int) -> str:
-        """For vocabularies whose tokens' texts depend on their neighbours."""
+        """For vocabularies where a token's text depends on its neighbours."""
         self._held.append(token)
         text = self._stream.step(self._vocabulary.tokenizer, token)
         if text is None and len(self._held) >= MAX_HELD:

@@ -1,6 +1,6 @@
-"""Tool calls as Qwen 2.5 and 3 write them: JSON between tags, found in an answer's text as it comes, in linear time.
+"""Tool calls as Qwen 2.5 and 3 write them: JSON between tags, parsed from an answer as it streams, in linear time.
 
-Small state machines on the event loop.
+A small state machine that runs on the event loop.
 """
 
 import re
@@ -27,7 +27,7 @@ from server.output.tool_calls import (
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 NO_ARGUMENTS = "{}"
-MAX_HELD = 2**16  # characters held back of what may become a call; more, and it is content
+MAX_HELD = 2**16  # characters of a possible call that are held back; beyond that it is content
 MAX_SPACE = 256  # white space held back because a call may follow
 SPACE = re.compile(r"[ \t\r\n]*")
 CLOSERS = re.compile(r"[ \t\r\n}\]]*")
@@ -37,36 +37,35 @@ SCALAR = re.compile(r"[-+.\w]*", re.ASCII)
 class QwenParser:
     """Finds Qwen's calls, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, in an answer.
 
-    A call is announced once its name is complete and its arguments' opening brace is there, after JSON without a
-    fault; from then on the arguments stream as they come, up to the brace that matches. Where the arguments come before
-    the name, or are a JSON string that holds an object, they are held back and checked as a whole instead. Where there
-    are none, or null or an empty string, they are an empty object. Until the announcement the text may still turn out
-    to be no call (a fault in the JSON, a name that cannot be one, the end of the answer, more than `MAX_HELD`
-    characters), and is then content, byte for byte.
+    A call is announced once its name and the opening brace of its arguments have arrived in valid JSON; from then on
+    the arguments are streamed up to the matching brace. Arguments that come before the name, or as a JSON string that
+    holds an object, are held back and checked as a whole instead. Missing arguments, null and an empty string mean an
+    empty object. Until the announcement the text may turn out not to be a call (malformed JSON, an impossible name,
+    the end of the answer, more than `MAX_HELD` characters), and is then content, byte for byte.
 
-    An announced call is never taken back, and its arguments are not checked. If they break off, at the answer's end or
-    at a closing tag outside of their strings, they stay as they are and there is no `CallEnded`. After whole arguments
-    the rest of the frame is dropped, superfluous or missing closing brackets included; anything else is content again.
+    An announced call is never retracted, and its arguments are not checked. If they break off, at the answer's end or
+    at a closing tag outside their strings, they stay as they are and there is no `CallEnded`. After complete arguments
+    the rest of the frame is dropped, including extra or missing closing brackets; anything else is content again.
 
-    White space between a call and its neighbours, or the answer's end, is dropped: RAGFlow ignores the calls of an
-    answer that has any content. Content after a call keeps the white space before it.
+    White space between calls and at the answer's end is dropped, because RAGFlow ignores the calls of an answer with
+    any content. Content after a call keeps the white space before it.
 
-    Every character is looked at a bounded number of times. Held back are at most `MAX_HELD` characters of a possible
-    call, `MAX_SPACE` of white space, or part of a tag.
+    Every character is examined a bounded number of times. At most `MAX_HELD` characters of a possible call,
+    `MAX_SPACE` of white space, or part of a tag are held back.
     """
 
     def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
         self._new_id = new_id
-        self._call = -1  # the index of the latest
+        self._call = -1  # index of the latest call
         self._out: list[ToolEvent] = []
-        self._carry = ""  # the start of a tag at the end of the text so far
+        self._carry = ""  # a partial tag at the end of the text so far
         self._space = ""
-        self._after_call = False  # whether nothing but white space has come since the last call
+        self._after_call = False  # only white space since the last call
         self._state: Callable[[str, int], int] = self._in_content
         self._reset()
 
     def _reset(self) -> None:
-        """Forget the call at hand."""
+        """Forget the current call."""
         self._held = StringIO()
         self._next: Literal["{", "key", ":", "value", ","] = "{"
         self._key: str | None = None
@@ -75,14 +74,14 @@ class QwenParser:
         self._announced = False
 
     def push(self, text: str) -> tuple[ToolEvent, ...]:
-        """The events that this piece of text completes."""
+        """The events completed by this piece of text."""
         text, self._carry, at = self._carry + text, "", 0
         while at < len(text):
             at = self._state(text, at)
         return self._events()
 
     def flush(self) -> tuple[ToolEvent, ...]:
-        """What was held back when the answer is over."""
+        """The events for held-back text at the end of the answer."""
         carry, self._carry = self._carry, ""
         if self._state == self._in_arguments:
             self._argue(carry)
@@ -98,7 +97,7 @@ class QwenParser:
         out, self._out = self._out, []
         return joined(out)
 
-    # Each state takes the text and a position in it, and returns the position up to which it has dealt with the text.
+    # Each state takes the text and a position, and returns the position up to which it has consumed the text.
 
     def _in_content(self, text: str, at: int) -> int:
         start = text.find(OPEN, at)
@@ -114,7 +113,7 @@ class QwenParser:
         return start + len(OPEN)
 
     def _in_frame(self, text: str, at: int) -> int:
-        """Between the keys and values of the call's outer object."""
+        """Between keys and values of the call's outer object."""
         to, end = self._hold(SPACE, text, at)
         if to == end:
             return self._more(text, to)
@@ -123,7 +122,7 @@ class QwenParser:
             case "value", _:
                 return self._at_value(char, to)
             case "key", '"':
-                self._key = None  # until it is read, which happens as with any other string
+                self._key = None  # until the string has been read, like any other
                 return self._at_value(char, to)
             case "{", "{":
                 self._next = "key"
@@ -153,7 +152,7 @@ class QwenParser:
         return at
 
     def _in_value(self, text: str, at: int) -> int:
-        """In a key, or in a value that is held back."""
+        """Inside a key, or inside a value that is held back."""
         to = self._extent.scan(text, at, self._limit(text, at))
         self._held.write(text[at:to])
         return self._after_value(to) if self._extent.ended else self._more(text, to)
@@ -179,7 +178,7 @@ class QwenParser:
         return at
 
     def _learn(self, value: object, source: str) -> bool:
-        """Take in a member of the outer object. False: this is no call."""
+        """Record a member of the outer object. Returns False if this cannot be a call."""
         if self._key == "name":
             if self._name is not None or not (isinstance(value, str) and re.fullmatch(NAME, value)):
                 return False
@@ -209,7 +208,7 @@ class QwenParser:
         return to + 1
 
     def _after_arguments(self, text: str, at: int) -> int:
-        to = CLOSERS.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string too
+        to = CLOSERS.match(text, at).end()  # type: ignore[union-attr]  # always matches, if only the empty string
         tag = text[to : to + len(CLOSE)]
         if tag == CLOSE:
             self._state = self._in_content
@@ -229,14 +228,14 @@ class QwenParser:
         return min(len(text), at + MAX_HELD - self._held.tell())
 
     def _hold(self, pattern: re.Pattern[str], text: str, at: int) -> tuple[int, int]:
-        """Hold back what matches. Returns where that ends, and where it would have had to end."""
+        """Hold back what matches. Returns where the match ends and the furthest it was allowed to go."""
         end = self._limit(text, at)
-        to = pattern.match(text, at, end).end()  # type: ignore[union-attr]  # it matches the empty string too
+        to = pattern.match(text, at, end).end()  # type: ignore[union-attr]  # always matches, if only the empty string
         self._held.write(text[at:to])
         return to, end
 
     def _more(self, text: str, at: int) -> int:
-        """All that may be held was. That is fine at the end of the text, and elsewhere a fault or too much."""
+        """The match stopped: at the end of the text more may follow, elsewhere it is malformed or too long."""
         return at if at == len(text) else self._not_a_call(at)
 
     def _not_a_call(self, at: int) -> int:
@@ -267,7 +266,7 @@ class QwenParser:
         self._state = self._after_arguments
 
     def _say(self, text: str) -> None:
-        """Content, but for the white space at its end, which may yet turn out to stand before a call."""
+        """Emit content, holding back trailing white space, which may precede a call."""
         text = self._space + text
         keep = (len(text) - len(text.rstrip())) % MAX_SPACE
         said, self._space = text[: len(text) - keep], text[len(text) - keep :]
@@ -277,13 +276,13 @@ class QwenParser:
 
 
 def _start_of_tag(text: str, at: int) -> int:
-    """Where the text from `at` on ends with the start of an opening tag, or its length."""
+    """Position from which the text, after `at`, ends in a partial opening tag, or its length."""
     start = text.rfind(OPEN[0], max(at, len(text) - len(OPEN) + 1))
     return start if start >= 0 and OPEN.startswith(text[start:]) else len(text)
 
 
 def _object_text(value: object, source: str) -> str | None:
-    """The JSON text of an object, given as such, in a string, or as nothing at all; None if it is none of these."""
+    """The JSON text of an object given as an object, in a string, or as an empty value; None for anything else."""
     if isinstance(value, dict):
         return source
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -295,7 +294,7 @@ def _object_text(value: object, source: str) -> str | None:
 
 
 class QwenFormat:
-    """Qwen 2.5 and 3, and Hermes, which came first: JSON between tags."""
+    """Qwen 2.5 and 3, and Hermes, where the format began: JSON between tags."""
 
     separator = "\n"
     tags = frozenset([OPEN, CLOSE, "<tool_response>", "</tool_response>"])

@@ -1,4 +1,4 @@
-"""Where a JSON value ends, in text that comes in pieces."""
+"""Finds the end of a JSON value in text that arrives in pieces."""
 
 import re
 
@@ -8,10 +8,10 @@ SIGNS_OR_TAG = re.compile(r'["{}\[\]<]')
 
 
 class JsonExtent:
-    """Finds where a JSON string, object or array ends, by quotes and brackets alone."""
+    """Finds the end of a JSON string, object or array by its quotes and brackets alone."""
 
     def __init__(self, outside: re.Pattern[str] = SIGNS) -> None:
-        """`outside`: what to stop at outside of strings, beside a value's own signs (`SIGNS`)."""
+        """`outside`: where else to stop outside strings, besides a value's own quotes and brackets (`SIGNS`)."""
         self.ended = False
         self._outside = outside
         self._depth = 0
@@ -19,19 +19,19 @@ class JsonExtent:
         self._escaped = False
 
     def scan(self, text: str, at: int, end: int) -> int:
-        """The position after the value, or of what it stops at, or `end`. Looks at nothing twice."""
+        """The position after the value, of the match it stops at, or `end`. Examines every character once."""
         while at < end and not self.ended:
             if self._escaped:
                 self._escaped = False
                 at += 1
                 continue
-            found = (IN_STRING if self._in_string else self._outside).search(text, at, end)
-            if found is None:
+            match = (IN_STRING if self._in_string else self._outside).search(text, at, end)
+            if match is None:
                 return end
-            if found[0] == "<":
-                return found.start()
-            at = found.end()
-            self._pass(found[0])
+            if match[0] == "<":
+                return match.start()
+            at = match.end()
+            self._pass(match[0])
         return at
 
     def _pass(self, char: str) -> None:

@@ -1,6 +1,6 @@
-"""Tool calls as Llama 3.1, 3.2 and 3.3 write them: an answer that is JSON objects and nothing else, in linear time.
+"""Tool calls as Llama 3.1, 3.2 and 3.3 write them: an answer of JSON objects and nothing else, parsed in linear time.
 
-A small state machine on the event loop.
+A small state machine that runs on the event loop.
 """
 
 import re
@@ -27,58 +27,58 @@ from server.output.tool_calls import (
 )
 
 TAG = "<|python_tag|>"
-"""May stand before a call. Tokenizers flag it as special, and then it is in no text."""
+"""May precede a call. Tokenizers that flag it as special leave it out of the text."""
 
 NO_ARGUMENTS = "{}"
 KEYS = {'"name"': "name", '"parameters"': "arguments", '"arguments"': "arguments", '"type"': "type"}
 EMPTY = ("null", '""')
-MAX_HELD = 2**16  # characters held back of what may become a call; more, and it is content
+MAX_HELD = 2**16  # characters of a possible call that are held back; beyond that it is content
 MAX_SPACE = 256  # white space held back because a call may follow
-MAX_NAME = 2 + 12 * 128  # characters of JSON for a name: those of a pair of surrogates are escaped with twelve
+MAX_NAME = 2 + 12 * 128  # characters of JSON for a name; an escaped surrogate pair takes twelve
 SPACE = re.compile(r"[ \t\r\n]*")
-CONTROL = re.compile(r"[\x00-\x1f]")  # which no JSON string holds as it is
+CONTROL = re.compile(r"[\x00-\x1f]")  # must be escaped in JSON strings
 
 
 class LlamaParser:
     """Finds Llama's calls, `{"name": ..., "parameters": {...}}`, separated by semicolons or white space, in an answer.
 
-    Nothing marks them, so they are looked for at the answer's beginning and after another call alone, and an object is
-    one only if it has a name, `parameters` or `arguments`, perhaps `"type": "function"`, and no other member. With the
-    first character that speaks against it the text is content, byte for byte, up to the answer's end. Of a name, and of
-    arguments that come before it, what their JSON says against it is known at their end.
+    Nothing marks them, so they are only looked for at the start of the answer and after another call, and an object is
+    a call only if it has a name, `parameters` or `arguments`, optionally `"type": "function"`, and no other member. At
+    the first character that rules this out, the text is content, byte for byte, up to the end of the answer. A name,
+    and arguments that come before it, are only checked as JSON once they are complete.
 
-    A call is announced once its name is complete and its arguments' opening brace is there; from then on the arguments
-    stream as they come, up to the brace that matches. Null or an empty string are an empty object; an object without
-    arguments is no call.
+    A call is announced once its name and the opening brace of its arguments have arrived; from then on the arguments
+    are streamed up to the matching brace. Null and an empty string mean an empty object; an object without arguments
+    is not a call.
 
-    An announced call is never taken back, and its arguments are not checked. If the answer's end breaks them off, there
-    is no `CallEnded`. After whole arguments, closing brackets, one semicolon and white space are dropped before another
-    call and at the answer's end.
+    An announced call is never retracted, and its arguments are not checked. If the answer ends within them, there is no
+    `CallEnded`. After complete arguments, closing brackets, one semicolon and white space are dropped before another
+    call and at the end of the answer.
 
-    Every character is looked at a bounded number of times. Held back are at most `MAX_HELD` characters of a possible
-    call, or `MAX_SPACE` of white space.
+    Every character is examined a bounded number of times. At most `MAX_HELD` characters of a possible call, or
+    `MAX_SPACE` of white space, are held back.
     """
 
     def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
         self._new_id = new_id
-        self._call = -1  # the index of the latest
+        self._call = -1  # index of the latest call
         self._out: list[ToolEvent] = []
         self._held = StringIO()
         self._max_held = MAX_SPACE
-        self._separators = ""  # that may come before the next call
+        self._separators = ""  # seen since the last call
         self._literals: tuple[str, ...] = ()
         self._tagged = self._announced = False
         self._state: Callable[[str, int], int] = self._before_call
 
     def push(self, text: str) -> tuple[ToolEvent, ...]:
-        """The events that this piece of text completes."""
+        """The events completed by this piece of text."""
         at = 0
         while at < len(text):
             at = self._state(text, at)
         return self._events()
 
     def flush(self) -> tuple[ToolEvent, ...]:
-        """What was held back when the answer is over."""
+        """The events for held-back text at the end of the answer."""
         is_rest = self._announced or (self._call >= 0 and self._state == self._before_call)
         if not is_rest:
             self._not_a_call(0)
@@ -88,7 +88,7 @@ class LlamaParser:
         out, self._out = self._out, []
         return joined(out)
 
-    # Each state takes the text and a position in it, and returns the position up to which it has dealt with the text.
+    # Each state takes the text and a position, and returns the position up to which it has consumed the text.
 
     def _in_content(self, text: str, at: int) -> int:
         self._out.append(Content(text[at:]))
@@ -109,7 +109,7 @@ class LlamaParser:
         if char == ";":
             self._separators = ""
         elif char in "}]":
-            return to + 1  # what an announced call ends with
+            return to + 1  # the end of an announced call
         self._held.write(char)
         return to + 1
 
@@ -123,7 +123,7 @@ class LlamaParser:
         self._state = self._in_frame
 
     def _in_frame(self, text: str, at: int) -> int:
-        """Between the keys and values of the call's outer object."""
+        """Between keys and values of the call's outer object."""
         to, end = self._hold_space(text, at)
         if to == end:
             return self._more(text, to)
@@ -163,7 +163,7 @@ class LlamaParser:
         return at
 
     def _expect(self, literals: tuple[str, ...], at: int) -> int:
-        """One of these is next, and nothing else."""
+        """One of these must come next."""
         self._literals, self._literal = literals, ""
         self._state = self._in_literal
         return at
@@ -191,7 +191,7 @@ class LlamaParser:
         return at
 
     def _in_value(self, text: str, at: int) -> int:
-        """In a name, or in arguments that come before it."""
+        """Inside a name, or inside arguments that come before it."""
         to = self._extent.scan(text, at, self._limit(text, at))
         self._held.write(text[at:to])
         if self._key == "name" and CONTROL.search(text, at, to):
@@ -214,7 +214,7 @@ class LlamaParser:
         return to
 
     def _learn(self, arguments: str | None) -> None:
-        """A member is complete. The call is, too, once it has a name and whole arguments."""
+        """Record a member. With a name and complete arguments the call is complete, too."""
         self._next = ","
         self._arguments = self._arguments or arguments
         if self._announced:
@@ -242,14 +242,14 @@ class LlamaParser:
         return max(at, min(len(text), at + self._max_held - self._held.tell()))
 
     def _hold_space(self, text: str, at: int) -> tuple[int, int]:
-        """Hold back white space. Returns where that ends, and where it would have had to end."""
+        """Hold back white space. Returns where it ends and the furthest it was allowed to go."""
         end = self._limit(text, at)
-        to = SPACE.match(text, at, end).end()  # type: ignore[union-attr]  # it matches the empty string too
+        to = SPACE.match(text, at, end).end()  # type: ignore[union-attr]  # always matches, if only the empty string
         self._held.write(text[at:to])
         return to, end
 
     def _more(self, text: str, at: int) -> int:
-        """All that may be held was. That is fine at the end of the text, and elsewhere a fault or too much."""
+        """The match stopped: at the end of the text more may follow, elsewhere it is malformed or too long."""
         return at if at == len(text) else self._not_a_call(at)
 
     def _not_a_call(self, at: int) -> int:
@@ -261,7 +261,7 @@ class LlamaParser:
         return at
 
     def _forget(self) -> None:
-        """Drop what is held."""
+        """Drop the held-back text."""
         self._held = StringIO()
 
     def _announce(self, name: str) -> None:
@@ -280,8 +280,8 @@ class LlamaParser:
 
 
 class LlamaFormat:
-    """Llama 3.1 to 3.3: JSON that is the whole answer. Their templates take one call a turn, and render results as
-    turns of `ipython`."""
+    """Llama 3.1 to 3.3: JSON that is the whole answer. Their templates take one call per turn and render results as
+    `ipython` turns."""
 
     separator = "; "
     tags = frozenset[str]()
@@ -299,7 +299,7 @@ class LlamaFormat:
         return f'{{"name": "{name}", "parameters": ', "}"
 
     def turns(self, messages: Sequence[Turn]) -> list[Turn]:
-        """Each call in a turn of its own, before its result, and after what was said beside it."""
+        """Each call in a turn of its own, after the text that came with it and before its result."""
         turns: list[Turn] = []
         at = 0
         while at < len(messages):
@@ -317,7 +317,7 @@ class LlamaFormat:
 
 
 def _one_call_each(message: Turn, results: defaultdict[str, deque[Turn]]) -> list[Turn]:
-    """The turns of one with calls. Takes the results that it finds a call for."""
+    """The turns of a message with calls. Consumes the results of its calls."""
     said = message.copy()
     calls = said.pop("tool_calls")
     turns = [said] if said["content"] else []

@@ -1,4 +1,4 @@
-"""From an answer's text to its OpenAI message: reasoning, content and tool calls. Runs on the event loop."""
+"""Parses an answer's text into an OpenAI message: reasoning, content and tool calls. Runs on the event loop."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Cont
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Some of the model's thinking; never empty."""
+    """A piece of the model's reasoning; never empty."""
 
     text: str
 
@@ -21,10 +21,10 @@ Said = TypeVar("Said", replies.ChatMessage, replies.Delta)
 
 
 class MessageReader:
-    """Reads one answer's text as it comes. Without a splitter and a parser all of it is content.
+    """Parses one answer's text as it arrives. Without a splitter and a parser, all of it is content.
 
-    The events of an answer, folded, do not depend on how its text was cut into pieces. Calls are looked for in the
-    content only: one inside a think block is a thought. Calls are of the functions that the model means by `names`.
+    The folded events of an answer do not depend on how its text was split. Calls are only parsed in content: a call
+    inside a think block is reasoning. `names` maps the names that the model uses to the client's functions.
     """
 
     def __init__(
@@ -40,25 +40,25 @@ class MessageReader:
 
     @property
     def thinking(self) -> bool:
-        """Whether what comes next may be of a thought."""
+        """Whether the next text may be reasoning."""
         return self._reasoning is not None and not self._reasoning.over
 
     @property
     def thought(self) -> bool:
-        """Whether there was a thought."""
+        """Whether there was any reasoning."""
         return self._reasoning is not None and self._reasoning.thought
 
     def push(self, text: str) -> list[Event]:
-        """The events that this piece of text completes, often one, sometimes none."""
+        """The events completed by this piece of text, often one, sometimes none."""
         return self._read([("content", text)] if self._reasoning is None else self._reasoning.push(text))
 
     def flush(self) -> list[Event]:
-        """The events that are sure only when the answer is over."""
+        """The events that are only certain at the end of the answer."""
         events = self._read([] if self._reasoning is None else self._reasoning.flush())
         return events if self._tools is None else events + self._noted(self._tools.flush())
 
     def finish(self, reason: replies.Ending | None) -> replies.FinishReason | None:
-        """The answer's `finish_reason`. A model that stopped after a complete call waits for its result."""
+        """The answer's `finish_reason`: `tool_calls` if the model stopped after a complete call."""
         return "tool_calls" if self._called and reason == "stop" else reason
 
     def _read(self, parts: Iterable[Part]) -> list[Event]:
@@ -83,9 +83,9 @@ class MessageReader:
 
 
 def fold(events: Iterable[Event]) -> replies.ChatMessage:
-    """The whole message. Its content is a string, and null only if there are calls and no content.
+    """The whole message. Its content is a string, or null if there are calls and no content.
 
-    RAGFlow fails on null without calls, and on calls without the `index` that OpenAI sends in streams only.
+    RAGFlow fails on null without calls, and on calls without the `index` that OpenAI only sends in streams.
     """
     reasoning: list[str] = []
     content: list[str] = []
@@ -110,7 +110,7 @@ def fold(events: Iterable[Event]) -> replies.ChatMessage:
 
 
 def delta(event: Event) -> replies.Delta | None:
-    """What a streamed chunk says of an event; None for one that is not shown."""
+    """The delta of an event in a streamed chunk; None for events that are not shown."""
     match event:
         case Reasoning():
             return {"reasoning_content": event.text}
@@ -125,7 +125,7 @@ def delta(event: Event) -> replies.Delta | None:
 
 
 def end_of_first_call(events: Sequence[Event]) -> int | None:
-    """How many events there are up to the end of an answer's first call, complete or broken off by another one."""
+    """Number of events up to the end of the first call, complete or broken off by another; None if it has not ended."""
     for place, event in enumerate(events):
         if isinstance(event, CallEnded):
             return place + 1
@@ -135,7 +135,7 @@ def end_of_first_call(events: Sequence[Event]) -> int | None:
 
 
 def as_legacy(said: Said) -> Said:
-    """A message or delta with one call at most, changed to what it was before there were `tools`."""
+    """A message or delta with at most one call, in the older form with `function_call`."""
     if "tool_calls" in said:
         said["function_call"] = said.pop("tool_calls")[0]["function"]
     return said

@@ -1,7 +1,7 @@
-"""How one model writes and reads a conversation, found once when it is loaded. Nobody else looks into its template.
+"""A model's conversation format, detected once when it is loaded. No other module inspects its chat template.
 
-A chat template tells most of it: which tags are around a thought, how calls of tools are written, whether it renders
-tools itself, and which tokens make turns.
+Most of it follows from the template: the thinking tags, how tool calls are written, whether it renders tools itself,
+and which tokens delimit turns.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from server.output.tool_calls import ShownArguments, ShownTool, ToolFormat, Turn
 QWEN = QwenFormat()
 FORMATS: tuple[ToolFormat, ...] = (QWEN, LlamaFormat())
 PART_TAGS = frozenset(THINK).union(*(known.tags for known in FORMATS))
-"""Tags of parts of a turn, which models have as tokens whatever their template uses."""
+"""Tags around parts of a turn, which models have as tokens whether or not their template uses them."""
 
 Encode = Callable[[str], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Thinking:
-    """Tags around a model's thoughts, and the tokens for them.
+    """A model's thinking tags and their tokens.
 
-    `opening` and `closing` are None where the tokenizer has no one token for the tag; `end` is what a thought that is
-    cut off ends with.
+    `opening` and `closing` are None if the tag is not a single token; `end` is the text that ends a thought which is
+    cut off.
     """
 
     tags: ThinkTags
@@ -47,8 +47,8 @@ class Thinking:
 
 @dataclass(frozen=True)
 class ModelFormat:
-    """`thinking` is None if the template knows no thoughts. `tools` is how calls are written, by the model itself if
-    the template `renders_tools`, else because the prompt tells it to. `turn_tokens` are added tokens that make turns.
+    """`thinking` is None if the template has no thinking. `tools` is how calls are written: natively if the template
+    `renders_tools`, otherwise as described in the prompt. `turn_tokens` are the added tokens that delimit turns.
     """
 
     tools: ToolFormat
@@ -57,25 +57,25 @@ class ModelFormat:
     turn_tokens: frozenset[str]
 
     def conversation(self, turns: Sequence[Turn], tools: Sequence[ShownTool]) -> tuple[list[Turn], dict[str, object]]:
-        """The turns that the template is given, and its variables, for a conversation with tools."""
+        """The template's turns and variables for a conversation with tools."""
         if not self.renders_tools:
             return without_tools(turns, tools), {}
         return self.tools.turns(turns), {"tools": tools} if tools else {}
 
     def thought_after(self, prompt: str) -> ThoughtState:
-        """What a rendered prompt has done about the thought that an answer may begin with."""
+        """Whether a rendered prompt opens, closes or leaves open the thought before an answer."""
         return thought_state(self.thinking.tags if self.thinking else None, prompt)
 
     def splitter(self, thought: ThoughtState) -> ReasoningSplitter | None:
-        """What tells the thought of one answer from its content; None if the model knows no thoughts."""
+        """A splitter for one answer's thought and content; None if the model has no thinking."""
         if self.thinking is None:
             return None
         return ReasoningSplitter(*self.thinking.tags, started=thought is ThoughtState.OPENED)
 
     def forced_end(self, thought: ThoughtState, after: int) -> Forced | None:
-        """How a thought that may come is cut off after so many tokens.
+        """How to cut a thought off after this many tokens.
 
-        None for a model that has no tokens around its own.
+        None if no thought can come, or if a thinking tag that this needs is not a single token.
         """
         if not thought.to_come or self.thinking is None or self.thinking.closing is None:
             return None
@@ -86,7 +86,7 @@ class ModelFormat:
 
 
 def format_of(template: str, added: Collection[AddedToken], encode: Encode) -> ModelFormat:
-    """The format of a model by its chat template, its tokenizer's added tokens, and how that encodes a text."""
+    """The format of a model, from its chat template, its tokenizer's added tokens, and its encode function."""
     own = next((known for known in FORMATS if known.fits(template)), None)
     return ModelFormat(
         tools=own or QWEN,
@@ -97,10 +97,10 @@ def format_of(template: str, added: Collection[AddedToken], encode: Encode) -> M
 
 
 def tokens_of_turns(added: Collection[AddedToken], template: str) -> frozenset[str]:
-    """The special tokens and those that the template writes, without the tags of parts of a turn.
+    """The special tokens and those written by the template, without the tags of parts of a turn.
 
-    Some tokenizers do not flag the tokens that make turns, hence the template. Others list plain words and white space
-    as added tokens, which a template's source holds by chance.
+    Some tokenizers do not flag their turn tokens as special, hence the template. Others have plain words and white
+    space as added tokens, which a template's source contains by chance.
     """
     turns = {
         token.content for token in added if token.special or (token.content in template and _is_tag(token.content))
@@ -109,7 +109,7 @@ def tokens_of_turns(added: Collection[AddedToken], template: str) -> frozenset[s
 
 
 def _is_tag(text: str) -> bool:
-    """Whether it has a letter, and signs around it."""
+    """Whether it has a letter between punctuation."""
     return any(map(str.isalpha, text)) and not text[0].isalnum() and not text[0].isspace()
 
 
@@ -126,7 +126,7 @@ To call one, answer with nothing but a JSON object between tags, and wait for it
 
 
 def without_tools(messages: Sequence[Turn], tools: Sequence[ShownTool]) -> list[Turn]:
-    """The conversation with tools, calls and results in words. The tools are added to the system message."""
+    """The conversation with tools, calls and results as plain text. The tools are added to the system message."""
     turns = [_in_words(message) for message in messages]
     if not tools:
         return turns
@@ -150,5 +150,5 @@ def _call(function: ShownArguments) -> str:
 
 
 def _json(value: object) -> str:
-    """Unlike orjson this has a form for integers of any size, which clients may send."""
+    """Unlike orjson, this can write the integers of any size that clients may send."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

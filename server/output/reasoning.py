@@ -1,11 +1,11 @@
-"""A model's thinking told apart from its answer, in text that comes in pieces. Runs on the event loop."""
+"""Separates a model's thinking from its answer in text that arrives in pieces. Runs on the event loop."""
 
 from enum import Enum, auto
 from typing import Literal, NamedTuple, TypeAlias
 
 
 class ThinkTags(NamedTuple):
-    """What stands around a thought."""
+    """The tags around a thought."""
 
     open: str
     close: str
@@ -17,25 +17,25 @@ Part: TypeAlias = tuple[Literal["reasoning", "content"], str]
 
 
 class ThoughtState(Enum):
-    """What a prompt has done about the thought that an answer may begin with, whatever its request asked for."""
+    """The state of the answer's thought at the end of the rendered prompt, whatever the request asked for."""
 
     UNKNOWN = auto()
-    """The model's template knows no thoughts."""
+    """The model's template has no thinking."""
     OPENED = auto()
-    """The answer begins inside a thought."""
+    """The answer starts inside a thought."""
     CLOSED = auto()
-    """The thought is over: the answer begins with its content."""
+    """The thought is over: the answer starts with content."""
     FREE = auto()
-    """The model may begin its answer with a thought."""
+    """The model may start its answer with a thought."""
 
     @property
     def to_come(self) -> bool:
-        """Whether the answer can begin with a thought."""
+        """Whether the answer can start with a thought."""
         return self in (ThoughtState.OPENED, ThoughtState.FREE)
 
 
 def thought_state(tags: ThinkTags | None, prompt: str) -> ThoughtState:
-    """What the text of a prompt has done, for a model with these tags: some begin the answer with one, or with both."""
+    """The state at the end of a prompt for a model with these tags: templates may open a thought, or close it, too."""
     if tags is None:
         return ThoughtState.UNKNOWN
     end = prompt.rstrip()
@@ -45,12 +45,12 @@ def thought_state(tags: ThinkTags | None, prompt: str) -> ThoughtState:
 
 
 class ReasoningSplitter:
-    """Splits `<think>...</think>` at the very start of an answer from the content after it, in linear time.
+    """Splits `<think>...</think>` at the start of an answer from the content after it, in linear time.
 
     Newlines next to the tags belong to neither part, as in Qwen's own template. Without the opening tag everything is
-    content, unless `started` says that the prompt had the tag already; an answer that repeats it then is fine. Without
-    the closing tag everything is reasoning. A later block is plain content. Held back are at most a tag's length of
-    text and a count of newlines.
+    content, unless `started` says that the prompt already had it; the answer may then repeat it. Without the closing
+    tag everything is reasoning. A later block is plain content. At most a tag's length of text and a count of newlines
+    are held back.
     """
 
     def __init__(self, open: str = THINK.open, close: str = THINK.close, *, started: bool = False) -> None:
@@ -59,16 +59,16 @@ class ReasoningSplitter:
         self._started = started
         self._stage: Literal["start", "reasoning", "gap", "content"] = "start"
         self._held = ""
-        self._newlines = 0  # after the reasoning so far; dropped if nothing but the closing tag follows
-        self.thought = False  # whether there was any
+        self._newlines = 0  # trailing newlines so far; dropped if only the closing tag follows
+        self.thought = False  # whether there was any reasoning
 
     @property
     def over(self) -> bool:
-        """Whether all that comes is content."""
+        """Whether all further text is content."""
         return self._stage in ("gap", "content")
 
     def push(self, text: str) -> list[Part]:
-        """The parts that this piece of text completes, none of them empty: reasoning, content, or both."""
+        """The non-empty parts completed by this piece of text: reasoning, content, or both."""
         text, self._held = self._held + text, ""
         if self._stage == "start":
             if text != self._open and self._open.startswith(text):
@@ -92,7 +92,7 @@ class ReasoningSplitter:
         return parts
 
     def flush(self) -> list[Part]:
-        """What was held back for a tag that never came."""
+        """The text held back for a tag that never came."""
         held, self._held = self._held, ""
         if self._stage == "start" and not self._started:
             return [("content", held)] if held else []

@@ -1,4 +1,4 @@
-"""The events that an answer with tool calls is made of, and what a family of models must say of how it writes them."""
+"""The events of an answer with tool calls, and the interface of a model family's tool call format."""
 
 import re
 import secrets
@@ -10,7 +10,7 @@ from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
 from server.fields import Schema
 
 NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,128}$"
-"""What may be a function's name, whether a client has defined it or a model has made it up."""
+"""Valid function names, whether defined by a client or made up by a model."""
 
 UNQUOTABLE = re.compile(r'["\\<>\[\]{}|]')
 
@@ -32,7 +32,7 @@ class ShownTool(TypedDict):
 class ShownArguments(TypedDict):
     name: str
     arguments: object
-    """An object, or the text that came in its place."""
+    """An object, or the text that came instead of one."""
 
 
 class ShownCall(TypedDict):
@@ -65,9 +65,9 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class CallStarted:
-    """A call, the `index`-th of the answer from 0. It is never taken back.
+    """The start of the call with this `index` (from 0) in the answer. It is never retracted.
 
-    Whether there is a function of that name is for the client to say.
+    The client decides whether a function of that name exists.
     """
 
     index: int
@@ -77,7 +77,7 @@ class CallStarted:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A fragment of a call's arguments; together they are the JSON text of one object, as the model wrote it."""
+    """A fragment of a call's arguments; all fragments together are one object's JSON text, as the model wrote it."""
 
     index: int
     text: str
@@ -85,7 +85,7 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """The call's arguments are complete. A call without this event was cut off or broken."""
+    """The call's arguments are complete. A call without this event was cut off or is malformed."""
 
     index: int
 
@@ -94,46 +94,46 @@ ToolEvent: TypeAlias = Content | CallStarted | CallArguments | CallEnded
 
 
 class ToolParser(Protocol):
-    """Reads one answer. What it returns does not depend on how the text was cut, but for the size of fragments."""
+    """Parses one answer. Apart from the size of fragments, the result does not depend on how the text was split."""
 
     def push(self, text: str) -> tuple[ToolEvent, ...]: ...
     def flush(self) -> tuple[ToolEvent, ...]: ...
 
 
 class ToolFormat(Protocol):
-    """How one family of models writes its calls. Another family's is a file of its own and an entry in `FORMATS`."""
+    """How one family of models writes its calls. To add a family, add a file and an entry in `FORMATS`."""
 
     @property
     def separator(self) -> str:
-        """What stands between two calls of one answer."""
+        """The text between two calls of one answer."""
         ...
 
     @property
     def tags(self) -> frozenset[str]:
-        """Tokens around parts of a turn, which data inside of such a part must not hold."""
+        """Tokens around parts of a turn, which the data inside such a part must not contain."""
         ...
 
     def fits(self, template: str) -> bool:
-        """Whether a chat template tells its model to write calls this way."""
+        """Whether a chat template instructs its model to write calls this way."""
         ...
 
     def carries(self, name: str) -> bool:
-        """Whether prompts and calls can hold this name of a function as it is.
+        """Whether prompts and calls can contain this function name verbatim.
 
-        If it is true of each character, it is true of their names of up to 64, with digits at the end.
+        If this holds for each character, it must hold for names of up to 64 of them with digits at the end.
         """
         ...
 
     def parser(self) -> ToolParser:
-        """A parser for one answer that may have calls."""
+        """A new parser for one answer that may have calls."""
         ...
 
     def around(self, name: str) -> tuple[str, str]:
-        """What a call of a name that it carries has before and after its arguments' JSON: what a grammar enforces."""
+        """The text before and after the arguments' JSON in a call of this name, as a grammar enforces it."""
         ...
 
     def turns(self, messages: Sequence[Turn]) -> list[Turn]:
-        """The conversation in turns that a template of this format takes."""
+        """The conversation as turns that a template of this format accepts."""
         ...
 
 
@@ -142,12 +142,12 @@ def new_call_id() -> str:
 
 
 def quotable(name: str) -> bool:
-    """Whether a name stands in a JSON string as it is, and cannot be part of one of a model's own tokens."""
+    """Whether a name needs no escaping in a JSON string and cannot be part of one of a model's special tokens."""
     return not UNQUOTABLE.search(name)
 
 
 def joined(events: Sequence[ToolEvent]) -> tuple[ToolEvent, ...]:
-    """The events with those of adjacent text as one. No two adjacent fragments are of different calls."""
+    """The events with adjacent text merged. Adjacent fragments always belong to the same call."""
     return tuple(_as_one(list(group)) for _, group in groupby(events, type))
 
 
@@ -158,16 +158,16 @@ def _as_one(events: list[ToolEvent]) -> ToolEvent:
     return replace(first, text="".join(event.text for event in events if isinstance(event, type(first))))
 
 
-MAX_STEM = 48  # characters kept of a name that has to be another one
+MAX_STEM = 48  # characters kept of a name that has to be replaced
 
 Named = TypeVar("Named", ShownTool, ShownCall)
 
 
 class ToolNames:
-    """The names of one request, each with the one that its model knows the function by.
+    """The function names of one request and the names that the model sees.
 
-    That is the same name wherever the model's format carries it (`ToolFormat.carries`), else one like it. No two names
-    are known as one, and the same names in the same order are always known by the same ones.
+    They are equal where the model's format can carry the name (`ToolFormat.carries`), otherwise similar. The mapping is
+    one-to-one, and the same names in the same order always map to the same names.
     """
 
     def __init__(self, names: Iterable[str], carries: Callable[[str], bool]) -> None:
@@ -184,22 +184,22 @@ class ToolNames:
         return next(other for n in count(1) if (other := f"{stem}_{n}") not in self._meant)
 
     def shown(self, name: str) -> str:
-        """What the model is shown for one of the names."""
+        """The name that the model sees for this function."""
         return self._shown[name]
 
     def meant(self, name: str) -> str:
-        """Which function the model means; a name that it made up is left as it is."""
+        """The function that the model means; a name that it made up is left as it is."""
         return self._meant.get(name, name)
 
     def in_tool(self, tool: Named) -> Named:
-        """A definition for a template, with the name that the model is shown."""
+        """A definition for a template, with the name that the model sees."""
         renamed = tool.copy()
         renamed["function"] = tool["function"].copy()
         renamed["function"]["name"] = self._known(tool["function"]["name"])
         return renamed
 
     def in_turn(self, turn: Turn) -> Turn:
-        """A message for a template, with the names that the model is shown in its calls, or of the call it answers."""
+        """A message for a template, with the names that the model sees in its calls or its tool result."""
         if "tool_calls" in turn:
             return {**turn, "tool_calls": [self.in_tool(call) for call in turn["tool_calls"]]}
         if turn["role"] == "tool" and "name" in turn:
