@@ -1,11 +1,11 @@
-"""What a request's answer must look like, compiled for the served tokenizer: JSON, a JSON Schema, or tool calls.
+"""Compiles grammars that constrain answers (JSON, a JSON Schema, or tool calls) for the served tokenizer.
 
-What a client sent is first tried in another process, which can be killed, and compiled here once it is known to take
-little, for each request anew. Clients have their turns at both. What is known is remembered within bounds. `Grammars`
-belongs to the event loop, and a compiled grammar to any thread.
+A client's schema is first tried in another process, which can be killed. Once it is known to be cheap, it is compiled
+here, anew for each request. Clients take turns at both, and results of trials are cached within bounds. `Grammars` runs
+on the event loop; a compiled grammar may be used on any thread.
 
-Objects have their properties in the schema's order, and the only white space is one optional blank after a comma and
-after a colon, so that a weak model cannot go on with white space for ever.
+Objects have their properties in the schema's order, and the only white space is one optional space after a comma or
+colon, so that a weak model cannot generate endless white space.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 class TokenGrammar:
     """`batching.types.Grammar` over llguidance, for the rows of one request.
 
-    All copies of a matcher share a lexer and what it may take. Once it has taken that, the masks of all of them are
-    wrong without a word; so no two requests may share a grammar.
+    All copies of a matcher share a lexer and its resource limit. Once that is exhausted, all their masks are silently
+    wrong, so no two requests may share a grammar.
     """
 
     def __init__(self, source: str, tokens: LLTokenizer) -> None:
-        """Compiles, which takes milliseconds. Raises ValueError if that cannot be."""
-        self._matcher = matcher_of(source, tokens)  # stays at its beginning
+        """Compiles the source, which takes milliseconds. Raises ValueError if it does not compile."""
+        self._matcher = matcher_of(source, tokens)  # stays in its initial state
         self._tokens = tokens
         if self._matcher.is_error():
             raise ValueError(_first_line(self._matcher.get_error()))
@@ -72,22 +72,21 @@ class TokenMatcher:
         self._eos = tokens.eos_tokens
 
     def fill(self, allowed: NDArray[np.int32]) -> bool:
-        """See `Matcher`. Tokens that only the tokenizer or only the model has are never allowed."""
+        """Never allows tokens that only the tokenizer or only the model has."""
         fits = len(allowed) >= self._words
         mask = allowed[: self._words] if fits else np.zeros(self._words, np.int32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             raise ValueError(_first_line(self._matcher.get_error()))
-        for token in self._eos:  # the library's way to say that the text may end; the caller has its own
+        for token in self._eos:  # the library's signal that the text may end; the caller has its own
             mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
         if not fits:
             allowed[:] = mask[: len(allowed)]
         return self._matcher.is_accepting()
 
     def advance(self, token: int) -> None:
-        """See `Matcher`."""
         if token >= self._vocab_size or not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} may not come here")
+            raise ValueError(f"token {token} is not allowed here")
 
 
 def _first_line(error: str) -> str:
@@ -97,19 +96,19 @@ def _first_line(error: str) -> str:
 logger = logging.getLogger(__name__)
 
 MAX_CALLS = 16  # in one answer
-SLOTS = 2  # grammars that are tried at once, and that are compiled at once, each for another client
-MAX_TRIALS = 64  # of one client that wait; they take 20 ms each, or a second
-MAX_WAITING = 1024  # known grammars of one client that wait to be compiled; they take a millisecond or two each
-HELD_BYTES = 2**30  # of memory in grammars of requests that wait or run
-SHARE = 0.5  # of that for one client
+SLOTS = 2  # grammars tried at once, and compiled at once, each for a different client
+MAX_TRIALS = 64  # waiting trials per client; each takes 20 ms, at most a second
+MAX_WAITING = 1024  # known grammars per client waiting to be compiled; each takes a millisecond or two
+HELD_BYTES = 2**30  # memory of the grammars of waiting and running requests
+SHARE = 0.5  # the part of it that one client may use
 
 NO_ARGUMENTS: Schema = {"type": "object", "properties": {}}
 HARMLESS: tuple[Schema, ...] = ({"type": "object"}, NO_ARGUMENTS)
-"""Schemas that need not be tried."""
+"""Schemas that need no trial."""
 
 
 class Grammars:
-    """Compiles for one tokenizer. Its construction takes seconds of CPU for a large vocabulary: once, at the start."""
+    """Compiles for one tokenizer. Construction takes seconds of CPU for a large vocabulary, once at startup."""
 
     def __init__(
         self,
@@ -120,10 +119,9 @@ class Grammars:
         known_bytes: int = 2**24,
         held_bytes: int = HELD_BYTES,
     ) -> None:
-        """`thinking`: what is around the model's thoughts. `time_limit`: seconds that a request waits for its client's
-        turn."""
-        # As llguidance.hf does, which copies the tokenizer first: a third of the time, and only to switch off what
-        # `Text` has switched off.
+        """`thinking`: the model's thinking tags. `time_limit`: seconds that a request waits for its client's turn."""
+        # Like llguidance.hf, but without its copy of the tokenizer, which takes a third of the time and only serves to
+        # switch off what `Text` has already switched off.
         source = tokenizer.backend_tokenizer.to_str()
         self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
         self._added = tokenizer.get_added_vocab()
@@ -138,17 +136,19 @@ class Grammars:
         self._held: WeakKeyDictionary[TokenGrammar, tuple[str, int]] = WeakKeyDictionary()
 
     def warm(self) -> None:
-        """Start what the first schema would otherwise wait for. Returns at once; any thread."""
+        """Start the trial process, so that the first schema need not wait for it. Returns at once; any thread."""
         threading.Thread(target=self._sandbox.start, name="grammar-sandbox", daemon=True).start()
 
-    async def json(self, form: Part, *, thought: ThoughtState = ThoughtState.UNKNOWN, client: str = "") -> TokenGrammar:
-        """The values of a schema, of drafts up to 2020-12. Raises `ApiError` 400 that names what is wrong with it.
+    async def json(
+        self, schema: Part, *, thought: ThoughtState = ThoughtState.UNKNOWN, client: str = ""
+    ) -> TokenGrammar:
+        """A grammar of a schema's values, for drafts up to 2020-12. Raises `ApiError` 400 for a schema that fails.
 
-        A strict schema may only use what can be enforced. In another one, keywords and formats that cannot are left
-        to the model, and `oneOf` is read as `anyOf`. `thought`: the answer may or does start with the model's thought,
-        which is free. `client`: whose turn it takes to compile it.
+        A strict schema may only use what can be enforced. Otherwise unenforceable keywords and formats are left to
+        the model, and `oneOf` is read as `anyOf`. `thought`: whether the answer starts with a thought, which is
+        unconstrained. `client`: whose turn the compilation takes.
         """
-        return await self.compile(Plan((*self._start(thought), "answer: a0"), (form,)), client)
+        return await self.compile(Plan((*self._start(thought), "answer: a0"), (schema,)), client)
 
     async def tool_calls(
         self,
@@ -162,19 +162,19 @@ class Grammars:
         client: str = "",
         param: str = "tools",
     ) -> TokenGrammar:
-        """One or more calls of `tools` (name, schema of the parameters), as the model has them `written`; one if not
-        `parallel`.
+        """A grammar of calls of `tools` (name, parameter schema), `written` in the model's format; of a single call if
+        not `parallel`.
 
-        With `named`, exactly one call, of that function. With `otherwise`, calls or a value of that schema. A tool
-        without parameters takes an empty object. Schemas are read as ones that are not strict. Raises `ApiError` 400.
+        With `named`: exactly one call of that function. With `otherwise`: calls or a value of that schema. A tool
+        without parameters takes an empty object. Schemas are read as not strict. Raises `ApiError` 400.
         """
         offered = [(name, schema) for name, schema in tools if named in (None, name)]
         if not offered:
-            raise bad_request("There is no function of the name that tool_choice asks for.", "tool_choice")
+            raise bad_request("The field tool_choice names a function that is not defined.", "tool_choice")
         separator = self._literal(written.separator)
         more = f" ({separator} call){{0,{MAX_CALLS - 1}}}" if parallel and named is None else ""
-        form = f" | a{len(offered)}" if otherwise else ""
-        rules = [*self._start(thought), f"answer: call{more}{form}"]
+        value = f" | a{len(offered)}" if otherwise else ""
+        rules = [*self._start(thought), f"answer: call{more}{value}"]
         rules.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
         for n, (name, _) in enumerate(offered):
             before, after = map(self._literal, written.around(name))
@@ -183,20 +183,20 @@ class Grammars:
         return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))), client)
 
     def _literal(self, text: str) -> str:
-        """Text as a part of a grammar, with the tokenizer's own tokens where it holds one."""
+        """Text as part of a grammar; added tokens in it are matched as tokens."""
         marks = sorted((mark for mark in self._added if mark in text), key=len, reverse=True)
         pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
         return " ".join(f"<[{self._added[p]}]>" if p in self._added else json.dumps(p) for p in pieces if p)
 
     def _start(self, state: ThoughtState) -> tuple[str, ...]:
-        """Rules for what comes before the answer: the rest of a thought, or one that the model may begin with."""
+        """Rules for what precedes the answer: the rest of a thought, or an optional thought."""
         if self._thinking is None or not state.to_come:
             return (START,)
         opening, closing = map(self._literal, self._thinking)
         marked = set(self._thinking) <= self._added.keys()
         rest = (f"/(.|\\n)*/ {closing}" if marked else "spelled") + r' "\n\n"'
         thought = rest if state is ThoughtState.OPENED else f"({opening} {rest})?"
-        # For a model that has no token to end a thought with.
+        # For a model whose closing tag is not a single token.
         spelled = re.escape(self._thinking.close).replace("/", r"\/")
         return f"start: {thought} answer", rf"spelled[lazy]: /(.|\n)*{spelled}/"
 
@@ -205,7 +205,7 @@ class Grammars:
     async def compile(self, plan: Plan, client: str = "") -> TokenGrammar:
         """The plan's grammar.
 
-        Raises `ApiError`: 400 for what cannot be compiled within the limits or at all, 503 if it cannot be told now.
+        Raises `ApiError`: 400 if it cannot be compiled within the limits or at all, 503 if it cannot be tried now.
         """
         key = await asyncio.to_thread(_checked, plan)
         written = self._known.get(key) or await self._tried(plan, key, client)
@@ -216,19 +216,19 @@ class Grammars:
         return grammar
 
     async def _tried(self, plan: Plan, key: str, client: str) -> Written:
-        """What trying the plan came to: once, however many requests of the client wait for it."""
+        """The result of trying the plan, which is done once however many of the client's requests wait for it."""
         task = self._trying.get((client, key))
         if task is None:
-            # A task of its own, because whoever asked first may leave.
+            # A task of its own, because the first request may be cancelled.
             task = asyncio.create_task(self._try(plan, key, client))
             self._trying[client, key] = task
-            task.add_done_callback(partial(self._told, (client, key)))
+            task.add_done_callback(partial(self._trial_done, (client, key)))
         return await asyncio.shield(task)
 
-    def _told(self, place: tuple[str, str], task: asyncio.Task[Written]) -> None:
+    def _trial_done(self, place: tuple[str, str], task: asyncio.Task[Written]) -> None:
         del self._trying[place]
         if not task.cancelled():
-            task.exception()  # which those know who still wait
+            task.exception()  # marks it as retrieved; requests that still wait get it, too
 
     async def _try(self, plan: Plan, key: str, client: str) -> Written:
         if all(part.schema in HARMLESS for part in plan.parts):
@@ -236,12 +236,12 @@ class Grammars:
         else:
             async with self._turn(self._trials, client):
                 try:
-                    # Another client may have asked for the same meanwhile.
+                    # Another client's request may have tried it meanwhile.
                     written = self._known.get(key) or await self._sandbox.write(plan)
                 except PartError as error:
                     raise _refused(str(error), error.param) from None
                 except Unavailable:
-                    logger.exception("no grammar can be tried")
+                    logger.exception("cannot try grammars")
                     raise _busy() from None
         self._known.add(key, written)
         return written
@@ -256,7 +256,7 @@ class Grammars:
             raise _busy() from None
 
     def _check_room(self, client: str, memory: int) -> None:
-        """Grammars that take much are not compiled for more requests than there is memory for."""
+        """Refuses to compile large grammars for more requests than memory allows. Raises `ApiError` 503."""
         held = list(self._held.values())
         mine = sum(size for name, size in held if name == client)
         everyones = sum(size for _, size in held)
@@ -265,7 +265,7 @@ class Grammars:
 
 
 class Known:
-    """Grammars that were tried, by their plans' keys; the latest asked for, within so many bytes."""
+    """An LRU cache of tried grammars by their plans' keys, bounded in bytes."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -290,7 +290,7 @@ class Known:
 
 
 async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
-    """The result of work on a thread with a deep stack, a daemon, which cannot keep the process from ending."""
+    """The result of `work` on a daemon thread with a deep stack, which cannot keep the process alive."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[TokenGrammar] = loop.create_future()
 
@@ -299,14 +299,14 @@ async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
             set_it()
 
     def run() -> None:
-        if sys.platform == "linux":  # where a thread can be told to let the others go first
+        if sys.platform == "linux":  # where a single thread's priority can be lowered
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         try:
             done = partial(answer.set_result, work())
         except BaseException as error:
             done = partial(answer.set_exception, error)
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so nothing waits for the result
             loop.call_soon_threadsafe(settle, done)
 
     usual = threading.stack_size(STACK)
@@ -318,7 +318,7 @@ async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
 
 
 def _parameters(schema: Schema | None, param: str) -> Schema:
-    """The schema of a tool's arguments, which are an object whatever it says."""
+    """The schema of a tool's arguments, which are always an object."""
     if schema is None:
         return NO_ARGUMENTS
     if schema.get("type", "object") != "object":
@@ -327,7 +327,7 @@ def _parameters(schema: Schema | None, param: str) -> Schema:
 
 
 def _checked(plan: Plan) -> str:
-    """The key of a plan that is not too large, in up to 15 ms. Raises `ApiError` 400."""
+    """The plan's key, after checking its size. Takes up to 15 ms. Raises `ApiError` 400."""
     try:
         bound(*(part.schema for part in plan.parts))
     except SchemaError as error:
@@ -335,7 +335,7 @@ def _checked(plan: Plan) -> str:
     return plan.key
 
 
-# Errors. None repeats what was sent but for names of keywords and formats.
+# Errors. None repeats client input except names of keywords and formats.
 
 
 def _refused(sentence: str, param: str) -> ApiError:

@@ -1,6 +1,6 @@
-"""What of a JSON Schema can be held to within bounds, told before anything is compiled.
+"""Checks what part of a JSON Schema can be enforced within bounds, before anything is compiled.
 
-Pure functions, linear in what they are given. None repeats what was sent but for names of keywords.
+Pure functions in linear time. No error repeats client input except names of keywords.
 """
 
 import json
@@ -24,7 +24,7 @@ ALONE_OR_LISTED = (
 
 
 def values(root: object) -> Iterator[tuple[int, str, object]]:
-    """Every value inside, data or schema, with its depth and the name of the member it is, without recursion."""
+    """Every value inside, data or schema, with its depth and member name, without recursion."""
     todo: list[tuple[int, str, object]] = [(1, "", root)]
     while todo:
         depth, key, value = todo.pop()
@@ -36,7 +36,7 @@ def values(root: object) -> Iterator[tuple[int, str, object]]:
 
 
 def subschemas(schema: Schema) -> Iterator[Schema]:
-    """The schema and every one in it that is an object, without recursion."""
+    """The schema and every object subschema, without recursion."""
     todo: list[object] = [schema]
     while todo:
         if isinstance(node := todo.pop(), dict):
@@ -46,7 +46,7 @@ def subschemas(schema: Schema) -> Iterator[Schema]:
 
 
 def held(keyword: str, value: object) -> list[object]:
-    """What stands where a keyword's value has schemas."""
+    """The values at the places where a keyword's value has schemas."""
     if keyword in BY_NAME:
         return list(value.values()) if isinstance(value, dict) else []
     if keyword in ALONE_OR_LISTED:
@@ -55,12 +55,12 @@ def held(keyword: str, value: object) -> list[object]:
 
 
 def rewritten(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
-    """The schema with those in it that are objects replaced. Members keep their order."""
+    """The schema with its object subschemas replaced. Members keep their order."""
     return mapped(schema, lambda inner: change(inner) if isinstance(inner, dict) else inner)
 
 
 def mapped(schema: Schema, change: Callable[[object], object]) -> Schema:
-    """The schema with what stands where it has schemas, an object or not, replaced. Members keep their order."""
+    """The schema with its direct subschemas replaced, objects or not. Members keep their order."""
     return {keyword: _mapped(keyword, value, change) for keyword, value in schema.items()}
 
 
@@ -73,7 +73,7 @@ def _mapped(keyword: str, value: object, change: Callable[[object], object]) -> 
 
 
 def resolve(schema: Schema, reference: str) -> object:
-    """What a reference into the schema points to; None for any other, which is the compiler's to judge."""
+    """The target of a reference into the schema; None for any other reference, which is left to the compiler."""
     if not reference.startswith("#") or (reference != "#" and not reference.startswith("#/")):
         return None
     node: object = schema
@@ -88,27 +88,27 @@ def resolve(schema: Schema, reference: str) -> object:
     return node
 
 
-MAX_LENGTH = 256 * 1024  # characters of all schemas of one answer, as they were sent
-MAX_DEPTH = 64  # of JSON values inside one another; two a level of nested objects
-MAX_MEMBERS = 20_000  # of all objects and arrays
-MAX_PROPERTIES = 1000  # members of one object; compiling takes time in the square of them
-MAX_PATTERN = 2000  # characters that a pattern stands for, counted repetitions written out
+MAX_LENGTH = 256 * 1024  # characters of all schemas of one request
+MAX_DEPTH = 64  # nesting of JSON values; each level of nested objects takes two
+MAX_MEMBERS = 20_000  # total members of all objects and arrays
+MAX_PROPERTIES = 1000  # members of one object; compile time is quadratic in them
+MAX_PATTERN = 2000  # characters of a pattern with counted repetitions expanded
 MAX_PATTERN_LENGTH = 8192
-MAX_LITERAL = 2000  # bytes of a name or a fixed string; each step takes time in proportion: half a millisecond here
-MAX_BITS = 4096  # of an integer; Python writes no much longer one
-MAX_MULTIPLE = 10_000  # least common multiple of all multipleOf, each without its decimal point; it becomes states
+MAX_LITERAL = 2000  # bytes of a name or fixed string; the time of each step is proportional: half a millisecond here
+MAX_BITS = 4096  # of an integer; Python refuses to print much longer ones
+MAX_MULTIPLE = 10_000  # least common multiple of all multipleOf, without decimal points; it becomes automaton states
 
 MALFORMED = "The schema is not a valid JSON Schema."
 
 
 class SchemaError(ValueError):
-    """What is wrong with a schema, as a sentence for whoever sent it."""
+    """A fault in a schema, as a sentence for the client."""
 
 
 def bound(*parts: object) -> None:
-    """Refuse what is too large to be looked at, at the cost of what is read before that is known.
+    """Refuse schemas that are too large, reading no more than it takes to find out.
 
-    Raises `SchemaError`; also for a number that JSON has no form for.
+    Raises `SchemaError`, also for numbers that JSON cannot express.
     """
     length = members = 0
     for part in parts:
@@ -121,11 +121,11 @@ def bound(*parts: object) -> None:
             if members > MAX_MEMBERS:
                 raise SchemaError("The schema has more members than can be compiled.")
             if length > MAX_LENGTH:
-                raise SchemaError(f"The schema is too large: at most {MAX_LENGTH // 1024} KiB are read.")
+                raise SchemaError(f"The schema is larger than the {MAX_LENGTH // 1024} KiB allowed.")
 
 
 def _length(value: object) -> int:
-    """Roughly how many characters a string or number is in JSON."""
+    """Approximate length of a string or number in JSON."""
     match value:
         case str():
             return len(value)
@@ -140,7 +140,7 @@ def _length(value: object) -> int:
 
 
 def check_names(schema: Schema) -> None:
-    """Refuse names that would make every step slow, and more of them than can be compiled. Raises `SchemaError`."""
+    """Refuse names so long that every step would be slow, and more names than can be compiled. Raises `SchemaError`."""
     for _, key, value in values(schema):
         if isinstance(value, dict) and len(value) > MAX_PROPERTIES:
             raise SchemaError("The schema has more members than can be compiled.")
@@ -148,7 +148,7 @@ def check_names(schema: Schema) -> None:
             raise SchemaError("The schema has a name that is too long.")
 
 
-# What single keywords may say
+# What each keyword may hold
 
 
 def _count(value: object) -> bool:
@@ -160,7 +160,7 @@ def _number(value: object) -> TypeGuard[float]:
 
 
 def _limit(value: object) -> bool:
-    return isinstance(value, bool) or _number(value)  # draft 4 says by true that the other limit is exclusive
+    return isinstance(value, bool) or _number(value)  # in draft 4, true makes the other limit exclusive
 
 
 def _schema(value: object) -> bool:
@@ -199,12 +199,12 @@ FORMS: dict[str, Callable[[object], bool]] = {
     "items": lambda value: _schema(value) or value == [] or _schemas(value),
     **dict.fromkeys(("additionalProperties", "additionalItems"), _schema),
 }
-"""What the value of a keyword must be for the compiler to read it."""
+"""Checks of keyword values that the compiler requires."""
 
 
 @dataclass
 class Faults:
-    """Finds what cannot be held to in the schemas of one document, which must be bounded."""
+    """Finds what cannot be enforced in the schemas of one document, which must have passed `bound`."""
 
     root: Schema
     _multiple: int = 1
@@ -214,14 +214,14 @@ class Faults:
         self._places = {id(node) for node in subschemas(self.root)}
 
     def of(self, node: Schema) -> Iterator[tuple[str, str]]:
-        """Keywords of this schema, not of those in it, each with a sentence that says why it cannot be held to."""
+        """Keywords of this schema (not its subschemas) that cannot be enforced, each with a sentence that says why."""
         for keyword, value in node.items():
             if keyword in FORMS and not FORMS[keyword](value):
                 yield keyword, MALFORMED
-            elif told := self._told(keyword, value):
-                yield keyword, told
+            elif sentence := self._fault(keyword, value):
+                yield keyword, sentence
 
-    def _told(self, keyword: str, value: object) -> str | None:
+    def _fault(self, keyword: str, value: object) -> str | None:
         match keyword, value:
             case "pattern", str() if written_out(value) > MAX_PATTERN:
                 return "A pattern in the schema repeats too much."
@@ -234,7 +234,7 @@ class Faults:
             case "multipleOf", int() | float() if not self._takes_multiple(_digits(value)):
                 return "The schema uses multipleOf with numbers that are too large."
             case "$ref", str() if not self._leads_somewhere(value):
-                return "A $ref in the schema points to nothing inside it."
+                return "A $ref in the schema points nowhere inside it."
         return None
 
     def _takes_multiple(self, digits: int) -> bool:
@@ -245,7 +245,7 @@ class Faults:
         return True
 
     def _leads_somewhere(self, reference: str) -> bool:
-        """Whether it is one to a schema in this document, or one by a name, which is the compiler's to judge."""
+        """Whether a reference points to a schema in this document or is by name, which is left to the compiler."""
         if reference == "#" or reference.startswith("#/"):
             target = resolve(self.root, reference)
             return isinstance(target, bool) or id(target) in self._places
@@ -253,12 +253,12 @@ class Faults:
 
 
 def _written(value: object) -> int:
-    """Bytes of a string in JSON; 0 for anything else."""
+    """Length in bytes of a string in JSON; 0 for anything else."""
     return len(json.dumps(value, ensure_ascii=False).encode(errors="replace")) if isinstance(value, str) else 0
 
 
 def counts_properties(schema: Schema) -> bool:
-    """Whether names are counted that may be repeated, because a grammar does not remember those it has let pass."""
+    """Whether the schema counts properties that may repeat, since a grammar cannot remember names it has accepted."""
     least, required = schema.get("minProperties"), schema.get("required")
     return isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0)
 
@@ -269,12 +269,12 @@ def _digits(number: float) -> int:
     return int("".join(map(str, digits.digits)) + "0" * max(int(digits.exponent), 0)) or 1
 
 
-# A class may be left open, so that no bracket makes the search start over: each character is looked at once.
+# A class may be left open, so that no bracket restarts the search: every character is examined once.
 PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]?|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
 
 
 def written_out(pattern: str) -> int:
-    """Roughly how many characters a pattern has once counted repetitions, also nested ones, are written out."""
+    """Approximate length of a pattern with counted repetitions expanded, nested ones included."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         return len(pattern)
     sums, last = [0], 0

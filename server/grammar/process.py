@@ -1,9 +1,9 @@
-"""A process of its own in which grammars are tried: `python -m server.grammar.process SOCKET EOS < tokenizer.json`.
+"""The process that tries grammars: `python -m server.grammar.process SOCKET EOS < tokenizer.json`.
 
-It loads the tokenizer once. For each connection that comes over the socket it forks, and the fork tries one grammar
-under limits that the kernel enforces, because a compiler in native code cannot be interrupted otherwise: it is killed
-when it has taken its processor time, its memory, or too long. Nothing but the compiler is loaded here, and no thread
-runs where it forks.
+It loads the tokenizer once. For each connection that arrives over the socket it forks, and the fork tries one grammar
+under limits enforced by the kernel, because a compiler in native code cannot be interrupted any other way: the fork is
+killed when it exceeds its CPU time, memory or wall time. Only the compiler is loaded here, and the forking process has
+no other threads.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from llguidance import LLTokenizer
 
 from server.grammar.source import Part, PartError, Plan, write
 
-CPU_SECONDS = 1.0  # 0.02 are usual
-WALL_SECONDS = 20  # on a machine that is busy with other work
-USUAL_MEMORY = 8 * 2**20  # bytes that the smallest grammars take, most of them only to be tried
-KIB = 1 if sys.platform == "darwin" else 1024  # in bytes, of what `getrusage` counts in
-MEMORY = 512 * 2**20  # bytes of address space, beyond what the tokenizer takes
+CPU_SECONDS = 1.0  # usually 0.02
+WALL_SECONDS = 20  # generous, for a machine busy with other work
+USUAL_MEMORY = 8 * 2**20  # bytes that even the smallest grammar takes, mostly for the trial itself
+KIB = 1 if sys.platform == "darwin" else 1024  # bytes per unit of `getrusage`
+MEMORY = 512 * 2**20  # bytes of address space beyond the tokenizer's
 
 STACK = 128 * 2**20
-"""Bytes of stack for a compiling thread, which take memory only where used. A chain of references recurses in native
-code: 2,000 of them overflow the usual 8 MiB, which would end the process."""
+"""Stack bytes of a compiling thread; only used pages take memory. A chain of references recurses in native code: 2,000
+of them overflow the usual 8 MiB, which would kill the process."""
 
 BEGUN = b"+"
-"""What a fork sends before it works, so that its end is told from that of this process."""
+"""Sent by a fork before it starts, so that its death can be distinguished from that of the parent process."""
 
 
 def main(control: socket.socket, tokens: LLTokenizer) -> None:
-    """Fork for each connection, until the other end is closed: the service has ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no fork is waited for
-    gc.freeze()  # so that no collection in a fork copies what all of them share
+    """Fork for each connection until the service closes the other end of the socket."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks are reaped automatically
+    gc.freeze()  # so that collections in a fork do not copy shared pages
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
             return
-        with suppress(OSError):  # no memory for another process: the connection is closed unanswered
+        with suppress(OSError):  # not enough memory to fork: the connection is closed without an answer
             if not os.fork():
                 _answer(socket.socket(fileno=descriptors[0]), tokens)
         os.close(descriptors[0])
 
 
 def _answer(connection: socket.socket, tokens: LLTokenizer) -> None:
-    """Try the plan that comes, tell what came of it, and end the process."""
+    """Try the plan from the connection, send the result, and exit."""
     try:
         _be_limited()
         connection.sendall(BEGUN)
@@ -67,18 +67,18 @@ def _answer(connection: socket.socket, tokens: LLTokenizer) -> None:
 
 
 def _be_limited() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what a library says when it is out of memory
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libraries' messages when out of memory
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     signal.alarm(WALL_SECONDS)
-    size = Path("/proc/self/statm")  # elsewhere than on Linux this limit means something else
+    size = Path("/proc/self/statm")  # outside Linux this limit means something else
     if size.exists():
         used = int(size.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
 def write_plan(plan: Plan) -> bytes:
-    """A plan as a line."""
+    """A plan as one line."""
     return json.dumps([plan.rules, [(part.schema, part.strict, part.param) for part in plan.parts]]).encode() + b"\n"
 
 
@@ -88,7 +88,7 @@ def read_plan(line: bytes) -> Plan:
 
 
 def tried(plan: Plan, tokens: LLTokenizer) -> dict[str, object]:
-    """A plan's `source`, and the bytes of `memory` that it took beyond the usual; or `refused` and the `param`."""
+    """The plan's `source` and its extra bytes of `memory`; or the sentence `refused` and the `param` at fault."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         source = write(plan, tokens)
@@ -101,5 +101,5 @@ def tried(plan: Plan, tokens: LLTokenizer) -> dict[str, object]:
 if __name__ == "__main__":
     loaded = LLTokenizer(sys.stdin.buffer.read().decode(), eos_token=json.loads(sys.argv[2]))
     with suppress(OSError):
-        os.nice(5)  # answers come before new grammars
+        os.nice(5)  # generation has priority over new grammars
     main(socket.socket(fileno=int(sys.argv[1])), loaded)

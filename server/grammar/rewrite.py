@@ -1,6 +1,6 @@
-"""JSON Schemas as clients write them, turned into what the compiler is to hold answers to.
+"""Turns JSON Schemas as clients write them into schemas that the compiler can enforce.
 
-Pure functions that build new schemas; what they are given must be bounded (`schema_check.bound`).
+Pure functions that build new schemas; their input must have passed `json_schema.bound`.
 """
 
 import json
@@ -26,18 +26,18 @@ ROUNDS = 50
 
 
 def terminates(schema: Schema, references: set[str]) -> bool:
-    """Whether a value of finite size can satisfy the schema, as far as references to itself go.
+    """Whether a value of finite size can satisfy the schema, considering its references to itself.
 
-    Starts with no reference known to be finite and adds those that the known ones make so, until there are no more.
+    A fixed point: starts with no reference known to be finite and adds those that follow until nothing changes.
     """
     targets = {ref: resolve(schema, ref) for ref in references}
     finite: set[str] = {ref for ref, target in targets.items() if target is None}
     for _ in range(ROUNDS):
         seen: dict[int, bool] = {}
-        found = {ref for ref, target in targets.items() if ref in finite or _finite(target, finite, seen)}
-        if found == finite:
+        known = {ref for ref, target in targets.items() if ref in finite or _finite(target, finite, seen)}
+        if known == finite:
             return _finite(schema, finite, {})
-        finite = found
+        finite = known
     return True
 
 
@@ -79,28 +79,28 @@ LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator"
 
 
 def rewrite(schema: Schema, strict: bool) -> Schema:
-    """What of a schema is to be held to. Members keep their order, which is that of the answer's.
+    """The enforceable part of a schema. Members keep their order, which becomes the answer's order.
 
-    What cannot be held to is left out, but raises `SchemaError` where the schema is strict; so does in any what no
-    answer could satisfy.
+    What cannot be enforced is left out, or raises `SchemaError` if the schema is strict. A schema that no answer could
+    satisfy always raises it.
     """
     check_names(schema)
     if strict and any(map(counts_properties, subschemas(schema))):
         raise SchemaError("The schema uses minProperties in a way that cannot be enforced.")
     kept = _without_faults(_without_nulls(schema) if strict else tidied(schema), strict)
     if not terminates(kept, set(_references(kept))):
-        raise SchemaError("The schema refers to itself without an end, so no answer could satisfy it.")
+        raise SchemaError("The schema refers to itself endlessly, so no answer could satisfy it.")
     return kept
 
 
 def inline(schema: Schema, strict: bool) -> str:
-    """A schema that was rewritten, as a part of a grammar, its objects closed."""
+    """A rewritten schema as part of a grammar, with its objects closed."""
     options = LAYOUT | {"lenient": not strict}
     return "%json " + json.dumps(_guarded(closed(schema)) | {"x-guidance": options}, separators=(",", ":"))
 
 
 def without(schema: Schema, keyword: str, keeps: Callable[[object], bool]) -> Schema:
-    """The schema without a keyword wherever its value is not one to keep."""
+    """The schema without the keyword wherever `keeps` is false for its value."""
 
     def change(node: Schema) -> Schema:
         if keyword in node and not keeps(node[keyword]):
@@ -111,7 +111,7 @@ def without(schema: Schema, keyword: str, keeps: Callable[[object], bool]) -> Sc
 
 
 INSTEAD: dict[str, Schema] = {"patternProperties": {"additionalProperties": True}}
-"""What has to be said where a keyword is left out, so that what it allowed still is."""
+"""What replaces a keyword that is left out, so that everything it allowed stays allowed."""
 
 
 def _references(schema: Schema) -> Iterator[str]:
@@ -129,11 +129,11 @@ SYNONYMS = {
     **dict.fromkeys(("list", "tuple", "set", "sequence"), "array"),
     **dict.fromkeys(("none", "nil"), "null"),
 }
-"""What authors of tools call the types that JSON has."""
+"""Other languages' names for JSON's types, as tool authors use them."""
 
 
 def tidied(schema: Schema) -> Schema:
-    """The schema with the nearest types that JSON has, and none where that is any; nulls are as good as absent."""
+    """The schema with the nearest JSON types, with no type for "any", and without null members."""
     kept = {key: value for key, value in schema.items() if value is not None or key in ("const", "default")}
     if "type" in kept:
         kept["type"] = _nearest(kept["type"])
@@ -143,7 +143,7 @@ def tidied(schema: Schema) -> Schema:
 
 
 def _tidied(inner: object) -> Schema | bool:
-    if isinstance(inner, str):  # a property's type where its schema should be
+    if isinstance(inner, str):  # a type name in place of a property's schema
         inner = {"type": inner}
     if isinstance(inner, dict):
         return tidied(inner)
@@ -151,7 +151,7 @@ def _tidied(inner: object) -> Schema | bool:
 
 
 def _nearest(kind: object) -> str | list[str | None] | None:
-    """One type or several by their names in JSON Schema; None for any."""
+    """One or more types by their JSON Schema names; None for any type."""
     if not isinstance(kind, list):
         return _named(kind)
     kinds = [_named("null" if one is None else one) for one in kind]
@@ -159,10 +159,10 @@ def _nearest(kind: object) -> str | list[str | None] | None:
 
 
 def _named(kind: object) -> str | None:
-    found = re.fullmatch(r"(\w+)(?:\[.*\]|<.*>)?", kind.strip().lower()) if isinstance(kind, str) else None
-    if found is None:
+    match = re.fullmatch(r"(\w+)(?:\[.*\]|<.*>)?", kind.strip().lower()) if isinstance(kind, str) else None
+    if match is None:
         return None
-    return found[1] if found[1] in TYPES else SYNONYMS.get(found[1])
+    return match[1] if match[1] in TYPES else SYNONYMS.get(match[1])
 
 
 def _without_nulls(schema: Schema) -> Schema:
@@ -170,17 +170,17 @@ def _without_nulls(schema: Schema) -> Schema:
     return rewritten(kept, _without_nulls)
 
 
-# What cannot be held to
+# What cannot be enforced
 
 
 def _without_faults(schema: Schema, strict: bool) -> Schema:
     faults = Faults(schema)
 
     def change(node: Schema) -> Schema:
-        found = dict(faults.of(node))
-        if strict and found:
-            raise SchemaError(next(iter(found.values())))
-        return rewritten(_of_a_known_draft({key: value for key, value in node.items() if key not in found}), change)
+        reasons = dict(faults.of(node))
+        if strict and reasons:
+            raise SchemaError(next(iter(reasons.values())))
+        return rewritten(_of_a_known_draft({key: value for key, value in node.items() if key not in reasons}), change)
 
     return change(schema)
 
@@ -191,7 +191,7 @@ DRAFTS = {f"draft-0{n}": f"http://json-schema.org/draft-0{n}/schema#" for n in (
 
 
 def _of_a_known_draft(schema: Schema) -> Schema:
-    """The schema with its draft by the very name that the compiler knows, or without: any other would be fetched."""
+    """The schema with its draft by the name that the compiler knows, or without one: it would fetch any other."""
     if "$schema" not in schema:
         return schema
     for draft, name in DRAFTS.items():
@@ -204,10 +204,10 @@ def _of_a_known_draft(schema: Schema) -> Schema:
 
 
 def closed(schema: Schema) -> Schema:
-    """The schema with every object that lists properties kept to them, unless it says something of others.
+    """The schema with every object that lists properties restricted to them, unless it says something about others.
 
-    Small models go on to invent properties where they may. Parts that hold for one and the same object (`allOf`, a
-    choice beside `properties` ...) are left as they are, and what they list together is said beside them.
+    Small models tend to invent properties where they are allowed. Parts that apply to the same object (`allOf`, a
+    choice beside `properties` ...) are left as they are, and the restriction to what they list is put beside them.
     """
     shared = {id(part) for node in subschemas(schema) if _is_joined(node) for part in _parts(node, schema)}
 
@@ -231,15 +231,15 @@ LISTS = ("properties", "patternProperties", "required", "additionalProperties")
 
 
 def _is_joined(node: Schema) -> bool:
-    """Whether more than one part may say which properties the same object has."""
+    """Whether more than one part may list properties of the same object."""
     choices = sum(keyword in node for keyword in IN_PLACE if keyword != "allOf")
     own = any(keyword in node for keyword in LISTS)
     return own + ("$ref" in node) + len(node.get("allOf", ())) + choices > 1
 
 
 def _parts(node: Schema, root: Schema) -> list[Schema]:
-    """The schemas that hold, or may hold, for the same value as this one; itself left out."""
-    found: dict[int, Schema] = {id(node): node}
+    """The other schemas that apply, or may apply, to the same value as this one."""
+    parts: dict[int, Schema] = {id(node): node}
     todo = [node]
     while todo:
         part = todo.pop()
@@ -247,14 +247,14 @@ def _parts(node: Schema, root: Schema) -> list[Schema]:
         if "$ref" in part:
             inner.append(resolve(root, part["$ref"]))
         for one in inner:
-            if isinstance(one, dict) and id(one) not in found:
-                found[id(one)] = one
+            if isinstance(one, dict) and id(one) not in parts:
+                parts[id(one)] = one
                 todo.append(one)
-    return list(found.values())[1:]
+    return list(parts.values())[1:]
 
 
 def _limits(parts: list[Schema]) -> Schema:
-    """Keywords that keep an object to the properties that these parts list; none if they list none or say more."""
+    """Keywords that restrict an object to the properties that these parts list; empty if they list none or say more."""
     if any("additionalProperties" in part or part.get("unevaluatedProperties", False) is not False for part in parts):
         return {}
     if not any("properties" in part or "patternProperties" in part for part in parts):
@@ -272,7 +272,7 @@ def _limits(parts: list[Schema]) -> Schema:
 def _guarded(node: Schema) -> Schema:
     """The schema with U+0001 kept out of every negated character class in a pattern.
 
-    The compiler lets an escaped quote or backslash through where a class excludes it but no control character.
+    The compiler lets an escaped quote or backslash through a class that excludes it but no control character.
     """
     kept = rewritten(node, _guarded)
     if "pattern" in kept:

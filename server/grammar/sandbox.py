@@ -1,4 +1,4 @@
-"""Where grammars are tried before this process compiles them: the service's side of `grammar_process`."""
+"""Tries grammars in another process before this one compiles them: the service's side of `server.grammar.process`."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ ROOT = Path(__file__).parents[2]
 
 
 class Unavailable(Exception):
-    """The process could not try a grammar, which says nothing of the grammar."""
+    """The process could not try a grammar, which says nothing about the grammar."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A grammar that was compiled and stepped through within the limits, and the bytes of memory that took."""
+    """A grammar that compiled and stepped within the limits, and the bytes of memory it took."""
 
     source: str
     memory: int
 
 
 class Sandbox:
-    """The process, started when it is first needed, and again if it has ended. It ends when nobody holds this any more,
-    or with the service."""
+    """The process, started when first needed and restarted if it has ended. It ends when this object is collected or
+    the service ends."""
 
     def __init__(self, tokenizer: str, eos: int | None) -> None:
-        """`tokenizer`: its file's text."""
+        """`tokenizer`: the text of tokenizer.json."""
         self._tokenizer = tokenizer
         self._eos = eos
         self._starting = threading.Lock()
@@ -45,7 +45,7 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> socket.socket:
-        """The socket of a running process. Blocks for tens of milliseconds if it has to be started. On any thread."""
+        """The socket of the running process. Blocks for tens of milliseconds if it must be started. Thread-safe."""
         with self._starting:
             if (control := self._running()) is not None:
                 return control
@@ -58,17 +58,17 @@ class Sandbox:
         return self._control if self._process is not None and self._process.poll() is None else None
 
     async def write(self, plan: Plan) -> Written:
-        """The plan's grammar. Raises `PartError`, also where a limit was passed, and `Unavailable`."""
+        """The plan's grammar. Raises `PartError`, also if a limit was exceeded, and `Unavailable`."""
         try:
-            told = await self._ask(write_plan(plan))
+            reply = await self._ask(write_plan(plan))
         except OSError as error:
             raise Unavailable(str(error)) from error
-        if not told.startswith(BEGUN):
+        if not reply.startswith(BEGUN):
             raise Unavailable("the process that tries grammars has ended")
-        if told == BEGUN:
+        if reply == BEGUN:
             message = "The schema takes too much time or memory to compile; make it simpler."
             raise PartError(message, plan.parts[0].param)
-        answer = json.loads(told.removeprefix(BEGUN))
+        answer = json.loads(reply.removeprefix(BEGUN))
         if "refused" in answer:
             raise PartError(answer["refused"], answer["param"])
         return Written(answer["source"], answer["memory"])
@@ -87,12 +87,12 @@ class Sandbox:
             theirs.close()
         loop = asyncio.get_running_loop()
         ours.setblocking(False)
-        told = bytearray()
-        with ours, suppress(ConnectionError):  # one that was closed says that much less
+        reply = bytearray()
+        with ours, suppress(ConnectionError):  # a closed connection just yields less
             await loop.sock_sendall(ours, line)
             while piece := await loop.sock_recv(ours, 2**16):
-                told += piece
-        return bytes(told)
+                reply += piece
+        return bytes(reply)
 
 
 def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess.Popen[bytes]]:
@@ -101,17 +101,17 @@ def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess
     with ExitStack() as undone:
         ours, theirs = map(undone.enter_context, socket.socketpair())
         process = subprocess.Popen(
-            # -P: this folder may have a package of the same name.
+            # -P: the working folder may have a package of the same name.
             [sys.executable, "-P", "-m", "server.grammar.process", str(theirs.fileno()), json.dumps(eos)],
             stdin=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": paths},
-            start_new_session=True,  # so that Ctrl-C in a terminal is this process's alone to answer
+            start_new_session=True,  # so that Ctrl-C in a terminal only reaches the service
         )
         undone.pop_all()
     theirs.close()
     if process.stdin is not None:
-        with suppress(BrokenPipeError), process.stdin as pipe:  # one that has ended already is found to when asked
+        with suppress(BrokenPipeError), process.stdin as pipe:  # if it has already ended, the first request finds out
             pipe.write(tokenizer.encode())
     return ours, process
 

@@ -1,6 +1,6 @@
-"""What llguidance compiles, made of rules and the schemas that clients sent.
+"""Builds llguidance grammars from rules and clients' schemas.
 
-Takes as long as the schemas make it take: see `grammar_process`, where it is run.
+Takes as long as the schemas make it take, so it runs in `server.grammar.process`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from server.grammar.json_schema import MALFORMED, SchemaError
 from server.grammar.rewrite import inline, rewrite, without
 
 LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
-"""llguidance's own limits: about 4 ms of a row's step, and 12 MB for the rows of a grammar."""
+"""llguidance's limits: about 4 ms per step of a row, and 12 MB for all rows of a grammar."""
 
 START = "start: answer"
 MAX_SOURCE = 2**22  # characters
-STEPS = 64  # that are tried; enough to get into a tool's arguments
+STEPS = 64  # steps of a trial; enough to reach a tool's arguments
 
 
 @dataclass(frozen=True)
 class Part:
-    """A schema inside a grammar. `param` is the field that it came in."""
+    """A schema inside a grammar. `param` is the request field it came from."""
 
     schema: Schema
     strict: bool
@@ -38,9 +38,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compile: rules, a line each, which call the parts `a0`, `a1` and so on.
+    """What to compile: rules, one per line, which refer to the parts as `a0`, `a1` and so on.
 
-    The first is for `start`, and ends with `answer`.
+    The first rule defines `start` and ends with `answer`.
     """
 
     rules: tuple[str, ...]
@@ -48,12 +48,12 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """The same for plans of the same grammar."""
+        """Equal for plans of the same grammar."""
         return json.dumps([self.rules, [(part.schema, part.strict) for part in self.parts]], separators=(",", ":"))
 
 
 class PartError(SchemaError):
-    """What is wrong with a part of a grammar, as a sentence, and the field that it came in."""
+    """A fault in a part of a grammar, as a sentence, and the request field it came from."""
 
     def __init__(self, sentence: str, param: str) -> None:
         super().__init__(sentence)
@@ -61,9 +61,9 @@ class PartError(SchemaError):
 
 
 def write(plan: Plan, tokens: LLTokenizer) -> str:
-    """The plan's grammar, which compiles. Raises `PartError`.
+    """The plan's grammar, known to compile. Raises `PartError`.
 
-    What the compiler turns out not to know is left out of schemas that are not strict.
+    Keywords that the compiler rejects are dropped from schemas that are not strict.
     """
     schemas = [_rewritten(part) for part in plan.parts]
     while True:
@@ -74,23 +74,23 @@ def write(plan: Plan, tokens: LLTokenizer) -> str:
         part, reason = plan.parts[n], _reason(error)
         less = schemas[n] if part.strict else reason.leave_out(schemas[n], error)
         if less == schemas[n]:
-            raise PartError(reason.told(error), part.param)
+            raise PartError(reason.sentence_for(error), part.param)
         schemas[n] = less
 
 
 def matcher_of(source: str, tokens: LLTokenizer) -> LLMatcher:
-    """A matcher at the grammar's beginning, or in error. It keeps what it has computed for all its copies."""
+    """A matcher in its initial state, or in an error state. Its copies share what it has computed."""
     matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(source), log_level=0, limits=LIMITS)
     if not matcher.is_error():
-        matcher.compute_bitmask()  # the first step finds what compiling does not
+        matcher.compute_bitmask()  # the first step finds errors that compiling does not
     return matcher
 
 
 def _first_error(source: str, tokens: LLTokenizer) -> str:
-    """The compiler's, or that of one of the first steps, taken at random but with an eye to the ends of strings."""
+    """The compiler's error, or that of one of the first steps, which are random but tend to end strings."""
     matcher, dice = matcher_of(source, tokens), Random(0)
     if not matcher.is_error() and not source.startswith(f"{START}\n"):
-        # Past the thought that may come first, where every step is free.
+        # Skips a thought at the start, where every step is unconstrained.
         matcher = matcher_of(re.sub(r"\Astart: .*", START, source), tokens)
     quote = tokens.tokenize_str('"')[0]
     for step in range(STEPS):
@@ -105,7 +105,7 @@ def _first_error(source: str, tokens: LLTokenizer) -> str:
 
 
 def _lowest(mask: bytes) -> int | None:
-    """The first token that may come."""
+    """The lowest allowed token."""
     return next((8 * n + (byte & -byte).bit_length() - 1 for n, byte in enumerate(mask) if byte), None)
 
 
@@ -117,7 +117,7 @@ def _rewritten(part: Part) -> Schema:
 
 
 def assembled(plan: Plan, schemas: Sequence[Schema]) -> str:
-    """The grammar of a plan whose schemas were rewritten."""
+    """The grammar of a plan with rewritten schemas."""
     bodies = [f"a{n}: {inline(schema, plan.parts[n].strict)}" for n, schema in enumerate(schemas)]
     source = "\n".join([*plan.rules, *bodies, ""])
     if len(source) > MAX_SOURCE:
@@ -126,31 +126,31 @@ def assembled(plan: Plan, schemas: Sequence[Schema]) -> str:
 
 
 def _part_at_fault(error: str, plan: Plan) -> int:
-    """By the number of the line that the error names, if it names one."""
+    """The index of the part on the line that the error names; 0 if it names none."""
     line = re.match(r"at (\d+)\(", error)
     n = int(line[1]) - len(plan.rules) - 1 if line else 0
     return n if 0 <= n < len(plan.parts) else 0
 
 
-# What llguidance says, and what is made of it. No sentence repeats what was sent but for names of keywords and formats.
+# llguidance's errors and our sentences for them. None repeats client input except names of keywords and formats.
 
 TOO_COMPLEX = "The schema is too complex to compile."
 
 
 class Reason(NamedTuple):
-    """An error by words in it, a sentence for the client, and the keywords that it is about, where they are known."""
+    """Words that identify an error, a sentence for the client, and the keywords at fault, if known."""
 
     words: str
     sentence: str
     keywords: tuple[str, ...] = ()
 
-    def told(self, error: str) -> str:
-        found = re.search(self.words, error)
-        groups = found.groups() if found else ()
+    def sentence_for(self, error: str) -> str:
+        match = re.search(self.words, error)
+        groups = match.groups() if match else ()
         return self.sentence.format(*(group.replace('"', "") for group in groups if group))
 
     def leave_out(self, schema: Schema, error: str) -> Schema:
-        """The schema without what may be at fault: what is wrong by itself first. As it is if there is nothing left."""
+        """The schema without keywords that may be at fault, surely wrong ones first; unchanged if there are none."""
         for is_right in (_is_right, _is_never_right):
             for keyword in self.keywords:
                 less = without(schema, keyword, partial(is_right, keyword, error))
@@ -188,7 +188,7 @@ REASONS = (
     Reason(r"Unimplemented keys: \[([\w\", $]+)\]", "The schema uses keywords that cannot be enforced: {}."),
     Reason(r"Unknown format: ([\w-]{1,30})\b", "The schema uses the format {}, which cannot be enforced."),
     Reason(r"Unknown format", "The schema uses a format that cannot be enforced."),
-    Reason(r"look-?around", "A pattern in the schema looks ahead or behind, which cannot be enforced.", PATTERNS),
+    Reason(r"look-?around", "A pattern in the schema uses look-around, which cannot be enforced.", PATTERNS),
     Reason(
         r"regex parse error|failed to compile regex|invalid regex",
         "A pattern in the schema is not a regular expression.",
@@ -198,10 +198,8 @@ REASONS = (
     Reason(r"min/maxProperties", "The schema uses minProperties or maxProperties in a way that cannot be enforced."),
     Reason(r"disjoint", "The schema uses patternProperties that may overlap.", ("patternProperties",)),
     Reason(r"Unsatisfiable|NoExtension", "No value could satisfy the schema."),
-    Reason(CIRCLE, "The schema refers to itself beside other keywords, which cannot be enforced.", ("$ref",)),
-    Reason(
-        r"registry|Pointer|Unresolvable|Anchor", "A $ref in the schema points to nothing inside it.", ("$ref", "$id")
-    ),
+    Reason(CIRCLE, "The schema has a recursive $ref next to other keywords, which cannot be enforced.", ("$ref",)),
+    Reason(r"registry|Pointer|Unresolvable|Anchor", "A $ref in the schema points nowhere inside it.", ("$ref", "$id")),
     Reason(r"URI reference", MALFORMED, ("$id", "$ref")),
     Reason(r"multipleOf", "The schema uses multipleOf with numbers that are too large.", ("multipleOf",)),
     Reason(r"range:", MALFORMED, ORDER),
