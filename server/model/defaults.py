@@ -1,4 +1,4 @@
-"""How tokens are chosen where a request does not say: as the model's folder recommends, or as OpenAI's API does."""
+"""Default sampling: as the model's generation_config.json recommends, or as in OpenAI's API."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ FILE = "generation_config.json"
 
 
 class Defaults(Body):
-    """OpenAI's own, but for what is given. A file's `do_sample` is ignored, as vLLM does, and so is its length."""
+    """OpenAI's defaults unless overridden. A file's `do_sample` is ignored, as in vLLM, and so is its length."""
 
     temperature: Annotated[Number, Field(ge=0)] = 1.0
     top_p: Annotated[Number, Field(ge=0, le=1)] = 1.0
@@ -31,20 +31,20 @@ class Defaults(Body):
         }
 
     def __str__(self) -> str:
-        """Temperature and top_p, and whatever else has an effect."""
+        """Temperature, top_p, and anything else that has an effect."""
         others = self.model_dump(include={"top_k", "min_p", "repetition_penalty"}, exclude_defaults=True)
         shown = {"temperature": self.temperature, "top_p": self.top_p} | others
         return ", ".join(f"{name} {value:g}" for name, value in shown.items())
 
 
 DEMO = Defaults(temperature=0.2, top_p=0.9)
-"""What the authors of SmolLM2-135M-Instruct use in their examples. At temperature 1 a model so small rambles."""
+"""The values in SmolLM2-135M-Instruct's own examples. At temperature 1 a model this small rambles."""
 
 
 def recommended(model: str | None) -> Defaults:
-    """What comes with a model: a folder, a .gguf file (in its folder) or a hub id; None is the demo model.
+    """The defaults of a model: a folder, a .gguf file (from its folder) or a hub id; None is the demo model.
 
-    Raises `ModelError` for values that cannot be.
+    Raises `ModelError` for invalid values.
     """
     if model is None:
         return DEMO
@@ -59,10 +59,10 @@ def _from_hub(model: str) -> Defaults:
     from transformers import GenerationConfig
 
     try:
-        found = GenerationConfig.from_pretrained(model)
+        config = GenerationConfig.from_pretrained(model)
     except OSError:
-        return Defaults()  # it has none
-    return _checked(found.to_json_string(use_diff=False), f"{FILE} of {model}")
+        return Defaults()  # the repository has no such file
+    return _checked(config.to_json_string(use_diff=False), f"{FILE} of {model}")
 
 
 def _checked(text: bytes | str, place: str) -> Defaults:

@@ -1,4 +1,4 @@
-"""Loads the model that the settings name. torch and transformers are imported here and below, when it is needed."""
+"""Loads the configured model. torch and transformers are imported only when they are needed."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """A step in words and, where they can be counted, how many of its parts are done."""
+    """A step of loading and, where it can be counted, its progress."""
 
     step: str
     done: int = 0
@@ -33,7 +33,7 @@ class Loading:
 
 
 def follow_bars(tell: Callable[[Loading], None]) -> None:
-    """Count along with transformers' progress bars, shown or not: the loading of weights is the longest."""
+    """Report the progress of transformers' progress bars, shown or not; loading the weights takes longest."""
     from transformers.utils import logging as transformers_logging
 
     def made(bar: Callable[..., T], args: tuple[object, ...], options: dict[str, object]) -> T:
@@ -47,7 +47,7 @@ def follow_bars(tell: Callable[[Loading], None]) -> None:
 
 
 def counted(items: Iterable[T], tell: Callable[[Loading], None], step: str, total: int) -> Iterator[T]:
-    """The items; with each it is told how many were taken before."""
+    """Yield the items, reporting before each one how many came before it."""
     for done, item in enumerate(items):
         tell(Loading(step, done, total))
         yield item
@@ -56,28 +56,28 @@ def counted(items: Iterable[T], tell: Callable[[Loading], None], step: str, tota
 logger = logging.getLogger(__name__)
 
 LIBRARY_SETTINGS = {
-    # The cache of a padded batch grows at every step, and the holes it leaves add up to an out-of-memory error.
+    # The cache of a padded batch grows at every step, and the fragmentation would add up to an out-of-memory error.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # On a CPU, threads that wait for each other by spinning starve the event loop, and one that is descheduled stops
-    # all: with one other busy process on two cores a step took ten times as long.
+    # On a CPU, threads that spin while they wait starve the event loop, and a descheduled thread stalls all others:
+    # with one other busy process on two cores a step took ten times as long.
     "GOMP_SPINCOUNT": "10000",
-    # The tokenizer is used from several threads of this process, which forks nothing.
+    # The tokenizer is used from several threads of this process, which never forks.
     "TOKENIZERS_PARALLELISM": "false",
-    # A product and the sum it goes into are one operation on a GPU, rounded once. Triton 3.9 warns that it will not be
-    # the default for ever.
+    # Fused multiply-add: a product and a sum are one operation on a GPU, rounded once. Triton 3.9 warns that the
+    # default will change.
     "TRITON_DEFAULT_FP_FUSION": "1",
 }
-"""What the libraries below read from the environment when they are first imported; one set by hand wins."""
+"""Environment variables that the libraries read on import; values that are already set take precedence."""
 
 UNUSED = ("deepspeed", "librosa", "scipy", "sklearn", "soundfile", "soxr", "torchaudio", "torchvision")
-"""Packages that transformers imports, if they are installed, for what this service never does: losses of training,
-assisted generation, sounds and images. They take a tenth of the start."""
+"""Packages that transformers imports, if installed, for features this service never uses: training losses, assisted
+generation, audio and images. They take a tenth of the startup time."""
 
 
 class ModelLoader:
     """`Loader` for a model's folder, GGUF file or hub id. All its methods may raise `ModelError`.
 
-    `when_imported` is called one time, after the libraries are imported and before anything is loaded with them.
+    `when_imported` is called once, after the libraries are imported and before anything is loaded with them.
     """
 
     def __init__(
@@ -91,20 +91,20 @@ class ModelLoader:
         self._imported = False
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
-        if not settings.trust_remote_code:  # a model's own code may want any package
+        if not settings.trust_remote_code:  # a model's own code may need any package
             hide(UNUSED)
 
     def _import(self) -> None:
-        """What both threads use is imported by one: two that import transformers at once may find half of it.
+        """Import the libraries on one thread: two threads that import transformers at once may see it half imported.
 
-        The model's files are looked at first, because the imports take seconds.
+        The model's files are checked first, because the imports take seconds.
         """
         with self._locating:
             if self._imported:
                 return
             self._found = find(self._settings.model, self._settings.load_format)
             with explained("the libraries that run the model cannot be imported"):
-                import batching.model  # noqa: F401, I001  # torch comes first, whose reason transformers would keep to itself
+                import batching.model  # noqa: F401, I001  # torch first, because transformers hides why it failed
                 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
             _show_progress(sys.stderr.isatty())
@@ -114,7 +114,7 @@ class ModelLoader:
     @property
     def _checkpoint(self) -> str:
         self._import()
-        with self._locating:  # a GGUF file is converted once, and two threads ask
+        with self._locating:  # two threads call this, but a GGUF file is converted only once
             self._found = prepare(self._found, self._settings.cache_dir)
             return self._found
 
@@ -183,7 +183,7 @@ class ModelLoader:
         """Raises `ModelError` if the packed engine was asked for."""
         if self._settings.engine == "packed":
             raise ModelError(f"the packed engine cannot run this model: {reason}; use --engine generate")
-        logger.info("padded batches of stock generate, because for the packed engine %s", reason)
+        logger.info("using padded batches of stock generate: for the packed engine %s", reason)
 
     def _packs(self, model: "PreTrainedModel") -> bool:
         """Whether the packed engine is to be tried. Raises `ModelError` if it was asked for and cannot."""
@@ -223,16 +223,16 @@ class ModelLoader:
 
 
 def hide(packages: Iterable[str]) -> None:
-    """Have the import system answer that these are not installed, but for those imported already.
+    """Make the import system report these packages as not installed, except those already imported.
 
-    A name that stands for None in `sys.modules` cannot be imported or found (Python's reference, 5.3.1).
+    A name that is None in `sys.modules` cannot be imported or found (Python's reference, 5.3.1).
     """
     for name in packages:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _show_progress(shown: bool) -> None:
-    """transformers' own bars, on a terminal only."""
+    """Show transformers' progress bars only on a terminal."""
     from transformers.utils import logging as transformers_logging
 
     if not shown:

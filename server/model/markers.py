@@ -1,16 +1,16 @@
-"""Text from clients that looks like the model's own tokens, and how it stays text.
+"""Keeps text from clients that looks like the model's special tokens plain text.
 
-A tokenizer takes the text of an added token, `<|im_end|>` say, for that token wherever it stands. In a message it would
-end the turn there, and a document that was retrieved could go on as somebody else. So such text is broken up before the
-chat template sees it: after its first character comes `BREAK`, which passes through templates and JSON as it is, and
-which the tokenizer drops once it has looked for added tokens. Text that holds nothing of the kind is tokenized as ever.
+A tokenizer turns the text of an added token, such as `<|im_end|>`, into that token wherever it occurs. In a message it
+would end the turn, and a retrieved document could continue as another role. So such text is broken up before the chat
+template sees it: `BREAK` is inserted after its first character, passes through templates and JSON unchanged, and is
+dropped by the tokenizer after it has looked for added tokens. Other text is tokenized as usual.
 
-What is broken up, in which part of a conversation:
+What is broken up where in a conversation:
 
-- everywhere, the tokens flagged as special and those that the template itself writes: they make turns;
+- everywhere, the tokens flagged as special and those that the template itself writes: they delimit turns;
 - tags of parts of a turn (`model_format.PART_TAGS`) only in tool definitions, calls and results, which are data and
-  must not close the part they are in. Elsewhere templates and clients may mean them: a history holds thoughts, a system
-  message may explain how to call a tool, and models know these tags only as the tokens they are.
+  must not close the part they are in. Elsewhere templates and clients may use them on purpose: a history has thoughts,
+  a system message may explain how to call a tool, and models only know these tags as tokens.
 
 Prompts of `/v1/completions` are raw: every token in them counts.
 """
@@ -24,13 +24,13 @@ from typing import TypeVar, cast
 from tokenizers import Tokenizer, pre_tokenizers
 
 BREAK = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
-"""Private-use characters that nobody can guess, so that no client's text has them by chance or on purpose."""
+"""Unguessable private-use characters, so that no client's text contains them by chance or on purpose."""
 
 Broken = TypeVar("Broken")
 
 
 class Markers:
-    """Some added tokens' texts, of two characters or more: one of a single character cannot be broken up."""
+    """The texts of some added tokens with at least two characters; a single character cannot be broken up."""
 
     def __init__(self, texts: Collection[str]) -> None:
         self.texts = frozenset(texts)
@@ -38,13 +38,13 @@ class Markers:
         self._longest = max(map(len, self._starts), default=1)
         self._first = {text[0] for text in texts}
         groups = groupby(sorted(texts), key=lambda text: text[0])
-        # The first character, where the rest follows: one marker may begin inside another.
+        # Matches only the first character, by look-ahead, because one marker may start inside another.
         found = [f"{re.escape(first)}(?={_any_of([text[1:] for text in group])})" for first, group in groups]
         self._pattern = re.compile("|".join(found) or r"(?!)")
 
     def broken(self, value: Broken) -> Broken:
-        """The same text, or JSON, with a `BREAK` in each marker, and after the start of one at the text's end: the
-        template may put the rest behind it."""
+        """The same text or JSON with a `BREAK` in each marker, and in a partial one at the end of a text, which the
+        template might complete."""
         return cast(Broken, self._broken(value))
 
     def _broken(self, value: object) -> object:
@@ -64,16 +64,16 @@ class Markers:
 
 
 def _any_of(texts: Collection[str]) -> str:
-    """A pattern for any of these. Those that begin alike are tried together, so each character is looked at once."""
+    """A pattern for any of these texts, as a prefix tree, so that each character is examined once."""
     if "" in texts:
-        return ""  # the shortest of them is enough
+        return ""  # the shortest text is enough
     groups = groupby(sorted(texts), key=lambda text: text[0])
     found = [re.escape(first) + _any_of([text[1:] for text in group]) for first, group in groups]
     return found[0] if len(found) == 1 else f"(?:{'|'.join(found)})"
 
 
 def drop_breaks(tokenizer: Tokenizer) -> None:
-    """Have the tokenizer drop every `BREAK`, after it has looked for added tokens."""
+    """Make the tokenizer drop every `BREAK` after it has looked for added tokens."""
     former: pre_tokenizers.PreTokenizer | None = tokenizer.pre_tokenizer
     if BREAK not in repr(former):  # or another `Text` has done it
         dropped = pre_tokenizers.Split(BREAK, "removed")

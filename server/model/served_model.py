@@ -1,4 +1,4 @@
-"""What is served: everything that is known once a model is loaded, in one object that never changes."""
+"""The served model: everything known about it once it is loaded, in one immutable object."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ from server.replies import Model
 from server.settings import WHOLE_ANSWER, Settings
 
 RAGFLOW_GUIDE = 1543
-"""Tokens of instructions that RAGFlow adds to a prompt after it has trimmed it."""
+"""Tokens of instructions that RAGFlow adds to a prompt after trimming it."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model ready to be asked.
+    """A model that is ready to serve.
 
-    `text` is its tokenizer and chat template, `info` what its engine says of it, `defaults` the sampling that it
-    recommends, and `settings` the operator's limits.
+    `text` is its tokenizer and chat template, `info` the engine's description of it, `defaults` its recommended
+    sampling, and `settings` the operator's limits.
     """
 
     settings: Settings
@@ -29,9 +29,9 @@ class ServedModel:
     grammars: Grammars
     defaults: Defaults
     stop_token_ids: frozenset[int] = field(init=False)
-    """Those that the tokenizer or the engine names."""
+    """The union of the tokenizer's and the engine's."""
     names: tuple[str, ...] = field(init=False)
-    """What clients may call it."""
+    """The names that clients may use for it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", self.settings.served_names)
@@ -39,45 +39,45 @@ class ServedModel:
 
     @property
     def advertised_window(self) -> int:
-        """The prompt length that clients should trim to, below the true window by all they do not count.
+        """The prompt length that clients should trim to: the true window less everything they do not count.
 
-        Clients count with a tokenizer of their own (a tenth is left for that), RAGFlow adds a guide, and the answer
-        needs its place. Never less than half of the true window.
+        Clients count with their own tokenizer (a tenth is reserved for that), RAGFlow adds instructions, and the answer
+        needs room. Never less than half of the true window.
         """
         window = self.info.context_window
         answer = min(self.settings.default_max_tokens or WHOLE_ANSWER, self.settings.max_output_tokens)
         return max(window // 2, int(0.9 * (window - RAGFLOW_GUIDE - answer)))
 
     def room(self, prompt_tokens: int, param: str, *, least: int = 1) -> int:
-        """How many tokens can follow the prompt, which came in the field `param`.
+        """Number of tokens that can follow the prompt; `param` is the prompt's field.
 
-        Raises `ApiError` 400 if not even `least`.
+        Raises `ApiError` 400 if there are fewer than `least`.
         """
         room = self.info.context_window - prompt_tokens
         if room < least:
             raise bad_request(
-                f"The prompt has {thousands(prompt_tokens)} tokens, but with its answer it must fit in a context "
-                f"window of {thousands(self.info.context_window)}; shorten it.",
+                f"The prompt has {thousands(prompt_tokens)} tokens, but prompt and answer together must fit in the "
+                f"context window of {thousands(self.info.context_window)}; shorten the prompt.",
                 param,
                 "context_length_exceeded",
             )
         return room
 
 
-def served_name(names: Sequence[str], asked: str | None) -> str:
-    """The name an answer carries. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""
-    if asked is None:
+def served_name(names: Sequence[str], requested: str | None) -> str:
+    """The model name for an answer. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""
+    if requested is None:
         return names[0]
-    for name in (asked, asked.split("___")[0]):
+    for name in (requested, requested.split("___")[0]):
         if name in names:
             return name
-    raise ApiError(404, f"There is no model of that name here, only {', '.join(names)}.", code="model_not_found")
+    raise ApiError(404, f"No such model; available here: {', '.join(names)}.", code="model_not_found")
 
 
 def card(name: str, created: int, model: ServedModel | None) -> Model:
-    """What `/v1/models` says of a name, while the model loads without its windows.
+    """The entry for a name in `/v1/models`; without context lengths while the model loads.
 
-    vLLM's clients read `max_model_len`. RAGFlow, which fills what it finds, reads `context_length` first.
+    vLLM's clients read `max_model_len`. RAGFlow, which fills the window it finds, reads `context_length` first.
     """
     shown: Model = {"id": name, "object": "model", "created": created, "owned_by": "microbatch"}
     if model is not None:

@@ -1,7 +1,7 @@
 """Text to token ids and back: chat template, tokenizer, incremental decoding.
 
-`Text.render` and `Text.encode` take milliseconds and run on a helper thread; the rest is called a token at a time on
-the event loop.
+`Text.render` and `Text.encode` take milliseconds and run on a helper thread; the rest is called once per token on the
+event loop.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class TemplateError(Exception):
-    """The model's chat template refuses these messages; the message is its own sentence."""
+    """The model's chat template rejected the messages; carries the template's own message."""
 
 
 class Text:
-    """The served model's tokenizer and chat template. Safe to use from several threads."""
+    """The served model's tokenizer and chat template. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._chat = tokenizer
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
-        # A tokenizer's file may ask for both, and what a client sends is to be read whole and as it is.
+        # A tokenizer file may enable both, but clients' text must be encoded completely and unchanged.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocabulary = Vocabulary(self._tokenizer)
@@ -51,7 +51,7 @@ class Text:
 
     @classmethod
     def load(cls, checkpoint: str, *, trust_remote_code: bool = False) -> Text:
-        """The tokenizer in a model's folder. Raises `ModelError` if there is none, or one without a chat template."""
+        """Load the tokenizer in a model's folder. Raises `ModelError` if there is none or it has no chat template."""
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         with explained(f"no usable tokenizer in {checkpoint}"):
@@ -64,52 +64,52 @@ class Text:
         return cls(tokenizer)
 
     def as_text(self, message: Turn) -> Turn:
-        """A message for `render` of which nothing becomes a token of the model's own: see `server/model/markers.py`."""
+        """A message for `render` in which no text becomes a special token (`server/model/markers.py`)."""
         markers = self._all_markers if message["role"] == "tool" else self._turn_markers
         kept = {key: markers.broken(value) for key, value in message.items() if key not in ("role", "tool_calls")}
         calls = {"tool_calls": self._all_markers.broken(message["tool_calls"])} if "tool_calls" in message else {}
         return cast(Turn, {"role": message["role"]} | kept | calls)
 
     def as_data(self, tools: list[ShownTool]) -> list[ShownTool]:
-        """Definitions of tools for `render`, likewise, and as calls without tags of parts of a turn."""
+        """Tool definitions for `render` in which no text becomes a special token or a tag of a part of a turn."""
         return self._all_markers.broken(tools)
 
     def render(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, Any]) -> str:
-        """The text of a conversation up to where the assistant's answer starts.
+        """The rendered conversation up to the start of the assistant's answer.
 
-        `options` are variables for the template; the caller allows only harmless names. Raises `TemplateError`.
+        `options` are template variables; the caller only passes harmless names. Raises `TemplateError`.
         """
         from jinja2 import TemplateError as JinjaError
 
-        turns = cast("list[dict[str, str]]", [*messages])  # all that transformers says of their type
+        turns = cast("list[dict[str, str]]", [*messages])  # the type that transformers declares
         try:
             return str(self._chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options))
         except (JinjaError, TypeError, ValueError) as error:
             raise TemplateError(_first_line(error)) from error
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
-        """The ids of a text. `special` puts the tokens around it that the model has for where a text begins or ends."""
-        # Of its methods those for batches alone let go of the interpreter, which the worker and the event loop need.
+        """The token ids of a text. `special` adds the model's beginning and end tokens."""
+        # Only the batch methods release the GIL, which the worker and the event loop need.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         return tuple(encoding.ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
+        """The text of token ids, special tokens included."""
         return self.vocabulary.decode(list(tokens))
 
     def grammars(self) -> Grammars:
-        """A compiler of grammars over this vocabulary. Takes seconds for a large one: not on the event loop."""
+        """A grammar compiler for this vocabulary. Takes seconds for a large one, so not on the event loop."""
         from server.grammar.compiler import Grammars
 
         return Grammars(self._chat, self.format.thinking.tags if self.format.thinking else None)
 
     def detokenizer(self, *, special: bool = False) -> Detokenizer:
-        """For one row's tokens; with special tokens in the text if those are `special`."""
+        """A detokenizer for one row; special tokens appear in the text if `special`."""
         return Detokenizer(self.vocabulary, special=special)
 
 
 def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None:
-    """Raises `ModelError` if the chat template is not one. What it refuses is no error: it may want other messages."""
+    """Raises `ModelError` if the chat template is malformed. A refusal is fine: it may require other messages."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -118,7 +118,7 @@ def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None
         place = f"has a syntax error in line {error.lineno}"
         raise ModelError(f"the chat template in {checkpoint} {place}: {error.message}") from error
     except Exception as error:
-        logger.debug("the chat template refuses a single question: %s", error)
+        logger.debug("the chat template rejects a single user message: %s", error)
 
 
 def _first_line(error: Exception) -> str:
