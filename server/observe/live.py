@@ -1,6 +1,6 @@
-"""What `/internal/live` tells: ticks and rows as they happen, to whoever listens. On the event loop's thread.
+"""The feed of `/internal/live`: ticks and rows as they happen. Runs on the event loop's thread.
 
-The last minutes are kept in any case, so that a listener starts with them; nothing is encoded while nobody listens.
+The last minutes are always kept, so that a new listener starts with them; nothing is encoded without listeners.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ from batching.events import (
 from server import sse
 
 PERIOD = 0.5
-"""Seconds of a tick."""
+"""Seconds per tick."""
 
 FIRST_TOKENS = 256
 FIRST_TOKENS_FOR = 30.0
-"""Percentiles are of the last so many answers that ended within so many seconds: one tick has too few."""
+"""Percentiles are taken over the last 256 answers that ended within 30 seconds; a single tick has too few."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A half second that ended at monotonic time `at`.
+    """Half a second, which ended at monotonic time `at`.
 
-    `queued` and `running` are the most rows there were at a time; `batches` and `batch_rows` count batches that
-    started, the two after them the prompts of all rows that did. Times to first token are in seconds, None if no
-    answer ended lately; `memory` in bytes, None before the first batch's end.
+    `queued` and `running` are maximum numbers of rows; `batches` and `batch_rows` count batches that started and their
+    rows, the two fields after them the prompt tokens of all rows that started. Times to first token are in seconds,
+    None if no answer ended recently; `memory` is in bytes, None until the first batch ends.
     """
 
     at: float
@@ -59,7 +59,7 @@ class Tick:
 
 
 class Peak:
-    """A level, and the highest it was since it was last asked."""
+    """A level and its maximum since it was last taken."""
 
     def __init__(self) -> None:
         self._level = self._highest = 0
@@ -74,13 +74,13 @@ class Peak:
 
 
 class Meter:
-    """Counts from monotonic time `now` on."""
+    """Counts events from monotonic time `now` on."""
 
     def __init__(self, now: float) -> None:
         self._end = now + PERIOD
         self._queued, self._running = Peak(), Peak()
         self._memory: int | None = None
-        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=FIRST_TOKENS)  # ended at, seconds
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=FIRST_TOKENS)  # (answer's end, TTFT in seconds)
         self._restart()
 
     def _restart(self) -> None:
@@ -113,7 +113,7 @@ class Meter:
                 self._first_tokens.append((now, seconds))
 
     def advance(self, now: float, most: int) -> Sequence[Tick]:
-        """The ticks that ended by `now` since the last call; only the last `most` of them after a long silence."""
+        """The ticks that ended since the last call, up to `now`; at most the last `most` of them."""
         if now < self._end:
             return ()
         ended = math.floor((now - self._end) / PERIOD) + 1
@@ -145,7 +145,7 @@ class Meter:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:
-    """The smallest value that at least `share` of all do not exceed; None of nothing."""
+    """The smallest value that at least a `share` of all values do not exceed; None if there are none."""
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else None
 
 
@@ -153,7 +153,7 @@ TICKS_KEPT = 600  # five minutes
 ROWS_KEPT = 256  # starts and ends of rows
 MOST_LISTENERS = 32
 MOST_WAITING = 1024
-"""Messages that wait for a listener that reads slowly; then its stream ends, and it may come back for the history."""
+"""Messages that may wait for a slow listener; beyond that its stream ends, and it can reconnect for the history."""
 
 FINAL = (State.STOPPED, State.FAILED)
 
@@ -161,7 +161,7 @@ Message = dict[str, Any]
 
 
 class Listener:
-    """What one client has still to be sent. It hears of `client`'s rows alone, or of everyone's if None."""
+    """Messages waiting for one viewer, who sees only `client`'s rows, or all rows if None."""
 
     def __init__(self, client: str | None = None, *, over: bool) -> None:
         self.client = client
@@ -184,7 +184,7 @@ class Listener:
         self._news.set()
 
     async def take(self) -> bytes:
-        """All that waits, once something does; nothing at the end."""
+        """Wait for messages and return all of them; empty at the end of the stream."""
         if not self.over:
             await self._news.wait()
             self._news.clear()
@@ -194,7 +194,7 @@ class Listener:
 
 
 class TooManyListeners(Exception):
-    """There are `MOST_LISTENERS` already."""
+    """There are already `MOST_LISTENERS`."""
 
 
 class LiveFeed:
@@ -203,7 +203,7 @@ class LiveFeed:
     def __init__(self) -> None:
         self._meter = Meter(time.monotonic())
         self._ticks: deque[Tick] = deque(maxlen=TICKS_KEPT)
-        self._rows: deque[tuple[str, Message]] = deque(maxlen=ROWS_KEPT)  # whose, and what
+        self._rows: deque[tuple[str, Message]] = deque(maxlen=ROWS_KEPT)  # (client, message)
         self._listeners: set[Listener] = set()
         self._state = State.STARTING
         self._closed = False
@@ -211,7 +211,7 @@ class LiveFeed:
         self._batch = 0
 
     def __call__(self, event: Event) -> None:
-        """Take note of one event."""
+        """Handle one event."""
         now = time.monotonic()
         self._advance(now)
         self._meter.note(event, now)
@@ -233,7 +233,7 @@ class LiveFeed:
         return len(self._listeners)
 
     def listen(self, client: str | None = None) -> AsyncIterator[bytes]:
-        """The frames for one more listener: of the rows of one client, or of all if None.
+        """The frames for a new listener, with the rows of one client, or of all if None.
 
         Raises `TooManyListeners`.
         """
@@ -244,25 +244,25 @@ class LiveFeed:
     async def _frames(self, client: str | None) -> AsyncIterator[bytes]:
         listener, history = Listener(client, over=self._closed), self.history(client)
         if len(self._listeners) == MOST_LISTENERS:
-            return  # many came at the same moment
+            return  # others came in since `listen` checked
         self._listeners.add(listener)
         if self._timer is None:
             self._beat()
         try:
             yield frame(history)
-            while news := await listener.take():
-                yield news
+            while frames := await listener.take():
+                yield frames
         finally:
             self._listeners.discard(listener)
 
     def close(self) -> None:
-        """End every stream, and those to come at once: an open one would hold up the end of the process."""
+        """End all streams, and new ones at once, because an open stream would delay the process's exit."""
         self._closed = True
         for listener in self._listeners:
             listener.end()
 
     def _beat(self) -> None:
-        """Ticks go on while nothing happens, for as long as somebody listens."""
+        """Keeps ticks coming while nothing happens, as long as there are listeners."""
         self._advance(time.monotonic())
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(PERIOD, self._beat) if self._listeners else None
@@ -287,7 +287,7 @@ class LiveFeed:
                 listener.tell(encoded)
 
     def history(self, client: str | None = None) -> Message:
-        """What a listener begins with: ticks by column, and what rows did."""
+        """A new listener's first message: ticks by column, and rows' starts and ends."""
         now = time.monotonic()
         self._advance(now)
         columns = {field.name: [getattr(tick, field.name) for tick in self._ticks] for field in fields(Tick)}

@@ -1,4 +1,4 @@
-"""Logging: one line for every request at its end, as text or JSON. Prompts and answers are never logged."""
+"""Logging: one line per request when it ends, as text or JSON. Prompts and answers are never logged."""
 
 import logging
 import sys
@@ -13,11 +13,11 @@ from batching.events import Event, Outcome, RowEnded, State, StateChanged
 logger = logging.getLogger("microbatch")
 
 PATH_CHARACTERS = 200
-"""So much of a path is logged."""
+"""Maximum number of a path's characters in the log."""
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; a record's `facts` become fields."""
+    """One JSON object per line; a record's `facts` become fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -32,28 +32,28 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line).decode()
 
 
-def configure(form: Literal["text", "json"], level: str) -> None:
-    """Send every logger's lines to stderr in this form."""
+def configure(format: Literal["text", "json"], level: str) -> None:
+    """Send all log lines to stderr in this format."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
-    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    handler.setFormatter(JsonFormatter() if format == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for chatty in ("uvicorn", "httpx", "httpcore", "urllib3", "asyncio", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def log_event(event: Event) -> None:
-    """An observer: a line for each request that ended, and for each change of state."""
+    """An observer: logs each request that ended and each change of state."""
     match event:
         case RowEnded():
             _log_row(event)
-        case StateChanged(state=state) if state is not State.FAILED:  # whoever finds the reason says that in a line
+        case StateChanged(state=state) if state is not State.FAILED:  # that is logged with its reason
             logger.info("state %s", state)
 
 
 def log_refusal(request_id: str, path: str, status: int, code: str | None) -> None:
-    """A line for a request that was refused before the queue."""
-    # Quoted, because a path can hold line breaks and a terminal's control characters.
+    """Log a request that was refused before the queue."""
+    # Quoted, because a path can contain line breaks and terminal control characters.
     shown = quote(path if len(path) <= PATH_CHARACTERS else path[:PATH_CHARACTERS] + "…")
     facts = {"id": request_id, "path": shown, "status": status, "code": code}
     logger.info("refused  %s", _words(facts), extra={"facts": facts})

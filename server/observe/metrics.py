@@ -73,7 +73,7 @@ class Metrics:
     """An observer of the batcher, with a registry of its own. `progress` observes the same batcher."""
 
     def __init__(self, progress: Progress) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per counter that says when it was made, which no dashboard reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the counters' series, and no dashboard reads them
         self.registry = registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -85,15 +85,15 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"microbatch_{name}", text, labels, buckets=buckets, registry=registry)
 
-        self._state = gauge("state", "1 for the state the service is in.", "state")
+        self._state = gauge("state", "1 for the service's current state, 0 for the others.", "state")
         self._info = gauge(
             "build_info", "Always 1; what is running, as labels.", "version", "python", "model", "device", "dtype"
         )
-        self._queue_depth = gauge("queue_depth", "Requests that wait for a batch.")
-        self._queue_limit = gauge("queue_limit", "Most requests that may wait.")
-        self._queue_tokens = gauge("queue_prompt_tokens", "Prompt tokens of the requests that wait.")
-        self._running = gauge("running_rows", "Requests in the batch that is running.")
-        self._batch_limit = gauge("batch_limit_rows", "Most requests in a batch.")
+        self._queue_depth = gauge("queue_depth", "Requests waiting in the queue.")
+        self._queue_limit = gauge("queue_limit", "Maximum number of requests in the queue.")
+        self._queue_tokens = gauge("queue_prompt_tokens", "Prompt tokens of the requests in the queue.")
+        self._running = gauge("running_rows", "Requests in the running batch.")
+        self._batch_limit = gauge("batch_limit_rows", "Maximum number of requests in a batch.")
         self._batches = counter("batches", "Batches started.")
         self._batch_size = histogram("batch_size_rows", "Requests in a batch at its start.", ROWS)
         self._step_rows = histogram("step_size_rows", "Requests that got a token in one step.", ROWS)
@@ -117,35 +117,33 @@ class Metrics:
         self._duration = histogram("request_duration_seconds", "From arrival to the outcome.", SECONDS_WHOLE, "outcome")
         self._prompt_length = histogram("request_prompt_tokens", "Prompt length of requests that ended.", TOKENS)
         self._output_length = histogram("request_output_tokens", "Answer length of requests that ended.", TOKENS)
-        self.ignored_fields = counter("ignored_fields", "Fields of requests that are not known and were ignored.")
+        self.ignored_fields = counter("ignored_fields", "Unknown request fields that were ignored.")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose batch started.")
         self._reused_tokens = counter(
-            "reused_prompt_tokens", "Prompt tokens that had been computed for another request."
+            "reused_prompt_tokens", "Prompt tokens whose KV was already cached from another request."
         )
         self._preemptions = counter(
-            "preemptions", "Times that a request gave its memory to older ones and was computed again later."
+            "preemptions", "Times that a request gave up its memory to older ones, to be recomputed later."
         )
-        self._scored_tokens = counter("scored_prompt_tokens", "Prompt tokens whose log probabilities were told.")
+        self._scored_tokens = counter("scored_prompt_tokens", "Prompt tokens whose log probabilities were returned.")
         self._output_tokens = counter("output_tokens", "Tokens generated.")
         self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
-        self._cancelled = counter("cancelled_requests", "Requests whose client left before the end.")
+        self._cancelled = counter("cancelled_requests", "Requests whose client disconnected before the end.")
         self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
         self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
         self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
-        self._tasks = gauge("tasks", "Tasks on the event loop, the scrape's own among them.")
+        self._tasks = gauge("tasks", "Tasks on the event loop, including the scrape's own.")
         self.loop_lag = histogram(
             "loop_lag_seconds", "How long the event loop took to answer the watchdog, 4 times a second.", SECONDS_OF_LAG
         )
-        self._idle_seconds = gauge(
-            "worker_seconds_since_progress", "How long the worker has work and made no progress."
-        )
+        self._idle_seconds = gauge("worker_seconds_since_progress", "Seconds since the busy worker last made progress.")
         self._idle_seconds.set_function(progress.seconds)
         self._show_state(State.STARTING)
         self._start_series()
         ProcessCollector(registry=registry)
 
     def _start_series(self) -> None:
-        """Zeros for what has not happened yet: a series that begins at 1 hides its first event from rates."""
+        """Start series at zero: a series that starts at 1 hides its first event from rate()."""
         for outcome in Outcome:
             self._duration.labels(outcome)
         for finish in Finish:
@@ -154,7 +152,7 @@ class Metrics:
             self._rejected.labels(reason)
 
     def __call__(self, event: Event) -> None:
-        """Take note of one event."""
+        """Handle one event."""
         match event:
             case Stepped(tokens=tokens, running=running):
                 self._output_tokens.inc(tokens)
@@ -180,18 +178,18 @@ class Metrics:
                 self._rejected.labels(reason).inc()
             case StateChanged(state=state):
                 self._show_state(state)
-                if state in (State.STOPPED, State.FAILED):  # no batch's end is told any more
+                if state in (State.STOPPED, State.FAILED):  # the end of the running batch is no longer reported
                     self._running.set(0)
 
     def model(self, info: ModelInfo, settings: Settings, version: str) -> None:
-        """Say what is running, and within which limits."""
+        """Set the series that describe the model and its limits."""
         self._info.labels(version, platform.python_version(), settings.served_names[0], info.device, info.dtype).set(1)
         self._queue_limit.set(settings.queue_size)
         self._batch_limit.set(settings.max_batch_size or info.max_rows)
         self._memory_total.set(info.device_memory)
 
     async def exposition(self) -> bytes:
-        """The text format that Prometheus scrapes. Its writing takes milliseconds, which are not the event loop's."""
+        """Prometheus's text format, written on a helper thread because it takes milliseconds."""
         self._tasks.set(len(asyncio.all_tasks()))
         return await to_thread.run_sync(generate_latest, self.registry)
 
@@ -232,7 +230,7 @@ class Metrics:
 
 
 class Scrapes:
-    """Gives every scrape what was written after it asked."""
+    """Gives every scrape metrics written after its request; concurrent scrapes share one writing."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -246,7 +244,7 @@ class Scrapes:
 
     async def _write(self) -> bytes:
         async with self._writing:
-            self._next = None  # who asks from now on gets the one after this
+            self._next = None  # scrapes from now on get the next writing
             return await self._metrics.exposition()
 
 

@@ -1,7 +1,7 @@
-"""Events -> OpenTelemetry spans, through the official SDK (extra `otel`): only imported if an endpoint is set.
+"""Events -> OpenTelemetry spans, with the official SDK (extra `otel`), which is only imported if an endpoint is set.
 
-An accepted request is one span, with the caller's as its parent if it sent a `traceparent`. Inside it one span says how
-long it waited in the queue, and one how long its batch took, in two parts: up to its first token, and decoding.
+An accepted request is one span, a child of the caller's if it sent a `traceparent`. Inside it are a span for the time
+in the queue and one for the time in the batch, which is split into the time to the first token and decoding.
 """
 
 import time
@@ -18,11 +18,11 @@ from batching.events import Event, Outcome, RowEnded
 from server.version import VERSION
 
 SENDING_SECONDS = 5
-"""After which spans are given up that the collector does not take."""
+"""Time limit for sending spans to the collector, after which they are dropped."""
 
 
 class Tracing:
-    """An observer of the batcher. Spans are made when a request has ended, with the times that its events had."""
+    """An observer of the batcher. Spans are created when a request ends, with the times of its events."""
 
     def __init__(self, endpoint: str, model: str) -> None:
         resource = Resource.create({"service.name": "microbatch", "service.version": VERSION})
@@ -33,12 +33,12 @@ class Tracing:
         self._model = model
 
     def __call__(self, event: Event) -> None:
-        """Take note of one event."""
+        """Handle one event."""
         if isinstance(event, RowEnded):
             self._trace(event, time.time())
 
     def close(self) -> None:
-        """Send what has not been sent."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
     def _trace(self, row: RowEnded, end: float) -> None:
@@ -57,7 +57,7 @@ class Tracing:
         request.end(_nanoseconds(end))
 
     def _request(self, row: RowEnded, start: float) -> Span:
-        """The span around the others, named and described as OpenTelemetry's conventions for generative models say."""
+        """The outer span, named and described by OpenTelemetry's conventions for generative AI."""
         attributes: dict[str, AttributeValue] = {
             "gen_ai.operation.name": "chat",
             "gen_ai.request.model": self._model,
