@@ -1,7 +1,7 @@
-"""What the page at `/` reads beside the API: `/internal/live`, the batcher's life as it happens, and `/internal/state`.
+"""The page's data besides the API: `/internal/live`, the batcher's events as they happen, and `/internal/state`.
 
-A key hears of its own requests, `--admin-keys` and a service without keys of everyone's: ids, times and counts of
-tokens, never a prompt or an answer. Totals are everyone's, as on /metrics.
+A key sees its own requests; keys in `--admin-keys`, and everyone if there are no keys, see all: ids, timings and token
+counts, never prompts or answers. Totals include everyone's requests, as in /metrics.
 """
 
 import platform
@@ -25,7 +25,7 @@ LIMITS = (
     *("default_max_tokens", "max_output_tokens", "max_batch_size", "batch_window_ms", "queue_size", "key_queue_size"),
     *("key_queue_tokens", "request_timeout_s", "drain_timeout_s", "max_body_mib", "thinking", "prefix_sharing"),
 )
-"""Settings that say what a client may expect."""
+"""Settings that matter to clients."""
 
 
 async def live(request: Request) -> Response:
@@ -44,7 +44,7 @@ async def state(request: Request) -> Response:
 
 
 def describe(service: Service) -> dict[str, object]:
-    """What runs. `engine`, `model` and `sampling` are None until the model is loaded, and `loading` from then on."""
+    """What is running. `engine`, `model` and `sampling` are None while the model loads, and `loading` is None after."""
     settings, served = service.settings, service.model
     info = served and served.info
     return {
@@ -63,7 +63,7 @@ def describe(service: Service) -> dict[str, object]:
 
 @cache
 def versions() -> dict[str, str]:
-    """What an answer may depend on, by name."""
+    """Versions of the packages that an answer may depend on, by name."""
     libraries = {name: version(name) for name in ("torch", "transformers")}
     return {"microbatch": VERSION} | libraries | {"Python": platform.python_version()}
 

@@ -1,7 +1,7 @@
-"""The document of /openapi.json, from the types that check requests and those of what is answered. Made on a helper
-thread when first asked for.
+"""The document of /openapi.json, generated from the types of requests and replies on a helper thread when first
+requested.
 
-A new endpoint is one entry in `OPERATIONS`. The paths without /v1 are left out: they are the same handlers again.
+A new endpoint is one entry in `OPERATIONS`. The paths without /v1 are left out, because they are the same handlers.
 """
 
 from dataclasses import dataclass, field
@@ -21,69 +21,69 @@ from server.version import VERSION
 
 JsonObject: TypeAlias = dict[str, object]
 
-ABOUT = """An OpenAI-compatible server of one model that answers several requests in one batch.
+ABOUT = """An OpenAI-compatible server that answers requests to one model in shared batches.
 
-Every path under /v1 is also there without it. A field that is not listed is ignored and named in the
-answer's X-Ignored-Fields, unless it would change the answer and cannot be honoured: then it is refused by its name.
-An answer names its request in X-Request-Id, which a client may set: up to 64 letters, digits and characters of `_.:-`.
+Every path under /v1 also works without /v1. An unlisted field is ignored and named in the response header
+X-Ignored-Fields, unless it would change the answer and cannot be honoured: then it is refused by name.
+Every response has the request's id in X-Request-Id. Clients may set it: up to 64 letters, digits and `_.:-`.
 """
 
 CHUNKS = (
-    "With `stream` the answer comes as server-sent events: `data: ` and the JSON of one chunk, an empty line, and at "
-    "last `data: [DONE]`. An answer that fails midway ends with an event that holds an error, and no `[DONE]`."
+    "With `stream` the answer is sent as server-sent events: `data: ` and the JSON of one chunk, an empty line, and "
+    "finally `data: [DONE]`. An answer that fails midway ends with an error event and no `[DONE]`."
 )
 EVENTS = (
-    "With `stream` the answer comes as server-sent events, each with its type in both the frame and the JSON. The last "
-    "is response.completed, response.incomplete, or response.failed. Nothing is stored, so an answer cannot be had a "
-    "second time, and every path under this one is a 404."
+    "With `stream` the answer is sent as server-sent events, each with its type in both the frame and the JSON. The "
+    "last is response.completed, response.incomplete or response.failed. Nothing is stored, so a response cannot be "
+    "retrieved later, and every path under this one is a 404."
 )
 
 STATUSES = {
     200: "The answer.",
     400: "The request is not valid; `param` names the first field at fault.",
-    401: "A known API key is needed.",
-    404: "There is no model of that name.",
-    408: "The body came too slowly.",
+    401: "A valid API key is required.",
+    404: "No such model.",
+    408: "Timed out reading the request body.",
     413: "The body is too large.",
-    415: "The body is of another type than JSON.",
-    429: "All places in the queue are taken.",
+    415: "The body is not JSON.",
+    429: "The queue is full.",
     500: "The model or the service failed on this request.",
-    503: "The model is loading, or the service is stopping.",
-    504: "The time limit for requests passed.",
+    503: "The model is loading, or the service is shutting down.",
+    504: "The request did not finish within the time limit.",
 }
 RETRIED_AFTER = (429, 503)
 READING = (400, 404, 408, 413, 415, 500, 503)
-"""What can go wrong with any request that has a body."""
+"""Errors of any request with a body."""
 QUEUED = (429, 504)
-"""And with one that waits for its turn."""
+"""Errors of requests that go through the queue, in addition."""
 
 HEADERS = {
     "RequestId": {"description": "The request's id, as in the log.", "schema": {"type": "string"}},
     "RetryAfter": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 0}},
-    "Authenticate": {"description": "The scheme of keys.", "schema": {"const": "Bearer"}},
+    "Authenticate": {"description": "The authentication scheme.", "schema": {"const": "Bearer"}},
 }
 NAME: JsonObject = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path, by the types of what it takes and gives. `examples` are bodies without their model."""
+    """One method of one path, with its request and reply types. `examples` are bodies without `model`."""
 
     path: str
     summary: str
     gives: object
     takes: object = None
     event: object = None
-    """What a stream is made of."""
+    """The type of a stream's events."""
     about: str = ""
     examples: dict[str, JsonObject] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
-    """Besides those that all of its kind can give."""
+    """Statuses in addition to those of its kind."""
     unwell: object = replies.Error
-    """What a 503 holds."""
+    """The type of a 503 body."""
     media: str = "application/json"
     open: bool = False
-    """Whether no API key is asked for."""
+    """Whether it needs no API key."""
 
     @property
     def method(self) -> str:
@@ -122,7 +122,7 @@ OPERATIONS = (
     ),
     Operation(
         "/v1/responses",
-        "Continue a conversation, in OpenAI's newer form",
+        "Continue a conversation, in OpenAI's newer format",
         replies.Response,
         ResponseRequest,
         replies.ResponseEvent,
@@ -134,30 +134,30 @@ OPERATIONS = (
     ),
     Operation(
         "/v1/tokenize",
-        "Count tokens as the model does",
+        "Tokenize a text or a conversation",
         replies.Tokenized,
         TokenizeRequest,
         examples={"Of a text": ONCE, "Of a conversation": {"messages": HI}},
     ),
     Operation(
         "/v1/detokenize",
-        "The text of token ids",
+        "Turn token ids into text",
         replies.Detokenized,
         DetokenizeRequest,
         examples={"Plain": {"tokens": [1, 2, 3]}},
     ),
-    Operation("/v1/models", "The names the model is served under", replies.ModelList, errors=(500,)),
-    Operation("/v1/models/{name}", "One of these names", replies.Model, errors=(404, 500)),
-    health("/health", "Whether requests are taken"),
+    Operation("/v1/models", "List the model's names", replies.ModelList, errors=(500,)),
+    Operation("/v1/models/{name}", "Show one of the model's names", replies.Model, errors=(404, 500)),
+    health("/health", "Whether requests are accepted"),
     health("/health/ready", "The same"),
-    health("/health/live", "Whether the process can still come to serve: a 503 means that it needs a restart"),
+    health("/health/live", "Whether the process is healthy or still starting: a 503 means that it needs a restart"),
     Operation("/metrics", "Metrics for Prometheus", str, media=CONTENT_TYPE, open=True),
-    Operation("/version", "What runs", replies.Version),
+    Operation("/version", "What is running", replies.Version),
 )
 
 
 class Untitled(GenerateJsonSchema):
-    """A field's title would be its name again."""
+    """Without titles for fields, which would only repeat their names."""
 
     def field_title_should_be_set(self, schema: object) -> bool:
         return False
@@ -165,13 +165,13 @@ class Untitled(GenerateJsonSchema):
 
 @cache
 def schemas() -> tuple[dict[object, JsonObject], JsonObject]:
-    """The schema of each type that an operation names, most a reference, and the components that these refer to."""
+    """The schema of each type in an operation, mostly a reference, and the components that they refer to."""
     named = [kind for each in OPERATIONS for kind in (each.takes, each.gives, each.event, each.unwell) if kind]
     kinds = tuple(dict.fromkeys(named))
     config = ConfigDict(use_attribute_docstrings=True, arbitrary_types_allowed=True)
     together = TypeAdapter(tuple[kinds], config=config)  # type: ignore[valid-type]
-    found = together.json_schema(ref_template="#/components/schemas/{model}", schema_generator=Untitled)
-    return dict(zip(kinds, found["prefixItems"], strict=True)), found["$defs"]
+    document = together.json_schema(ref_template="#/components/schemas/{model}", schema_generator=Untitled)
+    return dict(zip(kinds, document["prefixItems"], strict=True)), document["$defs"]
 
 
 def schema_of(kind: object) -> JsonObject:
@@ -184,7 +184,7 @@ def encoded(model: str, keyed: bool) -> bytes:
 
 
 def document(model: str, keyed: bool) -> JsonObject:
-    """The OpenAPI 3.1 document. `model` is the name in its examples; `keyed`, whether API keys are asked for."""
+    """The OpenAPI 3.1 document. `model` is the name in its examples; `keyed`: whether API keys are required."""
     security = {"securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}}} if keyed else {}
     return {
         "openapi": "3.1.0",
@@ -195,9 +195,9 @@ def document(model: str, keyed: bool) -> JsonObject:
 
 
 def describe(operation: Operation, model: str, keyed: bool) -> JsonObject:
-    """The document's Operation Object."""
+    """The Operation Object."""
     asks_key = keyed and not operation.open
-    found: JsonObject = {
+    operation_object: JsonObject = {
         "summary": operation.summary,
         "description": operation.about,
         "operationId": operation.path.removeprefix("/v1").strip("/").replace("/", "_").replace("{name}", "one"),
@@ -206,7 +206,7 @@ def describe(operation: Operation, model: str, keyed: bool) -> JsonObject:
         "responses": {str(status): response(operation, status) for status in operation.statuses(asks_key)},
         "security": [{"apiKey": []}] if asks_key else None,
     }
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in operation_object.items() if value}
 
 
 def request_body(operation: Operation, model: str) -> JsonObject:
@@ -227,8 +227,8 @@ def response(operation: Operation, status: int) -> JsonObject:
 def content(operation: Operation, status: int) -> JsonObject:
     if status != 200:
         return {"application/json": schema_of(operation.unwell if status == 503 else replies.Error)}
-    found: JsonObject = {operation.media: schema_of(operation.gives)}
+    media_types: JsonObject = {operation.media: schema_of(operation.gives)}
     if operation.event:
-        # What an event's data holds has a place in the standard, itemSchema, only from OpenAPI 3.2 on.
-        found[MEDIA_TYPE] = {"x-event-schema": schemas()[0][operation.event]}
-    return found
+        # The standard has a place for an event's schema (itemSchema) only since OpenAPI 3.2.
+        media_types[MEDIA_TYPE] = {"x-event-schema": schemas()[0][operation.event]}
+    return media_types

@@ -1,6 +1,6 @@
-"""Files for browsers, under a policy that lets a page load and ask nothing but this service.
+"""Files for browsers, under a content security policy that restricts pages to this service.
 
-A browser asks again each time and gets a 304 for what it has, so that a new version is seen at once.
+Browsers revalidate each time and get a 304 for an unchanged file, so that a new version shows at once.
 """
 
 import gzip
@@ -34,7 +34,7 @@ HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A file's bytes, the same compressed, and the tag that names both to caches."""
+    """A file's bytes, plain and compressed, and the ETag of both."""
 
     plain: bytes
     compressed: bytes
@@ -42,7 +42,7 @@ class Asset:
 
 
 def file_route(path: str, name: str) -> Route:
-    """The route of a file, which is named from this folder on."""
+    """The route of a file, named relative to this folder."""
 
     async def file(request: Request) -> Response:
         return response(request, await to_thread.run_sync(asset, name), MEDIA_TYPES[Path(name).suffix])
@@ -51,47 +51,47 @@ def file_route(path: str, name: str) -> Route:
 
 
 def files_in(folder: str) -> list[str]:
-    """The files for browsers in a folder and those below it, named from here on."""
-    found = [file for file in HERE.joinpath(folder).rglob("*") if file.suffix in MEDIA_TYPES]
-    return sorted(file.relative_to(HERE).as_posix() for file in found)
+    """The files for browsers in a folder and below it, named relative to this folder."""
+    file_asset = [file for file in HERE.joinpath(folder).rglob("*") if file.suffix in MEDIA_TYPES]
+    return sorted(file.relative_to(HERE).as_posix() for file in file_asset)
 
 
 @cache
 def asset(name: str, without: bytes = b"") -> Asset:
-    """A file, less a part of it. Read and compressed once: not on the event loop, which a megabyte would hold up."""
+    """A file without one part of it. Read and compressed once, off the event loop, which a megabyte would block."""
     plain = (HERE / name).read_bytes().replace(without, b"")
     return Asset(plain, gzip.compress(plain, mtime=0), f'W/"{sha256(plain).hexdigest()[:32]}"')
 
 
-def response(request: Request, found: Asset, media_type: str) -> Response:
-    """The file, or that the client's copy is still good."""
-    headers = HEADERS | {"etag": found.tag}
-    if found.tag in request.headers.get("if-none-match", ""):
+def response(request: Request, file_asset: Asset, media_type: str) -> Response:
+    """The file, or a 304 if the client's copy is current."""
+    headers = HEADERS | {"etag": file_asset.tag}
+    if file_asset.tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     if "gzip" in request.headers.get("accept-encoding", ""):
-        return Response(found.compressed, headers=headers | {"content-encoding": "gzip"}, media_type=media_type)
-    return Response(found.plain, headers=headers, media_type=media_type)
+        return Response(file_asset.compressed, headers=headers | {"content-encoding": "gzip"}, media_type=media_type)
+    return Response(file_asset.plain, headers=headers, media_type=media_type)
 
 
 PAGE = [
     file_route("/", "page/index.html"),
     *(file_route(f"/{name}", name) for name in files_in("page") if not name.endswith(".html")),
 ]
-"""Where a person tries the model and watches the batcher. The files tell nothing secret, so they need no key."""
+"""The page for trying the model and watching the batcher. Its files hold nothing secret, so they need no key."""
 
 
 LINK = b'<a href="./">Chat and live view</a>\n'
 
 
 async def docs(request: Request) -> Response:
-    """`GET /docs`, without the link to the page at `/` where that is off."""
+    """`GET /docs`, without the link to the page at `/` if that is off."""
     service: Service = request.app.state.service
-    found = await to_thread.run_sync(asset, "docs.html", b"" if service.settings.page else LINK)
-    return response(request, found, "text/html")
+    file_asset = await to_thread.run_sync(asset, "docs.html", b"" if service.settings.page else LINK)
+    return response(request, file_asset, "text/html")
 
 
 async def openapi(request: Request) -> Response:
-    """`GET /openapi.json`: what the service serves."""
+    """`GET /openapi.json`."""
     service: Service = request.app.state.service
     keyed = any(layer.cls is ApiKey for layer in request.app.user_middleware)
     document = await to_thread.run_sync(_encoded, service.settings.served_names[0], keyed)
@@ -99,7 +99,7 @@ async def openapi(request: Request) -> Response:
 
 
 def _encoded(model: str, keyed: bool) -> bytes:
-    from server.web.openapi import encoded  # with the types of all answers, which nothing else needs
+    from server.web.openapi import encoded  # late, because it builds schemas that nothing else needs
 
     return encoded(model, keyed)
 
@@ -112,4 +112,4 @@ ROUTES = [
     file_route("/docs/swagger-ui.css", "swagger/swagger-ui.css"),
     file_route("/docs/swagger-ui-bundle.js", "swagger/swagger-ui-bundle.js"),
 ]
-"""They tell nothing secret, so they need no key."""
+"""They hold nothing secret, so they need no key."""
