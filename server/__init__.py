@@ -1,1 +1,1 @@
-"""HTTP and text: from a request's bytes to token ids, and from token ids to bytes."""
+"""HTTP and text: from request bytes to token ids, and back."""

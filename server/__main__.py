@@ -1,4 +1,4 @@
-"""`python -m server`: settings -> service -> app -> uvicorn, and what signals do."""
+"""`python -m server`: settings -> service -> app -> uvicorn, and signal handling."""
 
 import asyncio
 import gc
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 
 
 YOUNG = 10_000
-"""New objects until the next search among them. A step of many rows makes thousands at once, which soon go again:
-with CPython's 700 the searches took a quarter of the time that 2,000 streams need, and an eighth of the start's."""
+"""New objects between garbage collections. A step of many rows creates thousands of short-lived ones: with CPython's
+700, collections took a quarter of the time with 2,000 streams, and an eighth of the startup time."""
 
 
 def search_seldom() -> None:
-    """For good, from before the model is loaded: what makes most objects then, imports, leaves next to no garbage."""
+    """Raise the threshold for good, before the model is loaded: imports create many objects but hardly any garbage."""
     gc.set_threshold(YOUNG)
 
 
 def spare_imports() -> None:
-    """Leave the modules out of the full searches that loading the model goes on to make."""
+    """Exclude the imported modules from the full collections during model loading."""
     gc.freeze()
 
 
 def spare_what_is_loaded() -> None:
-    """Nothing that exists by now is looked at again: modules, the model, the tokenizer."""
+    """Exclude everything that exists by now from collections: modules, the model, the tokenizer."""
     gc.collect()
     gc.freeze()
 
@@ -56,18 +56,18 @@ def spare_what_is_loaded() -> None:
 logger = logging.getLogger("microbatch")
 
 CLOSING_SECONDS = 5
-"""How long connections may take to close once every request has its outcome."""
+"""Time limit for connections to close once every request has ended."""
 
 DESCRIPTORS = 65_536
-"""File descriptors that the process asks for, if the system allows so many."""
+"""File descriptors that the process requests, if the system allows it."""
 
 
 OTHER_DESCRIPTORS = 256
-"""Those that are no connections: the model's files, the device, pipes."""
+"""File descriptors for other things than connections: the model's files, the device, pipes."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but the first SIGTERM or SIGINT drains the service before the port is closed; a second one stops now."""
+    """uvicorn, except that the first SIGTERM or SIGINT drains the service before the port closes; the second exits."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn calls this from the signal handler."""
         if self._signalled:
-            end(128 + sig)  # at once, also where the event loop stands
+            end(128 + sig)  # at once, even if the event loop is blocked
         self._signalled = True
         self._loop.call_soon_threadsafe(self._drain)
 
@@ -96,42 +96,42 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the address before the model is loaded, so that a port in use is told at once."""
+    """Bind the address before the model is loaded, so that a port in use is reported at once."""
     try:
         return listener(host, port)
     except OSError as error:
-        logger.error("cannot listen: %s", error.strerror)  # which ends with the address
+        logger.error("cannot listen: %s", error.strerror)  # the message includes the address
         raise SystemExit(1) from None
 
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Addresses that stand for all of a machine's, and those that reach it from itself."""
+"""Wildcard addresses, and the loopback addresses that reach them."""
 
 
 def url_of(host: str, port: int) -> str:
-    """Where the API is."""
+    """The API's base URL."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def batches_of(model: ServedModel) -> str:
-    """What a batch is made of, in words."""
+    """A description of what a batch holds."""
     if model.info.joins:
-        return "tokens, joined at any time"
+        return "tokens; requests join at any time"
     return f"padded tokens, window {model.settings.batch_window_ms:g} ms"
 
 
 def answers_of(settings: Settings) -> str:
-    """How long answers are, in words."""
+    """A description of the limits on answers."""
     most = settings.max_output_tokens
     if not settings.default_max_tokens:
-        return f"what fits the window by default, {most} tokens at most"
+        return f"as many tokens as fit the window by default, {most} at most"
     whole = min(max(settings.default_max_tokens, WHOLE_ANSWER), most)
     unless = f" ({whole} with tools or a format)" if whole > settings.default_max_tokens else ""
     return f"{settings.default_max_tokens} tokens by default{unless}, {most} at most"
 
 
 def announce(model: ServedModel, port: int) -> None:
-    """Tell a person where the service is and what its limits are, or a log of JSON the same in one line of its own."""
+    """Print the URL and limits for a person, or log them as one JSON line."""
     settings, info = model.settings, model.info
     lines = {
         "url": url_of(settings.host, port),
@@ -154,7 +154,7 @@ def announce(model: ServedModel, port: int) -> None:
 
 
 def tracing_of(settings: Settings) -> "Tracing | None":
-    """What sends traces, if the settings say where to. Its packages are optional."""
+    """The tracing observer, if an endpoint is set. Its packages are optional."""
     if settings.otlp_endpoint is None:
         return None
     from server.observe.tracing import Tracing
@@ -163,7 +163,7 @@ def tracing_of(settings: Settings) -> "Tracing | None":
 
 
 def allow_many_connections(wished: int) -> None:
-    """Every connection is a file descriptor, and the limit that shells set is low."""
+    """Raise the limit on file descriptors: every connection is one, and shells set a low limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -173,7 +173,7 @@ def allow_many_connections(wished: int) -> None:
 
 
 async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
-    """Run until a signal or the model's end; the process's exit status."""
+    """Run until a signal or a fatal failure. Returns the process's exit status."""
     loop = asyncio.get_running_loop()
     if settings.log_level == "debug":
         loop.set_debug(True)
@@ -191,7 +191,7 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),
-        http=Connections(settings),  # type: ignore[arg-type]  # it is called as the class would be
+        http=Connections(settings),  # type: ignore[arg-type]  # called like a class
         ws="none",
         log_config=None,
         access_log=False,
@@ -215,21 +215,21 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
 
 
 SLOW_SECONDS = 0.02
-"""A callback that keeps the event loop longer is a line in the log, at level debug."""
+"""Callbacks that block the event loop for longer are logged at level debug."""
 
 SWITCH_SECONDS = 0.0005
-"""How long a thread may keep the interpreter while another waits for it. The usual 5 ms are half a decode step: so long
-the event loop could keep the worker from giving the device its next orders."""
+"""How long a thread may hold the GIL while another waits for it. The default of 5 ms is half a decode step, for which
+the event loop could keep the worker from launching the device's next work."""
 
 
 def end(status: int) -> Never:
-    """End the process without waiting: a thread inside a kernel, a download or a native call cannot be joined."""
+    """Exit without waiting: a thread in a kernel, a download or a native call cannot be joined."""
     sys.stderr.flush()
     os._exit(status)
 
 
 def run(settings: Settings, loader: Loader, progress: Progress) -> None:
-    """Serve until the end, and end the process."""
+    """Serve until the service ends, then exit."""
     search_seldom()
     sys.setswitchinterval(SWITCH_SECONDS)
     configure(settings.log_format, settings.log_level)
@@ -239,7 +239,7 @@ def run(settings: Settings, loader: Loader, progress: Progress) -> None:
 
 
 def start(settings: Settings) -> None:
-    """Serve the model that the settings name until the end, and end the process."""
+    """Serve the configured model until the service ends, then exit."""
     progress = Progress()
     run(settings, ModelLoader(settings, progress, spare_imports), progress)
 

@@ -1,4 +1,4 @@
-"""The ASGI application: which path goes where, and how every error becomes OpenAI's error body."""
+"""The ASGI application: routes, middleware, and error bodies in OpenAI's format."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ from server.web.pages import ROUTES as DOCS
 OPEN_PATHS = frozenset(
     {"/health", "/health/live", "/health/ready", "/metrics", *(route.path for route in [*DOCS, *PAGE])}
 )
-"""What needs no API key: probes and scrapers seldom have one, and documentation tells nothing secret."""
+"""Paths that need no API key: probes and scrapers seldom have one, and documentation holds nothing secret."""
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -52,11 +52,11 @@ ENDPOINTS: dict[str, Handler] = {
 
 
 def create_app(service: Service, metrics: Metrics, when_ready: Callable[[ServedModel], None]) -> Starlette:
-    """The application around one service, which it starts with its own lifespan."""
+    """The application around one service, which starts and ends with the application's lifespan."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        # In the background, so that the port is open and the probes answer while the model loads.
+        # In the background, so that the port is open and probes are answered while the model loads.
         running = asyncio.create_task(service.run(when_ready))
         yield
         running.cancel()
@@ -80,7 +80,7 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[ServedM
 
 
 def routes(*, page: bool = True) -> list[Route]:
-    found = [
+    paths = [
         *DOCS,
         *([*PAGE, *INTERNAL] if page else []),
         Route("/health/live", live),
@@ -90,20 +90,20 @@ def routes(*, page: bool = True) -> list[Route]:
         Route("/version", version),
     ]
     for prefix in ("/v1", ""):
-        found += [
+        paths += [
             *(Route(prefix + path, handle, methods=["POST"]) for path, handle in ENDPOINTS.items()),
             Route(f"{prefix}/responses/{{name:path}}", stored_response, methods=["GET", "POST", "DELETE"]),
             Route(f"{prefix}/models", models),
             Route(f"{prefix}/models/{{name:path}}", model),
         ]
-    return found
+    return paths
 
 
 def middleware(service: Service) -> list[Middleware]:
     settings = service.settings
-    found = [Middleware(RequestId), Middleware(BodyBudget, limit=int(settings.max_bodies_mib * 2**20))]
+    layers = [Middleware(RequestId), Middleware(BodyBudget, limit=int(settings.max_bodies_mib * 2**20))]
     if settings.cors_origins:
-        found.append(
+        layers.append(
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
@@ -113,20 +113,20 @@ def middleware(service: Service) -> list[Middleware]:
             )
         )
     hosts = allowed_hosts(settings.host, settings.allowed_hosts)
-    found.append(Middleware(BrowserGuard, hosts=hosts, origins=settings.cors_origins, refuse=on_api_error))
+    layers.append(Middleware(BrowserGuard, hosts=hosts, origins=settings.cors_origins, refuse=on_api_error))
     if keys := load_keys(settings.api_keys, settings.api_keys_file):
-        found.append(Middleware(ApiKey, keys=keys, open_paths=OPEN_PATHS, refuse=on_api_error))
-    return found
+        layers.append(Middleware(ApiKey, keys=keys, open_paths=OPEN_PATHS, refuse=on_api_error))
+    return layers
 
 
 async def live(request: Request) -> Response:
-    """200 while the process can still come to serve; 503 once only a restart helps."""
+    """200 while the process serves or can still start to; 503 once only a restart helps."""
     state = request.app.state.service.batcher.state
     return _json({"state": state}, 503 if state is State.FAILED else 200)
 
 
 async def ready(request: Request) -> Response:
-    """200 while requests are taken."""
+    """200 while requests are accepted."""
     service: Service = request.app.state.service
     headers = {} if service.ready else {"retry-after": "5"}
     return _json({"state": service.batcher.state}, 200 if service.ready else 503, headers)
@@ -139,7 +139,7 @@ async def version(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The names, at any time: a client that lists models while they load must not find that there are none."""
+    """The model's names, even while it loads, so that clients that list models then do not find an empty list."""
     service: Service = request.app.state.service
     return _json({"object": "list", "data": [_card(service, name) for name in service.settings.served_names]})
 
@@ -171,20 +171,20 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
     known = {
-        404: ("There is nothing at this path.", "unknown_url"),
-        405: ("This path does not take this method.", "unknown_method"),
+        404: ("No such path.", "unknown_url"),
+        405: ("This path does not support this method.", "unknown_method"),
     }
     message, code = known.get(error.status_code, (error.detail, None))
     return await on_api_error(request, ApiError(error.status_code, message, code=code, headers=error.headers or {}))
 
 
 async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    """The client left before all of its body was here."""
+    """The client disconnected before its whole body had arrived."""
     return Response(status_code=CLIENT_CLOSED)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    """Starlette answers this one outside of every middleware, so the id is put in here."""
+    """Starlette calls this outside all middleware, so the request id header is added here."""
     request_id = request.state.caller.request_id
     logging.getLogger(__name__).error("a handler failed on request %s", request_id, exc_info=error)
     return dataclasses.replace(internal(), headers={"x-request-id": request_id}).response()

@@ -1,4 +1,4 @@
-"""API keys: who holds which, and how large a share of the device each gets. Kept as digests only."""
+"""API keys: their names and shares of the device. Only digests are kept."""
 
 import hmac
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`name` is that of the API key, or empty where none is asked for; `share` is the key's weight.
+    """`name` is the API key's, or empty without authentication; `share` is the key's weight in the queue.
 
-    `trace` has the W3C headers `traceparent` and `tracestate`, those that came.
+    `trace` has the W3C headers `traceparent` and `tracestate`, as far as they were sent.
     """
 
     request_id: str
@@ -20,17 +20,17 @@ class Caller:
     trace: tuple[tuple[str, str], ...] = ()
 
     def row_id(self, choice: int) -> str:
-        """The id of one of a request's rows: the request's own for the first."""
+        """The id of one of the request's rows; the first row has the request's own id."""
         return f"{self.request_id}.{choice}" if choice else self.request_id
 
 
 class KeyFileError(ValueError):
-    """The file of keys cannot be read; the message is one sentence and holds no key."""
+    """The key file cannot be read. The message is one sentence and contains no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """`share` is its weight in the queue beside other keys."""
+    """`share` is the key's weight in the queue, relative to other keys."""
 
     name: str
     digest: bytes
@@ -38,7 +38,7 @@ class Key:
 
 
 class Keys:
-    """All keys there are. Empty: no key is asked for."""
+    """All API keys. Empty: no authentication."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
         self._keys = tuple(keys)
@@ -51,16 +51,16 @@ class Keys:
         return frozenset(key.name for key in self._keys)
 
     def find(self, secret: bytes) -> Key | None:
-        """The key with this secret. All are compared, each in constant time, so that timing tells nothing of them."""
+        """The key with this secret. Compares all keys, each in constant time, so that timing reveals nothing."""
         digest = sha256(secret).digest()
         matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
         return matches[0] if matches else None
 
 
 def load_keys(secrets: Iterable[str], file: Path | None) -> Keys:
-    """Keys from the settings, named key-1, key-2, ..., and from a file of lines `name key [share]` (# for comments).
+    """Keys from the settings, named key-1, key-2, ..., and from a file with lines `name key [share]` (# for comments).
 
-    Raises `KeyFileError`; a file without a key is one too, because the service would be open to everyone.
+    Raises `KeyFileError`, also for a file without keys, because the service would then be open to everyone.
     """
     listed = [Key(f"key-{n}", sha256(secret.encode()).digest()) for n, secret in enumerate(secrets, 1)]
     return Keys([*listed, *(_from_file(file) if file else [])])
@@ -70,11 +70,11 @@ def _from_file(file: Path) -> list[Key]:
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
-        raise KeyFileError(f"the file of API keys {file} cannot be read") from None
+        raise KeyFileError(f"cannot read the API key file {file}") from None
     numbered = [(number, line.split()) for number, line in enumerate(lines, 1)]
     keys = [_from_line(words, file, number) for number, words in numbered if words and not words[0].startswith("#")]
     if not keys:
-        raise KeyFileError(f"the file of API keys {file} has no key in it")
+        raise KeyFileError(f"the API key file {file} has no keys")
     return keys
 
 
@@ -85,6 +85,6 @@ def _from_line(words: list[str], file: Path, number: int) -> Key:
             raise ValueError
     except ValueError:
         raise KeyFileError(
-            f"line {number} of {file} is not a name, a key and perhaps a share between 0 and 1000"
+            f"line {number} of {file} is not a name, a key and optionally a share between 0 and 1000"
         ) from None
     return Key(name, sha256(secret.encode()).digest(), float(share))

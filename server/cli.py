@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Run the command that this process was started with. Ends it with status 2 for one that does not exist."""
+    """Run the given command. Exits with status 2 if there is no such command."""
     match sys.argv[1:]:
         case ["serve", *arguments]:
             serve(arguments)
@@ -29,9 +29,9 @@ def main() -> None:
         case ["--help" | "-h"]:
             print(USAGE)
         case [word, *_]:
-            give_up(f"there is no command {word}; see microbatch --help")
+            give_up(f"unknown command {word}; see microbatch --help")
         case _:
-            give_up("name a command, serve or bench; see microbatch --help")
+            give_up("missing command, serve or bench; see microbatch --help")
 
 
 def serve(arguments: list[str]) -> None:
@@ -43,11 +43,11 @@ def serve(arguments: list[str]) -> None:
 
 
 def load_test() -> Callable[[list[str], str], int]:
-    """`benchmarks.load`'s entry. It is no part of an installed package: its name is one that others' have as well."""
+    """The entry point of `benchmarks.load`, which is not installed, because other packages use that name, too."""
     if not (CHECKOUT / "pyproject.toml").is_file():
         give_up(
             "the load test is not installed with the package; "
-            "run pip install --editable '.[bench]' in a checkout of the source, and microbatch bench again"
+            "run pip install --editable '.[bench]' in a checkout of the source, then microbatch bench again"
         )
     sys.path.insert(0, str(CHECKOUT))
     try:

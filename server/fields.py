@@ -1,6 +1,6 @@
-"""What the types of requests are made of: a base that is liberal about what it does not know, and strict numbers.
+"""Building blocks of request types: a base that tolerates unknown fields, and strict numbers.
 
-Lists say `fail_fast`: what is wrong with the first bad item is enough, and a million errors take seconds to build.
+Lists are `fail_fast`: the first bad item is enough, and a million errors take seconds to build.
 """
 
 from typing import Annotated, Any, ClassVar, TypeAlias
@@ -9,9 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 
 class Body(BaseModel):
-    """An object inside a request. A null is as good as a field left out, and fields that are not here are ignored.
+    """An object inside a request. A null counts as a field left out, and unknown fields are ignored.
 
-    The strings below fields are what /openapi.json says of them.
+    The strings below fields are their descriptions in /openapi.json.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
@@ -23,9 +23,9 @@ class Body(BaseModel):
 
 
 class RequestBody(Body):
-    """A whole request, of `size` bytes. `ignored` names top-level fields that are not known here, and `skipped`.
+    """A whole request of `size` bytes. `ignored` names unknown top-level fields and everything in `skipped`.
 
-    `unsupported` are those that would change the answer if they were honoured, and that are refused for it.
+    `unsupported` are fields that are refused, because they would change the answer if they were honoured.
     """
 
     unsupported: ClassVar[frozenset[str]] = frozenset()
@@ -40,7 +40,7 @@ class RequestBody(Body):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """Parts of known fields that are ignored, too."""
+        """Parts of known fields that are ignored."""
         return ()
 
     @property
@@ -48,12 +48,12 @@ class RequestBody(Body):
         return self._size
 
     def note(self, size: int, ignored: tuple[str, ...] = ()) -> None:
-        """What is known of the body that it came in."""
+        """Record facts about the request's body."""
         self._size, self._ignored = size, ignored
 
 
 def _integral(value: object) -> object:
-    """2.0 is 2: languages without integers write it so."""
+    """2.0 is 2, because languages without integers write it that way."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -62,11 +62,11 @@ Integral = BeforeValidator(_integral)
 Int64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63), Integral]
 Tokens = Annotated[int, Field(strict=True, ge=1), Integral]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-"""Without `_integral`, which would be a call for each of a prompt's tokens."""
+"""Without `_integral`, which would add a call for each prompt token."""
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
-NoEffect = Annotated[object, Field(description="Accepted and without effect.")]
-"""A field that this service knows, and that would not change an answer here."""
+NoEffect = Annotated[object, Field(description="Accepted, without effect.")]
+"""A known field that does not affect answers here."""
 
 Schema: TypeAlias = dict[str, Any]
-"""As it was sent: whatever may stand where a keyword has its value."""
+"""Any JSON value, as it was sent."""

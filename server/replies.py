@@ -1,7 +1,6 @@
-"""What is answered, as the types of the very dicts that are sent. /openapi.json is made from them.
+"""The types of the dicts that are sent as replies; /openapi.json is generated from them.
 
-The strings below fields are their descriptions there. A field that is `NotRequired` is left out where it has nothing
-to say.
+The strings below fields are their descriptions there. A `NotRequired` field is left out when it does not apply.
 """
 
 from typing import Annotated, Literal, NotRequired, TypeAlias
@@ -15,22 +14,22 @@ from batching.events import State
 Ending: TypeAlias = Literal["stop", "length"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "function_call"]
 Sent: TypeAlias = Annotated[orjson.Fragment, WithJsonSchema({})]
-"""JSON of any type, encoded already: what the client sent, or what leaving it out means."""
+"""JSON of any type, already encoded: what the client sent, or the default."""
 
-# Fields that types inherit carry their description with them, because only a type's own strings are read.
+# Fields that types inherit carry their descriptions with them, because only a type's own strings are read.
 Seconds: TypeAlias = Annotated[int, Field(description="Seconds since 1970.")]
 Logprob: TypeAlias = Annotated[float, Field(description="Natural logarithm; -9999 stands for a probability of zero.")]
 
 
 class ErrorDetails(TypedDict):
     message: str
-    """One sentence for people."""
+    """One sentence for humans."""
     type: str
-    """The kind of error, in OpenAI's words."""
+    """The kind of error, by OpenAI's names."""
     param: str | None
-    """The field at fault, if one is."""
+    """The field at fault, if there is one."""
     code: str | None
-    """What exactly went wrong, for programs."""
+    """The exact error, for programs."""
 
 
 class Error(TypedDict):
@@ -42,11 +41,11 @@ class Error(TypedDict):
 
 class PromptTokens(TypedDict):
     cached_tokens: int
-    """Tokens whose keys and values had been computed for an earlier request."""
+    """Tokens whose KV was already cached from an earlier request."""
 
 
 class Usage(TypedDict):
-    """Tokens. Choices that continue the same prompt count it once."""
+    """Token counts. A prompt shared by several choices is counted once."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -75,7 +74,7 @@ class TextLogprobs(TypedDict):
     """Null for the first token of an echoed prompt."""
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
-    """Where each token starts in the text, in characters."""
+    """The offset of each token in the text, in characters."""
 
 
 class RankedToken(TypedDict):
@@ -86,8 +85,8 @@ class RankedToken(TypedDict):
 
 
 PROMPT_LOGPROBS = (
-    "By token id, each token of the prompt and the likeliest in its place; null for the first token. Left out if not "
-    "asked for."
+    "For each prompt position, its token and the likeliest ones by token id; null for the first. Left out if not "
+    "requested."
 )
 
 
@@ -101,7 +100,7 @@ class OfPrompt(TypedDict, total=False):
 class MadeFunction(TypedDict):
     name: str
     arguments: str
-    """JSON text, as the model wrote it: an answer cut off may have part of it only."""
+    """JSON text, as the model wrote it; incomplete if the answer was cut off."""
 
 
 class MadeCall(TypedDict):
@@ -114,14 +113,14 @@ class MadeCall(TypedDict):
 class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
-    """Null only beside calls."""
+    """Null only if there are calls."""
     refusal: None
     reasoning_content: NotRequired[str]
-    """The model's thinking; left out if there was none."""
+    """The model's reasoning; left out if there was none."""
     tool_calls: NotRequired[list[MadeCall]]
     """Left out if there are none."""
     function_call: NotRequired[MadeFunction]
-    """The call of an answer to a request with `functions`, in place of `tool_calls`."""
+    """Replaces `tool_calls` in answers to requests with `functions`."""
 
 
 class ChatChoice(TypedDict):
@@ -148,20 +147,20 @@ class MoreArguments(TypedDict):
 
 
 class MoreOfCall(TypedDict):
-    """What is added to the arguments of a call that an earlier delta began."""
+    """More arguments for a call that started in an earlier delta."""
 
     index: int
     function: MoreArguments
 
 
 class Delta(TypedDict, total=False):
-    """What is new in a message. Each field is left out where nothing is."""
+    """The additions to a message. Fields without any are left out."""
 
     role: Literal["assistant"]
     content: str
     reasoning_content: str
     tool_calls: list[MadeCall | MoreOfCall]
-    """A call begins with its id and its name, without arguments yet."""
+    """A call starts with its id and name, and empty arguments."""
     function_call: MadeFunction | MoreArguments
 
 
@@ -173,8 +172,8 @@ class ChunkChoice(TypedDict):
 
 
 class ChatChunk(Head):
-    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last; with
-    `continuous_usage_stats`, all have it."""
+    """One event. With `stream_options.include_usage`, the last one has `usage` and no choices; with
+    `continuous_usage_stats`, all have `usage`."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
@@ -192,7 +191,7 @@ class TextChoice(OfPrompt):
 
 
 class TextCompletion(Head):
-    """`choices` has all answers to the first prompt first."""
+    """`choices` starts with all choices of the first prompt."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
@@ -207,8 +206,8 @@ class TextChunkChoice(TypedDict):
 
 
 class TextChunk(Head):
-    """One event. With `stream_options.include_usage`, one without choices and with `usage` comes last; with
-    `continuous_usage_stats`, all have it."""
+    """One event. With `stream_options.include_usage`, the last one has `usage` and no choices; with
+    `continuous_usage_stats`, all have `usage`."""
 
     object: Literal["text_completion"]
     choices: list[TextChunkChoice]
@@ -222,7 +221,7 @@ class OutputText(TypedDict):
     type: Literal["output_text"]
     text: str
     annotations: list[None]
-    """Always empty, as `logprobs`."""
+    """Always empty, like `logprobs`."""
     logprobs: list[None]
 
 
@@ -243,7 +242,7 @@ class OutputMessage(Item):
 
 
 class OutputReasoning(Item):
-    """The model's thinking."""
+    """The model's reasoning."""
 
     type: Literal["reasoning"]
     summary: list[None]
@@ -309,7 +308,7 @@ ToolChoice: TypeAlias = Literal["none", "auto", "required"] | FunctionName | All
 
 
 class Response(TypedDict):
-    """From `instructions` on, the fields of its request, with what leaving them out meant."""
+    """From `instructions` on, the fields of the request, with defaults filled in."""
 
     id: str
     object: Literal["response"]
@@ -328,7 +327,7 @@ class Response(TypedDict):
     presence_penalty: float
     frequency_penalty: float
     tools: list[Sent]
-    """The functions among them."""
+    """Only the functions."""
     tool_choice: ToolChoice
     parallel_tool_calls: bool
     text: Sent
@@ -351,7 +350,7 @@ class Event(TypedDict):
 
 
 class ResponseChanged(Event):
-    """A stream begins with two of these. The last event is one, and its `response` is what a plain answer would be."""
+    """A stream starts with two of these and ends with one, whose `response` is what a plain answer would be."""
 
     type: Literal[
         "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
@@ -433,9 +432,9 @@ class Tokenized(TypedDict):
     tokens: list[int]
     count: int
     max_model_len: int
-    """Most tokens of prompt and answer together."""
+    """Maximum tokens of prompt and answer together."""
     token_strs: NotRequired[list[str]]
-    """The text of each token, if it was asked for."""
+    """The text of each token, if requested."""
 
 
 class Detokenized(TypedDict):
@@ -448,9 +447,9 @@ class Model(TypedDict):
     created: Seconds
     owned_by: str
     max_model_len: NotRequired[int]
-    """Most tokens of prompt and answer together; left out while the model loads."""
+    """Maximum tokens of prompt and answer together; left out while the model loads."""
     context_length: NotRequired[int]
-    """The prompt length to trim to, in tokens: below the window by what the answer and a margin need."""
+    """The prompt length to trim to, in tokens: the window less room for the answer and a margin."""
 
 
 class ModelList(TypedDict):
@@ -474,4 +473,4 @@ class DefaultSampling(TypedDict):
 class Version(TypedDict):
     version: str
     sampling: DefaultSampling | None
-    """What a request gets that leaves its sampling open; null while the model loads."""
+    """Sampling for requests that do not set it; null while the model loads."""

@@ -1,4 +1,4 @@
-"""The life of the process: how model and batcher come up, serve, drain and end."""
+"""The life cycle of the process: start, serve, drain and end."""
 
 import asyncio
 import logging
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Where text and engine come from. `engine` is called on the worker thread, the others on helper threads meanwhile.
+    """Loads text and engine. `engine` is called on the worker thread, the others meanwhile on helper threads.
 
-    `loading` is how far the engine is; any thread may read it.
+    `loading` is the engine's progress; any thread may read it.
     """
 
     @property
@@ -74,9 +74,9 @@ class Service:
         self.batcher = Batcher(loader.engine, config, [self.observe])
 
     async def run(self, when_ready: Callable[[ServedModel], None]) -> None:
-        """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the process."""
+        """Load the model, then wait for the end. Never raises: a failure is logged in one line and ends the service."""
         try:
-            # Side by side; the batcher is not ready before both are.
+            # In parallel; the batcher becomes ready once both are done.
             text = asyncio.create_task(self._load_text())
             info = await self.batcher.start(text)
             self.model = ServedModel(self.settings, info, *text.result())
@@ -99,14 +99,14 @@ class Service:
         return text, await to_thread.run_sync(text.grammars), defaults
 
     def worker_stuck(self) -> None:
-        """The worker has a batch and makes no progress: only a new process helps."""
+        """The worker has a batch but makes no progress: only a restart helps."""
         if not self.batcher.ended.is_set():
             limit = self.settings.watchdog_s
             logger.critical("the model made no progress for %g s while a batch was running; exiting", limit)
             self.batcher.on_worker_died(Stuck("the worker makes no progress"))
 
     async def drain(self) -> None:
-        """Finish what was accepted, within the drain time, and stop."""
+        """Finish accepted requests within the drain time, then stop."""
         await self.batcher.drain(self.settings.drain_timeout_s)
         self._end()
 
@@ -123,7 +123,7 @@ class Service:
         return self.batcher.state is State.READY
 
     def ready_model(self) -> ServedModel:
-        """The model. Raises `ApiError` 503 unless requests are taken."""
+        """The model. Raises `ApiError` 503 unless requests are accepted."""
         if self.model is None or not self.ready:
             self.observe(Rejected("not_ready"))
             raise not_ready(self.batcher.state)

@@ -1,4 +1,4 @@
-"""Server-sent events: framing and keeping alive (WHATWG HTML, section 9.2)."""
+"""Server-sent events: framing and keep-alive comments (WHATWG HTML, section 9.2)."""
 
 import asyncio
 import time
@@ -7,20 +7,20 @@ from starlette.types import Message, Send
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
-"""A comment, which clients skip."""
+"""A comment, which clients ignore."""
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
-"""The second keeps nginx from holding events back."""
+"""The second header stops nginx from buffering events."""
 
 
 def event(json: bytes) -> bytes:
-    """One event. `json` holds no line break: JSON text escapes them."""
+    """One event. `json` contains no line breaks, because JSON text escapes them."""
     return b"data: " + json + b"\n\n"
 
 
 class Pinged:
-    """Sends a stream's ASGI messages and, wherever there would be silence for `patience` seconds, a comment: a proxy
-    would take the stream for dead."""
+    """Sends a stream's ASGI messages and a comment after every `patience` seconds of silence, so that proxies keep the
+    stream open."""
 
     def __init__(self, send: Send, patience: float) -> None:
         self._send = send
@@ -35,7 +35,7 @@ class Pinged:
         self._sent_at = time.monotonic()
 
     async def ping(self) -> None:
-        """Goes on until it is cancelled."""
+        """Runs until it is cancelled."""
         while True:
             await asyncio.sleep(self._sent_at + self._patience - time.monotonic())
             if self._sending:

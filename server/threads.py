@@ -1,4 +1,4 @@
-"""Helper threads for what takes longer than the event loop may stand still: decoding bodies, templates, tokenizing."""
+"""Helper threads for work that would block the event loop for too long: decoding bodies, templates, tokenizing."""
 
 import asyncio
 import os
@@ -15,14 +15,14 @@ from server.http.errors import ApiError
 
 
 class Full(Exception):
-    """So many of this client's own wait already that another would not be served in time."""
+    """This client already has as many waiting as could be served in time."""
 
 
 class FairSlots:
-    """So many may work at once, each of another client. Whose client was served longest ago goes first."""
+    """A semaphore of `slots` with at most one per client. The client served longest ago goes first."""
 
     def __init__(self, slots: int, waiting: int) -> None:
-        """`waiting`: how many of one client may wait."""
+        """`waiting`: how many may wait per client."""
         self._free = slots
         self._most = waiting
         self._busy: set[str] = set()
@@ -30,7 +30,7 @@ class FairSlots:
 
     @asynccontextmanager
     async def of(self, client: str) -> AsyncIterator[None]:
-        """Hold a place for as long as this lasts. Raises `Full`."""
+        """Hold a slot inside the context. Raises `Full`."""
         await self._take(client)
         try:
             yield
@@ -59,7 +59,7 @@ class FairSlots:
         self._serve()
 
     def _serve(self) -> None:
-        """Give free places to clients that have none, in turn. A client that waits no more has no turn."""
+        """Give free slots in turn to waiting clients that hold none. Clients with nothing waiting are skipped."""
         for client in [client for client in self._queues if client not in self._busy]:
             queue = self._queues[client]
             while queue and queue[0].cancelled():
@@ -74,18 +74,18 @@ class FairSlots:
 
 
 LONG_BYTES = 262_144
-"""A request of this size takes about a tenth of a second to tokenize. Longer ones have a lane of their own."""
+"""Bytes of a request that takes about a tenth of a second to tokenize. Larger ones have a queue of their own."""
 
 WAITING = 1024
-"""Requests of one key that may wait for a thread."""
+"""Requests per API key that may wait for a thread."""
 
 T = TypeVar("T")
 
 
 class Encoders:
-    """Two lanes, so that short requests never wait for long ones. In each, API keys take turns.
+    """Two queues, so that short requests never wait for long ones. In each, API keys take turns.
 
-    The work is done in Rust for the most part: few threads at a time leave the event loop and the worker their cores.
+    Most of the work is done in Rust; running few threads leaves cores to the event loop and the worker.
     """
 
     def __init__(self) -> None:
@@ -95,12 +95,12 @@ class Encoders:
         self._threads = anyio.CapacityLimiter(short + 1)
 
     async def run(self, work: Callable[[], T], size: int, caller: Caller) -> T:
-        """What `work` returns, done for a request of `size` bytes. Raises what it raises, and `ApiError` 429."""
-        lane = self._long if size > LONG_BYTES else self._short
+        """Run `work` for a request of `size` bytes. Raises what it raises, and `ApiError` 429."""
+        slots = self._long if size > LONG_BYTES else self._short
         try:
-            # Without keys nobody knows whose request it is: then each is served as it came.
-            async with lane.of(caller.name or caller.request_id):
+            # Without API keys the client is unknown, so requests are served in order of arrival.
+            async with slots.of(caller.name or caller.request_id):
                 return await to_thread.run_sync(work, limiter=self._threads)
         except Full:
-            message = "Too many requests of this key are being read; try again in a few seconds."
+            message = "Too many requests of this key are being processed; try again in a few seconds."
             raise ApiError(429, message, "rate_limit_error", "queue_full", headers={"retry-after": "2"}) from None

@@ -1,6 +1,6 @@
-"""A thread that sees what nothing on the event loop can tell: that the loop itself stands, or the worker does.
+"""A thread that detects what the event loop cannot: that the loop itself or the worker is stuck.
 
-The loop is asked for a sign of life a few times a second. What it takes to answer is what any client would have waited.
+It asks the loop for a sign of life a few times a second. The loop's delay is what any client would have waited.
 """
 
 import asyncio
@@ -22,31 +22,31 @@ from batching.progress import Progress
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-"""How often the thread looks, if the limit is not so short that it must look more often."""
+"""Interval between checks, unless the limit is so short that it needs more frequent ones."""
 
 LOOKS = 10
-"""How often it looks within the limit at least."""
+"""Minimum number of checks within the limit."""
 
 STANDS_SECONDS = 1.0
-"""From when on a loop that stands is worth a line in the log."""
+"""How long the loop may be blocked before it is logged."""
 
 HELD = 3
-"""How many times the limit a native call may keep the interpreter to itself."""
+"""How many times the limit a native call may hold the GIL."""
 
 FRAMES = 20
 TELL_SECONDS = 2.0
 
 
 class Watchdog:
-    """Made and entered on the thread of `loop`, which it looks after with its worker from a thread of its own.
+    """Created and entered on the thread of `loop`; watches the loop and the worker from a thread of its own.
 
-    `limit` (seconds) is what the worker, with work in hand, or the loop may go without a sign of life. Then
-    `worker_stuck` is called on the loop, or `end` on the watchdog's thread, with what the loop does instead. `lag` is
-    told on the loop how long that took to answer (seconds), four times a second. `hold_off` is called now and then,
-    with a time (seconds) that will not pass before it is called again, unless this thread stands too.
+    `limit`: seconds that the busy worker or the loop may go without a sign of life. Then `worker_stuck` is called on
+    the loop, or `end` on the watchdog's thread with what the loop is doing. `lag` is called on the loop four times a
+    second with the loop's delay in seconds. `hold_off` is called regularly with a time in seconds within which it will
+    be called again, unless this thread is stuck, too.
 
-    Looks are counted, not seconds, so that a process that was stopped as a whole (a debugger, a suspended machine) is
-    not taken for a stuck one when it goes on.
+    Checks are counted, not seconds, so that a process that was paused as a whole (a debugger, a suspended machine) is
+    not taken for a stuck one when it resumes.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Watchdog:
         self._end = end
         self._hold_off = hold_off
         self._period = min(LOOK_SECONDS, limit / LOOKS)
-        self._looks = math.ceil(limit / self._period)  # without a sign of life
+        self._looks = math.ceil(limit / self._period)  # checks without a sign of life
         self._stands = math.ceil(STANDS_SECONDS / self._period)
         self._seen = progress.at
         self._worker_idle = 0
@@ -96,7 +96,7 @@ class Watchdog:
                 return
 
     def look(self) -> None:
-        """One look at both. Whoever has given no sign of life for as many looks as the limit has is stuck."""
+        """Check both once. One that gave no sign of life for as many checks as the limit has is stuck."""
         if self._looked % (self._looks // LOOKS) == 0:
             self._hold_off(HELD * self._limit)
         self._looked += 1
@@ -104,7 +104,7 @@ class Watchdog:
             self._loop_stands()
         else:
             self._loop_idle = 0
-            self._look_at_worker()  # whose progress comes by the loop
+            self._look_at_worker()  # its progress is reported through the loop
             self._ask()
 
     def _ask(self) -> None:
@@ -119,11 +119,13 @@ class Watchdog:
         self._loop_idle += 1
         if self._loop_idle == self._looks:
             self._end(
-                f"the event loop has stood for {self._limit:g} s; exiting. It is in {stack_of(self._loop_thread)}"
+                f"the event loop was blocked for {self._limit:g} s; exiting. It is in {stack_of(self._loop_thread)}"
             )
         elif self._loop_idle == self._stands:
             seconds = self._loop_idle * self._period
-            tell(logging.WARNING, f"the event loop has stood for {seconds:g} s. It is in {stack_of(self._loop_thread)}")
+            tell(
+                logging.WARNING, f"the event loop was blocked for {seconds:g} s. It is in {stack_of(self._loop_thread)}"
+            )
 
     def _look_at_worker(self) -> None:
         at = self._progress.at
@@ -136,27 +138,27 @@ class Watchdog:
 def stack_of(thread: int, most: int = FRAMES) -> str:
     """Where a thread is, in one line: its `most` innermost functions, the innermost last."""
     frames = traceback.walk_stack(sys._current_frames().get(thread))
-    # Without the text of the lines, which would have to be read from files.
+    # Without source lines, which would have to be read from files.
     stack = traceback.StackSummary.extract(frames, limit=most, lookup_lines=False)
     return " > ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in reversed(stack))
 
 
 def tell(level: int, message: str) -> threading.Thread:
-    """Log from a thread of its own: a log that nobody reads may be what the loop waits for."""
+    """Log from a separate thread, because a blocked log may be what the loop is waiting for."""
     teller = threading.Thread(target=logger.log, args=(level, "%s", message), name="teller", daemon=True)
     teller.start()
     return teller
 
 
 def end_process(reason: str) -> None:
-    """Say why, and end the process with an error, so that its supervisor starts it again."""
+    """Log the reason and exit with an error, so that the supervisor restarts the process."""
     tell(logging.CRITICAL, reason).join(TELL_SECONDS)
     os._exit(1)
 
 
 def end_unless_called_again(seconds: float) -> None:
-    """End the process with an error and every thread's stack on stderr, unless this is called again in time.
+    """Exit with an error and every thread's stack on stderr unless this is called again in time.
 
-    What does this needs no interpreter, so that it works where a native call holds that, and the watchdog stands too.
+    The timer runs without the GIL, so it works even if a native call holds the GIL and the watchdog is stuck, too.
     """
     faulthandler.dump_traceback_later(min(seconds, threading.TIMEOUT_MAX), exit=True)

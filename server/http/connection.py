@@ -206,8 +206,8 @@ def origin_form(target: bytes) -> bytes:
 
 def address(transport: asyncio.BaseTransport, end: str) -> tuple[str, int] | None:
     """Host and port of one end of a connection; None if it is already gone."""
-    found = transport.get_extra_info(end)
-    return (found[0], found[1]) if isinstance(found, tuple) else None
+    name = transport.get_extra_info(end)
+    return (name[0], name[1]) if isinstance(name, tuple) else None
 
 
 READ_BYTES = 8192
@@ -654,6 +654,6 @@ def listener(host: str, port: int) -> socket.socket:
     """A listening socket whose connections have bounded buffers; `::` includes IPv4. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()  # whatever the system's default is
-    found = socket.create_server((host, port), family=family, dualstack_ipv6=both)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # inherited by accepted sockets
-    return found
+    listening = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # inherited by accepted sockets
+    return listening

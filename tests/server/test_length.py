@@ -62,7 +62,7 @@ def test_a_default_of_nothing_is_what_fits_the_window_and_the_operator_s_limit()
         ({}, "128 tokens by default (1024 with tools or a format), 4096 at most"),
         ({"default_max_tokens": 1024}, "1024 tokens by default, 4096 at most"),
         ({"max_output_tokens": 500}, "128 tokens by default (500 with tools or a format), 500 at most"),
-        ({"default_max_tokens": 0}, "what fits the window by default, 4096 tokens at most"),
+        ({"default_max_tokens": 0}, "as many tokens as fit the window by default, 4096 at most"),
     ],
 )
 def test_the_start_says_how_long_answers_are(settings: dict[str, int], words: str) -> None:

@@ -145,7 +145,7 @@ def test_a_loop_that_does_not_answer_within_the_limit_is_the_end(watched: Watche
     watched.loop.stands = True
     assert watched.look(watched.looks) == []  # at the first look it was asked
     [reason] = watched.look(1)
-    assert "the event loop has stood for 60 s; exiting" in reason
+    assert "the event loop was blocked for 60 s; exiting" in reason
     assert watched.look(10 * watched.looks) == []
 
 
@@ -165,7 +165,7 @@ def test_a_loop_that_stands_for_a_second_is_told_once_with_where_it_is(watched: 
     assert lines == []
     watched.look(watched.looks // 2)
     [line] = lines
-    assert line.startswith("the event loop has stood for 1 s. It is in ")
+    assert line.startswith("the event loop was blocked for 1 s. It is in ")
     assert "server/test_watchdog.py" in line
     assert "\n" not in line
 
@@ -233,7 +233,7 @@ def test_a_stuck_worker_turns_liveness_red_and_fails_what_waits() -> None:
     [
         ("hang", "no progress for 1 s"),
         ("break_device", "an illegal memory access"),
-        ("stand", "the event loop has stood for 1 s; exiting. It is in "),
+        ("stand", "the event loop was blocked for 1 s; exiting. It is in "),
         ("hold", "Timeout (0:00:03"),
     ],
 )
