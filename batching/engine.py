@@ -1,4 +1,4 @@
-"""What the worker thread needs of an engine, and what it offers an engine in return."""
+"""The interfaces between the worker thread and an engine."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -26,8 +26,8 @@ class Steps(Protocol):
     def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
         """Hand over the log probabilities of a row's prompt from its token `start` on, None for the first one.
 
-        A row that asked for them gets all of them before its first token, in any number of pieces. Returns whether it
-        is over: with `max_tokens` 0 it is after the last piece. What an earlier try handed over already is dropped.
+        A row that wants them gets all of them before its first token, in any number of pieces. Returns whether it is
+        over: with `max_tokens` 0 that is after the last piece. Pieces repeated after a retry are dropped.
         """
         ...
 

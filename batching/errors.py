@@ -1,16 +1,16 @@
-"""What can go wrong below the HTTP layer. `server/http/errors.py` turns each into a status and a body."""
+"""Errors below the HTTP layer. `server/http/errors.py` turns each into a status and a body."""
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 UNWINDING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
-"""What is raised to end a task, a generator or the process. Any other BaseException is a fault: a panic in a library
-written in Rust is one, and no Exception."""
+"""Raised to end a task, a generator or the process. Any other BaseException is a fault, such as a panic in a Rust
+library, which is not an Exception."""
 
 
 class BatchingError(Exception):
-    """Base of all that the batcher raises or hands to a stream."""
+    """Base class of everything that the batcher raises or hands to a stream."""
 
 
 class ModelError(BatchingError):
@@ -18,7 +18,7 @@ class ModelError(BatchingError):
 
 
 class NotReady(BatchingError):
-    """The batcher takes no work in its present state (starting, draining, stopped or failed)."""
+    """The batcher accepts no requests in its current state (starting, draining, stopped or failed)."""
 
     def __init__(self, state: str) -> None:
         super().__init__(state)
@@ -34,7 +34,7 @@ class QueueFull(BatchingError):
 
 
 class TooBusy(BatchingError):
-    """Too many wait for the request to meet its time limit; it would miss it by `retry_after` seconds."""
+    """The queue is too long for the request to meet its time limit; it would miss it by `retry_after` seconds."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"no answer is likely in time, retry after {retry_after:.1f} s")
@@ -46,7 +46,7 @@ class DeadlineExceeded(BatchingError):
 
 
 class Drained(BatchingError):
-    """The process is stopping and the drain time ended before this answer was complete."""
+    """The service is shutting down, and the drain time ended before this answer was complete."""
 
 
 class EngineError(BatchingError):
@@ -54,7 +54,7 @@ class EngineError(BatchingError):
 
 
 class Stuck(EngineError):
-    """The worker has a batch and makes no progress, so the process has to end."""
+    """The worker has a batch but makes no progress, so the process has to exit."""
 
 
 class OutOfMemory(EngineError):
@@ -63,25 +63,25 @@ class OutOfMemory(EngineError):
 
 @contextmanager
 def explained(failure: str) -> Iterator[None]:
-    """Turn whatever a library raises into a ModelError: `failure`, then the first line of its reason."""
+    """Turn anything a library raises into a ModelError: `failure`, then the first line of the reason."""
     try:
         yield
     except (ModelError, *UNWINDING):
         raise
-    except BaseException as error:  # the libraries have no common base for what a bad file makes them raise
+    except BaseException as error:  # the libraries' errors on bad files have no common base
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"{failure}: {reason}") from error
 
 
 SHORTAGE = ("out of memory", "ALLOC_FAILED")
-"""CUDA errors that pass once memory is free."""
+"""CUDA errors that go away once memory is free."""
 
 
 def is_sticky(error: BaseException) -> bool:
     """Whether this error leaves the device unusable for the rest of the process's life.
 
-    A CUDA context keeps an error such as an illegal memory access or a failed device-side assert, and answers every
-    later call with it ("sticky" in NVIDIA's documentation of cudaGetLastError): only a new process can use the device
+    A CUDA context keeps an error such as an illegal memory access or a failed device-side assert and returns it from
+    every later call ("sticky" in NVIDIA's documentation of cudaGetLastError); only a new process can use the device
     again. Recognised by name and text, so that torch need not be imported.
     """
     text = str(error)

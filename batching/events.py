@@ -1,4 +1,4 @@
-"""What the batcher reports. Metrics and logs are observers of these events.
+"""The batcher's events. Metrics and logs are observers of these.
 
 All are emitted on the event loop's thread. Times are `time.monotonic()` seconds, durations seconds.
 """
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class State(StrEnum):
-    """The batcher's life: see `batching/batcher.py` for who moves it."""
+    """The batcher's states; `batching/batcher.py` has the transitions."""
 
     STARTING = "starting"
     READY = "ready"
@@ -22,7 +22,7 @@ class State(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a request that was accepted ended. Every accepted request gets exactly one."""
+    """How an accepted request ended. Every accepted request gets exactly one outcome."""
 
     ANSWERED = "answered"
     CANCELLED = "cancelled"
@@ -64,7 +64,7 @@ class BatchStarted:
 
 @dataclass(frozen=True, slots=True)
 class RowsJoined:
-    """Rows were handed to the worker while a batch runs, which has `running` rows with them."""
+    """Rows were handed to the worker during a batch, which then has `running` rows."""
 
     rows: int
     running: int
@@ -74,7 +74,7 @@ class RowsJoined:
 
 @dataclass(frozen=True, slots=True)
 class RowStarted:
-    """A row of `client` was handed to the worker at `at`, with `batch_size` rows in the batch, itself among them."""
+    """A row of `client` was handed to the worker at `at`, as one of `batch_size` rows in the batch."""
 
     id: str
     at: float
@@ -85,7 +85,7 @@ class RowStarted:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One decode step of a batch is on the loop: `tokens` rows got a token each, `running` are not over."""
+    """One decode step of a batch arrived: `tokens` rows got a token each, `running` rows have not finished."""
 
     at: float
     tokens: int
@@ -94,7 +94,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Log probabilities of `tokens` more of a row's prompt are on the loop; `running` rows are not over."""
+    """Log probabilities of `tokens` more prompt tokens of a row arrived; `running` rows have not finished."""
 
     at: float
     tokens: int
@@ -103,7 +103,7 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class BatchEnded:
-    """`memory` is what the device's allocator holds now, in bytes; `running` rows were given since it ended."""
+    """`memory` is the bytes the device's allocator holds now; `running` rows were handed over since the batch ended."""
 
     rows: int
     running: int
@@ -113,9 +113,9 @@ class BatchEnded:
 
 @dataclass(frozen=True, slots=True)
 class RowEnded:
-    """An accepted request reached its one outcome. `queue_wait` and `ttft` are None if it never got that far.
+    """An accepted request reached its outcome. `queue_wait` and `ttft` are None if it never got that far.
 
-    `num_cached_tokens` of the prompt came from the prefix cache. The row gave way `num_preemptions` times.
+    `num_cached_tokens` of the prompt came from the prefix cache. The row was preempted `num_preemptions` times.
     """
 
     id: str
@@ -149,7 +149,7 @@ Observer = Callable[[Event], None]
 
 
 def broadcast(observers: Iterable[Observer]) -> Observer:
-    """One observer that calls all of them. One that raises is logged and never hurts a request."""
+    """An observer that calls all of them. One that raises is logged and never affects a request."""
     listeners = tuple(observers)
 
     def observe(event: Event) -> None:

@@ -1,7 +1,7 @@
-"""GGUF files, each converted once into a folder of safetensors in a cache that several processes may share.
+"""Converts GGUF files, each once, into safetensors folders in a cache that several processes may share.
 
-A folder of the cache is named after its file's content. It is moved there whole, with a list of the sizes of all files
-in it, so that one that was damaged later is found out and made again.
+A cache folder is named after its file's content. It is moved into place atomically with a list of its files' sizes, so
+that a folder that was damaged later is detected and rebuilt.
 """
 
 import hashlib
@@ -23,34 +23,34 @@ from batching.errors import ModelError, explained
 logger = logging.getLogger(__name__)
 
 READS_GGUF = "5.18"
-"""The first transformers that reads a GGUF file's tokenizer right: the one before gave SmolLM2's a wrong
-end-of-sequence token, and tokens that are not bytes."""
+"""The first transformers that reads GGUF tokenizers correctly: the one before gave SmolLM2 a wrong end-of-sequence
+token, and tokens that are not bytes."""
 
 SIZES = "sizes.txt"
 SCRATCH = ".converting-"
 
 
 def converted(file: Path, cache: Path) -> Path:
-    """The folder of `cache` that holds the model of a GGUF file, made if it is not there or not whole.
+    """The folder of `cache` with the model of a GGUF file, converted if it is missing or incomplete.
 
     Weights are in float32, so that they are exactly the file's dequantised values, at 4 bytes a parameter on disk and,
-    meanwhile, in memory. A process that comes while another one converts waits for it.
+    meanwhile, in memory. A process waits while another one converts.
 
-    Raises ModelError if the file cannot be converted, or the cache cannot be written to and has to be.
+    Raises ModelError if the file cannot be converted, or if the cache is needed but not writable.
     """
     folder = cache / _key(file)
     if _is_whole(folder):
         return folder
     _check_tools(file)
     with _alone_in(cache):
-        if not _is_whole(folder):  # nor has it become so while another process had the cache
+        if not _is_whole(folder):  # another process may have completed it meanwhile
             _clear(cache, folder)
             _convert(file, folder)
     return folder
 
 
 def _key(file: Path) -> str:
-    # The library's version is part of it because what is read from a GGUF file changes between versions.
+    # The library's version is part of the key, because it changes how a GGUF file is read.
     with explained(f"{file} cannot be read"), file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return f"{file.stem}-{digest[:16]}-transformers-{version('transformers')}"
@@ -76,14 +76,14 @@ def _check_tools(file: Path) -> None:
 
 @contextmanager
 def _alone_in(cache: Path) -> Iterator[None]:
-    """While entered no other process converts into the cache. The lock goes with the process that holds it."""
+    """Inside the context no other process converts into the cache. The lock is released if the process dies."""
     lock = FileLock(cache / ".lock")
     with _writable(cache):
         cache.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _announce(f"waiting for another process that converts a model into {cache}")
+            _announce(f"waiting for another process to convert a model into {cache}")
             lock.acquire()
     try:
         yield
@@ -96,13 +96,13 @@ def _writable(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ModelError(f"{cache} cannot be written to ({error.strerror}): name another with --cache-dir") from error
+        raise ModelError(f"{cache} is not writable ({error.strerror}): set another with --cache-dir") from error
 
 
 def _clear(cache: Path, folder: Path) -> None:
-    """Remove what is broken, and what conversions left behind that were killed."""
+    """Remove damaged folders, and the leftovers of killed conversions."""
     if folder.exists():
-        _announce(f"{folder} is damaged, and is made again")
+        _announce(f"{folder} is damaged; converting again")
     with _writable(cache):
         for left in [*cache.glob(f"{SCRATCH}*"), *([folder] if folder.exists() else [])]:
             shutil.rmtree(left)
@@ -116,7 +116,7 @@ def _announce(message: str) -> None:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    _announce(f"converting {file.name} to safetensors, this once, into {folder}")
+    _announce(f"converting {file.name} to safetensors, once, into {folder}")
     with (
         explained(f"{file} cannot be converted to safetensors"),
         TemporaryDirectory(prefix=SCRATCH, dir=folder.parent) as scratch,

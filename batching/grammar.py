@@ -1,11 +1,11 @@
-"""Guided decoding: before each token is sampled, those that the row's grammar does not allow are masked out.
+"""Guided decoding: before each token is sampled, tokens that the row's grammar does not allow are masked out.
 
 The worker thread calls `apply` and `accept_tokens` once a step. Matching itself runs on a helper thread, from the
-moment the tokens are known until the next logits are there, so that it overlaps the model's forward pass.
+moment the tokens are known until the next logits are ready, so that it overlaps the model's forward pass.
 
-A row never fails because of its grammar, and never harms its neighbours. A matcher that raises, that allows nothing
-where the text may not end, or that takes too long is dropped and logged; its row continues without a grammar but may no
-longer stop, so that its answer is cut by length.
+A row never fails because of its grammar, and never affects its neighbours. A matcher that raises, allows nothing where
+the text may not end, or takes too long is dropped and logged; its row continues without a grammar but can no longer
+stop, so that its answer is cut by length.
 """
 
 import logging
@@ -26,7 +26,7 @@ from batching.types import Grammar, Matcher, Request, TokenBitmask
 logger = logging.getLogger(__name__)
 
 SLOW_START, SLOW_STEP = 0.5, 0.005
-"""CPU seconds that a matcher may take: once, and more with each step. 0.0001 a step is usual."""
+"""CPU seconds that a matcher may take: at the start, and in addition per step. Usual is 0.0001 per step."""
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -34,9 +34,9 @@ LOWEST = torch.finfo(torch.float32).min
 class GuidedDecoding:
     """`LogitsProcessor` of the rows of a batch that have a grammar.
 
-    Where a row's text may end its stop tokens are allowed too, and they alone once its grammar is complete. A row
-    without stop tokens (a client may ask to ignore them) can only end by its length: it is unrestricted once its
-    grammar is complete. A row that sampled a stop token is over and unrestricted as well, whatever it still receives.
+    Where a row's text may end, its stop tokens are allowed too, and only they once its grammar is complete. A row
+    without stop tokens (clients can ignore them) only ends by length and is unrestricted once its grammar is complete.
+    A row that sampled a stop token has finished and is unrestricted as well, whatever tokens it still gets.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class GuidedDecoding:
         self._rows = torch.tensor(rows, device=device)
         self._all_rows = len(rows) == len(requests)
         self._vocab_size = vocab_size
-        # For each value of a byte the ceilings of its eight tokens. Looked up and taken as a minimum, because torch is
-        # five times slower at unpacking bits and filling by a mask on the CPU.
+        # The upper bounds of a byte's eight tokens, for each byte value. A lookup and a minimum, because unpacking bits
+        # and masked filling are five times slower in torch on the CPU.
         octets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
         self._ceilings = torch.tensor(np.where(octets, np.inf, -np.inf), dtype=torch.float32, device=device)
         shape = len(rows), -(-vocab_size // 32)
@@ -64,7 +64,7 @@ class GuidedDecoding:
         self._matchers: list[Matcher | None] = [None] * len(rows)
         self._time_left = [SLOW_START] * len(rows)
         self._num_unrestricted = 0
-        # Its own thread ends with the batch: an executor that nothing refers to any more lets it go.
+        # A thread of its own ends with the batch, when its executor is collected.
         self._helper = helper or ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._filled: Future[None] = self._helper.submit(self._begin, list(grammars.values()))
 
@@ -76,26 +76,26 @@ class GuidedDecoding:
         device: torch.device,
         helper: ThreadPoolExecutor | None = None,
     ) -> "GuidedDecoding | None":
-        """The grammars of a batch, or None if no row has one. `helper` is a thread to match them on."""
+        """The grammars of a batch, or None if no row has one. `helper` is the thread to match them on."""
         grammars = {row: request.grammar for row, request in enumerate(requests) if request.grammar is not None}
         return cls(grammars, requests, vocab_size, device, helper) if grammars else None
 
     def bitmask(self) -> TokenBitmask:
-        """The tokens that may come next, [rows with a grammar, vocabulary / 32]. Valid until `accept_tokens`."""
+        """The allowed next tokens, [rows with a grammar, vocabulary / 32]. Valid until `accept_tokens`."""
         self._filled.result()
         return self._allowed
 
     def apply(self, logits: Tensor) -> None:
-        """Set the logits [all rows, vocabulary, float32] of what may not come next to -inf, in place.
+        """Set the logits [all rows, vocabulary, float32] of tokens that are not allowed to -inf, in place.
 
-        At least one logit of each row is finite afterwards, even if all that its grammar allows was ruled out before.
+        At least one logit of each row is finite afterwards, even if every token its grammar allows was masked before.
         """
         self.bitmask()
         if self._num_unrestricted == len(self._matchers):
             return
         octets = self._pinned.to(logits.device, non_blocking=True).view(
             torch.uint8
-        )  # little-endian, as all targets are
+        )  # little-endian, like all supported platforms
         ceilings = embedding(octets.int(), self._ceilings).flatten(1)[:, : self._vocab_size]
         chosen = logits if self._all_rows else logits[self._rows]
         torch.minimum(chosen.clamp_(min=LOWEST), ceilings, out=chosen)
@@ -103,7 +103,7 @@ class GuidedDecoding:
             logits[self._rows] = chosen
 
     def accept_tokens(self, tokens: Tensor) -> None:
-        """The tokens [all rows] that were sampled. Waits for the device, then returns at once."""
+        """Take the sampled tokens [all rows]. Waits for the device, then returns at once."""
         if self._num_unrestricted < len(self._matchers):
             mine = (tokens if self._all_rows else tokens[self._rows]).tolist()
             self._filled = self._helper.submit(self._step, mine)
@@ -127,11 +127,11 @@ class GuidedDecoding:
             action()
             self._time_left[place] += SLOW_STEP - (time.thread_time() - started)
             if self._time_left[place] < 0:
-                raise TimeoutError("the grammar takes too long")
+                raise TimeoutError("the grammar took too long")
         except UNWINDING:
             raise
         except BaseException:
-            logger.warning("request %s goes on without its grammar", self._ids[place], exc_info=True)
+            logger.warning("request %s continues without its grammar", self._ids[place], exc_info=True)
             self._matchers[place] = None
             self._allowed[place] = ~self._stops[place]
 
@@ -161,7 +161,7 @@ class GuidedDecoding:
 
 
 class GuidedRow:
-    """A row whose next token depends, on the host, on the one before: it has a grammar, or tokens are forced on it.
+    """A row whose next token depends, on the host, on the previous one: it has a grammar or forced tokens.
 
     Worker thread only. Grammars are matched on the `helper` thread while the model runs.
     """
@@ -174,11 +174,11 @@ class GuidedRow:
 
     @staticmethod
     def is_needed(request: Request) -> bool:
-        """Whether a row is of this kind."""
+        """Whether a request needs a guided row."""
         return request.grammar is not None or request.sampling.forced is not None
 
     def accept_token(self, token: int) -> None:
-        """The row's newest token, sampled."""
+        """Take the row's newest sampled token."""
         newest = torch.tensor([token])
         if self._guided:
             self._guided.accept_tokens(newest)
@@ -186,7 +186,7 @@ class GuidedRow:
             self._forced.accept_tokens(newest)
 
     def bitmask(self) -> TokenBitmask:
-        """The tokens that may come next [vocabulary / 32]. Waits for the grammar."""
+        """The allowed next tokens [vocabulary / 32]. Waits for the grammar."""
         forced = self._forced.next_token(0) if self._forced else None
         if forced is not None:
             bitmask = np.zeros(self._bitmask_width, dtype=np.int32)
@@ -199,7 +199,7 @@ class GuidedRow:
 
 
 def _bitmask_of(tokens: frozenset[int], vocab_size: int) -> TokenBitmask:
-    """A set of tokens as a bitmask; those beyond the vocabulary are left out."""
+    """A set of tokens as a bitmask; tokens beyond the vocabulary are left out."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
     bits[[token for token in tokens if 0 <= token < vocab_size]] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)

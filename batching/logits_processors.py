@@ -1,7 +1,7 @@
-"""What changes a row's logits before its token is sampled, for the rows of a batch that ask for it.
+"""Changes to logits before sampling, for the rows of a batch that need them.
 
-Worker thread only. Each kind is made once a batch by its `of`, which returns None if no row needs it, so that what
-nobody asks for costs nothing.
+Worker thread only. Each kind is created once per batch by its `of`, which returns None if no row needs it, so that
+unused kinds cost nothing.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class LogitsProcessor(Protocol):
         ...
 
     def accept_tokens(self, tokens: Tensor) -> None:
-        """The tokens [all rows] that were sampled."""
+        """Take the sampled tokens [all rows]."""
         ...
 
 
@@ -69,7 +69,7 @@ class Penalties:
 
 
 class LogitBias:
-    """`logit_bias`; and `min_tokens`, which bars a row's stop tokens until it has that many.
+    """`logit_bias`; and `min_tokens`, which masks a row's stop tokens until it has that many tokens.
 
     Both change single logits: rows, tokens and values, three flat tensors each.
     """
@@ -123,7 +123,7 @@ class _SparseBias:
 
 
 class ForcedTokens:
-    """`Sampling.forced`: from some step on a row's tokens are given, unless it has sampled a certain one itself."""
+    """`Sampling.forced`: from some step on a row's tokens are given, unless it has sampled a certain token itself."""
 
     def __init__(self, asked: dict[int, Forced], device: torch.device) -> None:
         self._rows = list(asked)

@@ -1,4 +1,4 @@
-"""How much memory a device has free, holds, and needs at the peak of a call.
+"""A device's free and used memory, and the peak of a call.
 
 No state. `peak_bytes` resets the process's peak counter, so one caller at a time: the worker thread.
 """
@@ -22,7 +22,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: on CUDA the driver's free memory and what torch keeps cached."""
+    """Bytes that can still be allocated: on CUDA the driver's free memory and torch's cache."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -41,7 +41,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Bytes the device has in all."""
+    """Total bytes of the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "mps":
@@ -56,7 +56,7 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
     weights that are mapped from their file count when first touched, so do a small forward pass before. Whatever
     `run` raises passes through.
     """
-    gc.collect()  # garbage freed while `run` runs would hide as much of what it needs
+    gc.collect()  # garbage freed during `run` would hide part of its peak
     if device.type == "cuda":
         return _cuda_peak(device, run)
     if device.type == "cpu" and _reset_peak():
@@ -77,14 +77,14 @@ def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def is_shortage(error: RuntimeError) -> bool:
-    """Whether it says that the device has no memory left."""
+    """Whether the error says that the device is out of memory."""
     # The CPU's allocator has no exception of its own.
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
 
 
 def out_of_memory(device: torch.device) -> OutOfMemory:
-    """The error to raise once the tensors of what failed are gone."""
+    """The error to raise once the tensors of the failed call are freed."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return OutOfMemory(f"{device} ran out of memory")
@@ -121,7 +121,7 @@ def _status_bytes(field: str) -> int:
 
 
 def _sampled_peak(device: torch.device, run: Callable[[], object]) -> int:
-    """The highest of samples taken while `run` runs: may miss a peak shorter than the interval."""
+    """The highest of samples taken during `run`; may miss a peak shorter than the interval."""
     start = used_bytes(device)
     levels = [start]
     with _sampling(lambda: levels.append(used_bytes(device))):

@@ -45,7 +45,7 @@ def load(
 
 
 def pick_device(device: str) -> torch.device:
-    """The device named: `auto` (the first there is of cuda, mps, cpu), `cpu`, `mps`, `cuda` or `cuda:N`.
+    """The named device: `auto` (the first available of cuda, mps, cpu), `cpu`, `mps`, `cuda` or `cuda:N`.
 
     A CUDA device always has its index, so that it equals the `device` of a tensor on it. Raises ModelError if
     there is no such device here.
@@ -55,7 +55,7 @@ def pick_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"{device!r} is not a device: name auto, cpu, mps, cuda or cuda:N") from error
+        raise ModelError(f"{device!r} is not a device: use auto, cpu, mps, cuda or cuda:N") from error
     index = place.index or 0
     if index >= _device_count(place.type):
         raise ModelError(f"there is no usable device {device} on this machine")
@@ -63,14 +63,14 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype named: `auto` (bfloat16 on CUDA, else float32), `bfloat16`, `float16` or `float32`.
+    """The named dtype: `auto` (bfloat16 on CUDA, else float32), `bfloat16`, `float16` or `float32`.
 
     Raises ModelError for any other name.
     """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
-        raise ModelError(f"{dtype!r} is not a dtype to run a model in: name auto, {', '.join(DTYPES)}")
+        raise ModelError(f"{dtype!r} is not a supported dtype: use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
@@ -83,7 +83,7 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code
 def describe(
     model: PreTrainedModel, window: int, budget: int, stops: frozenset[int], *, joins: bool = False
 ) -> ModelInfo:
-    """What the layers above need to know of it. `window` and `budget` in tokens; a row must fit both."""
+    """The description for the layers above. `window` and `budget` are in tokens; a row must fit both."""
     return ModelInfo(
         device=_named(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -107,26 +107,26 @@ def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def window_of(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens a row may have: `wanted`, or what the model was made for. Raises `ModelError` if it wants more."""
+    """Maximum tokens of a row: `wanted`, or the model's own limit. Raises `ModelError` if `wanted` exceeds it."""
     config = model.config.get_text_config()
     if not hasattr(config, "num_attention_heads"):
-        raise ModelError("the model has no attention: one that keeps a state instead of keys and values is not served")
+        raise ModelError("the model has no attention; models with a recurrent state are not supported")
     if not hasattr(config, "max_position_embeddings"):
         if wanted is None:
-            raise ModelError("config.json does not say how long a text may be; give --context-window")
+            raise ModelError("config.json does not give a maximum length; set --context-window")
         return wanted
     made_for = _longest(config)
     if wanted is not None and wanted > made_for:
         raise ModelError(
-            f"a context window of {wanted} was asked for, but the model was made for {made_for}; where its authors say "
-            "so, rope_scaling of the type yarn in its config.json stretches that"
+            f"the context window of {wanted} exceeds the model's {made_for}; if its authors recommend it, "
+            "rope_scaling of type yarn in its config.json extends that"
         )
     return wanted or made_for
 
 
 def _longest(config: PreTrainedConfig) -> int:
-    """Positions the model was made for. With YaRN (Peng et al. 2023) those of its training times a factor: a config
-    written by hand, as Qwen documents it, leaves `max_position_embeddings` as it was."""
+    """The model's maximum positions. With YaRN (Peng et al. 2023) those of its training times a factor, because a
+    config edited by hand, as Qwen documents it, leaves `max_position_embeddings` unchanged."""
     positions = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "yarn":
@@ -181,9 +181,9 @@ def _read(
 
 
 def _check_complete(missing: list[str]) -> None:
-    # The library only warns, and serves random numbers in their place.
+    # The library only warns and uses random weights instead.
     if missing:
-        raise ModelError(f"the checkpoint lacks {len(missing)} weights of the model, {missing[0]} among them")
+        raise ModelError(f"the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}")
 
 
 def _named(device: torch.device) -> str:

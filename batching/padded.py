@@ -1,4 +1,4 @@
-"""The engine that runs everywhere: pad the rows, call `model.generate` once, and get called back at every step.
+"""The engine that runs everywhere: pads the rows, calls `model.generate` once, and is called back at every step.
 
 Worker thread only. A logits processor samples each row's token by its own settings, so `generate` runs with
 `do_sample=False` and takes the argmax of what the processor leaves; a stopping criterion sees every step's tokens,
@@ -21,11 +21,11 @@ from batching.stream import Row
 from batching.types import Request, Sampling
 
 MEMORY_UTILIZATION = 0.9
-"""Share of the free memory that a batch may come to need; the rest is for fragmentation and other processes."""
+"""Fraction of the free memory that a batch may use; the rest is for fragmentation and other processes."""
 
 WARM_UP_TOKENS = {"cuda": 8192}
-"""Prompt length of the warm-up batch: as long as prompts get where that is quick, because the attention mask and the
-scores grow with its square; short elsewhere."""
+"""Prompt length of the warm-up batch: long where that is fast, because the attention mask and the scores grow with its
+square; short elsewhere."""
 
 
 class PaddedEngine:
@@ -40,7 +40,7 @@ class PaddedEngine:
         self._model = model
         self._vocab_size = model.config.get_text_config().vocab_size
         stops = stop_token_ids(model)
-        # `generate` fills what a call leaves open from here, and a model's own file may set penalties or top_k there.
+        # `generate` takes unset options from here, and a model's own file may set penalties or top_k.
         model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, use_cache=True, pad_token_id=0
         )
@@ -58,7 +58,7 @@ class PaddedEngine:
         except RuntimeError as error:
             if not is_shortage(error):
                 raise
-        # Only here, where the caught error is gone: its traceback kept the batch's tensors.
+        # Raised here, after the caught error is gone, because its traceback holds the batch's tensors.
         raise out_of_memory(self._model.device)
 
     def memory(self) -> int:
@@ -84,27 +84,27 @@ class PaddedEngine:
         )
 
     def _measure_budget(self, window: int) -> int:
-        """Padded tokens that fit in memory: its free share over what a token of a warm-up batch needed at the peak.
+        """Padded tokens that fit in memory: the free fraction divided by a token's peak memory in a warm-up batch.
 
-        The batch has two rows of different lengths, because a padded batch needs an attention mask and others none.
+        The batch has two rows of different lengths, because only a padded batch needs an attention mask.
         """
         device = self._model.device
         length = min(window, WARM_UP_TOKENS.get(device.type, 64)) - 2
         sampling = Sampling(max_tokens=2, seed=0)
         requests = [Request("warm-up", (0,) * n, sampling, time_limit=0.0) for n in (length, length // 2)]
-        self._generate(requests[1:])  # first calls load kernels, which stay and must not count
+        self._generate(requests[1:])  # the first call loads kernels, which stay and must not count
         peak = peak_bytes(device, lambda: self._generate(requests))
         free = max(0, free_bytes(device) - logits_bytes(self._model))
-        # A short batch can hide in memory the process held already: what the cache needs is the least a token needs.
+        # A short batch may fit in memory that the process already held, so the KV cache's need is a lower bound.
         per_token = max(peak / (2 * (length + 2)), cache_bytes_per_token(self._model.config, self._model.dtype))
         budget = int(MEMORY_UTILIZATION * free / per_token)
         if budget < 256:
-            raise ModelError(f"only {free / 2**20:.0f} MiB are free beside the model, too few for a batch")
+            raise ModelError(f"only {free / 2**20:.0f} MiB are free besides the model, too little for a batch")
         return budget
 
 
 class SampledTokens(LogitsProcessor):
-    """Makes each row's sampled token the largest score, for `generate` to find by argmax."""
+    """Gives each row's sampled token the largest score, so that `generate` picks it by argmax."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler

@@ -1,6 +1,6 @@
-"""Seconds since the busy worker last made progress: what a watchdog and a gauge read.
+"""Seconds since the busy worker last made progress, for the watchdog and a gauge.
 
-An observer of the batcher. `mark` may be called on the worker thread too, by an engine that got further inside a step.
+An observer of the batcher. An engine may also call `mark` on the worker thread when it progresses within a step.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class Progress:
                 self.at = time.monotonic()
             case BatchEnded(running=running):
                 self.at = time.monotonic() if running else None
-            case StateChanged(state=State.STOPPED | State.FAILED):  # no end of a batch is reported any more
+            case StateChanged(state=State.STOPPED | State.FAILED):  # the end of the batch is no longer reported
                 self.at = None
 
     def mark(self) -> None:
-        """The worker got further with its batch. Without a batch this does nothing."""
+        """Record progress with the current batch. Without a batch this does nothing."""
         if self.at is not None:
             self.at = time.monotonic()
 
     def seconds(self) -> float:
-        """Since the last sign of progress; 0 while there is no work."""
+        """Seconds since the last sign of progress; 0 while there is no work."""
         at = self.at
         return 0.0 if at is None else time.monotonic() - at
 
     def follow(self, model: PreTrainedModel) -> None:
-        """Count each layer of a forward pass as progress where a long prompt's pass can take minutes: on a CPU.
+        """Count each layer of a forward pass as progress on a CPU, where a long prompt can take minutes.
 
-        On a GPU a layer's return only says that its kernels are queued; there a forward pass takes seconds at most.
+        On a GPU a layer returns once its kernels are queued, and a forward pass takes seconds at most.
         """
         if model.device.type == "cpu":
             for layer in getattr(model.get_decoder(), "layers", ()):  # type: ignore[no-untyped-call]

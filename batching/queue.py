@@ -4,15 +4,15 @@ Lives on the event loop's thread. The policy:
 
 1. Rows are ordered by virtual finish time (`FairOrder`): clients share by weight, and one client's rows stay in order
    of arrival, or of priority. The head of the queue is always taken if there is room for it.
-2. Where batches are padded, the rest of the batch prefers the rows whose prompts are nearest in length to the head's,
-   the ones that waste the least padding beside it. Where they are not, it takes rows in order.
+2. For padded batches, the rest of the batch prefers rows whose prompts are closest in length to the head's, which waste
+   the least padding. Otherwise rows are taken in order.
 3. A row may be passed over (a row behind it taken before it) `MAX_PASSED_OVER` times. After that nothing behind it is
    taken before it.
-4. A batch holds at most `max_rows` rows and costs at most `token_budget` tokens: padded, rows x (longest prompt +
-   longest allowed output), the memory that such a batch can come to need; else the sum of what the rows have come to by
-   now, for where rows join memory is given out as they grow.
-5. Where clients share and rows join, one client may hold at most `CLIENT_SHARE` times as many running rows, and as
-   much of the token budget, as it leaves free: the next client finds room at once, whatever runs.
+4. A batch holds at most `max_rows` rows and costs at most `token_budget` tokens. Padded: rows x (longest prompt +
+   longest allowed output), the most memory that the batch can need. Otherwise: the sum of the rows' current tokens,
+   because memory is allocated as rows grow.
+5. Where clients share and rows can join, one client may hold at most `CLIENT_SHARE` times as many running rows, and as
+   much of the token budget, as it leaves free, so that the next client finds room at once.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ from batching.types import Request
 class Priorities:
     """One client's order, by self-clocked fair queueing (Golestani 1994) between its priorities.
 
-    Each step of priority halves a request's cost, so that urgent ones go first and others still come up. Requests of
-    the same priority are served in order of arrival.
+    Each step of priority halves a request's cost, so that urgent requests go first without starving the others.
+    Requests of the same priority are served in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -36,12 +36,12 @@ class Priorities:
         self._finish_times: dict[int, float] = {}
 
     def finish_time(self, request: Request) -> float:
-        """When a request that arrives now would finish, on the client's own virtual clock."""
+        """The virtual finish time, on the client's own clock, of a request that arrives now."""
         end = self._finish_times.get(request.priority, 0.0)
         return max(self._now, end) + request.total_tokens * 2.0**request.priority
 
     def schedule(self, request: Request) -> float:
-        """The same, and the next request of its priority comes after it."""
+        """The same, and the next request of its priority is placed after it."""
         finish = self._finish_times[request.priority] = self.finish_time(request)
         return finish
 
@@ -50,7 +50,7 @@ class Priorities:
 
 
 class Client:
-    """The rows of one client that wait. `start`: the virtual time up to which it has been served."""
+    """One client's waiting rows. `start`: the virtual time up to which it has been served."""
 
     def __init__(self, start: float) -> None:
         self.start = start
@@ -58,7 +58,7 @@ class Client:
         self.priorities = Priorities()
 
     def place_of(self, rank: float) -> int:
-        """Where a row of this rank would stand. Most belong at the end, so it is looked for from there."""
+        """The place for a row of this rank. Searched from the end, where most belong."""
         place = len(self.rows)
         while place and self.rows[place - 1].rank > rank:
             place -= 1
@@ -72,8 +72,8 @@ class Client:
 class FairOrder:
     """Waiting rows by virtual finish time: self-clocked fair queueing (Golestani 1994) between clients.
 
-    A row takes its tokens / its client's weight, after the rows of its client before it. So waiting clients share the
-    device by weight whatever their priorities are, and one that was away gets no credit for it.
+    A row takes its tokens / its client's weight, after its client's earlier rows. So waiting clients share the device
+    by weight whatever their priorities, and an idle client earns no credit.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class FairOrder:
         return client.rows if client else []
 
     def rows(self) -> list[Row]:
-        """All rows in order of service. Computed anew only after a change; not to be changed by the caller."""
+        """All rows in order of service. Recomputed only after a change; callers must not modify it."""
         if self._ordered is None:
             for client in self._clients.values():
                 finish = client.start
@@ -126,7 +126,7 @@ class FairOrder:
         self._ordered = None
 
     def remove(self, row: Row) -> None:
-        """Forget a row that was not served: those behind it move up."""
+        """Remove a row that was not served; those behind it move up."""
         name = row.request.client
         client = self._clients[name]
         client.rows.remove(row)
@@ -136,7 +136,7 @@ class FairOrder:
         self._ordered = None
 
     def serve(self, batch: list[Row]) -> None:
-        """Remove rows that are served now. The clock moves on to the finish time of the first of them."""
+        """Remove rows that are served now. The clock advances to the finish time of the first of them."""
         self._now = max(self._now, batch[0].virtual_finish)
         for row in batch:
             client = self._clients[row.request.client]
@@ -146,34 +146,34 @@ class FairOrder:
         self._served_until = {name: end for name, end in self._served_until.items() if end > self._now}
 
     def _start_of(self, name: str) -> float:
-        """Where a client that has no row waiting begins: a debt from before counts, a credit does not."""
+        """The start of a client without waiting rows: an earlier debt counts, a credit does not."""
         return max(self._now, self._served_until.get(name, 0.0))
 
 
 MAX_PASSED_OVER = 3
 CLIENT_SHARE = 3
-"""How many times what is free one client may have: three quarters of all if it is alone (dynamic thresholds, Choudhury
-and Hahne 1998)."""
+"""A client may hold this many times what it leaves free: three quarters of everything if it is alone (dynamic
+thresholds, Choudhury and Hahne 1998)."""
 
 FIRST_OUTPUT = 64
-"""Output tokens that a row is counted with before it has as many: a block of the KV cache."""
+"""Minimum number of output tokens that a row is counted with: a block of the KV cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """What may be taken at once: rows, and tokens, counted with padding or without."""
+    """Limits of a batch: rows, and tokens with or without padding."""
 
     max_rows: int
     token_budget: int
     padded: bool = True
 
     def less(self, rows: int, tokens: int) -> "BatchLimits":
-        """What is left of them beside so many rows and tokens."""
+        """The limits less this many rows and tokens."""
         return replace(self, max_rows=self.max_rows - rows, token_budget=self.token_budget - tokens)
 
 
 def padded_cost(rows: Iterable[Row]) -> int:
-    """Padded tokens that a batch of these rows can come to: rows x (longest prompt + longest output)."""
+    """Maximum padded tokens of a batch of these rows: rows x (longest prompt + longest output)."""
     requests = [row.request for row in rows]
     longest_prompt = max(len(request.prompt) for request in requests)
     longest_output = max(request.sampling.max_tokens for request in requests)
@@ -181,8 +181,8 @@ def padded_cost(rows: Iterable[Row]) -> int:
 
 
 def growing_cost(row: Row) -> int:
-    """Tokens that memory is held for while a row runs without padding: its prompt, but for what it shares with other
-    rows, and its output, which counts as `FIRST_OUTPUT` from the beginning."""
+    """Tokens of memory that a row holds without padding: its prompt, less what it shares with other rows, and its
+    output, which counts as at least `FIRST_OUTPUT`."""
     request = row.request
     output = max(row.num_output_tokens, min(FIRST_OUTPUT, request.sampling.max_tokens))
     return len(request.prompt) - row.num_shared_tokens + output
@@ -190,11 +190,11 @@ def growing_cost(row: Row) -> int:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What may wait: rows in all, and of one client rows and tokens (prompts and allowed outputs); None: no limit.
+    """Queue limits: rows in total, and rows and tokens (prompts and allowed outputs) per client; None: no limit.
 
-    `shared`: clients leave room for each other. Then one may have at most `CLIENT_SHARE` times as many rows waiting as
-    places are free (dynamic thresholds, Choudhury and Hahne 1998): alone three quarters of the queue, beside others
-    less, and newcomers find places.
+    `shared`: clients leave room for each other. Each may have at most `CLIENT_SHARE` times as many waiting rows as
+    there are free places (dynamic thresholds, Choudhury and Hahne 1998): three quarters of the queue if it is alone,
+    less beside others, so that newcomers find places.
     """
 
     rows: int
@@ -203,13 +203,13 @@ class QueueLimits:
     shared: bool = False
 
     def allow(self, requests: Sequence[Request]) -> bool:
-        """Whether all of these, which are of one client, may wait at once where no others do."""
+        """Whether all of these, which are one client's, fit in an empty queue."""
         too_many = len(requests) > min(self.rows, self.client_rows or self.rows)
         too_long = self.client_tokens is not None and sum(r.total_tokens for r in requests) > self.client_tokens
         return not (too_many or too_long) and self.leaves_room(len(requests), len(requests), self.rows)
 
     def leaves_room(self, new: int, own: int, free: int) -> bool:
-        """Whether a client may take `new` of `free` places and have `own` rows waiting then."""
+        """Whether a client may take `new` of `free` places, which makes `own` waiting rows."""
         return new <= free and (not self.shared or own <= CLIENT_SHARE * (free - new + 1))
 
 
@@ -229,7 +229,7 @@ class RowQueue:
         return iter(self._rows)
 
     def has_room(self, requests: Sequence[Request]) -> bool:
-        """Whether all of these, which are of one client, may wait too."""
+        """Whether all of these, which are one client's, fit in the queue now."""
         own = [row.request for row in self._rows.of_client(requests[0].client)]
         free = self._limits.rows - len(self)
         roomy = self._limits.leaves_room(len(requests), len(own) + len(requests), free)
@@ -250,7 +250,7 @@ class RowQueue:
         self._changed.set()
 
     def discard(self, row: Row) -> bool:
-        """Forget a row that ended while it waited; False if it was not here."""
+        """Remove a row that ended while it waited; False if it was not in the queue."""
         if row not in self._rows:
             return False
         self._rows.remove(row)
@@ -259,18 +259,18 @@ class RowQueue:
         return True
 
     def wake(self) -> None:
-        """End a wait for a change without one."""
+        """End a wait in `change` without a change."""
         self._changed.set()
 
     async def change(self) -> None:
-        """Wait until a row came or went."""
+        """Wait until a row is added or removed."""
         self._changed.clear()
         await self._changed.wait()
 
     def take(self, limits: BatchLimits, running: Iterable[Row] = ()) -> list[Row]:
-        """Remove the next batch and return it, in order of service. Empty if no row waits, or none may run now.
+        """Remove and return the next batch, in order of service. Empty if no row waits or none may run now.
 
-        `limits` are what is left of the limits beside the `running` rows.
+        `limits` are what the `running` rows leave of the limits.
         """
         waiting = self._rows.rows()
         shared = self._limits.shared and not limits.padded
@@ -283,9 +283,9 @@ class RowQueue:
 
 
 def within_shares(waiting: Iterable[Row], limits: BatchLimits, running: Iterable[Row]) -> list[Row]:
-    """The rows that can be taken, in order, while each client leaves room for others: see `CLIENT_SHARE`.
+    """The rows that can be taken, in order, with each client leaving room for others (`CLIENT_SHARE`).
 
-    A client's first row needs no share: it is what the others leave the room for.
+    A client's first row needs no share, because the others leave room for it.
     """
     rows, tokens = Counter[str](), Counter[str]()
     for row in running:
@@ -344,7 +344,7 @@ class Batch:
         tokens = self._tokens + growing_cost(row)
         size = len(self.rows) + 1
         cost = size * (prompt + output) if self._limits.padded else tokens
-        # A padded batch takes its head whatever that costs: a row that does not fit alone is refused before the queue.
+        # A padded batch takes its head whatever it costs: a row that does not fit alone is refused before the queue.
         head = self._limits.padded and size == 1
         if not head and (size > self._limits.max_rows or cost > self._limits.token_budget):
             return False

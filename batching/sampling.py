@@ -1,6 +1,6 @@
-"""Sampling the next token of every row of a batch at once, each row by its own request's settings.
+"""Samples the next token of every row of a batch at once, each by its own request's parameters.
 
-Worker thread only. The law it keeps: a row's token depends on the row's own logits, settings and seed, and on nothing
+Worker thread only. Invariant: a row's token depends only on the row's own logits, parameters and seed, and on nothing
 else in the batch. So random numbers are a function of seed, position and token, and every reduction runs along the
 vocabulary.
 """
@@ -15,15 +15,15 @@ from batching.logits_processors import ForcedTokens, LogitBias, LogitsProcessor,
 from batching.types import Request, Sampling, TokenLogprob
 
 CANDIDATES = 256
-"""How many of a row's largest logits are sorted. Only a row that needs more to reach its top_p sorts them all."""
+"""Number of a row's largest logits that are sorted. Only a row that needs more to reach its top_p sorts all."""
 
 OFF = float("inf")
 
 
 class Sampler:
-    """Next tokens for one batch. `requests` are its rows in order; all state is on `device`.
+    """Samples tokens for one batch. `requests` are its rows in order; all state is on `device`.
 
-    Call it once a step. Rows that are greedy and need no logits processor cost one argmax together.
+    Call it once per step. Greedy rows without logits processors share a single argmax.
     """
 
     def __init__(self, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
@@ -38,12 +38,12 @@ class Sampler:
 
     @property
     def is_plain_argmax(self) -> bool:
-        """Whether the largest logit of every row is its token, with nothing to process, sample or report."""
+        """Whether every row's token is its argmax, with nothing to process, sample or report."""
         return self._random_rows is None and not self._processors and self._logprobs is None
 
     @property
     def logprobs(self) -> Mapping[int, TokenLogprob]:
-        """Of the tokens sampled last, for the rows that asked for log probabilities, by row."""
+        """Log probabilities of the latest tokens, by row, for rows that want them."""
         return self._logprobs.by_row if self._logprobs else {}
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -75,10 +75,10 @@ class Sampler:
 def exponential(seeds: Tensor, position: int, tokens: int) -> Tensor:
     """Exponential noise [rows, tokens], mean 1, that depends on seed [rows, int64], position and token alone.
 
-    A key of 32 bits from two rounds of the splitmix64 mixer (Steele, Lea and Flood 2014), then for each token the mixer
-    lowbias32 (Wellons 2018), whose lower 31 bits stand for a number between 0 and 1.
+    A 32-bit key from two rounds of the splitmix64 mixer (Steele, Lea and Flood 2014), then for each token the mixer
+    lowbias32 (Wellons 2018), whose lower 31 bits represent a number between 0 and 1.
     """
-    key = _mix(_mix(seeds) + position).to(torch.int32)  # its lower half
+    key = _mix(_mix(seeds) + position).to(torch.int32)  # the lower half
     place = torch.arange(tokens, device=seeds.device, dtype=torch.int32) * (0x9E3779B9 - (1 << 32))
     bits = _mix32(place + key[:, None]) & 0x7FFFFFFF
     uniform = (bits.to(torch.float32) + 0.5) * 2.0**-31
@@ -99,20 +99,20 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """A right shift that fills with zeros: torch's own repeats the sign."""
+    """A logical right shift: torch's own is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class Filter:
     """Temperature, top_k, top_p and min_p of sampled rows: logits -> probabilities, zero where cut off.
 
-    Each limit comes down to a smallest logit that stays. Ties at it all stay, so sort order cannot matter.
+    Each limit amounts to a smallest logit that is kept. All ties with it are kept, so sort order does not matter.
     """
 
     def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
         self._temperature = column([sampling.temperature for sampling in samplings], device)
         self._top_k = column([sampling.top_k or OFF for sampling in samplings], device)
-        # Above 1, because rounding may bring a cumulative probability to 1 too early.
+        # Above 1, because rounding may make a cumulative probability reach 1 too early.
         self._top_p = column([s.top_p if s.top_p < 1.0 else OFF for s in samplings], device)
         self._min_p = column([sampling.min_p for sampling in samplings], device)
         self._unlimited = (self._top_k == OFF) & (self._top_p == OFF) & (self._min_p == 0.0)
@@ -120,7 +120,7 @@ class Filter:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """[rows, vocabulary] in float32 -> probabilities of the same shape."""
-        # Shifted first: a small temperature cannot overflow then, and the largest logit is exactly 0.
+        # Shifted first, so that a small temperature cannot overflow and the largest logit is exactly 0.
         scaled = (logits - logits.amax(-1, keepdim=True)) / self._temperature
         if self._cuts:
             scaled = scaled.masked_fill(scaled < self._smallest_kept(scaled), -OFF)
@@ -128,7 +128,7 @@ class Filter:
 
     def _smallest_kept(self, scaled: Tensor) -> Tensor:
         """The cut-off of each row, [rows, 1]."""
-        # Not `exp().sum()`: torch sums a lone row in another order than one of many, and the last bit would differ.
+        # Not `exp().sum()`: torch sums a single row in another order than one of many, so the last bit would differ.
         total = 1.0 / scaled.softmax(-1).amax(-1, keepdim=True)
         all_rows = torch.ones(len(scaled), dtype=torch.bool, device=scaled.device)
         largest = scaled.topk(min(CANDIDATES, scaled.shape[-1])).values
@@ -140,7 +140,7 @@ class Filter:
         return smallest.masked_fill(self._unlimited, -OFF)
 
     def _cut(self, largest: Tensor, total: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """From the largest scaled logits in falling order [rows, n]: the smallest kept, and whether n were enough.
+        """From the largest scaled logits in descending order [rows, n]: the smallest kept, and whether n were enough.
 
         `total` [rows, 1] is the sum of the exponentials of all of a row's logits, the largest of which is 1.
         """
@@ -153,13 +153,13 @@ class Filter:
         kept = within_k & (before < top_p * total) & (weights >= self._min_p[rows])
         kept[:, 0] = True
         smallest = largest.gather(-1, kept.sum(-1, keepdim=True) - 1)
-        # top_p is a share of what top_k leaves, so all of that has to be there.
+        # top_p is a fraction of what top_k keeps, so all of that must be known.
         total_known = (top_k == OFF) | (top_p == OFF)
         return smallest, all_of_k | (total_known & ~kept[:, -1:])
 
 
 class Logprobs:
-    """Log probabilities of the tokens of a batch, and of the likeliest others, for the rows that ask for them.
+    """Log probabilities of a batch's tokens, and of the likeliest others, for the rows that want them.
 
     They are the model's own, of its logits before penalties, bias, temperature or any cut: `read` a step's logits
     before they are changed, then `accept_tokens`.
@@ -173,7 +173,7 @@ class Logprobs:
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> "Logprobs | None":
-        """Those of a batch, or None if no row asks."""
+        """The log probabilities of a batch, or None if no row wants any."""
         rows = [row for row, request in enumerate(requests) if request.sampling.top_logprobs is not None]
         return cls(rows, requests, device) if rows else None
 

@@ -1,7 +1,7 @@
-"""Log probabilities of a prompt's own tokens: what the model would have said, had it been asked for each of them.
+"""Log probabilities of a prompt's own tokens, as if the model had generated them.
 
 Worker thread only. They are the model's own, before penalties, bias, temperature or any cut. Logits of a whole prompt
-would be gigabytes, so both engines take those of `PIECE` positions at a time; `logits_bytes` is what that costs.
+would take gigabytes, so both engines compute `PIECE` positions at a time; `logits_bytes` is what that costs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,13 +24,13 @@ WIDE = 32
 
 
 def logits_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the logits of a piece take: in the model's dtype, and a part of them twice in float32."""
+    """Bytes of a piece's logits: in the model's dtype, and part of them twice in float32."""
     vocab_size = int(model.config.get_text_config().vocab_size)
     return vocab_size * (PIECE * model.dtype.itemsize + WIDE * (4 + 4 + 1))
 
 
 def prompt_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[PromptLogprob]:
-    """Logits [positions, vocabulary] and the tokens that come after these positions -> an entry for each token."""
+    """Logits [positions, vocabulary] and the tokens after these positions -> an entry for each token."""
     after = torch.tensor(tokens, device=logits.device)
     pairs = zip(torch.split(logits, WIDE), torch.split(after, WIDE), strict=True)
     columns = zip(*(_read(part, ids, min(top, logits.shape[-1])) for part, ids in pairs), strict=True)
@@ -50,7 +50,7 @@ def _read(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Ten
 
 
 def score(model: PreTrainedModel, row: Row, steps: Steps) -> None:
-    """Hand over the log probabilities of a row's prompt, which is computed by itself, in one pass without padding."""
+    """Hand over the log probabilities of a row's prompt, computed alone in one forward pass without padding."""
     request = row.request
     if steps.emit_prompt(row, 0, [None]) or len(request.prompt) == 1:
         return
@@ -74,7 +74,7 @@ class Head:
         """[count, vocabulary] of the positions from `start` on."""
         here = slice(start, start + count)
         out = type(self._out)(last_hidden_state=self._out.last_hidden_state[:, here])
-        # The model's own `forward`, because some scale or bend what comes out of the last matrix product.
+        # The model's own `forward`, because some models scale or cap the output of the last matrix product.
         with answering(self._model.base_model, out):
             logits: Tensor = self._model(self._ids[:, here], use_cache=False).logits
         return logits[0]
@@ -82,8 +82,8 @@ class Head:
 
 @contextmanager
 def answering(module: nn.Module, output: object) -> Iterator[None]:
-    """While entered, a call of the module computes nothing and returns this."""
-    own = vars(module).get("forward")  # the instance may have one that wraps its class's
+    """Inside the context, calling the module computes nothing and returns `output`."""
+    own = vars(module).get("forward")  # the instance may have one that wraps the class's
     module.forward = lambda *_, **__: output
     try:
         yield

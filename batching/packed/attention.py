@@ -19,7 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Queries [tokens, heads, head size], keys and values [KV heads, KV slots, head size], scale -> like queries."""
 
 NAME = "packed"
-"""What models know this attention by. It has no mask, and transformers makes none for a name that is not its own."""
+"""The name of this attention in transformers, which builds no mask for names that it does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Chunk:
 
 
 class TorchAttention:
-    """`Attend` chunk by chunk with torch's own attention: what runs where there is no GPU."""
+    """`Attend` chunk by chunk with torch's own attention, for machines without a GPU."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = chunks

@@ -89,7 +89,7 @@ class CPURunner:
         return False
 
     def accept_token(self, sequence: RunningSequence, token: int) -> None:
-        """Nothing to do: the sampler knows what it sampled."""
+        """Nothing to do: the sampler has its own tokens."""
 
     def sample(self, sequences: Sequence[RunningSequence]) -> ReadyOutput:
         logits = self.logits.float()

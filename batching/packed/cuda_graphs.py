@@ -35,7 +35,7 @@ class PassOutputs:
 
 
 class PassInputs:
-    """What a mixed pass reads from the host, in one integer tensor that is written with one copy."""
+    """The host's inputs of a mixed forward pass, in one integer tensor that is written with one copy."""
 
     def __init__(self, tokens: int, num_slots: int, device: torch.device | str) -> None:
         blocks = num_slots + tokens // QUERY_BLOCK
@@ -63,7 +63,7 @@ class DecodeGraph:
 
     size: int
     forward: Graph
-    kept: tuple[Tensor, ...]  # a graph knows only the addresses of what it reads, so this keeps the tensors alive
+    kept: tuple[Tensor, ...]  # a graph only holds addresses, so this keeps the tensors alive
 
 
 def decode_sizes(num_slots: int) -> list[int]:
@@ -98,14 +98,14 @@ class GraphCapture:
         self.out = PassOutputs(slots, logits, torch.zeros_like(slots, dtype=torch.int64), {})
 
     def sample(self, sequences: int) -> None:
-        """Sampling of the first so many of `out`."""
+        """Capture sampling of the first `sequences` of `out`."""
         out, state = self.out, self._state
         logits, slots, tokens = (each[:sequences] for each in (out.logits, out.slots, out.tokens))
         tensors = state.int_params, state.float_params, state.counts, state.bias, state.bitmask
         out.samples[sequences] = self._graph(lambda: triton_sampling.sample(logits, slots, *tensors, tokens))
 
     def decode(self, sequences: int) -> DecodeGraph:
-        """A decode step of so many sequences."""
+        """Capture the decode step for this many sequences."""
         slots, device = self.out.slots[:sequences], self._kv_cache.device
         ids, positions, kv_slots = torch.zeros(3, sequences, dtype=torch.int64, device=device)
         attend = self._decode_attention(slots)
@@ -118,7 +118,7 @@ class GraphCapture:
         return DecodeGraph(sequences, self._graph(run), (ids, positions, kv_slots, num_decodes, *attend.tensors))
 
     def mixed(self, tokens: int, inputs: PassInputs) -> MixedGraph:
-        """A pass over so many tokens."""
+        """Capture the mixed forward pass for this many tokens."""
         inputs.kv_slots.fill_(self._kv_cache.shape[3] - 1)
         inputs.slots.fill_(self._num_slots)
         decodes = self._mixed_decode_attention(inputs)
@@ -177,7 +177,7 @@ class GraphCapture:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # what is loaded or compiled at first use must not be captured
+            run()  # loading and compilation at first use must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = Graph()
         with torch.cuda.graph(graph, pool=self._memory_pool, stream=stream):

@@ -104,8 +104,8 @@ class CUDARunner:
         self._pinned_outputs = cycle([PinnedOutput(num_slots) for _ in range(MAX_IN_FLIGHT)])
 
     def capture(self, mixed: Sequence[int], decodes: Sequence[int]) -> Iterator[None]:
-        """Capture mixed passes of so many tokens and decode steps of so many sequences, one each
-        time the iterator moves on."""
+        """Capture mixed forward passes for these numbers of tokens and decode steps for these numbers of sequences, one
+        at each step of the iterator."""
         for tokens in sorted(mixed, reverse=True):
             inputs = PassInputs(tokens, self.num_slots, self._device)
             self._mixed_graphs.insert(0, self._capture.mixed(tokens, inputs))
@@ -116,7 +116,7 @@ class CUDARunner:
             yield
 
     def profile_run(self, tokens: int) -> None:
-        """A pass over so many tokens that belong to no row, without capture: to see how much memory it takes."""
+        """A forward pass over dummy tokens, without capture, to measure how much memory it takes."""
         inputs = PassInputs(tokens, self.num_slots, self._device)
         inputs.kv_slots.fill_(self._spare_block * BLOCK_SIZE)
         self._capture.mixed_logits(inputs)
@@ -219,7 +219,7 @@ class CUDARunner:
         return self._capture.out
 
     def _restrict(self, sequences: Sequence[RunningSequence]) -> None:
-        """Send what only the host knows of the next tokens: which a grammar allows, and whether a row may stop."""
+        """Send what only the host knows about the next tokens: which a grammar allows, and whether a row may stop."""
         if self._guided:
             guided = [sequence for sequence in sequences if sequence in self._guided]
             if guided:

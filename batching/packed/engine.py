@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 
 MAX_PREFILL_TOKENS = 8192
-"""Tokens of a prompt that is alone in one forward pass: as many as keep the matrix units busy."""
+"""Tokens of a lone prompt in one forward pass: enough to keep the matrix units busy."""
 
 GPU_ROWS = 256
 """Rows that run at a time on a GPU: what memory holds is the limit of longer ones."""
 
 COMPILERS = (os.environ.get("CC", ""), "gcc", "clang", "cc")
-"""What Triton may build its kernels' launchers with."""
+"""The compilers that Triton can build its kernel launchers with."""
 
 GRAPH_BYTES = 768 * 2**20
-"""Memory that CUDA graphs and what torch loads for them take on a GPU, beside that of the forward passes."""
+"""GPU memory for CUDA graphs and what torch loads for them, in addition to that of the forward passes."""
 
 
 class PackedEngine:
@@ -72,7 +72,7 @@ class PackedEngine:
         self._model = model
         self._prefill_chunk = prefill_chunk
         self._max_prefill_tokens = prefill_chunk if batch_invariant else max(prefill_chunk, MAX_PREFILL_TOKENS)
-        # What was computed in another pass may differ in the last bit from what would be computed in this one.
+        # KV from another forward pass may differ in the last bit from what this one would compute.
         self._prefix_caching = prefix_caching and not batch_invariant
         self._batch_invariant = batch_invariant
         stops = stop_token_ids(model)
@@ -170,7 +170,7 @@ class PackedEngine:
         return CUDARunner(self._model, self._kv_cache(num_blocks), num_slots, self._max_blocks)
 
     def _kv_cache(self, num_blocks: int) -> Tensor:
-        """The tensor, with one block more that belongs to no row. Zeros: what is there may be multiplied by 0."""
+        """The tensor, with an extra block that belongs to no row. Zeros, because its content may be multiplied by 0."""
         config = self._model.config.get_text_config()
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -181,7 +181,7 @@ class PackedEngine:
 def decode_loop(
     model: PreTrainedModel, input_ids: Tensor, *, scheduler: Scheduler, rows: Sequence[Row], **prepared: Any
 ) -> Tensor:
-    """What `generate` calls in place of its own loop. Its result is not used: the rows have had their tokens."""
+    """Called by `generate` in place of its own loop. The result is unused, because the rows have their tokens."""
     scheduler.run(rows)
     return input_ids
 

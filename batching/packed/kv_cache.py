@@ -17,7 +17,7 @@ Node = int | str
 
 
 def blocks_for(tokens: int) -> int:
-    """How many blocks so many tokens need."""
+    """Number of blocks for this many tokens."""
     return -(-tokens // BLOCK_SIZE)
 
 
@@ -68,7 +68,7 @@ class BlockPool:
     def start(self, salt: str, tokens: Sequence[int], reserve: int = 0, *, sharing: bool = True) -> Started | None:
         """Blocks for `tokens`, the longest cached prefix among them, but never all of them, for one has to be computed.
 
-        Not `sharing`: all of them are to be computed. None if fewer than `reserve` blocks would be left.
+        Without `sharing` all of them are computed. None if fewer than `reserve` blocks would be left.
         """
         shared, node = self._match(salt, tokens if sharing else ())
         num_new = blocks_for(len(tokens)) - len(shared)
@@ -103,7 +103,7 @@ class BlockPool:
             content = tuple(tokens[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE])
             key, block = (table.node, content), table.blocks[number]
             known = self._blocks.get(key)
-            if known is None:  # else another row was sooner, and this one's block is nobody else's
+            if known is None:  # else another row was first, and this row's block stays private
                 self._num_nodes += 1
                 self._blocks[key] = block
                 self._places[block] = key, self._num_nodes

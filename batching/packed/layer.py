@@ -69,7 +69,7 @@ def _joined(*parts: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
 
 
 def _fusable(layer: Any) -> bool:
-    """Whether it has the right form and plain weights: quantised ones are read by their own modules alone."""
+    """Whether it has the right shape and plain weights; only their own modules can read quantised ones."""
     if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, _SILU):
         return False
     return all(type(part) is nn.Linear for part in [*_projections(layer.self_attn), *_projections(layer.mlp)])

@@ -1,4 +1,4 @@
-"""The twins of `batching/packed/triton_layer.py` in torch: what each computes, and what runs where there is no GPU."""
+"""Torch twins of `batching/packed/triton_layer.py`: the reference for each kernel, and the code without a GPU."""
 
 import torch
 from torch import Tensor

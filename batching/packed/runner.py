@@ -1,4 +1,4 @@
-"""What the packed scheduler asks of a device: forward passes and sampling."""
+"""What the packed scheduler needs from a device: forward passes and sampling."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -41,7 +41,7 @@ class RunningSequence:
 
     @property
     def blocks(self) -> list[int]:
-        """Its blocks of the KV cache, none while it waits."""
+        """Its blocks of the KV cache; empty while it waits."""
         return self.table.blocks if self.table else []
 
     @property
@@ -87,7 +87,7 @@ class SamplerOutput(Protocol):
     def sequences(self) -> Sequence[RunningSequence]: ...
 
     def read(self) -> tuple[list[int], Mapping[int, TokenLogprob]]:
-        """Wait for them; and the log probabilities of those sequences that asked, by index."""
+        """Wait for the tokens. Returns them, and the log probabilities of sequences that want them, by index."""
         ...
 
 

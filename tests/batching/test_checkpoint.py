@@ -135,7 +135,7 @@ def test_weights_that_were_cut_off_are_told_at_any_length(folder: Path, cache: P
     locate(str(folder), "auto", cache)
     for size in (whole - 1, whole // 2, 100, 8, 1, 0):
         os.truncate(file, size)
-        with pytest.raises(ModelError, match=r"model\.safetensors is damaged or not all of it is there"):
+        with pytest.raises(ModelError, match=r"model\.safetensors is damaged or incomplete"):
             locate(str(folder), "auto", cache)
 
 
@@ -174,7 +174,7 @@ def test_a_cache_that_cannot_be_written_to_is_told(open_place: Path) -> None:
     file, cache = open_place / "tiny.gguf", open_place / "cache"
     file.write_bytes(b"GGUF")
     cache.mkdir()
-    with with_mode(cache, 0), pytest.raises(ModelError, match=r"below cannot be written to \(Permission denied\)"):
+    with with_mode(cache, 0), pytest.raises(ModelError, match=r"below is not writable \(Permission denied\)"):
         locate(str(file), "auto", cache / "below")
 
 
@@ -185,7 +185,7 @@ def test_a_cache_that_can_only_be_read_serves_what_it_has(open_place: Path, save
     with with_mode(cache, 0o555):
         assert locate(str(file), "auto", cache) == folder
     cut(Path(folder))
-    with with_mode(cache, 0o555), pytest.raises(ModelError, match=r"cannot be written to \(Permission denied\)"):
+    with with_mode(cache, 0o555), pytest.raises(ModelError, match=r"is not writable \(Permission denied\)"):
         locate(str(file), "auto", cache)
 
 
@@ -195,7 +195,7 @@ def test_a_user_without_a_home_needs_a_cache_only_to_convert(
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where there is none
     cache = Path("~/.cache/microbatch")
     assert locate(str(folder), "auto", cache) == str(folder)
-    with pytest.raises(ModelError, match=r"~/\.cache/microbatch is in a home folder, and this user has none"):
+    with pytest.raises(ModelError, match=r"~/\.cache/microbatch is in a home folder, but this user has none"):
         locate(str(gguf), "auto", cache)
 
 

@@ -171,7 +171,7 @@ def test_a_grammar_that_fails_harms_nobody(at: str, step: int, caplog: pytest.Lo
     plain = [row(), row(SENTENCE), row()]
     with caplog.at_level(logging.WARNING, logger="batching.grammar"):
         tokens = draw([*plain[:2], row(Broken(at, step))], steps)
-    assert [record.message for record in caplog.records] == ["request r goes on without its grammar"]
+    assert [record.message for record in caplog.records] == ["request r continues without its grammar"]
     assert tokens[:2] == draw(plain, steps)[:2]
     assert not set(tokens[2]) & STOP, "an answer that broke its grammar is not one that ended well"
 

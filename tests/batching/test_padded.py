@@ -321,7 +321,7 @@ def test_the_context_window_is_the_least_of_the_limits(wanted: int | None, budge
 
 
 def test_a_window_larger_than_the_models_is_refused() -> None:
-    with pytest.raises(ModelError, match=f"{WINDOW + 1} was asked for, but the model was made for {WINDOW}"):
+    with pytest.raises(ModelError, match=f"the context window of {WINDOW + 1} exceeds the model's {WINDOW}"):
         PaddedEngine(tiny_model(), context_window=WINDOW + 1, token_budget=4096)
 
 

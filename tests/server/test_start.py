@@ -88,8 +88,8 @@ def cut(folder: Path) -> None:
     [
         (remove, "there is no file or folder"),
         (empty, "there is no config.json in"),
-        (point, "model.safetensors is a Git LFS pointer and not the file itself"),
-        (cut, "model.safetensors is damaged or not all of it is there"),
+        (point, "model.safetensors is a Git LFS pointer, not the file itself"),
+        (cut, "model.safetensors is damaged or incomplete"),
     ],
 )
 def test_a_folder_that_is_no_model_is_told_before_torch_is_imported(
