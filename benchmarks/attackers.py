@@ -72,7 +72,7 @@ def endless_schemas() -> Iterable[bytes]:
 
 
 def repeated(requests: Iterable[bytes], clients: int) -> Attack:
-    """So many clients, each with a request as soon as the one before is answered."""
+    """Clients in a closed loop: each sends its next request as soon as the previous one is answered."""
 
     async def attack(url: SplitResult, said: Said) -> None:
         turns = itertools.cycle(requests) if isinstance(requests, Sequence) else iter(requests)

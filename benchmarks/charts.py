@@ -48,7 +48,7 @@ def charts(runs: Sequence[RunFigures]) -> Iterator[Chart]:
     yield Chart(
         "tokens-over-time",
         "Output tokens a second, over time",
-        "A flat line is steady work, and a valley is a second in which nobody got tokens.",
+        "A flat line is steady work; a dip to zero is a second without tokens.",
         png(panels(runs, tokens_over_time, "seconds since the level began", "output tokens/s")),
     )
     if any(level.server for run in runs for level in run.levels):

@@ -19,7 +19,7 @@ TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 
 
 class AnswerError(Exception):
-    """The server was reached, but its answer is not what was asked for. Failures are counted by `kind`."""
+    """The server was reached, but its answer is not as requested. Failures are counted by `kind`."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -88,7 +88,7 @@ class ChatClient:
             connection.close()
 
     async def ask(self, job: Job, began: float, due: float) -> Record:
-        """Send one job, due so many seconds after `began`, and read its answer to the end.
+        """Send one job, due this many seconds after `began`, and read its answer to the end.
 
         Failures are noted in the record, never raised.
         """
@@ -149,7 +149,7 @@ class ChatClient:
 
 
 class Answer:
-    """Reads one response into its record as it comes. `rest` is what is not read yet, or a refusal's body."""
+    """Reads one response into its record as it arrives. `rest` is unread data, or the body of a refusal."""
 
     def __init__(self, record: Record, start: float) -> None:
         self.rest = b""

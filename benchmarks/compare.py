@@ -1,4 +1,4 @@
-"""Compare servers on this machine: each is started on the same model, one after the other, and asked for the same work.
+"""Compare servers on this machine: each is started in turn on the same model and given the same work.
 
 python -m benchmarks.compare --concurrency 1,8,32
 python -m benchmarks.compare --model FOLDER --load-format dummy --workload mixed-64 --concurrency 1,16,64 \
@@ -57,7 +57,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who runs, with what asked of each, and where what they say goes.
+    """The servers, the load for each, and where their output goes.
 
     `clients` are the only closed loops of some contenders, by name.
     """
@@ -89,7 +89,7 @@ def check_same(runs: dict[str, Run]) -> None:
     (first, reference), *others = runs.items()
     for name, run in others:
         if not run.levels or not jobs(run).items() <= jobs(reference).items():
-            raise ValueError(f"{name} and {first} were asked for different work, which is not compared")
+            raise ValueError(f"{name} and {first} were given different work, so they cannot be compared")
         counted, expected = prompt_tokens(run), prompt_tokens(reference)
         for serial in counted.keys() & expected.keys():
             if counted[serial] != expected[serial]:
@@ -167,7 +167,7 @@ async def run_all(plan: Plan, runs: dict[str, Run], problems: list[str]) -> None
 
 
 def parse(arguments: Sequence[str] | None) -> Plan:
-    """Exits with 2 and a sentence for flags that make no sense. Random weights are written here, if asked for."""
+    """Exits with 2 and a sentence if flags contradict each other. Writes random weights here if requested."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add_model(parser)

@@ -17,7 +17,7 @@ Receive = Callable[[int, bytes], None]
 
 
 def server_url(text: str) -> SplitResult:
-    """A server's root, with or without `/v1`. Raises ValueError for what is not http:// or https://."""
+    """A server's root URL, with or without `/v1`. Raises ValueError unless it is http:// or https://."""
     url = urlsplit(text.rstrip("/").removesuffix("/v1"))
     if url.scheme not in ("http", "https") or not url.hostname:
         raise ValueError(f"{text} is not the URL of a server")

@@ -24,7 +24,7 @@ PATIENCE = 900.0
 STOP_SECONDS = 60
 IGNORE_EOS = {"ignore_eos": True}
 GENERATION_CONFIG_WITHOUT_END = {"generation_config": '{"eos_token_id": null}'}
-"""How `transformers serve`, which refuses the field `ignore_eos`, is asked for answers of full length."""
+"""Requests answers of full length from `transformers serve`, which refuses the field `ignore_eos`."""
 
 
 class ContenderError(Exception):
@@ -151,7 +151,7 @@ async def wait_ready(contender: Contender, url: str, process: "subprocess.Popen[
 
 
 async def status(url: str, path: str) -> int:
-    """The path's status, 0 where nobody answers."""
+    """The path's status, or 0 without an answer."""
     try:
         async with asyncio.timeout(5):
             return (await get(server_url(url), path)).status
@@ -186,7 +186,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """A free port."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port: int = listening.getsockname()[1]
         return port

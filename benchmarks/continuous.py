@@ -27,5 +27,5 @@ def run_continuous(model: PreTrainedModel, rows: Sequence[Row]) -> float:
     seconds = time.perf_counter() - started
     manager.stop(block=True)
     if lengths != {row.request.id: row.request.sampling.max_tokens for row in rows}:
-        raise RuntimeError("continuous batching answered with other numbers of tokens than were asked for")
+        raise RuntimeError("continuous batching returned other numbers of tokens than requested")
     return seconds

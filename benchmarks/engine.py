@@ -47,14 +47,14 @@ class Bench:
         return rows_of(shapes, self._vocabulary, self._seed, **settings)
 
     def decode(self, rows: int, steps: int, name: str = "", **settings: Any) -> None:
-        """Milliseconds a step of so many rows takes, through the whole loop: the median of full steps."""
+        """Milliseconds per step with this many rows, through the whole loop: the median of full steps."""
         _, clock = timed(self._engine, self._rows([Shape(CONTEXT, steps)] * rows, **settings))
         full = [at for at, count in clock.steps if count == rows]
         gaps = [later - earlier for earlier, later in pairwise(full)]
         self.note(f"decode {rows} rows{name}, ms/step", 1000 * statistics.median(gaps[4:] or gaps))
 
     def profile_steps(self, rows: int) -> None:
-        """What each kernel takes in a step of so many rows."""
+        """Time per kernel in a step with this many rows."""
         watch = Watch(24, 56)
         self._engine.run(self._rows([Shape(CONTEXT, 64)] * rows), watch)
         self._show(f"  one step of {rows} rows:")
@@ -62,7 +62,7 @@ class Bench:
             self._show(line)
 
     def profile_prompts(self, rows: int) -> None:
-        """What each kernel takes over so many prompts."""
+        """Time per kernel for this many prompts."""
         watch = Watch(0, 0)
         watch.profile.start()
         self._engine.run(self._rows([Shape(CONTEXT, 1)] * rows), Clock())

@@ -98,7 +98,7 @@ class Watch(Clock):
 
 
 def timed(engine: Engine, rows: list[Row]) -> tuple[float, Clock]:
-    """Seconds to run them to their ends. Raises AssertionError if a row has not the tokens asked for."""
+    """Seconds to run them to completion. Raises AssertionError if a row lacks tokens."""
     clock = Clock()
     started = time.perf_counter()
     engine.run(rows, clock)

@@ -35,7 +35,7 @@ SETTLING = 0.2
 MOST_TIMES_BARE = 3.0
 MOST_IDLE_BYTES = 300e6
 LEAST_ROWS = 64
-"""From so many streams on, what a token costs in a step of its own is held to the limit. A step of few rows costs what
+"""From this many streams on, the limit applies to a token's cost in a step of its own. A step of few rows costs what
 its way from the engine's thread to the event loop does, which a bare answer does not have."""
 
 
@@ -130,7 +130,7 @@ def request_of(url: SplitResult, mode: Mode, tokens: int) -> bytes:
 
 @contextlib.asynccontextmanager
 async def connected(url: SplitResult, streams: int) -> AsyncIterator[list[Connection]]:
-    """So many connections, closed at the end."""
+    """This many connections, closed at the end."""
     connections: list[Connection] = []
     try:
         for _ in range(streams):
@@ -159,7 +159,7 @@ async def usage(url: SplitResult) -> Any:
 async def ready(url: SplitResult) -> None:
     """Wait until the server takes requests. Raises TimeoutError."""
     async with asyncio.timeout(PATIENCE):
-        while (await get(url, "/health/ready")).status != 200:  # noqa: ASYNC110  # another process tells nothing
+        while (await get(url, "/health/ready")).status != 200:  # noqa: ASYNC110  # another process cannot notify this one
             await asyncio.sleep(0.05)
 
 
@@ -211,7 +211,7 @@ def server(mode: Mode, streams: int, tokens: int) -> Iterator[SplitResult]:
 
 
 def compare(streams: int, tokens: int, repeats: int) -> list[Measured]:
-    """Every mode at so many streams, taking turns: of each the pass with the least CPU time."""
+    """Every mode with this many streams, interleaved: of each the pass with the least CPU time."""
     passes: list[list[Measured]] = []
     for _ in range(repeats):
         passes.append([])

@@ -101,7 +101,7 @@ def add_load(parser: argparse.ArgumentParser) -> None:
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """What is asked."""
+    """Flags of the workload."""
     add = parser.add_argument_group("work").add_argument
     add("--workload", choices=sorted(WORKLOADS), default="short", help="lengths and shape of prompts (short)")
     add("--language", choices=sorted(LANGUAGES), default="en", help="of the workload's text (en)")
@@ -112,7 +112,7 @@ def add_work(parser: argparse.ArgumentParser) -> None:
 
 
 def add_goals(parser: argparse.ArgumentParser) -> None:
-    """What is good enough."""
+    """Flags of the targets."""
     add = parser.add_argument_group("goals").add_argument
     add("--ttft-target-ms", type=flags.milliseconds, help="a good answer's first token comes within this")
     add("--tpot-target-ms", type=flags.milliseconds, help="a good answer's mean time per output token is within this")
@@ -160,7 +160,7 @@ def measure(run: Run, command: Command) -> None:
 
 
 def write(run: Run, command: Command) -> None:
-    """Write the files that were asked for."""
+    """Write the requested files."""
     if command.json:
         command.json.write_bytes(orjson.dumps(run.figures()))
     if command.records:
@@ -169,7 +169,7 @@ def write(run: Run, command: Command) -> None:
 
 
 def show(run: Run, command: Command) -> None:
-    """Print the tables, under them what failed, and the capacity if that was asked for."""
+    """Print the tables, then failures, and the capacity if it was requested."""
     console = wide_console()
     for table in tables(run.figures().levels):
         console.print(table)

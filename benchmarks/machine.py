@@ -46,7 +46,7 @@ def gpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the client's speed, or a server's beside it, depends on."""
+    """Versions of Python and of the packages that affect the speed of the client or a local server."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

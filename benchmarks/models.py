@@ -45,13 +45,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--cache-dir", type=Path, default=CACHE, help="where converted and random models are kept")
 
 
-def take_model(told: dict[str, Any]) -> Model:
-    """The model that the flags name; they are taken out of `told`. Raises ModelError."""
-    model: str | None = told.pop("model")
-    load_format, dtype, device = told.pop("load_format"), told.pop("dtype"), told.pop("device")
-    folder = folder_of(model, load_format, dtype, told.pop("cache_dir"))
-    name = told.pop("name") or (Path(model).resolve().name if model else "smollm2-135m-instruct")
-    return Model(folder, name, device, dtype, tuple(told.pop("server_args")))
+def take_model(options: dict[str, Any]) -> Model:
+    """The model of the flags, which are removed from `options`. Raises ModelError."""
+    model: str | None = options.pop("model")
+    load_format, dtype, device = options.pop("load_format"), options.pop("dtype"), options.pop("device")
+    folder = folder_of(model, load_format, dtype, options.pop("cache_dir"))
+    name = options.pop("name") or (Path(model).resolve().name if model else "smollm2-135m-instruct")
+    return Model(folder, name, device, dtype, tuple(options.pop("server_args")))
 
 
 def folder_of(model: str | None, load_format: str, dtype: str, cache: Path) -> str:

@@ -18,7 +18,7 @@ ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked, and how long an answer: None where the file does not say."""
+    """A conversation and its maximum answer length, None if the file gives none."""
 
     messages: tuple[Message, ...]
     max_tokens: int | None

@@ -45,7 +45,7 @@ def page(runs: Sequence[RunFigures], charts: Sequence[Any]) -> str:
 
 
 def facts(runs: Sequence[RunFigures]) -> list[tuple[str, list[str]]]:
-    """What the figures depend on, a line each with a value for every run; lines without any value are left out."""
+    """What the figures depend on, one line each with a value per run; lines without any value are left out."""
     lines: dict[str, list[str]] = {"started": [run.started for run in runs]}
     for name in SHOWN_SETTINGS:
         lines[name.replace("_", " ")] = [told(run.settings.get(name)) for run in runs]
@@ -74,12 +74,12 @@ def targets(run: RunFigures) -> str:
 
 
 def warnings(runs: Sequence[RunFigures]) -> list[str]:
-    """What makes levels of the same name differ between runs beside the server, and what failed."""
+    """Differences between runs at the same level other than the server, and failures."""
     asked = defaultdict[str, set[str]](set)
     for run in runs:
         for level in run.levels:
             asked[level.label].add(level.jobs)
-    found = [f"The runs asked for different work at {label}." for label, jobs in asked.items() if len(jobs) > 1]
+    found = [f"The runs had different work at {label}." for label, jobs in asked.items() if len(jobs) > 1]
     if len({(run.machine["processor"], run.machine.get("gpu")) for run in runs}) > 1:
         found.append("The runs are of different machines.")
     for run in runs:

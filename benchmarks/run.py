@@ -1,4 +1,4 @@
-"""One run of the load tool: what it was told, its levels measured one after the other, and the file that keeps it."""
+"""One run of the load tool: its settings, its levels measured one after another, and its file."""
 
 import time
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run was told. Ranges are in tokens, both ends included; `timeout` is seconds a request.
+    """The settings of a run. Ranges are in tokens, both ends included; `timeout` is seconds per request.
 
     `duration` is for how many seconds requests arrive at a level of the open loop; `body` are further fields of every
     request; `requests_per_level` is one number for all levels, or one for each. Made, it raises ValueError for any
@@ -57,7 +57,7 @@ class Settings:
     def __post_init__(self) -> None:
         told, levels = len(self.requests_per_level), len(self.loops())
         if told > 1 and told != levels:
-            raise ValueError(f"requests-per-level has {told} numbers for {levels} levels: name one, or one for each")
+            raise ValueError(f"requests-per-level has {told} numbers for {levels} levels: give one, or one for each")
 
     def loops(self) -> list[Loop]:
         """The levels, in order: the closed loop's, then the open loop's.
@@ -69,7 +69,7 @@ class Settings:
         return [*map(ClosedLoop, concurrency), *(OpenLoop(rate, self.burstiness) for rate in self.rate)]
 
     def requests(self, loop: Loop) -> int:
-        """Requests of a level: as told, or two a client, or as many as come in the duration; at least 8."""
+        """Requests of a level: as set, or two per client, or as many as arrive in the duration; at least 8."""
         if len(self.requests_per_level) > 1:
             return self.requests_per_level[self.loops().index(loop)]
         if self.requests_per_level:
@@ -198,7 +198,7 @@ class Run:
         return self.levels[-1]
 
     def skip(self, loop: Loop) -> None:
-        """Leave a level out. The levels after it ask for what they would have asked for."""
+        """Skip a level. The levels after it get the same work as without skipping."""
         self._serial += self.settings.warm_up + self.settings.requests(loop)
 
     def _draw(self, count: int) -> list[Job]:

@@ -1,4 +1,4 @@
-"""The service around an engine that says the same words to all at once, and beside it an answer of constant bytes.
+"""The service around an engine that gives all rows the same words at once, and an endpoint with a constant answer.
 
 `benchmarks/http_overhead.py` starts it, one process a measurement. Neither answers beyond its first event before
 `POST /go`. `GET /usage` tells what the process has used so far.
@@ -157,13 +157,13 @@ class BareAnswers:
 
 
 class Usage:
-    """What this process has used. `GET /usage` also ends the interval over which the event loop's lag is told."""
+    """This process's usage. `GET /usage` also ends the interval over which event loop lag is measured."""
 
     def __init__(self) -> None:
         self._lags: list[float] = []
 
     async def watch(self) -> None:
-        """Note how much later than asked for the event loop comes back, in seconds; uvloop's clock has milliseconds."""
+        """Record how late the event loop resumes, in seconds; uvloop's clock counts milliseconds."""
         while True:
             before = time.perf_counter()
             await asyncio.sleep(TICK)

@@ -24,7 +24,7 @@ BOUNDED = {
 """What must not grow, by the name of the field, and the unit that it is shown in."""
 
 SHOWN = BOUNDED | {"latency": ("a short answer, ms", 1e-3)}
-"""Latency is shown and not judged: it tells as much of what else the machine does."""
+"""Latency is shown but not judged, because it also reflects other load on the machine."""
 
 
 def ends(samples: Sequence[Sample], field: str) -> tuple[float, float]:

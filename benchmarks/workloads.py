@@ -1,4 +1,4 @@
-"""What is asked: how long prompts and answers are, and the seeded text that fills the prompts.
+"""The work: lengths of prompts and answers, and the seeded text that fills the prompts.
 
 A prompt of N tokens is N words of the lists in `words.py`: 1.0006 tokens an English word, measured with Qwen3's and
 SmolLM2's tokenizers. The server's chat template comes on top.
@@ -46,15 +46,15 @@ class Writer:
     serial: int
 
     def distinct(self, words: int) -> str:
-        """The serial number, then so many words: no two jobs' texts begin alike, so a prefix cache finds nothing."""
+        """The serial number, then this many words: no two jobs' texts start alike, so a prefix cache finds nothing."""
         return f"{self.serial}. {self._written(f'{self.seed}/{self.serial}', words)}"
 
     def constant(self, title: str, words: int) -> str:
-        """So many words that are the same in every job with this seed."""
+        """This many words, the same in every job with this seed."""
         return self._written(f"{self.seed}/{title}", words)
 
     def words(self, title: str, words: int) -> str:
-        """So many words of this job's own."""
+        """This many words of this job's own."""
         return self._written(f"{self.seed}/{self.serial}/{title}", words)
 
     def _written(self, seed: str, words: int) -> str:
@@ -119,7 +119,7 @@ def lognormal(median: int, sigma: float, low: int, high: int) -> Law:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """How many tokens a prompt has and how many are asked for, each as a law to draw from, and the prompt's shape.
+    """Distributions of prompt and answer lengths in tokens, and the prompt's shape.
 
     `concurrency` is what a closed loop runs with where none is asked for.
     """
@@ -140,7 +140,7 @@ class Workload:
         ]
 
     def lengths(self, count: int, *, seed: int) -> list[tuple[int, int]]:
-        """Of `count` jobs: tokens of the prompt, and tokens asked for."""
+        """For `count` jobs: tokens of the prompt, and tokens of the answer."""
         random = Random(seed)
         prompts = [self.prompt_tokens(random) for _ in range(count)]
         outputs = [self.output_tokens(random) for _ in range(count)]
@@ -159,6 +159,6 @@ WORKLOADS = {
 
 
 def digest(jobs: list[Job]) -> str:
-    """A name for exactly these requests in this order: two runs with the same one asked for the same."""
+    """A digest of these requests in this order: runs with the same digest had the same work."""
     asked = [(job.messages, job.max_tokens) for job in jobs]
     return sha256(orjson.dumps(asked)).hexdigest()[:16]

@@ -31,7 +31,7 @@ Series = list[tuple[str, list[float], list[float]]]
 
 
 def panels(*kinds: str) -> list[dict[str, Any]]:
-    """The panels of these kinds, all that show something unless told."""
+    """The panels of these kinds, by default all that show data."""
     found: list[dict[str, Any]] = orjson.loads(DASHBOARD.read_bytes())["panels"]
     return [panel for panel in found if panel["type"] in (kinds or DRAW)]
 

@@ -1,4 +1,4 @@
-"""Ask the service what RAGFlow asks it, and say in words what is wrong.
+"""Send the service RAGFlow's requests, and explain what is wrong.
 
     python3 deploy/ragflow/selftest.py --base-url http://127.0.0.1:21010/v1 --model qwen3-4b-local
 
@@ -45,7 +45,7 @@ CHINESE_TOKENS = 92  # as RAGFlow counts (cl100k)
 
 
 class Wrong(Exception):
-    """What is wrong and what to do, in one or two sentences."""
+    """A fault and its remedy, in one or two sentences."""
 
 
 class SmallWindow(Wrong):
@@ -192,7 +192,7 @@ def user(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-# What is checked, in the order in which RAGFlow would meet it. Each says what it found, or raises `Wrong`.
+# The checks, in the order in which RAGFlow would hit them. Each returns its finding or raises `Wrong`.
 
 
 def check_models(service: Service) -> str:
@@ -257,7 +257,7 @@ def check_tools(service: Service) -> str:
 
 
 def check_chinese(service: Service) -> str:
-    """A prompt as long as RAGFlow makes it: cut by its own count to the number it was told, then the guide added."""
+    """A prompt as long as RAGFlow's: trimmed by its own count to the advertised number, plus its instructions."""
     card = service.card()
     told = card["context_length"]
     short, long, guide = (tokens_of(service, text) for text in (CHINESE * 4, CHINESE * 8, GUIDE))
@@ -334,7 +334,7 @@ def report(name: str, wrong: object) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Ask the service what RAGFlow asks it, and say what is wrong.")
+    parser = argparse.ArgumentParser(description="Send the service RAGFlow's requests, and explain what is wrong.")
     parser.add_argument("--base-url", required=True, help="as typed into RAGFlow: http://host.docker.internal:21010/v1")
     parser.add_argument("--model", required=True, help="the model's name, as typed into RAGFlow")
     parser.add_argument("--api-key", default="none", help="as typed into RAGFlow; any unless the service has keys")

@@ -73,7 +73,7 @@ class _Families(Collector):
 
 
 def merged(expositions: Mapping[str, str]) -> bytes:
-    """One exposition of several replicas', by their names, with a label that tells them apart."""
+    """Merge the expositions of several replicas, given by name, with a label that distinguishes them."""
     families: dict[str, Metric] = {}
     for replica, text in sorted(expositions.items()):
         for family in text_string_to_metric_families(text):

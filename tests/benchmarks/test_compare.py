@@ -37,14 +37,14 @@ def test_one_run_is_no_comparison() -> None:
 
 @pytest.mark.parametrize("other", [[level(ClosedLoop(2), jobs="other")], []])
 def test_runs_of_different_work_are_not_compared(other: list[object]) -> None:
-    with pytest.raises(ValueError, match="b and a were asked for different work"):
+    with pytest.raises(ValueError, match="b and a were given different work"):
         check_same({"a": run(level(ClosedLoop(2))), "b": run(*other)})  # type: ignore[arg-type]
 
 
 def test_a_run_may_lack_levels_of_the_first_one_but_not_the_other_way_round() -> None:
     one, more = level(ClosedLoop(1)), level(ClosedLoop(8), jobs="more")
     check_same({"a": run(one, more), "b": run(more), "c": run(one)})
-    with pytest.raises(ValueError, match="b and a were asked for different work"):
+    with pytest.raises(ValueError, match="b and a were given different work"):
         check_same({"a": run(one), "b": run(one, more)})
 
 

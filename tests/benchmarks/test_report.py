@@ -51,7 +51,7 @@ def test_labels_are_text_and_not_markup() -> None:
 
 def test_the_page_warns_of_unequal_work_and_of_failures() -> None:
     html = page([run_figures("a"), run_figures("b", jobs="other")], [])
-    assert "asked for different work at 2 clients" in html
+    assert "had different work at 2 clients" in html
     assert "asked for different work" not in page([run_figures("a"), run_figures("b")], [])
     assert "a, 2 clients: failed requests: {&#39;timeout&#39;: 4}" in page([run_figures("a", error="timeout")], [])
 
