@@ -121,7 +121,7 @@ def bound(*parts: object) -> None:
             if members > MAX_MEMBERS:
                 raise SchemaError("The schema has more members than can be compiled.")
             if length > MAX_LENGTH:
-                raise SchemaError(f"The schema is larger than the {MAX_LENGTH // 1024} KiB allowed.")
+                raise SchemaError(f"The schema is too large; the limit is {MAX_LENGTH // 1024} KiB.")
 
 
 def _length(value: object) -> int:
