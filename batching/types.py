@@ -1,4 +1,4 @@
-"""The values that cross the boundary between text (above) and tokens (here). All frozen: any thread may read them."""
+"""The values exchanged between text (above) and tokens (here). All are frozen, so any thread may read them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ TokenBitmask: TypeAlias = "NDArray[numpy.int32]"
 
 
 DEFAULT_ROWS = 32
-"""Rows that run at a time where nothing else is known."""
+"""Default for the number of rows that run at a time."""
 
 
 class Finish(StrEnum):
-    """Why a row is over."""
+    """Why a row has finished."""
 
     STOP = "stop"  # a stop token, or a stop string found above
     LENGTH = "length"  # max_tokens reached
-    CANCELLED = "cancelled"  # the client left
+    CANCELLED = "cancelled"  # the client disconnected
     DEADLINE = "deadline"  # the request's time limit passed
     ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """Once a row has `after` tokens, none of them `unless`, it continues with `tokens`: how a thought is ended.
+    """Ends a thought: once a row has `after` tokens, none of them `unless`, it continues with `tokens`.
 
-    With `first`, only where that is the row's first token: how a thought is known to have begun.
+    With `first`, only if that is the row's first token, which shows that a thought has begun.
     """
 
     after: int
@@ -49,7 +49,7 @@ class Sampling:
     signed 64-bit number. `presence_penalty` and `frequency_penalty` count the row's own output tokens (OpenAI's
     definition); `repetition_penalty` counts prompt and output (transformers' definition).
 
-    With `max_tokens` 0 the row is over once the log probabilities of its prompt were told: it needs `prompt_logprobs`.
+    With `max_tokens` 0 the row finishes with the log probabilities of its prompt, so it needs `prompt_logprobs`.
     """
 
     max_tokens: int
@@ -78,17 +78,17 @@ class Sampling:
 
 
 class Matcher(Protocol):
-    """One row's state in its grammar. Only ever called by one thread at a time. Both methods may raise anything."""
+    """One row's state in its grammar. Called by one thread at a time. Both methods may raise anything."""
 
     def fill(self, allowed: TokenBitmask) -> bool:
-        """Set the bits of the tokens that may come next in `allowed`, which is empty; True if the text may end here.
+        """Set the bits of the allowed next tokens in `allowed`, which is all zeros; True if the text may end here.
 
         No bit set and True: the grammar is complete.
         """
         ...
 
     def advance(self, token: int) -> None:
-        """Accept a token. Raises ValueError if it may not come next."""
+        """Accept a token. Raises ValueError if it is not allowed."""
         ...
 
 
@@ -96,7 +96,7 @@ class Grammar(Protocol):
     """A compiled grammar, immutable and shared by any number of rows."""
 
     def matcher(self) -> Matcher:
-        """A new row's state: at the start of the grammar. Any thread."""
+        """A new row's state, at the start of the grammar. Thread-safe."""
         ...
 
 
@@ -104,10 +104,10 @@ class Grammar(Protocol):
 class Request:
     """One prompt to be continued. `time_limit` is in seconds from submission.
 
-    Waiting clients share the device by their requests' `weight`; `client` is any name that tells them apart. Among a
-    client's own requests those of lower `priority` are served sooner.
-    The answer must match `grammar`. The keys and values of a prompt may be reused by another with the same prefix if
-    their `salt` is the same. `trace` is the caller's trace context, for observers alone.
+    Waiting clients share the device by their requests' `weight`; `client` is any name that identifies one. Among a
+    client's own requests those with lower `priority` are served sooner.
+    The answer must match `grammar`. Requests with a common prefix and the same `salt` share its cached KV. `trace` is
+    the caller's trace context, only for observers.
     """
 
     id: str
@@ -121,7 +121,7 @@ class Request:
     salt: str = ""
     trace: tuple[tuple[str, str], ...] = ()
     total_tokens: int = field(init=False, compare=False)
-    """The most tokens this request can have: prompt and allowed output."""
+    """Maximum tokens of this request: prompt and allowed output."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total_tokens", len(self.prompt) + self.sampling.max_tokens)
@@ -138,16 +138,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprob(TokenLogprob):
-    """The same of a prompt's token. `rank` is its place among all tokens, the likeliest being 1."""
+    """The same for a prompt token. `rank` is its rank among all tokens; the likeliest has 1."""
 
     rank: int
 
 
 class Delta(NamedTuple):
-    """What a stream hands out: the tokens since the last delta, and on the last one why the row is over.
+    """A stream's tokens since the previous delta; the last delta has the reason why the row finished.
 
-    `logprobs` has one entry a token if the request asked for them, and none otherwise. Those of the prompt come before
-    the first token, a piece in each delta: an entry for each token, None for the first, which nothing comes before.
+    `logprobs` has one entry per token if the request wants them, otherwise none. Those of the prompt come before the
+    first token, one piece per delta, with an entry per token, which is None for the prompt's first token.
     """
 
     tokens: tuple[int, ...]
@@ -158,10 +158,10 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the layers above need to know of a loaded model. Sizes in tokens, memory in bytes.
+    """The description of a loaded model for the layers above. Sizes are in tokens, memory in bytes.
 
-    `joins`: rows can join a running batch, and cost the tokens that they have come to by now, without padding.
-    `max_rows`: how many run at a time unless told otherwise.
+    `joins`: rows can join a running batch, and cost their current tokens, without padding. `max_rows`: default for the
+    number of rows that run at a time.
     """
 
     device: str

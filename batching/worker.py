@@ -19,11 +19,11 @@ from batching.types import Finish, ModelInfo, PromptLogprob, TokenLogprob
 logger = logging.getLogger(__name__)
 
 NewTokens = list[tuple[Row, int, Finish | None, TokenLogprob | None]]
-"""For each row that got one: its token, why it is over if it is, and the log probabilities if it asked for them."""
+"""For each row that got a token: the token, the finish reason if it finished, and log probabilities if wanted."""
 
 
 class Listener(Protocol):
-    """What the worker reports. Each call is made on the event loop's thread."""
+    """The worker's reports. Each call is made on the event loop's thread."""
 
     def on_built(self, info: ModelInfo) -> None: ...
     def on_step(self, tokens: NewTokens, running: int, at: float) -> None: ...
@@ -40,14 +40,14 @@ Post = Callable[..., object]
 
 
 class Worker:
-    """Owns the thread. `start` once, `give` batches, `finish` to let it end after the running batch."""
+    """Owns the thread. `start` it once, `give` it batches, and `finish` to end it after the running batch."""
 
     def __init__(self, build: Callable[[], Engine], listener: Listener, post: Post) -> None:
         self._build = build
         self._listener = listener
         self._post = post
         self._batches: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()
-        # A daemon, so that a hung kernel cannot keep the process from ending.
+        # A daemon, so that a hung kernel cannot keep the process alive.
         self._thread = threading.Thread(target=self._main, name="gpu-worker", daemon=True)
 
     def start(self) -> None:
@@ -79,7 +79,7 @@ class Worker:
             self._tell(self._listener.on_worker_died, error)
 
     def _run(self, engine: Engine, rows: Sequence[Row]) -> int:
-        """Run one batch; returns how many rows it had, those that joined it included."""
+        """Run one batch. Returns how many rows it had, including those that joined."""
         rows = [row for row in rows if not row.cancelled]
         if not rows:
             return 0
@@ -93,33 +93,33 @@ class Worker:
             raise
         except BaseException as error:
             if is_sticky(error):
-                raise  # no batch can succeed any more: the thread ends, and the process with it
+                raise  # no further batch can succeed, so the thread and with it the process end
             logger.exception("a batch of %d rows failed", steps.count)
             self._fail(steps.rows, EngineError(f"the batch failed with {type(error).__name__}"))
             return steps.count
-        # Only here, where the caught error is gone: its traceback kept what the batch had allocated.
+        # Done here, after the caught error is gone, because its traceback holds the batch's allocations.
         self._split(engine, list(steps.rows), shortage)
         return steps.count
 
     def _joining(self) -> list[Row]:
-        """Rows that were given while a batch is running."""
+        """Rows that were given during the running batch."""
         joining: list[Row] = []
         while not self._batches.empty():
             rows = self._batches.get()
             if rows is None:
-                self._batches.put(None)  # the end comes after this batch
+                self._batches.put(None)  # end after this batch
                 break
             joining += rows
         return joining
 
     def _split(self, engine: Engine, rows: Sequence[Row], error: OutOfMemory) -> None:
-        """Try again in two halves with the rows that have no tokens yet; the others cannot be started over."""
+        """Retry in two halves the rows that have no tokens yet; the others cannot be restarted."""
         again = [row for row in rows if not row.num_output_tokens]
         self._fail([row for row in rows if row.num_output_tokens], error)
         if len(again) == len(rows) == 1:
             self._fail(again, error)
             return
-        logger.warning("out of memory with %d rows in a batch, trying %d again in halves", len(rows), len(again))
+        logger.warning("out of memory with %d rows in a batch, retrying %d in halves", len(rows), len(again))
         half = (len(again) + 1) // 2
         self._run(engine, again[:half])
         self._run(engine, again[half:])
@@ -147,13 +147,13 @@ class Worker:
 
 
 def no_report(*arguments: object) -> None:
-    """For a batch whose prompts have no log probabilities."""
+    """For a batch without prompt log probabilities."""
 
 
 class BatchSteps:
-    """`Steps` of one batch: counts each row's tokens, and sends one report a step and one for each piece of a prompt.
+    """`Steps` of one batch: counts each row's tokens, and sends one report per step and per piece of a prompt.
 
-    `rows` are those of the batch that are not over, those that joined included; `count` is how many it has had.
+    `rows` are the batch's unfinished rows, including those that joined; `count` is the number of all its rows so far.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class BatchSteps:
     def admit(self) -> list[Row]:
         joined = self._joining()
         if joined:
-            # A row cancelled before its first token is never emitted: a batch that runs for days must forget it here.
+            # A row cancelled before its first token is never emitted, and a batch that runs for days must drop it here.
             self.rows = dict.fromkeys(row for row in [*self.rows, *joined] if not (row.over or row.cancelled))
             self.count += len(joined)
         return joined

@@ -1,19 +1,19 @@
-"""Who has which blocks of the KV cache, and which of them hold prefixes that later prompts can share.
+"""The block allocator and prefix cache: which rows hold which blocks, and which prefixes later prompts can share.
 
-Worker thread only. Bookkeeping alone: no tensor is touched here. The cache tensor is cut into blocks of `BLOCK_SIZE` KV
-slots, and a row's block table lists those that hold its tokens, in order (Kwon et al. 2023, PagedAttention). Whole
-blocks whose tokens are computed stand in a tree, found by the block before and the tokens in it, so that prompts which
-begin alike share them. A block that no row refers to any more keeps its content until it is needed.
+Worker thread only. Only bookkeeping: no tensor is touched here. The cache tensor is divided into blocks of `BLOCK_SIZE`
+KV slots, and a row's block table lists the blocks of its tokens in order (Kwon et al. 2023, PagedAttention). Complete,
+computed blocks are in a prefix tree, keyed by the previous block and their tokens, so that prompts with a common prefix
+share them. A block without references keeps its content until it is needed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCK_SIZE = 64
-"""Tokens in a block: few enough that a row's last one wastes little, as many as attention reads at a time."""
+"""Tokens per block: as many as attention reads at a time, and few enough that a row's last block wastes little."""
 
 Node = int | str
-"""A place in the tree of prefixes: the salt at its root, then a number for each block that was ever inserted."""
+"""A node of the prefix tree: the salt at the root, then a unique number for each inserted block."""
 
 
 def blocks_for(tokens: int) -> int:
@@ -32,7 +32,7 @@ class BlockTable:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A new row's block table, how many of its tokens are computed already, and how many of those other rows hold."""
+    """A new row's block table, the number of its cached tokens, and how many of those other running rows share."""
 
     table: BlockTable
     num_cached_tokens: int
@@ -40,9 +40,9 @@ class Started:
 
 
 class BlockPool:
-    """`num_blocks` blocks, each free, or referred to by the block tables of rows, or kept for a later prompt.
+    """`num_blocks` blocks, each free, referenced by rows' block tables, or cached for later prompts.
 
-    Not `caching`: nothing is kept and nothing shared.
+    Without `caching` nothing is kept or shared.
     """
 
     def __init__(self, num_blocks: int, *, caching: bool = True) -> None:
@@ -50,23 +50,23 @@ class BlockPool:
         self._caching = caching
         self._free = list(range(num_blocks))
         self._num_references = [0] * num_blocks
-        self._evictable: dict[int, None] = {}  # kept for later prompts, least recently used first
+        self._evictable: dict[int, None] = {}  # cached for later prompts, least recently used first
         self._blocks: dict[tuple[Node, tuple[int, ...]], int] = {}
-        self._places: dict[int, tuple[tuple[Node, tuple[int, ...]], int]] = {}  # of a block: its key, and its node
+        self._places: dict[int, tuple[tuple[Node, tuple[int, ...]], int]] = {}  # block -> its key and node
         self._num_nodes = 0
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be had, those that are kept for later prompts included."""
+        """Available blocks, including those cached for later prompts."""
         return len(self._free) + len(self._evictable)
 
     @property
     def num_evictable(self) -> int:
-        """Blocks that are kept for later prompts."""
+        """Blocks cached for later prompts."""
         return len(self._evictable)
 
     def start(self, salt: str, tokens: Sequence[int], reserve: int = 0, *, sharing: bool = True) -> Started | None:
-        """Blocks for `tokens`, the longest cached prefix among them, but never all of them, for one has to be computed.
+        """Blocks for `tokens`, reusing the longest cached prefix, but never all tokens, because one must be computed.
 
         Without `sharing` all of them are computed. None if fewer than `reserve` blocks would be left.
         """
@@ -82,13 +82,13 @@ class BlockPool:
         return Started(table, len(shared) * BLOCK_SIZE, num_held * BLOCK_SIZE)
 
     def touch(self, salt: str, tokens: Sequence[int]) -> None:
-        """A row that will need them waits: the cached prefix of `tokens` is evicted after everything else."""
+        """Mark the cached prefix of `tokens` as most recently used, because a waiting row will need it."""
         for block in reversed(self._match(salt, tokens)[0]):
             if block in self._evictable:
                 self._evictable[block] = self._evictable.pop(block)
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
-        """Make room for `tokens` in all, at most one block more; False if no block is left."""
+        """Make room for `tokens` in total, which takes at most one more block; False if none is left."""
         if len(table.blocks) < blocks_for(tokens):
             if not self.num_free:
                 return False
@@ -96,7 +96,7 @@ class BlockPool:
         return True
 
     def insert(self, table: BlockTable, tokens: Sequence[int]) -> None:
-        """The keys and values of `tokens`, the row's first ones, are computed: later prompts may share whole blocks."""
+        """Add complete blocks of `tokens`, the row's first ones, whose KV is computed, to the prefix cache."""
         if not self._caching:
             return
         for number in range(table.num_inserted, len(tokens) // BLOCK_SIZE):
@@ -112,9 +112,9 @@ class BlockPool:
             table.num_inserted = number + 1
 
     def release(self, table: BlockTable, tokens: Sequence[int]) -> None:
-        """The row has no use for its blocks any more. `tokens` are those computed: they stay for later prompts."""
+        """Release a row's blocks. `tokens` are those computed, which stay cached for later prompts."""
         self.insert(table, tokens)
-        for block in reversed(table.blocks):  # the end of a text is evicted before its beginning
+        for block in reversed(table.blocks):  # the end of a text is evicted before its start
             self._num_references[block] -= 1
             if not self._num_references[block]:
                 if block in self._places:
@@ -124,7 +124,7 @@ class BlockPool:
         table.blocks = []
 
     def _match(self, salt: str, tokens: Sequence[int]) -> tuple[list[int], Node]:
-        """The blocks of the longest cached prefix that is not all of `tokens`, and the node that it ends at."""
+        """The blocks of the longest cached proper prefix of `tokens`, and the node where it ends."""
         found: list[int] = []
         node: Node = salt
         for begin in range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE):
@@ -136,7 +136,7 @@ class BlockPool:
         return found, node
 
     def _take(self) -> int:
-        """A block that holds nothing, evicted if need be."""
+        """Allocate a block, evicting a cached one if necessary."""
         if not self._free:
             block = next(iter(self._evictable))
             del self._evictable[block]

@@ -15,7 +15,7 @@ class RunningSequence:
     """A row in the packed engine. Worker thread only.
 
     While it runs, `slot` is its sequence slot, its index in the device's state, and `table` its part of the KV cache;
-    while it waits, or has given way to older ones, `table` is None. `order` counts arrivals.
+    while it waits, or after preemption, `table` is None. `order` counts arrivals.
     `num_output_tokens` counts the output tokens whose sampling has been launched; `tokens` are the prompt and the
     output tokens that were read back so far. The first `num_prefill_tokens` of them are computed in prefill chunks; the
     keys and values of `num_computed_tokens` are in the cache.
@@ -46,27 +46,27 @@ class RunningSequence:
 
     @property
     def remaining_prefill(self) -> int:
-        """Tokens that are still to be computed before the next one can be sampled."""
+        """Tokens to compute before the next one can be sampled."""
         return self.num_prefill_tokens - self.num_computed_tokens
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens, those included that the device is still sampling."""
+        """Prompt and output tokens, including those still being sampled."""
         return len(self.row.request.prompt) + self.num_output_tokens
 
     @property
     def wants_decode(self) -> bool:
-        """Whether to sample another token: some are left, and the row is not known to be over."""
+        """Whether to sample another token: some are left, and the row is not known to have finished."""
         unfinished = self.num_output_tokens < self.row.request.sampling.max_tokens
         return unfinished and not (self.row.over or self.row.cancelled)
 
     @property
     def is_read(self) -> bool:
-        """Whether every token that was sampled has been read back."""
+        """Whether every sampled token has been read back."""
         return self.num_tokens == len(self.tokens)
 
     def start(self, slot: int, table: BlockTable, num_cached_tokens: int) -> None:
-        """Run, for the first time or again: the tokens so far are its prompt now."""
+        """Start, or restart after preemption with all tokens so far as its prompt."""
         self.slot, self.table = slot, table
         self.num_prefill_tokens = len(self.tokens)
         self.num_computed_tokens = num_cached_tokens
@@ -76,7 +76,7 @@ class RunningSequence:
         return Chunk(self.blocks, self.num_computed_tokens, min(self.remaining_prefill, max_tokens))
 
     def decode_chunk(self) -> Chunk:
-        """The newest token, which the device has sampled: where it goes in the next decode step."""
+        """The newest token, which is on the device, as the chunk of the next decode step."""
         return Chunk(self.blocks, self.num_tokens - 1, 1)
 
 
@@ -98,7 +98,7 @@ class Runner(Protocol):
     """
 
     num_slots: int
-    """How many sequences can run at a time."""
+    """Maximum number of running sequences."""
 
     @property
     def logits(self) -> Tensor:
@@ -106,23 +106,23 @@ class Runner(Protocol):
         ...
 
     def add_sequence(self, sequence: RunningSequence) -> None:
-        """It has got a sequence slot and blocks of the KV cache; the second time after it gave way."""
+        """The sequence got a slot and KV cache blocks, for the first time or again after preemption."""
         ...
 
     def preempt_sequence(self, sequence: RunningSequence) -> None:
-        """It gives way: slot and blocks are lost, everything else is kept until it is added again."""
+        """The sequence loses its slot and blocks; everything else is kept until it is added again."""
         ...
 
     def remove_sequence(self, sequence: RunningSequence) -> None:
-        """It is over."""
+        """The sequence has finished."""
         ...
 
     def forward(
         self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]] = ()
     ) -> None:
-        """Compute the newest token of sequences that decode, and prefill chunks of others, in one pass.
+        """Compute the newest tokens of decoding sequences, and prefill chunks of others, in one forward pass.
 
-        The logits are of the sequences that decode, then of those whose prefill is complete with this, in order.
+        The logits are those of the decoding sequences, then of those whose prefill this completes, in order.
         """
         ...
 
@@ -131,13 +131,13 @@ class Runner(Protocol):
         ...
 
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
-        """Whether `sample` needs every earlier token to have been accepted: a row has a grammar, say."""
+        """Whether `sample` needs every earlier token accepted first, for example because a row has a grammar."""
         ...
 
     def accept_token(self, sequence: RunningSequence, token: int) -> None:
-        """The sequence's newest token, as it was read back."""
+        """Take the sequence's newest token after it was read back."""
         ...
 
     def sample(self, sequences: Sequence[RunningSequence]) -> SamplerOutput:
-        """Sample the next token of each sequence of the last forward pass, by its own settings."""
+        """Sample the next token of each sequence of the last forward pass, with its own parameters."""
         ...

@@ -1,4 +1,4 @@
-"""What the device knows of every sequence slot: the newest token, where the next one goes, and how to sample it.
+"""The device's state of every sequence slot: the newest token, where the next one goes, and how to sample it.
 
 Worker thread only, CUDA only. A slot's state is written when a row gets it and advanced on the device from then on, so
 that a decode step needs nothing from the host.
@@ -25,13 +25,13 @@ class SamplingState:
         self.counts = torch.zeros(num_slots + 1, vocab_size, dtype=torch.int16, device=device)
         self.bias = torch.zeros(num_slots + 1, vocab_size, device=device)
         self.bitmask = torch.zeros(num_slots + 1, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        # A column more than anything is written to: attention asks for a block ahead.
+        # One extra column that is never written, because attention reads one block ahead.
         self.block_tables = torch.full((num_slots + 1, max_blocks + 1), spare_block, dtype=torch.int64, device=device)
         self._device = device
-        self._num_sent: dict[RunningSequence, int] = {}  # how many of its blocks are in the table
+        self._num_sent: dict[RunningSequence, int] = {}  # number of its blocks in the table
 
     def add_sequences(self, sequences: Sequence[RunningSequence], guided: Sequence[bool]) -> None:
-        """Write the state of new sequences; `guided` says which will have a token bitmask from the host."""
+        """Write the state of new sequences; `guided` marks those with a token bitmask from the host."""
         slots = self.to_device(torch.tensor([sequence.slot for sequence in sequences]))
         ints = [_int_params(sequence, masked) for sequence, masked in zip(sequences, guided, strict=True)]
         floats = [_float_params(sequence) for sequence in sequences]
@@ -45,7 +45,7 @@ class SamplingState:
                 self.set_bias(sequence, may_stop=sequence.num_output_tokens >= sampling.min_tokens)
 
     def send_blocks(self, sequences: Iterable[RunningSequence]) -> None:
-        """Write the blocks that these have got since the last time."""
+        """Write the blocks that these sequences got since the last call."""
         places: list[int] = []
         blocks: list[int] = []
         for sequence in sequences:
@@ -60,11 +60,11 @@ class SamplingState:
             self.block_tables.view(-1).index_copy_(0, at, values)
 
     def remove_sequence(self, sequence: RunningSequence) -> None:
-        """It has lost its slot and its blocks."""
+        """Forget a sequence that lost its slot and blocks."""
         self._num_sent.pop(sequence, None)
 
     def set_bias(self, sequence: RunningSequence, *, may_stop: bool) -> None:
-        """A sequence's `logit_bias`; and unless it `may_stop` already, its stop tokens are kept out."""
+        """Write a sequence's `logit_bias` and, until it `may_stop`, mask its stop tokens."""
         sampling = sequence.row.request.sampling
         values = dict(sampling.logit_bias) | dict.fromkeys(() if may_stop else sampling.stop_token_ids, -float("inf"))
         bias = self.bias[sequence.slot].zero_()
@@ -73,7 +73,7 @@ class SamplingState:
             bias.index_copy_(0, self.to_device(tokens), self.to_device(added))
 
     def to_device(self, values: Tensor) -> Tensor:
-        """Copy to the device without waiting for it."""
+        """Copy to the device without synchronising."""
         return values.pin_memory().to(self._device, non_blocking=True)
 
     def _reset_counts(self, sequence: RunningSequence) -> None:
@@ -91,7 +91,7 @@ def _int_params(sequence: RunningSequence, guided: bool) -> list[int]:
     sampling = request.sampling
     flags = columns.RANDOM.value * (not sampling.greedy) | columns.PENALISED.value * sampling.penalised
     flags |= columns.BIASED.value * bool(sampling.logit_bias or sampling.min_tokens) | columns.GUIDED.value * guided
-    # As if the last token had been the newest: sampling the next one moves the slot on to where that goes.
+    # As if the last token were the newest: sampling the next one advances the slot.
     position = len(sequence.tokens) - 1
     return [0, position, sequence.num_output_tokens, sampling.seed, sampling.top_k, flags, 0, 0]
 

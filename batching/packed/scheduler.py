@@ -1,9 +1,9 @@
-"""The scheduler of the packed engine: who is computed next, who joins, who gives way, who leaves. Worker thread only.
+"""The packed engine's scheduler: decides which rows are computed, join, are preempted and leave. Worker thread only.
 
 An iteration is one forward pass, in which every running sequence gets its next token and waiting prompts are computed
 with what room is left, and the delivery of the tokens sampled in the iteration before. Reading one iteration behind
-keeps the device busy: its next work is queued before it finishes the last. A row that turns out to be over has then
-sampled one token more, which is dropped.
+keeps the device busy: its next work is queued before it finishes the last. A row that turns out to have finished has
+then sampled one extra token, which is dropped.
 """
 
 from collections import deque
@@ -19,21 +19,21 @@ from batching.stream import Row
 from batching.types import TokenLogprob
 
 ROWS_PER_SPARE_BLOCK = 2
-"""A row starts only if it leaves one block for so many running sequences, which grow: few have to give way then."""
+"""A row starts only if it leaves one block for this many running sequences to grow into, so that few are preempted."""
 
 
 class Scheduler:
     """One batch, from its first rows to the end of the last one that joined.
 
-    How many tokens a pass has, those of sequences that decode included, bounds how long these are held up:
-    `prefill_chunk` while one prompt is computed beside them, twice as many beside more prompts. While more rows wait
-    for their prompts than decode, many are served sooner and few are held up longer by larger passes, an eighth of what
-    waits each; and a prompt that is alone has passes of up to `max_prefill_tokens`. With `one_prompt_a_pass` no prompt
-    shares a pass with another sequence: what is computed for it does not depend on who else is there.
+    The number of tokens in a forward pass, including those of decoding sequences, bounds how long these are delayed:
+    `prefill_chunk` while one prompt is computed with them, twice as many with more prompts. While more rows wait for
+    prefill than decode, larger passes serve many sooner and delay few, so each takes an eighth of what waits; and a
+    lone prompt has passes of up to `max_prefill_tokens`. With `one_prompt_a_pass` no prompt shares a pass with another
+    sequence, so that what is computed for it does not depend on other rows.
 
-    A row is started with the blocks that its tokens need, and gets more as it grows. When none are left the youngest
-    gives way: its tokens are kept, and computed again once there is room. Its next token is the same, because what is
-    drawn depends on seed and position alone. The oldest never gives way, so every row comes to its end.
+    A row starts with the blocks that its tokens need and gets more as it grows. When none are left, the youngest is
+    preempted: its tokens are kept, and recomputed once there is room. Its next token is the same, because sampling
+    noise depends only on seed, position and token. The oldest is never preempted, so every row finishes.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class Scheduler:
         self._free_slots = list(range(runner.num_slots))
         self._arrivals = count()
         self._waiting: deque[RunningSequence] = deque()
-        self._prefilling: list[RunningSequence] = []  # their prompts are not complete yet, first come first
+        self._prefilling: list[RunningSequence] = []  # their prompts are incomplete, in order of arrival
         self._decoding: list[RunningSequence] = []
         self._in_flight: deque[SamplerOutput] = deque()
-        self._is_full = False  # whether the first that waits found no room the last time
+        self._is_full = False  # whether the first waiting sequence found no room last time
 
     def run(self, rows: Sequence[Row]) -> None:
-        """Blocks until every row is over, those that join meanwhile included."""
+        """Blocks until every row has finished, including those that join meanwhile."""
         self._wait(rows)
         try:
             while self._waiting or self._prefilling or self._decoding or self._in_flight:
                 self._iterate()
                 self._wait(self._steps.admit())
         finally:
-            for sequence in [*self._waiting, *self._prefilling, *self._decoding]:  # none, unless it failed
+            for sequence in [*self._waiting, *self._prefilling, *self._decoding]:  # empty unless it failed
                 self._runner.remove_sequence(sequence)
 
     def _wait(self, rows: Iterable[Row]) -> None:
@@ -83,10 +83,10 @@ class Scheduler:
             launched = self._pass([], self._next_chunks(self._prefill_chunk)) + self._pass(decoding, [])
         else:
             launched = self._pass(decoding, self._next_chunks(self._room_beside(len(decoding))))
-        self._deliver(len(self._in_flight) - launched)  # the device is busy with the rest
+        self._deliver(len(self._in_flight) - launched)  # the device is busy with the newer ones
 
     def _room_beside(self, num_decoding: int) -> int:
-        """How many prompt tokens a pass may have beside so many sequences that decode."""
+        """Maximum number of prompt tokens in a forward pass with this many decoding sequences."""
         prompts = [*self._prefilling, *(() if self._is_full else self._waiting)]
         if not num_decoding and len(prompts) == 1:
             return self._max_prefill_tokens
@@ -97,7 +97,7 @@ class Scheduler:
         return max(tokens - num_decoding, tokens // 4)
 
     def _pass(self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> int:
-        """Launch a forward pass, and the sampling of its sequences; returns how many sampler outputs that gives."""
+        """Launch a forward pass and sampling for its sequences. Returns the number of sampler outputs this gives."""
         if not decoding and not chunks:
             return 0
         self._runner.forward(decoding, chunks)
@@ -120,12 +120,12 @@ class Scheduler:
             sequence.num_output_tokens += 1
         return 1
 
-    # Who is computed
+    # Choosing what to compute
 
     def _next_to_decode(self) -> list[RunningSequence]:
-        """The sequences that decode, each with room in the KV cache for its newest token."""
+        """The decoding sequences, each with room in the KV cache for its newest token."""
         for sequence in self._decoding:
-            if sequence.row.cancelled and sequence.is_read:  # no output that is in flight will report its end
+            if sequence.row.cancelled and sequence.is_read:  # no output in flight will report its end
                 sequence.row.over = True
                 self._release(sequence, sequence.tokens[:-1])
         self._decoding = [sequence for sequence in self._decoding if sequence.table]
@@ -157,20 +157,20 @@ class Scheduler:
                 self._leave(sequence)
 
     def _leave(self, sequence: RunningSequence) -> None:
-        """The row is over before its prompt was complete."""
+        """The row finished before its prompt was complete."""
         self._prefilling.remove(sequence)
         self._release(sequence, sequence.tokens[: sequence.num_computed_tokens])
 
     def _score(self) -> None:
-        """A chunk of the first prompt whose log probabilities are asked for, in a pass of its own."""
+        """Compute a chunk of the first prompt whose log probabilities are wanted, in a pass of its own."""
         sequence = next((sequence for sequence in self._prefilling if sequence.row.wants_prompt_logprobs), None)
         if sequence is not None and score(self._runner, sequence, self._steps, self._prefill_chunk):
             self._leave(sequence)
 
-    # Who has a slot and blocks
+    # Slots and blocks
 
     def _start_next(self) -> RunningSequence | None:
-        """Start the first waiting sequence, if it finds room."""
+        """Start the first waiting sequence if there is room."""
         while self._waiting and self._waiting[0].row.cancelled:
             sequence = self._waiting.popleft()
             sequence.row.over = True
@@ -196,8 +196,8 @@ class Scheduler:
         return sequence
 
     def _make_room(self) -> None:
-        """Let the youngest sequence give way, unless rows that have finished meanwhile leave room."""
-        self._deliver(len(self._in_flight))  # a row's tokens are known before it gives way
+        """Preempt the youngest sequence, unless rows that have finished meanwhile leave room."""
+        self._deliver(len(self._in_flight))  # a row's tokens must be known before it is preempted
         if self._pool.num_free:
             return
         youngest = max(self._prefilling + self._decoding, key=lambda sequence: sequence.order)
@@ -225,10 +225,10 @@ class Scheduler:
             self._free_slots.append(sequence.slot)
             sequence.table = None
 
-    # What was sampled
+    # Sampled tokens
 
     def _deliver(self, outputs: int) -> None:
-        """Read the oldest sampler outputs, hand their tokens over in one report, and release the rows that are over."""
+        """Read the oldest sampler outputs, report their tokens at once, and release finished rows."""
         sequences: list[RunningSequence] = []
         tokens: list[int] = []
         logprobs: dict[int, TokenLogprob] = {}
@@ -251,14 +251,14 @@ class Scheduler:
 
 
 def shift_indices(logprobs: Mapping[int, TokenLogprob], by: int) -> dict[int, TokenLogprob]:
-    """The same, each `by` places further on."""
+    """The same entries with their indices increased by `by`."""
     return {index + by: logprob for index, logprob in logprobs.items()}
 
 
 def score(runner: Runner, sequence: RunningSequence, steps: Steps, max_tokens: int) -> bool:
     """Compute the next chunk of a prompt, at most `max_tokens`, and hand over the log probabilities of what follows.
 
-    The prompt's last token is left to a prefill, for the next one to be sampled. Returns whether the row is over.
+    The prompt's last token is left to a prefill, which samples the next one. Returns whether the row has finished.
     """
     row, start = sequence.row, sequence.num_computed_tokens
     if start == 0 and steps.emit_prompt(row, 0, [None]):

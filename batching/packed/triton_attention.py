@@ -277,7 +277,7 @@ class DecodeAttention:
         return self.slots, self.seq_lens, self.block_tables, self.partial, self.stats, self.arrived
 
     def of_first(self, sequences: int) -> "DecodeAttention":
-        """The same for at most so many of the sequences."""
+        """The same for at most `sequences` of them."""
         return replace(self, slots=self.slots[:sequences], seq_lens=self.seq_lens[:sequences])
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
