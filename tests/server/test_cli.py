@@ -131,7 +131,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_what_makes_no_sense_is_told_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "no command sevre" in said(capsys, monkeypatch, "sevre")
+    assert "unknown command sevre" in said(capsys, monkeypatch, "sevre")
     assert "serve or bench" in said(capsys, monkeypatch)
     assert "see microbatch serve --help" in said(capsys, monkeypatch, "serve", "--nope")
     assert "see microbatch serve --help" in said(capsys, monkeypatch, "serve", "--port", "1", "late")
