@@ -106,6 +106,7 @@ def scripted(
     stepped: bool = False,
     before_step: Callable[[int], None] = lambda step: None,
     context_window: int = 4096,
+    token_budget: int = 1_000_000,
     stop_token: int = END,
 ) -> ScriptedEngine:
     """An engine whose answers end with the end token of `byte_tokenizer`, and whose limits are out of the way."""
@@ -113,7 +114,7 @@ def scripted(
         INFO,
         vocab_size=257,
         context_window=context_window,
-        token_budget=1_000_000,
+        token_budget=token_budget,
         stop_token_ids=frozenset({stop_token}),
     )
     script = says(script) if isinstance(script, str) else script

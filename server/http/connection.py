@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 BODY_BYTES = 32_768
 """Bytes of a body that wait for the application before reading stops."""
 
+PIECE_BYTES = 65_536
+"""So much of an answer is written at a time."""
+
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -79,6 +82,7 @@ class Exchange:
         self._complete = False
         self._chunked = False
         self._news = asyncio.Event()
+        self._turn = asyncio.Lock()  # no message comes between the pieces of another
 
     # From the connection
 
@@ -134,14 +138,27 @@ class Exchange:
         return self._left or self._complete
 
     async def _send(self, message: Message) -> None:
+        async with self._turn:
+            if message["type"] == "http.response.start":
+                if await self._has_room():
+                    self._start(message["status"], message.get("headers", []))
+            else:
+                await self._send_body(message.get("body", b""), more=message.get("more_body", False))
+
+    async def _send_body(self, body: bytes, *, more: bool) -> None:
+        """In pieces, between which others have the event loop: transports copy what the kernel does not take."""
+        for start in range(0, len(body) or 1, PIECE_BYTES):
+            if start:
+                await asyncio.sleep(0)
+            if await self._has_room():
+                end = start + PIECE_BYTES
+                self._continue(body[start:end], more=more or end < len(body))
+
+    async def _has_room(self) -> bool:
+        """Whether there is still somebody to send to, once there is room for it."""
         if self._wire.full:
             await self._wire.writable()
-        if self._lost:
-            return
-        if message["type"] == "http.response.start":
-            self._start(message["status"], message.get("headers", []))
-        else:
-            self._continue(message.get("body", b""), more=message.get("more_body", False))
+        return not self._lost
 
     def _start(self, status: int, own: Iterable[tuple[bytes, bytes]]) -> None:
         headers = [*self._wire.default_headers, *own]

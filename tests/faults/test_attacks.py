@@ -89,6 +89,15 @@ def test_what_is_refused_is_refused_without_holding_anybody_up(what: str, servic
     assert service.get("/health/live").status_code == 200
 
 
+@pytest.mark.parametrize("text", ["id,name,a:b,[x],{y}\n", 'f({"a": [1, 2], "b": "\\\\"});\n'], ids=["a table", "code"])
+def test_a_chat_of_four_megabytes_is_answered_whatever_its_text_has_many_of(text: str) -> None:
+    sent = text * (3_900_000 // len(orjson.dumps(text)))
+    with live(scripted(context_window=2**23, token_budget=2**24)) as service:
+        answer = service.chat(messages=[{"role": "user", "content": sent}], max_tokens=8)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["prompt_tokens"] > len(sent)
+
+
 def test_very_many_unknown_fields_are_counted_and_not_all_named(service: Live) -> None:
     few, more = (body()[:-1] + b"," + keys("1", size).encode()[1:] for size in (MIB, 4 * MIB - 1024))
     assert service.post(more).status_code == 400

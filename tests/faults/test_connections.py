@@ -1,20 +1,25 @@
 """Clients whose connections are at fault: half a request, too large a head, a body that trickles, nothing read."""
 
+import asyncio
 import contextlib
 import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 import psutil  # type: ignore[import-untyped]
 import pytest
+from starlette.types import Receive, Scope, Send
 
 import server.http.connection
 import server.http.request
 from batching.events import Outcome
 from batching.types import Request
-from server.http.connection import HEAD_BYTES
+from server.http.connection import HEAD_BYTES, PIECE_BYTES, Connection, Exchange
+from server.http.errors import ApiError
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted, tokens_of
 
 CROWD = 1000
@@ -248,6 +253,66 @@ def test_a_slow_reader_gets_all_of_its_answer() -> None:
             found += data
         answer = orjson.loads(found.partition(b"\r\n\r\n")[2])
         assert [len(choice["message"]["content"]) for choice in answer["choices"]] == [tokens] * 2
+
+
+def test_a_large_answer_is_written_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    write = Connection.write
+
+    def noted(connection: Connection, data: bytes) -> None:
+        sizes.append(len(data))
+        write(connection, data)
+
+    monkeypatch.setattr(Connection, "write", noted)
+    with live() as service:
+        answer = service.post(orjson.dumps({"prompt": "a" * 200_000}), "/tokenize")
+    assert answer.json()["count"] == 200_000
+    assert sum(sizes) > 8 * PIECE_BYTES
+    assert max(sizes) <= PIECE_BYTES
+
+
+@dataclass
+class Paper:
+    """A `Wire` that keeps what is written, and of which little is sent at a time."""
+
+    written: list[bytes] = field(default_factory=list)
+    full: bool = False
+    default_headers: Any = ()
+    client_waits: bool = False
+    stopping: bool = False
+
+    def send(self, event: object) -> None:
+        """Heads and ends are of no interest."""
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+        self.full = len(self.written) % 3 == 0
+
+    async def writable(self) -> None:
+        await asyncio.sleep(0)
+        self.full = False
+
+    def regulate(self) -> None: ...
+    def answered(self) -> None: ...
+    def refuse(self, error: ApiError) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_messages_that_are_sent_at_once_are_not_mixed() -> None:
+    """Comments in a long silence, say, and a large frame that ends it."""
+    messages = [letter * size for letter, size in ((b"a", 300_000), (b"b", 8), (b"c", 200_000), (b"d", 8))]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        bodies = [{"type": "http.response.body", "body": one, "more_body": True} for one in messages]
+        await asyncio.gather(*map(send, bodies))
+        await send({"type": "http.response.body"})
+
+    paper = Paper()
+    asyncio.run(Exchange(paper, {"method": "POST", "http_version": "1.1"}).run(app))
+    chunks = [chunk.split(b"\r\n")[1] for chunk in paper.written]
+    assert b"".join(chunks) == b"".join(messages)
+    assert max(map(len, chunks)) == PIECE_BYTES
 
 
 def test_clients_that_do_not_read_cost_bounded_memory() -> None:

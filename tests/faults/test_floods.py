@@ -15,6 +15,7 @@ import pytest
 import uvloop
 
 import server.http.connection
+import server.http.request
 from tests.faults.test_framing import chunked, read_all
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted
 
@@ -220,6 +221,43 @@ def test_where_every_connection_is_being_answered_one_more_is_refused(monkeypatc
         service.engine.release(1000)
         for bare in busy:
             assert bare.recv(12) == b"HTTP/1.1 200"
+
+
+def slow_bodies(service: Live, stack: contextlib.ExitStack, key: str) -> list[socket.socket]:
+    """As many as connections are allowed, each a byte short of its end."""
+    found = [stack.enter_context(service.connect()) for _ in range(8)]
+    for bare in found:
+        bare.sendall(raw_request(CHAT, f"Authorization: Bearer {key}")[:-1])
+    return found
+
+
+def test_slow_bodies_of_who_has_no_key_keep_nobody_out() -> None:
+    with live(max_connections=8, api_keys=("known",)) as service, contextlib.ExitStack() as stack:
+        slow = slow_bodies(service, stack, "guessed")
+        eventually(lambda: len(answered(slow)) == 8, "all are refused before their bodies are here")
+        assert service.get("/health/live").status_code == 200
+
+
+def test_slow_bodies_of_a_key_are_all_the_connections_that_there_are() -> None:
+    with live(max_connections=8, api_keys=("known",)) as service, contextlib.ExitStack() as stack:
+        slow = slow_bodies(service, stack, "known")
+        eventually(lambda: sum(one.exchange is not None for one in service.connections) == 8, "all are being read")
+        refused = read_all(stack.enter_context(service.connect()))
+        assert refused.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in refused
+        slow[0].sendall(CHAT[-1:])
+        assert slow[0].recv(12) == b"HTTP/1.1 200"
+        assert service.get("/health/live").status_code == 200
+
+
+def test_slow_bodies_of_a_key_hold_their_connections_no_longer_than_a_body_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server.http.request, "READ_SECONDS", 0.1)
+    with live(max_connections=8, api_keys=("known",)) as service, contextlib.ExitStack() as stack:
+        slow = slow_bodies(service, stack, "known")
+        assert {bare.recv(12) for bare in slow} == {b"HTTP/1.1 408"}
+        assert service.chat(headers={"authorization": "Bearer known"}).status_code == 200
 
 
 # Everybody else meanwhile

@@ -263,10 +263,10 @@ class OneConnection:
                 yield part
 
         async def told(message: Any) -> None:
+            await send(message)  # which takes until the last of it is on its way
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 self.answered += 1
                 self.since = self.clock.now
-            await send(message)
 
         response = StreamingResponse(content()) if one.streamed else PlainTextResponse(one.answer)
         await response(scope, receive, told)

@@ -3,8 +3,10 @@
 import functools
 import logging
 import operator
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -397,6 +399,13 @@ def test_an_unknown_model_is_not_found() -> None:
         assert caught.value.code == "model_not_found"
         error_of(service.chat(model="gpt-500"), 404, "model_not_found")
         error_of(service.get("/v1/models/gpt-500"), 404, "model_not_found")
+
+
+def test_the_name_of_a_model_opens_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model")  # whoever opened it would wait for ever
+    with live() as service:
+        for name in (str(tmp_path / "model"), f"../../../..{tmp_path}/model", f"file://{tmp_path}/model"):
+            error_of(service.chat(model=name), 404, "model_not_found")
 
 
 def test_models_say_how_long_their_window_is_with_and_without_a_prefix() -> None:

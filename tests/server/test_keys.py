@@ -1,7 +1,9 @@
 """Laws of API keys: how they are read, whom they let in, and how those who hold them share the device."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,12 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.write_text(FILE)
     return path
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Live]:
+    with live(api_keys=(SECRET,)) as service:
+        yield service
 
 
 @pytest.fixture
@@ -147,6 +155,26 @@ def test_without_a_key_of_the_file_nothing_is_answered(file: Path) -> None:
         assert ask(service, "a").status_code == ask(service, "b").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["localhost", "localhost/health/live", "localhost/metrics?", "localhost#/docs"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/models",
+        "//v1/models",
+        "/health/live/../../v1/models",
+        "/metrics/..%2fv1/models",
+        "/%761/models",
+        "/v1/models?/health/live",
+        "http://localhost/v1/models",
+        "http://localhost/metrics/../v1/models",
+    ],
+)
+def test_no_way_of_writing_an_address_goes_without_a_key(target: str, host: str, guarded: Live) -> None:
+    with guarded.connect() as bare:
+        bare.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        assert bare.recv(12) == b"HTTP/1.1 401"
+
+
 def test_a_row_carries_its_key_s_name_and_share(file: Path) -> None:
     seen: list[Request] = []
     with live(scripted(remembering(seen)), api_keys_file=file, api_keys=(f"{SECRET}-x",)) as service:
@@ -161,6 +189,16 @@ def test_a_row_carries_its_key_s_name_and_share(file: Path) -> None:
         ("key-1", 1.0, 0),
         ("key-1", 1.0, 0),
     ]
+
+
+@pytest.mark.parametrize(("sharing", "salts"), [("key", {"alice", "bob"}), ("all", {""})])
+def test_keys_share_prefixes_only_if_a_setting_says_so(sharing: str, salts: set[str], file: Path) -> None:
+    seen: list[Request] = []
+    with live(scripted(remembering(seen)), api_keys_file=file, prefix_sharing=sharing) as service:
+        for who in "ab":
+            assert ask(service, who).status_code == 200
+    assert len(seen) == 2
+    assert {request.salt for request in seen} == salts
 
 
 def test_a_row_of_nobody_s_has_no_name() -> None:
@@ -280,3 +318,26 @@ def test_one_key_that_fills_the_queue_leaves_places_for_another(file: Path) -> N
         service.engine.release(100_000)
         assert sorted(one.result().status_code for one in flood) == [200] * 7 + [429] * 5
         assert other.result().status_code == 200
+
+
+def test_a_key_with_any_number_of_long_answers_leaves_running_rows_for_another(
+    pool: ThreadPoolExecutor, file: Path
+) -> None:
+    engine = scripted("a" * 3000, stepped=True)
+    engine.info = replace(engine.info, joins=True)
+    with live(engine, api_keys_file=file, max_batch_size=4) as service:
+
+        def step(come: Callable[[], bool]) -> bool:
+            engine.release(1)
+            return come()
+
+        long = [pool.submit(ask, service, "a", f"a{n}") for n in range(8)]
+        waiting = functools.partial(service.sample, "microbatch_queue_depth")
+        eventually(lambda: step(lambda: sum(map(len, engine.batches)) == 3 and waiting() == 5), "its share runs")
+        other = pool.submit(ask, service, "b", "b", max_tokens=1)
+        eventually(lambda: step(other.done), "the other key is answered")
+        assert other.result().status_code == 200
+        assert not any(one.done() for one in long)
+        assert [name[0] for name in engine.batches[0]] == ["a", "a", "a", "b"]
+        engine.release(100_000)
+        assert {one.result().status_code for one in long} == {200}

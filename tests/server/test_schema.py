@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.http.errors import RETRIED, ApiError
-from server.openai.requests import MAX_STOP_LENGTH, MAX_STOPS, ChatRequest, parse
+from server.openai.requests import MAX_ITEMS, MAX_PARTS, MAX_STOP_LENGTH, MAX_STOPS, ChatRequest, parse, structure
 from server.output.tool_calls import Turn
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -69,7 +69,7 @@ REFUSED = {
     "ignore_eos": ["1"],
     "enable_thinking": ["1", '"yes"'],
     "thinking": ["true", '{"type": "maybe"}', "{}", '{"type": "enabled", "budget_tokens": 0}'],
-    "modalities": ['["audio"]', '["text", "audio"]', "[" + "1," * HUGE + "1]"],
+    "modalities": ['["audio"]', '["text", "audio"]', "[" + "1," * (MAX_ITEMS // 2) + "1]"],
     "audio": ['{"voice": "alloy", "format": "wav"}'],
     "web_search_options": ['{"search_context_size": "low"}'],
     "continue_final_message": ["true"],
@@ -438,6 +438,43 @@ def test_any_body_is_a_request_or_a_400(body: bytes) -> None:
         assert isinstance(parse(ChatRequest, body), ChatRequest)
         return
     refused(body)
+
+
+@given(JSON)
+def test_what_strings_hold_is_no_part_of_a_body(value: Any) -> None:
+    found = structure(orjson.dumps(value))
+    assert (found.count(b"[") + found.count(b"{"), found.count(b":"), found.count(b",")) == parts(value)
+
+
+def parts(value: Any) -> tuple[int, int, int]:
+    """How many lists and objects, members of objects, and commas between items its JSON has."""
+    if not isinstance(value, list | dict):
+        return 0, 0, 0
+    inside = [parts(item) for item in (value.values() if isinstance(value, dict) else value)]
+    lists, members, commas = map(sum, zip(*inside, strict=True)) if inside else (0, 0, 0)
+    return lists + 1, members + len(value) * isinstance(value, dict), commas + max(0, len(value) - 1)
+
+
+@pytest.mark.parametrize("part", ["{}", "[]", '{"":0}', '[""]', '["[:{\\""]'])
+def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(part: str) -> None:
+    for count, code in ((MAX_PARTS // 4, None), (MAX_PARTS + 1, "too_large")):
+        assert refused_field("modalities", "[" + ",".join([part] * count) + "]")["code"] == code
+    assert refused_field("modalities", "[" + '"",' * MAX_ITEMS + '""]')["code"] == "too_large"
+
+
+TEXTS = {
+    "a table": "id,name,a:b,[x],{y}\n" * 190_000,
+    "code": 'if (a["b"][0] == "\\"") { f({1: [2, 3]}); }\n' * 80_000,
+    "json": '{"a": [1, {"b": "c\\\\"}], "d": ""}\n' * 84_000,
+    "quotes and backslashes": '"\\' * 950_000,
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_text_may_have_as_many_brackets_colons_and_commas_as_it_likes(text: str) -> None:
+    body = orjson.dumps({"messages": [{"role": "user", "content": text}]})
+    assert 3.6 * 2**20 < len(body) < 4 * 2**20
+    assert parse(ChatRequest, body).messages[0].content == text
 
 
 @given(st.text(), st.sampled_from([400, 401, 404, 405, 413]))
