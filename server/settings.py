@@ -120,11 +120,11 @@ class Settings(BaseSettings):
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=0.98, description="fraction of the GPU's memory that the packed engine may use, model included"
     )
-    prefill_chunk: int = Field(
-        1024,
+    prefill_chunk: int | None = Field(
+        None,
         ge=16,
         description="maximum tokens that the packed engine computes in one forward pass while requests are being "
-        "answered",
+        "answered; none: 1024 on a GPU, 128 on a CPU",
     )
     prefix_sharing: Literal["all", "key", "off"] = Field(
         "all",

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 
 
 MAX_PREFILL_TOKENS = 8192
-"""Tokens of a lone prompt in one forward pass: enough to keep the matrix units busy."""
+"""Tokens of a prompt that is alone in one forward pass on a GPU: as many as keep the matrix units busy."""
+
+GPU_PREFILL_CHUNK = 1024
+CPU_PREFILL_CHUNK = 128
+"""A CPU computes more tokens at once no faster, and every decoding row waits for the pass."""
 
 GPU_ROWS = 256
 """Rows that run at a time on a GPU: what memory holds is the limit of longer ones."""
@@ -52,8 +56,8 @@ class PackedEngine:
     """`Engine` whose rows may join a running batch. Takes the model over: its layers and its attention are replaced.
 
     `num_slots` is the most rows that run at a time (None: by the device), `gpu_memory_utilization` the share of a GPU's
-    memory that may be used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode.
-    Raises `ModelError` if there is no room for a KV cache.
+    memory that may be used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode
+    (None: by the device). Raises `ModelError` if there is no room for a KV cache.
     """
 
     def __init__(
@@ -64,14 +68,15 @@ class PackedEngine:
         context_window: int | None = None,
         token_budget: int | None = None,
         gpu_memory_utilization: float = 0.9,
-        prefill_chunk: int = 1024,
+        prefill_chunk: int | None = None,
         prefix_caching: bool = True,
         batch_invariant: bool = False,
     ) -> None:
-        num_slots = num_slots or (GPU_ROWS if model.device.type == "cuda" else DEFAULT_ROWS)
+        on_gpu = model.device.type == "cuda"
+        num_slots = num_slots or (GPU_ROWS if on_gpu else DEFAULT_ROWS)
         self._model = model
-        self._prefill_chunk = prefill_chunk
-        self._max_prefill_tokens = prefill_chunk if batch_invariant else max(prefill_chunk, MAX_PREFILL_TOKENS)
+        self._prefill_chunk = chunk = prefill_chunk or (GPU_PREFILL_CHUNK if on_gpu else CPU_PREFILL_CHUNK)
+        self._max_prefill_tokens = chunk if batch_invariant or not on_gpu else max(chunk, MAX_PREFILL_TOKENS)
         # KV from another forward pass may differ in the last bit from what this one would compute.
         self._prefix_caching = prefix_caching and not batch_invariant
         self._batch_invariant = batch_invariant
