@@ -30,7 +30,7 @@ def test_a_client_understands_every_answer_and_its_history_is_answered(name: str
             assert (one.path, set(shape(one.body))) in shapes, f"python -m tests.clients.recording {name}"
 
 
-@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("name", ["openai-python", "langchain", "ai-sdk"])
 def test_a_client_reads_over_the_comments_of_a_stream_that_is_silent_for_long(name: str) -> None:
     client = CLIENTS[name]
     client.needed()
