@@ -1,7 +1,7 @@
 # make run           install what serving needs, then serve a small model on http://127.0.0.1:21010
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local
 #                    serve a model's folder, .gguf file or hub id under a name
-# make test          install what tests need too, then run every test (about 20 minutes on 2 cores)
+# make test          install what tests need too, then run every test (about 15 minutes on 2 cores)
 # make check         lint, types and tests
 # make browser       install what the tests of the pages need: Chromium and axe-core (Debian, as root)
 # make test-deploy   run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
@@ -74,8 +74,9 @@ $(INSTALLED): $(SERVING)
 run: serving
 	$(BIN)/python -m server --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(if $(NAME),--name '$(NAME)') $(ARGS)
 
+# Files are spread over two processes: most tests wait for each other's threads, not for cores.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-deploy: install
 	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev,deploy,ray]'
@@ -99,7 +100,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Tests of the page are skipped without these, and fail where CI=true.
 browser:
