@@ -52,7 +52,7 @@ FAILURES: dict[str, Callable[[], None]] = {"hang": hang, "break_device": break_d
 
 class FailingText(Text):
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
-        if os.environ["FAIL"] == "encode":
+        if os.environ["FAIL"] == "encode" and "think>" not in text:  # whose tokens are looked up at the start
             hang()
         return super().encode(text, special=special)
 

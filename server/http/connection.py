@@ -239,7 +239,7 @@ REQUESTS_A_TURN = 4
 PROBES = frozenset(["/health", "/health/live"])
 """Paths whose requests skip that queue: they ask whether the event loop is alive."""
 
-EVENTS_A_TURN = 256
+EVENTS_A_TURN = 128
 """Parser events handled per event loop iteration: a few milliseconds of work."""
 
 HEAD_BYTES = 16_384

@@ -289,7 +289,7 @@ def test_a_row_that_gives_way_while_it_is_scored_tells_each_token_once() -> None
     dice = random.Random(10)
     growing = [request(long_prompt(dice, BLOCK_SIZE - 10), max_tokens=100) for _ in range(2)]
     scored = [of(long_prompt(dice, 2 * BLOCK_SIZE), max_tokens=tokens) for tokens in (0, 3)]
-    engine = packed(token_budget=5 * BLOCK_SIZE, prefill_chunk=2)
+    engine = packed(token_budget=5 * BLOCK_SIZE, prefill_chunk=8)
     run = Run(engine, growing + scored)
     assert run.rows[2].num_preemptions
     for row in run.rows[2:]:

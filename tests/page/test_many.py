@@ -142,5 +142,5 @@ def test_no_questions_or_too_many_are_told_before_they_are_sent(page: Browser) -
 def test_a_refusal_is_told(page: Browser) -> None:
     with live(queue_size=11) as service:
         ask(page, service)
-        page.wait(lambda: "can never hold" in page.text("#many-note"), "the refusal is told")
+        page.wait(lambda: "exceeds the queue limits" in page.text("#many-note"), "the refusal is shown")
         assert any("400" in complaint for complaint in page.complaints())
