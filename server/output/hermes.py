@@ -10,31 +10,24 @@ from typing import Literal
 
 import orjson
 
+from server.output.call_parser import MAX_SPACE, NO_ARGUMENTS, SPACE, CallParser
 from server.output.json_extent import SIGNS_OR_TAG, JsonExtent
 from server.output.tool_calls import (
     NAME,
-    CallArguments,
-    CallEnded,
-    CallStarted,
     Content,
     ToolEvent,
     ToolParser,
     Turn,
-    joined,
     new_call_id,
     quotable,
 )
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-NO_ARGUMENTS = "{}"
-MAX_HELD = 2**16  # characters of a possible call that are held back; beyond that it is content
-MAX_SPACE = 256  # white space held back because a call may follow
-SPACE = re.compile(r"[ \t\r\n]*")
 CLOSERS = re.compile(r"[ \t\r\n}\]]*")
 SCALAR = re.compile(r"[-+.\w]*", re.ASCII)
 
 
-class QwenParser:
+class QwenParser(CallParser):
     """Finds Qwen's calls, `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, in an answer.
 
     A call is announced once its name and the opening brace of its arguments have arrived in valid JSON; from then on
@@ -55,13 +48,11 @@ class QwenParser:
     """
 
     def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
-        self._new_id = new_id
-        self._call = -1  # index of the latest call
-        self._out: list[ToolEvent] = []
+        super().__init__(new_id)
         self._carry = ""  # a partial tag at the end of the text so far
         self._space = ""
         self._after_call = False  # only white space since the last call
-        self._state: Callable[[str, int], int] = self._in_content
+        self._state = self._in_content
         self._reset()
 
     def _reset(self) -> None:
@@ -75,10 +66,8 @@ class QwenParser:
 
     def push(self, text: str) -> tuple[ToolEvent, ...]:
         """The events completed by this piece of text."""
-        text, self._carry, at = self._carry + text, "", 0
-        while at < len(text):
-            at = self._state(text, at)
-        return self._events()
+        text, self._carry = self._carry + text, ""
+        return super().push(text)
 
     def flush(self) -> tuple[ToolEvent, ...]:
         """The events for held-back text at the end of the answer."""
@@ -92,12 +81,6 @@ class QwenParser:
             self._out.append(Content(self._space))
         self._space = ""
         return self._events()
-
-    def _events(self) -> tuple[ToolEvent, ...]:
-        out, self._out = self._out, []
-        return joined(out)
-
-    # Each state takes the text and a position, and returns the position up to which it has consumed the text.
 
     def _in_content(self, text: str, at: int) -> int:
         start = text.find(OPEN, at)
@@ -224,20 +207,6 @@ class QwenParser:
         self._held.write(",")
         return to + 1
 
-    def _limit(self, text: str, at: int) -> int:
-        return min(len(text), at + MAX_HELD - self._held.tell())
-
-    def _hold(self, pattern: re.Pattern[str], text: str, at: int) -> tuple[int, int]:
-        """Hold back what matches. Returns where the match ends and the furthest it was allowed to go."""
-        end = self._limit(text, at)
-        to = pattern.match(text, at, end).end()  # type: ignore[union-attr]  # always matches, if only the empty string
-        self._held.write(text[at:to])
-        return to, end
-
-    def _more(self, text: str, at: int) -> int:
-        """The match stopped: at the end of the text more may follow, elsewhere it is malformed or too long."""
-        return at if at == len(text) else self._not_a_call(at)
-
     def _not_a_call(self, at: int) -> int:
         held = self._held.getvalue()
         self._reset()
@@ -248,8 +217,7 @@ class QwenParser:
     def _announce(self, name: str) -> None:
         self._reset()
         self._announced, self._after_call, self._space = True, True, ""
-        self._call += 1
-        self._out.append(CallStarted(self._call, self._new_id(), name))
+        self._started(name)
         self._state = self._in_arguments
 
     def _call_whole(self, name: str, arguments: str) -> None:
@@ -257,12 +225,8 @@ class QwenParser:
         self._argue(arguments)
         self._end()
 
-    def _argue(self, text: str) -> None:
-        if text:
-            self._out.append(CallArguments(self._call, text))
-
     def _end(self) -> None:
-        self._out.append(CallEnded(self._call))
+        self._ended()
         self._state = self._after_arguments
 
     def _say(self, text: str) -> None:

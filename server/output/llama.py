@@ -11,17 +11,14 @@ from typing import Literal
 
 import orjson
 
+from server.output.call_parser import MAX_HELD, MAX_SPACE, NO_ARGUMENTS, SPACE, CallParser
 from server.output.json_extent import JsonExtent
 from server.output.tool_calls import (
     NAME,
-    CallArguments,
-    CallEnded,
-    CallStarted,
     Content,
     ToolEvent,
     ToolParser,
     Turn,
-    joined,
     new_call_id,
     quotable,
 )
@@ -29,17 +26,13 @@ from server.output.tool_calls import (
 TAG = "<|python_tag|>"
 """May precede a call. Tokenizers that flag it as special leave it out of the text."""
 
-NO_ARGUMENTS = "{}"
 KEYS = {'"name"': "name", '"parameters"': "arguments", '"arguments"': "arguments", '"type"': "type"}
 EMPTY = ("null", '""')
-MAX_HELD = 2**16  # characters of a possible call that are held back; beyond that it is content
-MAX_SPACE = 256  # white space held back because a call may follow
 MAX_NAME = 2 + 12 * 128  # characters of JSON for a name; an escaped surrogate pair takes twelve
-SPACE = re.compile(r"[ \t\r\n]*")
 CONTROL = re.compile(r"[\x00-\x1f]")  # must be escaped in JSON strings
 
 
-class LlamaParser:
+class LlamaParser(CallParser):
     """Finds Llama's calls, `{"name": ..., "parameters": {...}}`, separated by semicolons or white space, in an answer.
 
     Nothing marks them, so they are only looked for at the start of the answer and after another call, and an object is
@@ -60,22 +53,12 @@ class LlamaParser:
     """
 
     def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
-        self._new_id = new_id
-        self._call = -1  # index of the latest call
-        self._out: list[ToolEvent] = []
-        self._held = StringIO()
+        super().__init__(new_id)
         self._max_held = MAX_SPACE
         self._separators = ""  # seen since the last call
         self._literals: tuple[str, ...] = ()
-        self._tagged = self._announced = False
-        self._state: Callable[[str, int], int] = self._before_call
-
-    def push(self, text: str) -> tuple[ToolEvent, ...]:
-        """The events completed by this piece of text."""
-        at = 0
-        while at < len(text):
-            at = self._state(text, at)
-        return self._events()
+        self._tagged = False
+        self._state = self._before_call
 
     def flush(self) -> tuple[ToolEvent, ...]:
         """The events for held-back text at the end of the answer."""
@@ -84,18 +67,12 @@ class LlamaParser:
             self._not_a_call(0)
         return self._events()
 
-    def _events(self) -> tuple[ToolEvent, ...]:
-        out, self._out = self._out, []
-        return joined(out)
-
-    # Each state takes the text and a position, and returns the position up to which it has consumed the text.
-
     def _in_content(self, text: str, at: int) -> int:
         self._out.append(Content(text[at:]))
         return len(text)
 
     def _before_call(self, text: str, at: int) -> int:
-        to, end = self._hold_space(text, at)
+        to, end = self._hold(SPACE, text, at)
         if to == end:
             return self._more(text, to)
         char = text[to]
@@ -124,7 +101,7 @@ class LlamaParser:
 
     def _in_frame(self, text: str, at: int) -> int:
         """Between keys and values of the call's outer object."""
-        to, end = self._hold_space(text, at)
+        to, end = self._hold(SPACE, text, at)
         if to == end:
             return self._more(text, to)
         char = text[to]
@@ -238,20 +215,6 @@ class LlamaParser:
         self._state = self._before_call
         return at
 
-    def _limit(self, text: str, at: int) -> int:
-        return max(at, min(len(text), at + self._max_held - self._held.tell()))
-
-    def _hold_space(self, text: str, at: int) -> tuple[int, int]:
-        """Hold back white space. Returns where it ends and the furthest it was allowed to go."""
-        end = self._limit(text, at)
-        to = SPACE.match(text, at, end).end()  # type: ignore[union-attr]  # always matches, if only the empty string
-        self._held.write(text[at:to])
-        return to, end
-
-    def _more(self, text: str, at: int) -> int:
-        """The match stopped: at the end of the text more may follow, elsewhere it is malformed or too long."""
-        return at if at == len(text) else self._not_a_call(at)
-
     def _not_a_call(self, at: int) -> int:
         if held := self._held.getvalue():
             self._out.append(Content(held))
@@ -268,14 +231,10 @@ class LlamaParser:
         self._forget()
         self._announced = True
         self._extent = JsonExtent()
-        self._call += 1
-        self._out.append(CallStarted(self._call, self._new_id(), name))
-
-    def _argue(self, text: str) -> None:
-        self._out.append(CallArguments(self._call, text))
+        self._started(name)
 
     def _end(self) -> None:
-        self._out.append(CallEnded(self._call))
+        self._ended()
         self._next, self._state = ",", self._in_frame
 
 

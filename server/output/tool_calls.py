@@ -3,8 +3,8 @@
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import count, groupby
+from dataclasses import dataclass
+from itertools import count
 from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
 
 from server.fields import Schema
@@ -144,18 +144,6 @@ def new_call_id() -> str:
 def quotable(name: str) -> bool:
     """Whether a name needs no escaping in a JSON string and cannot be part of one of a model's special tokens."""
     return not UNQUOTABLE.search(name)
-
-
-def joined(events: Sequence[ToolEvent]) -> tuple[ToolEvent, ...]:
-    """The events with adjacent text merged. Adjacent fragments always belong to the same call."""
-    return tuple(_as_one(list(group)) for _, group in groupby(events, type))
-
-
-def _as_one(events: list[ToolEvent]) -> ToolEvent:
-    first = events[0]
-    if len(events) == 1 or not isinstance(first, Content | CallArguments):
-        return first
-    return replace(first, text="".join(event.text for event in events if isinstance(event, type(first))))
 
 
 MAX_STEM = 48  # characters kept of a name that has to be replaced

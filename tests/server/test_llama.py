@@ -14,8 +14,9 @@ from batching.padded import PaddedEngine
 from server.model.text import Text
 from server.openai.chat import encode
 from server.openai.requests import ChatRequest
+from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.hermes import QwenFormat
-from server.output.llama import MAX_HELD, MAX_SPACE, TAG, LlamaFormat, LlamaParser
+from server.output.llama import TAG, LlamaFormat, LlamaParser
 from server.output.model_format import QWEN, format_of
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ShownCall, Turn
 from tests.live import QUESTION, Live, live

@@ -18,8 +18,9 @@ from server.http.errors import RETRIED
 from server.model.text import Text
 from server.openai.requests import explain
 from server.openai.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
+from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
-from server.output.hermes import MAX_HELD, MAX_SPACE, QwenFormat, QwenParser
+from server.output.hermes import QwenFormat, QwenParser
 from server.output.model_format import FORMATS
 from server.output.tool_calls import (
     NAME,
