@@ -37,8 +37,8 @@ from batching.stream import Row
 from batching.types import ModelInfo
 from benchmarks.words import LANGUAGES
 from server import sse
-from server.__main__ import search_seldom, spare_what_is_loaded
 from server.app import create_app
+from server.garbage import search_seldom, spare_what_is_loaded
 from server.http.connection import Connections
 from server.model.defaults import Defaults
 from server.model.loader import Loading

@@ -1,7 +1,6 @@
 """`python -m server`: settings -> service -> app -> uvicorn, and signal handling."""
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -18,6 +17,7 @@ from rich.console import Console
 from batching.events import Observer
 from batching.progress import Progress
 from server.app import create_app
+from server.garbage import search_seldom, spare_imports, spare_what_is_loaded
 from server.http.connection import Connections, listener
 from server.model.loader import ModelLoader
 from server.model.served_model import ServedModel
@@ -30,28 +30,6 @@ from server.watchdog import Watchdog, end_process, end_unless_called_again
 
 if TYPE_CHECKING:
     from server.observe.tracing import Tracing
-
-
-YOUNG = 10_000
-"""New objects between garbage collections. A step of many rows creates thousands of short-lived ones: with CPython's
-700, collections took a quarter of the time with 2,000 streams, and an eighth of the startup time."""
-
-
-def search_seldom() -> None:
-    """Raise the threshold for good, before the model is loaded: imports create many objects but hardly any garbage."""
-    gc.set_threshold(YOUNG)
-
-
-def spare_imports() -> None:
-    """Exclude the imported modules from the full collections during model loading."""
-    gc.freeze()
-
-
-def spare_what_is_loaded() -> None:
-    """Exclude everything that exists by now from collections: modules, the model, the tokenizer."""
-    gc.collect()
-    gc.freeze()
-
 
 logger = logging.getLogger("microbatch")
 

@@ -43,7 +43,7 @@ class Loader(Protocol):
 
 
 class Service:
-    """One served model. `start` returns when it is ready; until then, and after its end, `check_ready` refuses.
+    """One served model, once `run` has loaded it; before that, and from its end on, `ready_model` refuses.
 
     `stopped` is set once the process should end, and `exit_code` then says how.
     """

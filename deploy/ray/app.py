@@ -17,8 +17,8 @@ from starlette.applications import Starlette
 from batching.events import State
 from batching.progress import Progress
 from deploy.ray.metrics import told
-from server.__main__ import spare_what_is_loaded
 from server.app import create_app
+from server.garbage import spare_what_is_loaded
 from server.model.loader import ModelLoader
 from server.model.served_model import ServedModel
 from server.observe.log import configure, log_event

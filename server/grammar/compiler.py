@@ -38,59 +38,9 @@ from server.output.tool_calls import ToolFormat
 from server.threads import FairSlots, Full
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
-
-
-class TokenGrammar:
-    """`batching.types.Grammar` over llguidance, for the rows of one request.
-
-    All copies of a matcher share a lexer and its resource limit. Once that is exhausted, all their masks are silently
-    wrong, so no two requests may share a grammar.
-    """
-
-    def __init__(self, source: str, tokens: LLTokenizer) -> None:
-        """Compiles the source, which takes milliseconds. Raises ValueError if it does not compile."""
-        self._matcher = matcher_of(source, tokens)  # stays in its initial state
-        self._tokens = tokens
-        if self._matcher.is_error():
-            raise ValueError(_first_line(self._matcher.get_error()))
-
-    def matcher(self) -> TokenMatcher:
-        return TokenMatcher(self._matcher.deep_copy(), self._tokens)
-
-
-class TokenMatcher:
-    """`batching.types.Matcher` over llguidance."""
-
-    def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
-        self._matcher = matcher
-        self._vocab_size = tokens.vocab_size
-        self._words = -(-tokens.vocab_size // 32)
-        self._eos = tokens.eos_tokens
-
-    def fill(self, allowed: NDArray[np.int32]) -> bool:
-        """Never allows tokens that only the tokenizer or only the model has."""
-        fits = len(allowed) >= self._words
-        mask = allowed[: self._words] if fits else np.zeros(self._words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
-            raise ValueError(_first_line(self._matcher.get_error()))
-        for token in self._eos:  # the library's signal that the text may end; the caller has its own
-            mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
-        if not fits:
-            allowed[:] = mask[: len(allowed)]
-        return self._matcher.is_accepting()
-
-    def advance(self, token: int) -> None:
-        if token >= self._vocab_size or not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} is not allowed here")
-
-
-def _first_line(error: str) -> str:
-    return (error.splitlines() or ["unknown"])[0][:200]
+    from transformers import PreTrainedTokenizerFast
 
 
 logger = logging.getLogger(__name__)
@@ -345,3 +295,52 @@ def _refused(sentence: str, param: str) -> ApiError:
 def _busy() -> ApiError:
     message = "Other schemas are being compiled; try again in a few seconds."
     return ApiError(503, message, "server_error", "compiler_busy", headers={"retry-after": "5"})
+
+
+class TokenGrammar:
+    """`batching.types.Grammar` over llguidance, for the rows of one request.
+
+    All copies of a matcher share a lexer and its resource limit. Once that is exhausted, all their masks are silently
+    wrong, so no two requests may share a grammar.
+    """
+
+    def __init__(self, source: str, tokens: LLTokenizer) -> None:
+        """Compiles the source, which takes milliseconds. Raises ValueError if it does not compile."""
+        self._matcher = matcher_of(source, tokens)  # stays in its initial state
+        self._tokens = tokens
+        if self._matcher.is_error():
+            raise ValueError(_first_line(self._matcher.get_error()))
+
+    def matcher(self) -> TokenMatcher:
+        return TokenMatcher(self._matcher.deep_copy(), self._tokens)
+
+
+class TokenMatcher:
+    """`batching.types.Matcher` over llguidance."""
+
+    def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
+        self._matcher = matcher
+        self._vocab_size = tokens.vocab_size
+        self._words = -(-tokens.vocab_size // 32)
+        self._eos = tokens.eos_tokens
+
+    def fill(self, allowed: NDArray[np.int32]) -> bool:
+        """Never allows tokens that only the tokenizer or only the model has."""
+        fits = len(allowed) >= self._words
+        mask = allowed[: self._words] if fits else np.zeros(self._words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise ValueError(_first_line(self._matcher.get_error()))
+        for token in self._eos:  # the library's signal that the text may end; the caller has its own
+            mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
+        if not fits:
+            allowed[:] = mask[: len(allowed)]
+        return self._matcher.is_accepting()
+
+    def advance(self, token: int) -> None:
+        if token >= self._vocab_size or not self._matcher.consume_token(token):
+            raise ValueError(f"token {token} is not allowed here")
+
+
+def _first_line(error: str) -> str:
+    return (error.splitlines() or ["unknown"])[0][:200]

@@ -1,5 +1,6 @@
 """Loads the configured model. torch and transformers are imported only when they are needed."""
 
+import gc
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -52,8 +54,6 @@ def counted(items: Iterable[T], tell: Callable[[Loading], None], step: str, tota
         tell(Loading(step, done, total))
         yield item
 
-
-logger = logging.getLogger(__name__)
 
 LIBRARY_SETTINGS = {
     # The cache of a padded batch grows at every step, and the fragmentation would add up to an out-of-memory error.
@@ -130,24 +130,17 @@ class ModelLoader:
 
     def engine(self) -> Engine:
         self._import()
-        from batching.rehearsal import disagreement, own_answers
-
         follow_bars(self._tell)
         model = self._load()
-        if self._packs(model):
-            engine, reason = self._rehearsed(model)
-            if engine is not None:
-                self._progress.follow(model)
-                return engine
-            self._refuse_packed(reason)
-            del model  # it was taken apart, and there may be no room for two
+        packs = self._packs(model)
+        engine = self._try_packed(model) if packs else None
+        if packs and engine is None:
+            del model  # the packed engine took it apart
+            gc.collect()  # there may be no room for two
             model = self._load()
-        own = own_answers(model)
-        padded = self._padded(model)
-        if difference := disagreement(padded, model, own):
-            raise ModelError(f"this model cannot be served: in a padded batch {difference}")
+        engine = engine or self._try_padded(model)
         self._progress.follow(model)
-        return padded
+        return engine
 
     def _load(self) -> "PreTrainedModel":
         from batching.model import load
@@ -164,8 +157,8 @@ class ModelLoader:
         self.loading = Loading("Preparing the engine")
         return model
 
-    def _rehearsed(self, model: "PreTrainedModel") -> tuple[Engine | None, str]:
-        """The packed engine if it gives the model's own answers, or else why not. Raises `ModelError`."""
+    def _try_packed(self, model: "PreTrainedModel") -> Engine | None:
+        """The packed engine if it gives the model's own answers. Raises `ModelError` if it is required but does not."""
         from batching.rehearsal import disagreement, own_answers
 
         own = own_answers(model)
@@ -176,8 +169,21 @@ class ModelLoader:
             raise
         except BaseException as error:
             logger.debug("the packed engine failed", exc_info=True)
-            return None, f"it fails with {type(error).__name__}"
-        return (None, reason) if reason else (engine, "")
+            reason = f"it fails with {type(error).__name__}"
+        if reason is None:
+            return engine
+        self._refuse_packed(reason)
+        return None
+
+    def _try_padded(self, model: "PreTrainedModel") -> Engine:
+        """Raises `ModelError` unless padding leaves the model's answers as they are."""
+        from batching.rehearsal import disagreement, own_answers
+
+        own = own_answers(model)
+        engine = self._padded(model)
+        if reason := disagreement(engine, model, own):
+            raise ModelError(f"this model cannot be served: in a padded batch {reason}")
+        return engine
 
     def _refuse_packed(self, reason: str) -> None:
         """Raises `ModelError` if the packed engine was asked for."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from batching.stream import Stream
-from batching.types import Delta, Forced
+from batching.types import Delta, Forced, Grammar
 from server import replies
 from server.callers import Caller
 from server.grammar.source import Part
@@ -15,18 +15,16 @@ from server.http.errors import bad_request
 from server.model.served_model import ServedModel
 from server.model.text import TemplateError, Text
 from server.openai.choices import ChoicesAnswer
-from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
+from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Prompt
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import Message
-from server.openai.requests import ChatRequest, ResponseFormat, sampling
+from server.openai.requests import ChatRequest, ResponseFormat
+from server.openai.sampling import sampling
 from server.openai.tools import Tool
 from server.output.answer import AnswerReader, StopScanner
 from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.output.reasoning import ThoughtState
 from server.output.tool_calls import ToolNames
-
-if TYPE_CHECKING:
-    from batching.types import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +37,37 @@ class Conversation:
     names: ToolNames
 
 
-class ChatCompletions(GeneratingEndpoint[ChatRequest, Conversation]):
+class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
+    """A kind of request that the model reads as a chat."""
+
+    @abstractmethod
+    def as_chat(self, body: Generated) -> ChatRequest:
+        """The request as a chat completion. Runs on a helper thread. Raises `ApiError` 400."""
+
+    def encode(self, model: ServedModel, body: Generated) -> Conversation:
+        return encode(model.text, self.as_chat(body), model.settings.thinking)
+
+    async def prompts(
+        self, model: ServedModel, body: Generated, encoded: Conversation, caller: Caller
+    ) -> Sequence[Prompt]:
+        """One for each choice. Raises `ApiError` 400, or 503 if too many grammars are being compiled."""
+        chat, tokens = encoded.chat, encoded.tokens
+        grammar = await grammar_of(model, chat, encoded.names, encoded.thought, caller.name or caller.request_id)
+        room = model.room(len(tokens), "messages")
+        forced = end_of_thought(model.text, chat, encoded.thought)
+        return [
+            Prompt(tokens, sampling(model, chat, room, choice=choice, forced=forced), grammar, chat.priority or 0)
+            for choice in range(chat.n or 1)
+        ]
+
+
+class ChatCompletions(ChatEndpoint[ChatRequest]):
     """`POST /v1/chat/completions`."""
 
     kind = ChatRequest
 
-    def encode(self, model: ServedModel, body: ChatRequest) -> Conversation:
-        return encode(model.text, body, model.settings.thinking)
-
-    async def prompts(
-        self, model: ServedModel, body: ChatRequest, encoded: Conversation, caller: Caller
-    ) -> Sequence[Prompt]:
-        return await prompts(model, encoded, caller)
+    def as_chat(self, body: ChatRequest) -> ChatRequest:
+        return body
 
     def answer(
         self, model: ServedModel, name: str, body: ChatRequest, encoded: Conversation, streams: Sequence[Stream]
@@ -68,18 +85,6 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     names = names_in(text, chat.messages, offered)
     rendered = render(text, chat.messages, offered, names, thinks)
     return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names)
-
-
-async def prompts(model: ServedModel, read: Conversation, caller: Caller) -> list[Prompt]:
-    """One for each choice. Raises `ApiError` 400, or 503 if too many grammars are being compiled."""
-    chat = read.chat
-    grammar = await grammar_of(model, chat, read.names, read.thought, caller.name or caller.request_id)
-    room = model.room(len(read.tokens), "messages")
-    forced = end_of_thought(model.text, chat, read.thought)
-    return [
-        Prompt(read.tokens, sampling(model, chat, room, choice=choice, forced=forced), grammar, chat.priority or 0)
-        for choice in range(chat.n or 1)
-    ]
 
 
 def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
@@ -267,6 +272,9 @@ class ChatChoice:
         return "function_call" if self._legacy and finish == "tool_calls" else finish
 
 
+ANY_OBJECT = Part({"type": "object"}, strict=True, param="response_format")
+
+
 async def grammar_of(
     model: ServedModel, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
 ) -> Grammar | None:
@@ -298,6 +306,3 @@ def form_of(wanted: ResponseFormat | None) -> Part | None:
     if wanted.schema_ is not None:
         return Part(wanted.schema_, strict=False, param="response_format")
     return ANY_OBJECT
-
-
-ANY_OBJECT = Part({"type": "object"}, strict=True, param="response_format")

@@ -13,9 +13,9 @@ from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.openai.logprobs import CompletionLogprobs, EncodedLists, completion_logprobs, prompt_logprobs
-from server.openai.requests import MAX_CHOICES, CompletionRequest, sampling
+from server.openai.requests import MAX_CHOICES, CompletionRequest
+from server.openai.sampling import sampling
 from server.output.answer import AnswerReader, StopScanner
-from server.replies import TextLogprobs
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Echo:
         self._top = top
         self._echoed = 0  # number of tokens
 
-    def push(self, entries: Sequence[PromptLogprob | None]) -> tuple[str, TextLogprobs | None]:
+    def push(self, entries: Sequence[PromptLogprob | None]) -> tuple[str, replies.TextLogprobs | None]:
         """The text and `logprobs` of the prompt's next tokens, whose log probabilities these are."""
         begin, self._echoed = self._echoed, self._echoed + len(entries)
         if self._top is None:

@@ -25,7 +25,8 @@ from server.fields import RequestBody
 from server.http.errors import ApiError, bad_request, from_batching
 from server.http.request import check_content_type, read_body, until_disconnect
 from server.model.served_model import ServedModel, served_name
-from server.openai.requests import Generation, parse
+from server.openai.parsing import parse
+from server.openai.requests import Generation
 from server.service import Service
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,7 @@ ignored and named in a response header, and a known field that cannot be honoure
 """
 
 import re
-import secrets
-from collections.abc import Iterable
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -17,15 +15,10 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import from_json
 
-from batching.types import Forced, Sampling
 from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, Schema, TokenId, Tokens
-from server.http.errors import ApiError, bad_request
-from server.model.served_model import ServedModel
 from server.openai.messages import Messages
 from server.openai.tools import ToolUse
-from server.settings import WHOLE_ANSWER, Settings
 
 MAX_STOPS = 16  # OpenAI allows 4
 MAX_CHOICES = 16
@@ -383,148 +376,3 @@ class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""
 
     tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
-
-
-Checked = TypeVar("Checked", bound=RequestBody)
-
-
-def parse(kind: type[Checked], body: bytes, *, refuse_unknown: bool = False) -> Checked:
-    """Parse a JSON body as a request of type `kind`.
-
-    Raises `ApiError` 400 for the first field at fault: one with a wrong value, one that would change the answer and is
-    not supported, or with `refuse_unknown` an unknown one.
-    """
-    fields = _decode(body)
-    for name in sorted(kind.unsupported):
-        if fields.get(name):
-            raise unsupported(name)
-    ignored = tuple(key for key, value in fields.items() if key not in kind.model_fields and value is not None)
-    if ignored and refuse_unknown:
-        raise unsupported(ignored[0])
-    try:
-        request = kind.model_validate(fields)
-    except ValidationError as error:
-        raise explain(error) from None
-    request.note(len(body), ignored)
-    if request.ignored and refuse_unknown:
-        raise unsupported(request.ignored[0])
-    return request
-
-
-MAX_PARTS, MAX_ITEMS = 100_000, 1_000_000
-"""Objects, lists and members of a body, and its values. Parsing more would hold the GIL for a tenth of a second."""
-
-MAX_STRINGS = 250_000
-"""Strings that are told apart from what is around them; after that many, the rest of a body counts as structure."""
-
-
-def _decode(body: bytes) -> dict[str, object]:
-    if _has_too_many_parts(body):
-        raise bad_request(
-            f"The body has more than {MAX_PARTS:,} objects, lists and members, or {MAX_ITEMS:,} values.",
-            code="too_large",
-        )
-    try:
-        fields = from_json(body, allow_inf_nan=False, cache_strings="keys")
-    except ValueError as error:
-        raise bad_request(
-            f"The body is not valid JSON: {str(error).split(' at line')[0]}.", code="invalid_json"
-        ) from None
-    if not isinstance(fields, dict):
-        raise bad_request("The body must be a JSON object.")
-    return fields
-
-
-def _has_too_many_parts(body: bytes) -> bool:
-    return len(body) > MAX_PARTS and _exceeds(body) and _exceeds(structure(body))
-
-
-def _exceeds(text: bytes) -> bool:
-    """Counts objects, lists and members by their brackets and colons, values by their commas."""
-    return sum(map(text.count, b"{[:")) > MAX_PARTS or text.count(b",") > MAX_ITEMS
-
-
-def structure(body: bytes) -> bytes:
-    """JSON without its strings, in which code and tables have brackets, colons and commas of their own.
-
-    In a few calls that each take milliseconds. What is not JSON is parsed up to its fault, and up to there this holds.
-    """
-    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    return b"".join(unescaped.split(b'"', 2 * MAX_STRINGS)[::2])
-
-
-def unsupported(name: str) -> ApiError:
-    """Repeats the field's name only if it is safe to print in a log or a terminal."""
-    shown = name if re.fullmatch(r"[\w.]{1,80}", name, re.ASCII) else None
-    field = f"The field {shown}" if shown else "A field of the request"
-    return bad_request(f"{field} is not supported.", shown, "unsupported_field")
-
-
-def explain(error: ValidationError) -> ApiError:
-    """One sentence about the first error. Never repeats a value from the request."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
-    param = ".".join(map(str, first["loc"]))
-    if not param:
-        return bad_request(f"{message[:1].upper()}{message[1:]}.")
-    return bad_request(f"{param}: {message[:1].lower()}{message[1:]}.", param)
-
-
-Value = TypeVar("Value", int, float)
-
-
-def sampling(
-    model: ServedModel, body: Generation, room: int, *, choice: int = 0, forced: Forced | None = None
-) -> Sampling:
-    """Sampling parameters of one choice, with `room` tokens left; unset fields take the service's defaults.
-
-    A length that does not fit is reduced. Choice i of a seeded request uses seed + i, so that each can be reproduced
-    alone. Raises `ApiError` 400 for a token id outside the model's vocabulary.
-    """
-    wanted = length(model.settings, body, room)
-    vocab_size = model.info.vocab_size
-    _check_ids(body.logit_bias or (), vocab_size, "logit_bias")
-    _check_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
-    defaults = model.defaults
-    temperature, top_p = _or(body.temperature, defaults.temperature), _or(body.top_p, defaults.top_p)
-    greedy = body.greedy or temperature < GREEDY_BELOW or top_p == 0
-    ends = frozenset() if body.ignore_eos else model.stop_token_ids
-    return Sampling(
-        max_tokens=wanted,
-        seed=secrets.randbits(63) if body.seed is None else _wrapped(body.seed + choice),
-        temperature=0.0 if greedy else temperature,
-        top_p=top_p,
-        top_k=max(_or(body.top_k, defaults.top_k), 0),
-        min_p=_or(body.min_p, defaults.min_p),
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
-        stop_token_ids=ends | frozenset(body.stop_token_ids or ()),
-        min_tokens=min(body.min_tokens or 0, wanted),
-        logit_bias=tuple((body.logit_bias or {}).items()),
-        top_logprobs=body.wanted_logprobs,
-        prompt_logprobs=body.prompt_logprobs_with(choice),
-        forced=forced,
-    )
-
-
-def length(settings: Settings, body: Generation, room: int) -> int:
-    """The maximum length of an answer with `room` tokens left."""
-    default = settings.default_max_tokens or room
-    if body.useless_if_cut:
-        default = max(default, WHOLE_ANSWER)
-    return min(_or(body.wanted_tokens, default), settings.max_output_tokens, room)
-
-
-def _or(value: Value | None, default: Value) -> Value:
-    return default if value is None else value
-
-
-def _wrapped(seed: int) -> int:
-    """The signed 64-bit number with the same low bits."""
-    return (seed + 2**63) % 2**64 - 2**63
-
-
-def _check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
-    if any(token >= vocab_size for token in ids):
-        raise bad_request("A token id is beyond the model's vocabulary.", param)

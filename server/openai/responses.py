@@ -10,20 +10,21 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from batching.stream import Stream
-from server import replies
 from server.callers import Caller
 from server.http.errors import ApiError
 from server.model.defaults import Defaults
 from server.model.served_model import ServedModel
-from server.openai.chat import Conversation, EventReader, encode, prompts
-from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
+from server.openai import responses_replies as replies
+from server.openai.chat import ChatEndpoint, Conversation, EventReader
+from server.openai.endpoint import Answer
+from server.openai.requests import ChatRequest
 from server.openai.responses_output import ResponseAnswer
 from server.openai.responses_request import ResponseRequest, TextConfig, as_chat, renamed
 from server.openai.tools import AllowedChoice, NamedChoice
 from server.service import Service
 
 
-class Responses(GeneratingEndpoint[ResponseRequest, Conversation]):
+class Responses(ChatEndpoint[ResponseRequest]):
     """`POST /v1/responses`."""
 
     kind = ResponseRequest
@@ -34,13 +35,8 @@ class Responses(GeneratingEndpoint[ResponseRequest, Conversation]):
         except ApiError as error:
             raise renamed(error) from None
 
-    def encode(self, model: ServedModel, body: ResponseRequest) -> Conversation:
-        return encode(model.text, as_chat(body), model.settings.thinking)
-
-    async def prompts(
-        self, model: ServedModel, body: ResponseRequest, encoded: Conversation, caller: Caller
-    ) -> Sequence[Prompt]:
-        return await prompts(model, encoded, caller)
+    def as_chat(self, body: ResponseRequest) -> ChatRequest:
+        return as_chat(body)
 
     def answer(
         self, model: ServedModel, name: str, body: ResponseRequest, encoded: Conversation, streams: Sequence[Stream]

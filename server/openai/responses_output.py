@@ -12,13 +12,15 @@ import orjson
 
 from batching.stream import Stream
 from batching.types import Delta
-from server import replies, sse
+from server import sse
 from server.http.errors import ApiError
+from server.openai import responses_replies as replies
 from server.openai.chat import EventReader
 from server.openai.choices import usage
 from server.openai.endpoint import Answer, Step
 from server.output.message import Event, Reasoning
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
+from server.replies import FinishReason
 
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 Kind: TypeAlias = Literal[
@@ -229,7 +231,7 @@ class ResponseAnswer(Answer):
         self._reader = reader
         self._head = head
         self._output = Output()
-        self._finish: replies.FinishReason | None = None
+        self._finish: FinishReason | None = None
         self._begun = False
 
     def _changes(self, arrived: Delta) -> Iterator[Change]:

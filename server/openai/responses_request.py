@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag,
 from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.http.errors import ApiError
 from server.openai.messages import MAX_MESSAGES, Content, Message
+from server.openai.parsing import explain
 from server.openai.requests import (
     UNSUPPORTED,
     ChatRequest,
@@ -17,7 +18,6 @@ from server.openai.requests import (
     ResponseFormat,
     TemplateOptions,
     Thinking,
-    explain,
 )
 from server.openai.tools import (
     MAX_TOOLS,

@@ -14,6 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from server import replies
 from server.observe.metrics import CONTENT_TYPE
+from server.openai import responses_replies
 from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.openai.responses_request import ResponseRequest
 from server.sse import MEDIA_TYPE
@@ -123,9 +124,9 @@ OPERATIONS = (
     Operation(
         "/v1/responses",
         "Continue a conversation, in OpenAI's newer format",
-        replies.Response,
+        responses_replies.Response,
         ResponseRequest,
-        replies.ResponseEvent,
+        responses_replies.ResponseEvent,
         EVENTS,
         {
             "Plain": {"input": "Say hello.", "max_output_tokens": 64},

@@ -136,10 +136,19 @@ def test_a_model_that_cannot_be_served_is_refused_in_one_line(kind: str, tmp_pat
         Tried(tmp_path).engine()
 
 
+def test_a_model_whose_answers_padding_changes_is_not_served(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded = ModelLoader._padded
+    monkeypatch.setattr(ModelLoader, "_padded", lambda loader, model: Wrong(padded(loader, model), 0.5))
+    with pytest.raises(ModelError, match="cannot be served: in a padded batch its log probabilities are off by"):
+        Tried(folder("opt")).engine()
+
+
 class Wrong:
     """An engine whose log probabilities are off by some."""
 
-    def __init__(self, engine: PackedEngine, error: float) -> None:
+    def __init__(self, engine: Engine, error: float) -> None:
         self.info = engine.info
         self.memory = engine.memory
         self._engine = engine

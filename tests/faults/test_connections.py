@@ -18,8 +18,9 @@ import server.http.connection
 import server.http.request
 from batching.events import Outcome
 from batching.types import Request
-from server.http.connection import HEAD_BYTES, PIECE_BYTES, Connection, Exchange
+from server.http.connection import HEAD_BYTES, Connection
 from server.http.errors import ApiError
+from server.http.exchange import PIECE_BYTES, Exchange
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted, tokens_of
 
 CROWD = 1000

@@ -20,8 +20,10 @@ from server.http.errors import RETRIED, ApiError, bad_request
 from server.model.text import Text
 from server.openai.chat import form_of
 from server.openai.completions import TextAnswer
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.openai.parsing import parse
+from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.openai.responses_output import framed
+from server.openai.responses_replies import ResponseEvent
 from server.openai.responses_request import ResponseRequest, as_chat
 from server.output.answer import StopScanner
 from server.output.detokenize import Detokenizer, Vocabulary
@@ -30,7 +32,7 @@ from server.output.llama import LlamaParser
 from server.output.message import MessageReader, delta, fold
 from server.output.reasoning import ReasoningSplitter
 from server.output.tool_calls import NAME
-from server.replies import ChatMessage, ResponseEvent, TextChoice, TextChunkChoice
+from server.replies import ChatMessage, TextChoice, TextChunkChoice
 from tests.fuzz.schemas import fuzz_pattern, fuzz_schema
 from tests.live import BYTES, END
 

@@ -20,7 +20,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.live import ROOT, eventually
+from tests.live import ROOT, Live, eventually, live, scripted
+from tests.server.test_app import babble
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -159,3 +160,15 @@ def browser() -> Iterator[Browser]:
             yield Browser(driver)
         finally:
             driver.quit()
+
+
+@contextlib.contextmanager
+def half_said(page: Browser) -> Iterator[Live]:
+    """A server in the middle of the answer to the page's first question: three letters have come, no more do so."""
+    with live(scripted(babble, stepped=True)) as service:
+        page.open(service.url)
+        page.say("Hi")
+        service.wait_running()
+        service.engine.release(3)
+        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+        yield service

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from batching.events import Outcome
 from batching.types import Request
 from tests.live import BYTES, SMALL, live, process, scripted, text_of
-from tests.page.browser import Browser
-from tests.server.test_app import babble, remembering
+from tests.page.browser import Browser, half_said
+from tests.server.test_app import remembering
 
 pytestmark = pytest.mark.browser
 
@@ -131,12 +131,7 @@ def test_an_answer_is_shown_as_it_is_written(page: Browser) -> None:
 
 
 def test_stop_cancels_the_row_and_keeps_what_was_written(page: Browser) -> None:
-    with live(scripted(babble, stepped=True)) as service:
-        page.open(service.url)
-        page.say("Hi")
-        service.wait_running()
-        service.engine.release(3)
-        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+    with half_said(page) as service:
         page.id("stop").click()
         [row] = service.wait_ended()
         assert row.outcome is Outcome.CANCELLED

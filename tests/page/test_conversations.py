@@ -11,8 +11,8 @@ from selenium.webdriver.common.keys import Keys
 
 from batching.types import Request
 from tests.live import BYTES, END, Live, live, scripted, tokens_of
-from tests.page.browser import PHONE, Browser
-from tests.server.test_app import babble, remembering
+from tests.page.browser import PHONE, Browser, half_said
+from tests.server.test_app import remembering
 
 pytestmark = pytest.mark.browser
 
@@ -81,12 +81,7 @@ def test_a_conversation_is_kept_and_gone_on_with(page: Browser) -> None:
 
 
 def test_what_was_written_before_the_page_was_left_is_kept(page: Browser) -> None:
-    with live(scripted(babble, stepped=True)) as service:
-        page.open(service.url)
-        page.say("Hi")
-        service.wait_running()
-        service.engine.release(3)
-        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+    with half_said(page):
         reload(page)
         assert page.texts(".mine, .said") == ["Hi", "xxx"]
         assert "Continue" in page.text(".answer .foot")
@@ -123,12 +118,7 @@ def test_conversations_are_listed_opened_renamed_and_deleted(page: Browser, serv
 
 
 def test_a_deleted_conversation_stays_deleted_though_its_answer_was_on_its_way(page: Browser) -> None:
-    with live(scripted(babble, stepped=True)) as service:
-        page.open(service.url)
-        page.say("Hi")
-        service.wait_running()
-        service.engine.release(3)
-        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+    with half_said(page) as service:
         page.press("Delete", "#kept")
         page.driver.switch_to.alert.accept()
         service.wait_ended()

@@ -13,7 +13,7 @@ from batching.events import State
 from server.model.defaults import Defaults
 from server.version import VERSION
 from tests.live import Live, live, scripted
-from tests.page.browser import DESK, PHONE, Browser
+from tests.page.browser import DESK, PHONE, Browser, half_said
 from tests.server.test_app import babble
 
 pytestmark = pytest.mark.browser
@@ -109,12 +109,7 @@ def test_it_says_that_the_service_stops_and_that_it_is_gone(page: Browser) -> No
 
 
 def test_it_survives_a_restart_of_the_server(page: Browser) -> None:
-    with live(scripted(babble, stepped=True)) as service:
-        page.open(service.url)
-        page.say("Hi")
-        service.wait_running()
-        service.engine.release(3)
-        page.wait(lambda: page.text(".said") == "xxx", "three letters are there")
+    with half_said(page) as service:
         service.drain()
         page.go("live")
         service.wait_state(State.DRAINING)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.__main__ import YOUNG, search_seldom, spare_imports, spare_what_is_loaded
+from server.garbage import YOUNG, search_seldom, spare_imports, spare_what_is_loaded
 
 
 class Cycle:

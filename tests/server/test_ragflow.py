@@ -30,7 +30,8 @@ from batching.errors import (
 from batching.events import Outcome, State
 from batching.types import Request
 from server.http.errors import ApiError, bad_request, from_batching, internal, not_ready
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.openai.parsing import parse
+from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.fakes import Script
 from tests.live import BYTES, Live, frames, live, says, scripted, text_of
 from tests.server.test_app import babble, error_of, fails_at, remembering

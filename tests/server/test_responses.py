@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from batching.events import Outcome
 from batching.types import Request
-from server.openai.requests import ChatRequest, parse
+from server.openai.parsing import parse
+from server.openai.requests import ChatRequest
 from server.openai.responses_request import ResponseRequest, as_chat
 from tests.fakes import Script
 from tests.live import BYTES, Live, eventually, live, says, scripted, tokens_of

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.http.errors import RETRIED, ApiError
-from server.openai.requests import MAX_ITEMS, MAX_PARTS, MAX_STOP_LENGTH, MAX_STOPS, ChatRequest, parse, structure
+from server.openai.parsing import MAX_ITEMS, MAX_PARTS, parse, structure
+from server.openai.requests import MAX_STOP_LENGTH, MAX_STOPS, ChatRequest
 from server.output.tool_calls import Turn
 
 HI = [{"role": "user", "content": "Hi"}]

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from server.grammar.json_schema import MAX_DEPTH, MAX_LENGTH
 from server.http.errors import RETRIED
 from server.model.text import Text
-from server.openai.requests import explain
+from server.openai.parsing import explain
 from server.openai.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary

@@ -1,0 +1,215 @@
+"""What `/v1/responses` answers, whole and as events: types of the dicts that are sent, as in `server/replies.py`."""
+
+from typing import Literal, TypeAlias
+
+from typing_extensions import TypedDict  # pydantic takes that of `typing` only from Python 3.12 on
+
+from server.replies import PromptTokens, Seconds, Sent
+
+
+class OutputText(TypedDict):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[None]
+    """Always empty, like `logprobs`."""
+    logprobs: list[None]
+
+
+class ReasoningText(TypedDict):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class Item(TypedDict):
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputMessage(Item):
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class OutputReasoning(Item):
+    """The model's reasoning."""
+
+    type: Literal["reasoning"]
+    summary: list[None]
+    """Always empty."""
+    content: list[ReasoningText]
+
+
+class OutputCall(Item):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+
+
+OutputItem: TypeAlias = OutputMessage | OutputReasoning | OutputCall
+
+
+class InputDetails(PromptTokens):
+    cache_write_tokens: int
+
+
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class ResponseUsage(TypedDict):
+    """Tokens."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class CutOff(TypedDict):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseError(TypedDict):
+    code: str
+    message: str
+
+
+class Effort(TypedDict):
+    effort: str | None
+    summary: None
+
+
+class FunctionName(TypedDict):
+    type: Literal["function"]
+    name: str
+
+
+class AllowedFunctions(TypedDict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionName]
+
+
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | FunctionName | AllowedFunctions
+
+
+class Response(TypedDict):
+    """From `instructions` on, the fields of the request, with defaults filled in."""
+
+    id: str
+    object: Literal["response"]
+    created_at: Seconds
+    completed_at: Seconds | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: str
+    output: list[OutputItem]
+    usage: ResponseUsage | None
+    incomplete_details: CutOff | None
+    error: ResponseError | None
+    instructions: str | None
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    tools: list[Sent]
+    """Only the functions."""
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
+    text: Sent
+    reasoning: Effort
+    metadata: Sent
+    user: Sent
+    safety_identifier: Sent
+    prompt_cache_key: Sent
+    max_tool_calls: Sent
+    previous_response_id: None
+    top_logprobs: Literal[0]
+    truncation: Literal["disabled"]
+    background: Literal[False]
+    store: Literal[False]
+    service_tier: Literal["default"]
+
+
+class Event(TypedDict):
+    sequence_number: int
+
+
+class ResponseChanged(Event):
+    """A stream starts with two of these and ends with one, whose `response` is what a plain answer would be."""
+
+    type: Literal[
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    ]
+    response: Response
+
+
+class ItemChanged(Event):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    output_index: int
+    item: OutputItem
+
+
+class OfItem(Event):
+    item_id: str
+    output_index: int
+
+
+class ArgumentsDelta(OfItem):
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+class ArgumentsDone(OfItem):
+    type: Literal["response.function_call_arguments.done"]
+    arguments: str
+
+
+class OfPart(OfItem):
+    content_index: int
+
+
+class PartChanged(OfPart):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    part: OutputText | ReasoningText
+
+
+class TextDelta(OfPart):
+    type: Literal["response.output_text.delta"]
+    delta: str
+    logprobs: list[None]
+    """Always empty."""
+
+
+class TextDone(OfPart):
+    type: Literal["response.output_text.done"]
+    text: str
+    logprobs: list[None]
+    """Always empty."""
+
+
+class ReasoningDelta(OfPart):
+    type: Literal["response.reasoning_text.delta"]
+    delta: str
+
+
+class ReasoningDone(OfPart):
+    type: Literal["response.reasoning_text.done"]
+    text: str
+
+
+ResponseEvent: TypeAlias = (
+    ResponseChanged
+    | ItemChanged
+    | PartChanged
+    | TextDelta
+    | TextDone
+    | ReasoningDelta
+    | ReasoningDone
+    | ArgumentsDelta
+    | ArgumentsDone
+)
