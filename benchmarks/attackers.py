@@ -38,13 +38,14 @@ def wire(path: str, body: bytes, *headers: str) -> bytes:
     return request(HERE, "POST", path, body, *headers)
 
 
-def chat(**fields: Any) -> bytes:
-    return wire(CHAT, orjson.dumps({"messages": QUESTION} | fields))
+def body(**fields: Any) -> bytes:
+    """The body of a chat."""
+    return orjson.dumps({"messages": QUESTION} | fields)
 
 
-def with_field(path: str, name: str, value: str) -> bytes:
-    """A request with a field of much JSON."""
-    return wire(path, orjson.dumps({"messages": QUESTION})[:-1] + f', "{name}": {value}}}'.encode())
+def with_field(name: str, value: str) -> bytes:
+    """The body of a chat with one more field, of any JSON."""
+    return body()[:-1] + f', "{name}": {value}}}'.encode()
 
 
 def many(item: str) -> str:
@@ -52,20 +53,25 @@ def many(item: str) -> str:
     return "[" + ",".join([item] * (LARGE // (len(item) + 1))) + "]"
 
 
-def keys(value: str) -> str:
-    """Most of 4 MiB of members."""
-    return "{" + ",".join(f'"{n}":{value}' for n in range(LARGE // 13)) + "}"
+def keys(value: str, size: int = LARGE) -> str:
+    """Members, of most of this many bytes."""
+    return "{" + ",".join(f'"{n}":{value}' for n in range(size // 13)) + "}"
 
 
-def of_schema(schema: Any) -> bytes:
-    return chat(response_format={"type": "json_schema", "json_schema": {"schema": schema, "strict": True}})
+def of_schema(schema: Any, *, strict: bool = True) -> bytes:
+    """The body of a chat whose answer is to be of a schema."""
+    return body(response_format={"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}})
+
+
+def chat(**fields: Any) -> bytes:
+    return wire(CHAT, body(**fields))
 
 
 def endless_schemas() -> Iterable[bytes]:
     """Each another one, so that none is remembered, and none of which is ever compiled."""
     for number in itertools.count():
         patterns = [{"type": "string", "pattern": f"^.*x{number}y{n}.*$"} for n in range(39)]
-        yield of_schema({"allOf": patterns})
+        yield wire(CHAT, of_schema({"allOf": patterns}))
 
 
 # How they send it
@@ -180,21 +186,21 @@ def attacks(half: int) -> dict[str, Attack]:
     long_chat = chat(messages=[{"role": "user", "content": "word " * (LARGE // 5 - 64)}])
     strings = orjson.dumps({"prompt": "a b " * (LARGE // 4 - 64), "return_token_strs": True})
     smuggled = wire(CHAT, LIVE, "Connection: Upgrade", "Upgrade: h2c", "Content-Type: application/json")
-    form = wire(CHAT, orjson.dumps({"messages": QUESTION}), "Content-Type: text/plain", "Origin: http://evil.example")
+    form = wire(CHAT, body(), "Content-Type: text/plain", "Origin: http://evil.example")
     unfinished = HEAD + b"Content-Length: 4000000\r\n\r\n" + b" " * 3_900_000
     lists = [
-        with_field(CHAT, "modalities", many("1")),
-        with_field(CHAT, "tools", many("{}")),
-        with_field("/v1/completions", "prompt", many("-1")),
-        with_field(CHAT, "logit_bias", keys("1")),
-        with_field(CHAT, "unknown", keys("1")),
+        wire(CHAT, with_field("modalities", many("1"))),
+        wire(CHAT, with_field("tools", many("{}"))),
+        wire("/v1/completions", with_field("prompt", many("-1"))),
+        wire(CHAT, with_field("logit_bias", keys("1"))),
+        wire(CHAT, with_field("unknown", keys("1"))),
     ]
     return {
         "trailers without end": endless(CHUNKED + b"0\r\n", b"aN:bb\r\n" * 4096),
         "the smallest chunks without end": endless(CHUNKED, b"1\r\n \r\n" * 4096),
         "schemas that compile endlessly, 4 clients": repeated(endless_schemas(), 4),
         "a pattern of 32,000 brackets, and of a million": repeated(
-            [of_schema({"type": "string", "pattern": "[^" + "[" * size}) for size in (32_000, MIB)], 2
+            [wire(CHAT, of_schema({"type": "string", "pattern": "[^" + "[" * size})) for size in (32_000, MIB)], 2
         ),
         "a million of everything in 4 MiB, 2 clients": repeated(lists, 2),
         "16 answers of halves of characters": repeated([halves(half)], 2),

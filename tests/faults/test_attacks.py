@@ -11,30 +11,13 @@ import orjson
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from benchmarks.attackers import LARGE, MIB, body, keys, many, of_schema, with_field
+from benchmarks.mischief import CHAT
 from server.model.text import Text
-from tests.live import BYTES, QUESTION, Live, live, scripted, tokens_of
+from tests.live import BYTES, Live, live, scripted, tokens_of
 
-CHAT = "/v1/chat/completions"
-MIB = 2**20
 HALF = tokens_of("中")[0]
 """The first byte of a character that never comes to its end."""
-
-
-def body(**fields: Any) -> bytes:
-    return orjson.dumps({"messages": QUESTION} | fields)
-
-
-def with_field(name: str, value: str) -> bytes:
-    """A request with a field of 4 MiB of JSON."""
-    return orjson.dumps({"messages": QUESTION})[:-1] + f', "{name}": {value}}}'.encode()
-
-
-def many(item: str, size: int = 4 * MIB - 1024) -> str:
-    return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
-
-
-def keys(value: str, size: int = 4 * MIB - 1024) -> str:
-    return "{" + ",".join(f'"{n}":{value}' for n in range(size // 13)) + "}"
 
 
 REFUSED: dict[str, tuple[str, bytes]] = {
@@ -49,12 +32,8 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "a million prompts": ("/v1/completions", b'{"prompt": ' + many("[]").encode() + b"}"),
     "a million items": ("/v1/responses", b'{"input": ' + many("{}").encode() + b"}"),
     "a million ids that are none": ("/detokenize", b'{"tokens": ' + many('""').encode() + b"}"),
-    "a text longer than any window": (CHAT, body(messages=[{"role": "user", "content": "a" * (4 * MIB - 1024)}])),
+    "a text longer than any window": (CHAT, body(messages=[{"role": "user", "content": "a" * LARGE}])),
 }
-
-
-def of_schema(schema: Any, strict: bool = True) -> bytes:
-    return body(response_format={"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}})
 
 
 REFUSED |= {
@@ -99,14 +78,14 @@ def test_a_chat_of_four_megabytes_is_answered_whatever_its_text_has_many_of(text
 
 
 def test_very_many_unknown_fields_are_counted_and_not_all_named(service: Live) -> None:
-    few, more = (body()[:-1] + b"," + keys("1", size).encode()[1:] for size in (MIB, 4 * MIB - 1024))
+    few, more = (body()[:-1] + b"," + keys("1", size).encode()[1:] for size in (MIB, LARGE))
     assert service.post(more).status_code == 400
     answer = service.post(few)
     assert answer.status_code == 200
     assert len(answer.headers["x-ignored-fields"]) < 2000
 
 
-@pytest.mark.parametrize("text", ["a" * (4 * MIB - 1024), "中" * 300_000, "<|end|>" * 300_000])
+@pytest.mark.parametrize("text", ["a" * LARGE, "中" * 300_000, "<|end|>" * 300_000])
 def test_a_long_text_is_tokenized_beside_everybody_else(text: str, service: Live) -> None:
     answer = service.post(orjson.dumps({"prompt": text}), "/tokenize")
     assert answer.status_code == 200
