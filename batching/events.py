@@ -116,6 +116,7 @@ class RowEnded:
     """An accepted request reached its outcome. `queue_wait` and `ttft` are None if it never got that far.
 
     `num_cached_tokens` of the prompt came from the prefix cache. The row was preempted `num_preemptions` times.
+    Speculation guessed `num_drafted_tokens` of the answer, of which `num_accepted_tokens` were right.
     """
 
     id: str
@@ -129,6 +130,8 @@ class RowEnded:
     batch_size: int
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     trace: tuple[tuple[str, str], ...] = ()
     client: str = ""
 

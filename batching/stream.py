@@ -28,13 +28,16 @@ class Row:
     counts batches that took a row behind it instead. `num_output_tokens` counts the tokens handed over,
     `num_prompt_logprobs` the prompt's log probabilities, `num_cached_tokens` those of its tokens whose keys and values
     came from the prefix cache, `num_shared_tokens` those of them that other running rows hold too, and
-    `num_preemptions` how often the row gave way to older ones.
+    `num_preemptions` how often the row gave way to older ones. Of `num_drafted_tokens` that speculation guessed,
+    `num_accepted_tokens` were right.
     """
 
     __slots__ = (
         "arrived",
         "cancelled",
+        "num_accepted_tokens",
         "num_cached_tokens",
+        "num_drafted_tokens",
         "num_output_tokens",
         "num_preemptions",
         "num_prompt_logprobs",
@@ -55,6 +58,8 @@ class Row:
         self.num_cached_tokens = 0
         self.num_shared_tokens = 0
         self.num_preemptions = 0
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
         self.rank = 0.0
         self.virtual_finish = 0.0
         self.num_output_tokens = 0
@@ -212,6 +217,8 @@ class Stream:
                 batch_size=self._batch_size,
                 num_cached_tokens=self.row.num_cached_tokens,
                 num_preemptions=self.row.num_preemptions,
+                num_drafted_tokens=self.row.num_drafted_tokens,
+                num_accepted_tokens=self.row.num_accepted_tokens,
                 trace=request.trace,
                 client=request.client,
             ),

@@ -27,6 +27,7 @@ from batching.packed.cpu_runner import CPURunner
 from batching.packed.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
 from batching.packed.runner import Runner
 from batching.packed.scheduler import Scheduler
+from batching.packed.speculation import MAX_DRAFT_TOKENS
 from batching.scoring import logits_bytes
 from batching.stream import Row
 from batching.types import DEFAULT_ROWS
@@ -57,7 +58,8 @@ class PackedEngine:
 
     `num_slots` is the most rows that run at a time (None: by the device), `gpu_memory_utilization` the share of a GPU's
     memory that may be used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode
-    (None: by the device). Raises `ModelError` if there is no room for a KV cache.
+    (None: by the device), `max_draft_tokens` the most that speculation guesses for a row in a step. Raises
+    `ModelError` if there is no room for a KV cache.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class PackedEngine:
         prefill_chunk: int | None = None,
         prefix_caching: bool = True,
         batch_invariant: bool = False,
+        max_draft_tokens: int = MAX_DRAFT_TOKENS,
     ) -> None:
         on_gpu = model.device.type == "cuda"
         num_slots = num_slots or (GPU_ROWS if on_gpu else DEFAULT_ROWS)
@@ -80,6 +83,8 @@ class PackedEngine:
         # KV from another forward pass may differ in the last bit from what this one would compute.
         self._prefix_caching = prefix_caching and not batch_invariant
         self._batch_invariant = batch_invariant
+        # A step with drafts has another shape, in which sums are rounded differently.
+        self._max_draft_tokens = 0 if batch_invariant else max_draft_tokens
         stops = stop_token_ids(model)
         model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[no-untyped-call]
         model.set_attn_implementation(attention.NAME)
@@ -156,7 +161,7 @@ class PackedEngine:
 
     def _make_runner(self, num_slots: int, num_blocks: int) -> Runner:
         if self._model.device.type != "cuda":
-            return CPURunner(self._model, self._kv_cache(num_blocks), num_slots)
+            return CPURunner(self._model, self._kv_cache(num_blocks), num_slots, self._max_draft_tokens)
         from batching.packed.cuda_graphs import decode_sizes, mixed_sizes
 
         runner = self._cuda_runner(num_slots, num_blocks)

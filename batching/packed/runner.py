@@ -1,10 +1,11 @@
 """What the packed scheduler needs from a device: forward passes and sampling."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from batching.engine import NO_LOGPROBS
 from batching.packed.attention import Chunk
 from batching.packed.kv_cache import BlockTable
 from batching.stream import Row
@@ -16,13 +17,14 @@ class RunningSequence:
 
     While it runs, `slot` is its sequence slot, its index in the device's state, and `table` its part of the KV cache;
     while it waits, or after preemption, `table` is None. `order` counts arrivals.
-    `num_output_tokens` counts the output tokens whose sampling has been launched; `tokens` are the prompt and the
-    output tokens that were read back so far. The first `num_prefill_tokens` of them are computed in prefill chunks; the
-    keys and values of `num_computed_tokens` are in the cache.
+    `tokens` are the prompt and the output tokens that were read back so far. The first `num_prefill_tokens` of them are
+    computed in prefill chunks; the keys and values of `num_computed_tokens` are in the cache. `num_unread_outputs` of
+    the sampler are on their way, each of one token, or more if some were drafted: at most `max_unread_tokens` in all.
     """
 
     __slots__ = (
-        "num_computed_tokens", "num_output_tokens", "num_prefill_tokens", "order", "row", "slot", "table", "tokens",
+        "max_unread_tokens", "num_computed_tokens", "num_prefill_tokens", "num_unread_outputs", "order", "row", "slot",
+        "table", "tokens",
     )  # fmt: skip
 
     def __init__(self, row: Row, order: int) -> None:
@@ -31,7 +33,8 @@ class RunningSequence:
         self.slot = -1
         self.table: BlockTable | None = None
         self.num_computed_tokens = 0
-        self.num_output_tokens = 0
+        self.num_unread_outputs = 0
+        self.max_unread_tokens = 0
         self.tokens = list(row.request.prompt)
         self.num_prefill_tokens = len(self.tokens)
 
@@ -50,9 +53,14 @@ class RunningSequence:
         return self.num_prefill_tokens - self.num_computed_tokens
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens, including those still being sampled."""
-        return len(self.row.request.prompt) + self.num_output_tokens
+    def num_output_tokens(self) -> int:
+        """Output tokens, including those still being sampled, of which there may be more if some were drafted."""
+        return len(self.tokens) - len(self.row.request.prompt) + self.num_unread_outputs
+
+    @property
+    def max_tokens(self) -> int:
+        """The most prompt and output tokens that it can have, including those still being sampled."""
+        return min(len(self.tokens) + self.max_unread_tokens, self.row.request.total_tokens)
 
     @property
     def wants_decode(self) -> bool:
@@ -63,7 +71,17 @@ class RunningSequence:
     @property
     def is_read(self) -> bool:
         """Whether every sampled token has been read back."""
-        return self.num_tokens == len(self.tokens)
+        return not self.num_unread_outputs
+
+    def launched(self, max_tokens: int) -> None:
+        """Sampling has been launched, which gives one token, or up to `max_tokens`."""
+        self.num_unread_outputs += 1
+        self.max_unread_tokens += max_tokens
+
+    def read(self, max_tokens: int) -> None:
+        """The tokens of a launched sampling have been read."""
+        self.num_unread_outputs -= 1
+        self.max_unread_tokens -= max_tokens
 
     def start(self, slot: int, table: BlockTable, num_cached_tokens: int) -> None:
         """Start, or restart after preemption with all tokens so far as its prompt."""
@@ -75,19 +93,29 @@ class RunningSequence:
         """The next tokens to be computed, at most `max_tokens`."""
         return Chunk(self.blocks, self.num_computed_tokens, min(self.remaining_prefill, max_tokens))
 
-    def decode_chunk(self) -> Chunk:
-        """The newest token, which is on the device, as the chunk of the next decode step."""
-        return Chunk(self.blocks, self.num_tokens - 1, 1)
+
+class Sampled(NamedTuple):
+    """Tokens that were read: `tokens[i]` is one of `sequences[i]`, each of which stands there once for every token.
+
+    `logprobs` has those of sequences that want them, by the same index.
+    """
+
+    sequences: Sequence[RunningSequence]
+    tokens: Sequence[int]
+    logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
 
 
 class SamplerOutput(Protocol):
-    """Tokens that the device is sampling, one for each of `sequences`."""
+    """Tokens that the device is sampling, for each of `sequences` one, or with drafts up to `max_tokens`."""
 
     @property
     def sequences(self) -> Sequence[RunningSequence]: ...
 
-    def read(self) -> tuple[list[int], Mapping[int, TokenLogprob]]:
-        """Wait for the tokens. Returns them, and the log probabilities of sequences that want them, by index."""
+    @property
+    def max_tokens(self) -> int: ...
+
+    def read(self) -> Sampled:
+        """Wait for the tokens."""
         ...
 
 
@@ -102,7 +130,7 @@ class Runner(Protocol):
 
     @property
     def logits(self) -> Tensor:
-        """[sequences, vocabulary] of the last forward pass; valid until the next one."""
+        """[tokens to be sampled, vocabulary] of the last forward pass; valid until the next one."""
         ...
 
     def add_sequence(self, sequence: RunningSequence) -> None:
@@ -117,12 +145,20 @@ class Runner(Protocol):
         """The sequence has finished."""
         ...
 
+    def num_draft_tokens(self, decoding: Sequence[RunningSequence]) -> int:
+        """How many tokens may be drafted for each sequence in a decode step: 0 if that would not pay."""
+        ...
+
     def forward(
-        self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]] = ()
+        self,
+        decoding: Sequence[RunningSequence],
+        chunks: Sequence[tuple[RunningSequence, Chunk]] = (),
+        num_draft_tokens: int = 0,
     ) -> None:
         """Compute the newest tokens of decoding sequences, and prefill chunks of others, in one forward pass.
 
-        The logits are those of the decoding sequences, then of those whose prefill this completes, in order.
+        After each newest token come up to `num_draft_tokens` of a draft, if there is one. The logits are those of the
+        decoding sequences, then of those whose prefill this completes, in order.
         """
         ...
 
@@ -139,5 +175,6 @@ class Runner(Protocol):
         ...
 
     def sample(self, sequences: Sequence[RunningSequence]) -> SamplerOutput:
-        """Sample the next token of each sequence of the last forward pass, with its own parameters."""
+        """Sample the next token of each sequence of the last forward pass, with its own parameters; and those that
+        follow it, as far as it was drafted."""
         ...

@@ -82,7 +82,8 @@ class Scheduler:
         if self._one_prompt_a_pass:
             launched = self._pass([], self._next_chunks(self._prefill_chunk)) + self._pass(decoding, [])
         else:
-            launched = self._pass(decoding, self._next_chunks(self._room_beside(len(decoding))))
+            chunks = self._next_chunks(self._room_beside(len(decoding)))
+            launched = self._pass(decoding, chunks, 0 if chunks else self._num_draft_tokens(decoding))
         self._deliver(len(self._in_flight) - launched)  # the device is busy with the newer ones
 
     def _room_beside(self, num_decoding: int) -> int:
@@ -96,11 +97,21 @@ class Scheduler:
         tokens = min(tokens, self._max_prefill_tokens)
         return max(tokens - num_decoding, tokens // 4)
 
-    def _pass(self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> int:
+    def _num_draft_tokens(self, decoding: Sequence[RunningSequence]) -> int:
+        """How many tokens to draft for each: none if that would not pay, or the KV cache has no room for them."""
+        wanted = self._runner.num_draft_tokens(decoding)
+        return wanted if wanted and all(self._grow(sequence, wanted) for sequence in decoding) else 0
+
+    def _pass(
+        self,
+        decoding: Sequence[RunningSequence],
+        chunks: Sequence[tuple[RunningSequence, Chunk]],
+        num_draft_tokens: int = 0,
+    ) -> int:
         """Launch a forward pass and sampling for its sequences. Returns the number of sampler outputs this gives."""
         if not decoding and not chunks:
             return 0
-        self._runner.forward(decoding, chunks)
+        self._runner.forward(decoding, chunks, num_draft_tokens)
         for sequence, chunk in chunks:
             sequence.num_computed_tokens += chunk.num_tokens
             self._keep_prefix(sequence)
@@ -115,9 +126,10 @@ class Scheduler:
             return 0
         if self._runner.needs_host_sync(sequences):
             self._deliver(len(self._in_flight))
-        self._in_flight.append(self._runner.sample(sequences))
+        output = self._runner.sample(sequences)
+        self._in_flight.append(output)
         for sequence in sequences:
-            sequence.num_output_tokens += 1
+            sequence.launched(output.max_tokens)
         return 1
 
     # Choosing what to compute
@@ -131,10 +143,16 @@ class Scheduler:
         self._decoding = [sequence for sequence in self._decoding if sequence.table]
         for sequence in list(self._decoding):
             while sequence.table and sequence.wants_decode:
-                if self._pool.grow(sequence.table, sequence.num_tokens):
+                if self._grow(sequence):
                     break
                 self._make_room()
         return [sequence for sequence in self._decoding if sequence.wants_decode]
+
+    def _grow(self, sequence: RunningSequence, num_draft_tokens: int = 0) -> bool:
+        """Make room in the KV cache for all tokens that a sequence can have and those of a draft; False if there is
+        none."""
+        most = min(sequence.max_tokens + num_draft_tokens, sequence.row.request.total_tokens)
+        return sequence.table is not None and self._pool.grow(sequence.table, most)
 
     def _next_chunks(self, max_tokens: int) -> list[tuple[RunningSequence, Chunk]]:
         self._drop_cancelled()
@@ -234,10 +252,12 @@ class Scheduler:
         logprobs: dict[int, TokenLogprob] = {}
         for _ in range(outputs):
             output = self._in_flight.popleft()
-            sampled, some_logprobs = output.read()
-            logprobs |= shift_indices(some_logprobs, len(sequences))
-            sequences += output.sequences
-            tokens += sampled
+            sampled = output.read()
+            for sequence in output.sequences:
+                sequence.read(output.max_tokens)
+            logprobs |= shift_indices(sampled.logprobs, len(sequences))
+            sequences += sampled.sequences
+            tokens += sampled.tokens
         if not sequences:
             return
         over = self._steps.emit([sequence.row for sequence in sequences], tokens, logprobs)

@@ -234,13 +234,13 @@ def test_a_batch_is_one_call_of_generate(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_many_rows_take_fewer_passes_than_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = PackedEngine(tiny_model(), num_slots=8, token_budget=2000)
+    engine = PackedEngine(tiny_model(), num_slots=8, token_budget=2000, max_draft_tokens=0)
     passes: list[int] = []
     forward = engine.runner.forward
 
-    def counted(decoding: Sequence[RunningSequence], chunks: Any) -> None:
+    def counted(decoding: Sequence[RunningSequence], chunks: Any, num_draft_tokens: int) -> None:
         passes.append(len(decoding) + len(chunks))
-        forward(decoding, chunks)
+        forward(decoding, chunks, num_draft_tokens)
 
     monkeypatch.setattr(engine.runner, "forward", counted)
     Run(engine, [request((number, 2), max_tokens=10) for number in range(8)])
