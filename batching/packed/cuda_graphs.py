@@ -22,16 +22,23 @@ from batching.packed.triton_attention import QUERY_BLOCK, DecodeAttention, Mixed
 
 Graph = torch.cuda.CUDAGraph
 
+MAX_WIDE_TOKENS = 256
+"""Tokens of a decode step with drafts. With more of them an H100 multiplies for longer than it reads the weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class PassOutputs:
-    """What forward passes leave: `logits` of the sequences in `slots` [sequences, int32], from which the graphs
-    `samples`, by how many sequences, take `tokens`."""
+    """What forward passes leave: `logits` of the sequences in `slots` [sequences, int32], from which `sampled` are
+    taken, and what is read back of them: `numbers`, of which `results` are a part."""
 
     slots: Tensor
     logits: Tensor
-    tokens: Tensor
-    samples: dict[int, Graph]
+    numbers: Tensor
+
+    def results(self, sequences: int, width: int) -> Tensor:
+        """[sequences, OUT_TOKENS + width], as `triton_sampling.advance` writes it."""
+        columns = triton_sampling.OUT_TOKENS.value + width
+        return self.numbers[: sequences * columns].view(sequences, columns)
 
 
 class PassInputs:
@@ -59,11 +66,21 @@ class MixedGraph:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGraph:
-    """A captured forward pass over the newest tokens of `size` sequences."""
+    """A captured forward pass over the newest tokens of `size` sequences, `width` each: drafts follow the first."""
 
     size: int
+    width: int
     forward: Graph
     kept: tuple[Tensor, ...]  # a graph only holds addresses, so this keeps the tensors alive
+
+
+@dataclass(frozen=True, slots=True)
+class SampleGraph:
+    """Captured sampling for `size` sequences, each with the logits of `width` tokens."""
+
+    size: int
+    width: int
+    run: Graph
 
 
 def decode_sizes(num_slots: int) -> list[int]:
@@ -73,6 +90,12 @@ def decode_sizes(num_slots: int) -> list[int]:
     return sorted({*few, *(n for n in spaced if n < num_slots), num_slots})
 
 
+def wide_sizes(num_slots: int, width: int) -> list[int]:
+    """The numbers of sequences that decode steps with drafts are captured for, `width` tokens each."""
+    powers = (1 << power for power in range(MAX_WIDE_TOKENS.bit_length()))
+    return [size for size in powers if size * width <= MAX_WIDE_TOKENS and size < 2 * num_slots]
+
+
 def mixed_sizes(prefill_chunk: int, max_prefill_tokens: int) -> list[int]:
     """The numbers of tokens that mixed passes are captured for."""
     sizes = [*range(256, 2049, 256), *(n << power for power in range(10, 20) for n in (3, 4))]
@@ -80,9 +103,12 @@ def mixed_sizes(prefill_chunk: int, max_prefill_tokens: int) -> list[int]:
 
 
 class GraphCapture:
-    """Captures forward passes, the largest first, into memory that all share: only one of them runs at a time."""
+    """Captures forward passes, the largest first, into memory that all share: only one of them runs at a time.
 
-    def __init__(self, model: PreTrainedModel, kv_cache: Tensor, state: SamplingState) -> None:
+    At most `max_tokens` are sampled at a time, those of drafts included.
+    """
+
+    def __init__(self, model: PreTrainedModel, kv_cache: Tensor, state: SamplingState, max_tokens: int) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._state = state
@@ -93,29 +119,41 @@ class GraphCapture:
         self._beside = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         self._num_slots = len(state.int_params) - 1
         slots = torch.full((self._num_slots,), self._num_slots, dtype=torch.int32, device=kv_cache.device)
-        logits = torch.zeros(self._num_slots, state.counts.shape[1], dtype=kv_cache.dtype, device=kv_cache.device)
+        logits = torch.zeros(max_tokens, state.counts.shape[1], dtype=kv_cache.dtype, device=kv_cache.device)
         self._mixed_decodes: DecodeAttention | None = None
-        self.out = PassOutputs(slots, logits, torch.zeros_like(slots, dtype=torch.int64), {})
+        numbers = torch.zeros(
+            (triton_sampling.OUT_TOKENS.value + 1) * max_tokens, dtype=torch.int64, device=slots.device
+        )
+        self.out = PassOutputs(slots, logits, numbers)
 
-    def sample(self, sequences: int) -> None:
-        """Capture sampling of the first `sequences` of `out`."""
-        out, state = self.out, self._state
-        logits, slots, tokens = (each[:sequences] for each in (out.logits, out.slots, out.tokens))
-        tensors = state.int_params, state.float_params, state.counts, state.bias, state.bitmask
-        out.samples[sequences] = self._graph(lambda: triton_sampling.sample(logits, slots, *tensors, tokens))
+    def sample(self, sequences: int, width: int) -> SampleGraph:
+        """Capture sampling of the first `sequences` of `out`, with the logits of `width` tokens each."""
+        state, slots = self._state, self.out.slots[:sequences]
+        logits, results = self.out.logits[: sequences * width], self.out.results(sequences, width)
+        params = state.int_params, state.float_params, state.counts
 
-    def decode(self, sequences: int) -> DecodeGraph:
-        """Capture the decode step for this many sequences."""
+        def run() -> None:
+            sampled = triton_sampling.sample(logits, slots, *params, state.bias, state.bitmask, state.drafts)
+            triton_sampling.advance(
+                sampled, slots, *params, state.drafts, state.history, results, drafting=state.is_drafting
+            )
+
+        return SampleGraph(sequences, width, self._graph(run))
+
+    def decode(self, sequences: int, width: int) -> DecodeGraph:
+        """Capture the decode step for this many sequences, with `width` tokens each."""
         slots, device = self.out.slots[:sequences], self._kv_cache.device
-        ids, positions, kv_slots = torch.zeros(3, sequences, dtype=torch.int64, device=device)
-        attend = self._decode_attention(slots)
+        tokens = sequences * width
+        ids, positions, kv_slots = torch.zeros(3, tokens, dtype=torch.int64, device=device)
+        attend = self._decode_attention(slots, width)
         num_decodes = torch.full((1,), sequences, dtype=torch.int64, device=device)
 
         def run() -> None:
-            self._place_decodes(slots, num_decodes, ids, positions, kv_slots, attend.seq_lens)
-            self.out.logits[:sequences].copy_(self._logits(ids, positions, kv_slots, attend, 0))
+            self._place_decodes(attend, num_decodes, ids, positions, kv_slots)
+            self.out.logits[:tokens].copy_(self._logits(ids, positions, kv_slots, attend, 0))
 
-        return DecodeGraph(sequences, self._graph(run), (ids, positions, kv_slots, num_decodes, *attend.tensors))
+        kept = ids, positions, kv_slots, num_decodes, *attend.tensors
+        return DecodeGraph(sequences, width, self._graph(run), kept)
 
     def mixed(self, tokens: int, inputs: PassInputs) -> MixedGraph:
         """Capture the mixed forward pass for this many tokens."""
@@ -125,7 +163,7 @@ class GraphCapture:
 
         def run() -> None:
             self.out.slots.copy_(inputs.slots)
-            self.out.logits.copy_(self.mixed_logits(inputs, decodes))
+            self.out.logits[: self._num_slots].copy_(self.mixed_logits(inputs, decodes))
 
         return MixedGraph(tokens, self._graph(run), inputs)
 
@@ -138,7 +176,7 @@ class GraphCapture:
         """
         decodes = decodes or self._mixed_decode_attention(inputs)
         places = inputs.ids, inputs.positions, inputs.kv_slots
-        self._place_decodes(decodes.slots, inputs.num_decodes, *places, decodes.seq_lens)
+        self._place_decodes(decodes, inputs.num_decodes, *places)
         prefills = PrefillAttention(
             inputs.cu_seqlens_q.int(), inputs.block_slots.int(), inputs.seq_lens.int(), self._state.block_tables
         )
@@ -156,22 +194,23 @@ class GraphCapture:
         return logits[0]
 
     def _place_decodes(
-        self, slots: Tensor, num_decodes: Tensor, ids: Tensor, positions: Tensor, kv_slots: Tensor, seq_lens: Tensor
+        self, attend: DecodeAttention, num_decodes: Tensor, ids: Tensor, positions: Tensor, kv_slots: Tensor
     ) -> None:
         state = self._state
         triton_sampling.place_decodes(
-            slots, num_decodes, state.int_params, state.block_tables, ids, positions, kv_slots, seq_lens
-        )
+            attend.slots, num_decodes, state.int_params, state.block_tables, state.drafts, ids, positions, kv_slots,
+            attend.seq_lens, attend.num_drafted, width=attend.width, spare_kv_slot=self._kv_cache.shape[3] - 1,
+        )  # fmt: skip
 
     def _mixed_decode_attention(self, inputs: PassInputs) -> DecodeAttention:
         if self._mixed_decodes is None:
             self._mixed_decodes = self._decode_attention(self.out.slots)
         return self._mixed_decodes.of_first(len(inputs.ids))
 
-    def _decode_attention(self, slots: Tensor) -> DecodeAttention:
+    def _decode_attention(self, slots: Tensor, width: int = 1) -> DecodeAttention:
         _, _, kv_heads, _, size = self._kv_cache.shape
         heads = self._model.config.get_text_config().num_attention_heads
-        return DecodeAttention.of(slots, self._state.block_tables, kv_heads, heads // kv_heads, size)
+        return DecodeAttention.of(slots, self._state.block_tables, kv_heads, heads // kv_heads, size, width=width)
 
     def _graph(self, run: Callable[[], object]) -> Graph:
         stream = self._stream

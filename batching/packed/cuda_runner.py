@@ -3,21 +3,34 @@
 Worker thread only. Nothing here waits for the device but `read`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import accumulate, cycle
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching.engine import NO_LOGPROBS
 from batching.grammar import GuidedRow
+from batching.memory import cache_bytes_per_token
+from batching.packed import triton_sampling
 from batching.packed.attention import Chunk
-from batching.packed.cuda_graphs import DecodeGraph, GraphCapture, MixedGraph, PassInputs, PassOutputs, smallest
+from batching.packed.cuda_graphs import (
+    DecodeGraph,
+    GraphCapture,
+    MixedGraph,
+    PassInputs,
+    PassOutputs,
+    SampleGraph,
+    smallest,
+    wide_sizes,
+)
 from batching.packed.kv_cache import BLOCK_SIZE
-from batching.packed.runner import RunningSequence
+from batching.packed.runner import RunningSequence, Sampled
 from batching.packed.sampling_state import SamplingState
 from batching.packed.triton_attention import QUERY_BLOCK
 from batching.types import TokenLogprob
@@ -26,74 +39,137 @@ MAX_IN_FLIGHT = 8
 """Sampler outputs that can be unread at a time: at most two an iteration, and two iterations."""
 
 
-class PinnedOutput:
-    """Pinned host memory for the tokens of one sampler output, and the event that says that they are there."""
+OUT_DRAFTED, OUT_PROSPECT, OUT_TOKENS = (
+    column.value for column in (triton_sampling.OUT_DRAFTED, triton_sampling.OUT_PROSPECT, triton_sampling.OUT_TOKENS)
+)
+PROSPECT_UNIT = triton_sampling.PROSPECT_UNIT.value
 
-    def __init__(self, num_slots: int) -> None:
-        self._tokens = torch.empty(num_slots, dtype=torch.int64, pin_memory=True)
+
+class PinnedOutput:
+    """Pinned host memory for what one sampler output leaves, and the event that says that it is there."""
+
+    def __init__(self, size: int) -> None:
+        self._numbers = torch.empty(size, dtype=torch.int64, pin_memory=True)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def copy(self, tokens: Tensor) -> None:
+    def copy(self, results: Tensor) -> None:
         """Launch the copy."""
-        self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+        self._numbers[: results.numel()].view_as(results).copy_(results, non_blocking=True)
 
     def record(self) -> None:
         """All copies of this output have been launched."""
         self._copied.record()
 
-    def wait(self, count: int) -> list[int]:
+    def wait(self, sequences: int, width: int) -> NDArray[np.int64]:
+        """[sequences, OUT_TOKENS + width]; valid until the next copy."""
         self._copied.synchronize()
-        found: list[int] = self._tokens[:count].tolist()
-        return found
+        columns = OUT_TOKENS + width
+        numbers: NDArray[np.int64] = self._numbers[: sequences * columns].view(sequences, columns).numpy()
+        return numbers
+
+
+@dataclass(slots=True)
+class Prospect:
+    """How many more tokens a sequence can expect of a step with drafts: the mean of those read last."""
+
+    value: float = 0.0
 
 
 class AsyncOutput:
     """`SamplerOutput` that the device is still computing."""
 
     def __init__(
-        self, sequences: Sequence[RunningSequence], pinned: PinnedOutput, logprobs: "AsyncLogprobs | None"
+        self,
+        sequences: Sequence[RunningSequence],
+        width: int,
+        pinned: PinnedOutput,
+        logprobs: "AsyncLogprobs | None",
+        prospect: Prospect,
     ) -> None:
         self.sequences = sequences
+        self.max_tokens = width
         self._pinned = pinned
         self._logprobs = logprobs
+        self._prospect = prospect
 
-    def read(self) -> tuple[list[int], Mapping[int, TokenLogprob]]:
-        tokens = self._pinned.wait(len(self.sequences))
-        return tokens, self._logprobs.read(tokens) if self._logprobs else NO_LOGPROBS
+    def read(self) -> Sampled:
+        results = self._pinned.wait(len(self.sequences), self.max_tokens)
+        self._prospect.value = results[:, OUT_PROSPECT].mean() * PROSPECT_UNIT
+        tokens = results[:, OUT_TOKENS:]
+        given = tokens >= 0
+        logprobs = self._logprobs.read(tokens) if self._logprobs else NO_LOGPROBS
+        if self.max_tokens == 1:
+            return Sampled(self.sequences, tokens[:, 0].tolist(), logprobs)
+        for sequence, drafted, count in zip(
+            self.sequences, results[:, OUT_DRAFTED].tolist(), given.sum(1).tolist(), strict=True
+        ):
+            sequence.row.num_drafted_tokens += drafted
+            sequence.row.num_accepted_tokens += count - 1
+        return Sampled([self.sequences[at] for at in given.nonzero()[0].tolist()], tokens[given].tolist(), logprobs)
 
 
 class AsyncLogprobs:
-    """Log probabilities of one sampler output, on their way to the host; computed as in `sampling.Logprobs`."""
+    """Log probabilities of one sampler output, on their way to the host; computed as in `sampling.Logprobs`.
+
+    `indices` are those of the sequences that want them, `wanted` how many other tokens, `logits` [sequences x width,
+    vocabulary], `tokens` [sequences, width].
+    """
 
     def __init__(self, indices: list[int], wanted: list[int], at: Tensor, logits: Tensor, tokens: Tensor) -> None:
         self._indices = indices
         self._wanted = wanted
-        logprobs = logits[at].float().log_softmax(-1)
-        own = logprobs.gather(-1, tokens[at][:, None])[:, 0]
+        width = tokens.shape[1]
+        rows = (at[:, None] * width + torch.arange(width, device=at.device)).flatten()
+        logprobs = logits[rows].float().log_softmax(-1)
+        own = logprobs.gather(-1, tokens[at].flatten()[:, None].clamp(min=0))[:, 0]
         values, ids = logprobs.topk(max(wanted))
         self._copies = [found.to("cpu", non_blocking=True) for found in (own, values, ids)]
 
-    def read(self, tokens: Sequence[int]) -> dict[int, TokenLogprob]:
-        """By index, once the output's tokens are there."""
+    def read(self, tokens: NDArray[np.int64]) -> dict[int, TokenLogprob]:
+        """By place among all tokens that are given, once the output's tokens [sequences, width] are there."""
         own, values, ids = (copy.tolist() for copy in self._copies)
+        width = tokens.shape[1]
+        given = (tokens >= 0).sum(1)
+        before = np.cumsum(given) - given
         return {
-            index: TokenLogprob(tokens[index], own[at], tuple(zip(ids[at][:top], values[at][:top], strict=True)))
+            int(before[index]) + place: TokenLogprob(
+                int(tokens[index, place]),
+                own[at * width + place],
+                tuple(zip(ids[at * width + place][:top], values[at * width + place][:top], strict=True)),
+            )
             for at, (index, top) in enumerate(zip(self._indices, self._wanted, strict=True))
+            for place in range(int(given[index]))
         }
 
 
 class CUDARunner:
     """`kv_cache` is laid out as in `AttentionMetadata`; its last block belongs to no row. A row has at most
-    `max_blocks`."""
+    `max_blocks`, and at most `max_draft_tokens` are drafted for it in a step."""
 
-    def __init__(self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int, max_blocks: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int, max_blocks: int, max_draft_tokens: int = 0
+    ) -> None:
         self.num_slots = num_slots
+        self._max_draft_tokens = max_draft_tokens
         self._vocab_size = model.config.get_text_config().vocab_size
         self._device = kv_cache.device
         self._spare_block = kv_cache.shape[3] // BLOCK_SIZE - 1
-        self._state = SamplingState(num_slots, self._vocab_size, max_blocks, self._spare_block, self._device)
-        self._capture = GraphCapture(model, kv_cache, self._state)
+        self._state = SamplingState(
+            num_slots, self._vocab_size, max_blocks, self._spare_block, max_draft_tokens, self._device
+        )
+        wide = wide_sizes(num_slots, 1 + max_draft_tokens) if max_draft_tokens else []
+        max_tokens = max([num_slots, *(size * (1 + max_draft_tokens) for size in wide)])
+        self._capture = GraphCapture(model, kv_cache, self._state, max_tokens)
+        self._wide_sizes = wide
+        self._step_costs: dict[int, tuple[float, float]] = {}
+        self._seconds_per_key = 0.0
+        self._bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self._bytes_per_key = cache_bytes_per_token(model.config, kv_cache.dtype)
+        self._prospect = Prospect()
+        self._width = 1
         self._decode_graphs: list[DecodeGraph] = []
+        self._wide_graphs: list[DecodeGraph] = []
+        self._sample_graphs: list[SampleGraph] = []
         self._mixed_graphs: list[MixedGraph] = []
         self._slots_on_device: list[int] = []
         self._new: list[RunningSequence] = []
@@ -101,7 +177,7 @@ class CUDARunner:
         self._want_logprobs: set[RunningSequence] = set()
         self._guided: dict[RunningSequence, GuidedRow] = {}
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._pinned_outputs = cycle([PinnedOutput(num_slots) for _ in range(MAX_IN_FLIGHT)])
+        self._pinned_outputs = cycle([PinnedOutput(len(self._out.numbers)) for _ in range(MAX_IN_FLIGHT)])
 
     def capture(self, mixed: Sequence[int], decodes: Sequence[int]) -> Iterator[None]:
         """Capture mixed forward passes for these numbers of tokens and decode steps for these numbers of sequences, one
@@ -111,9 +187,44 @@ class CUDARunner:
             self._mixed_graphs.insert(0, self._capture.mixed(tokens, inputs))
             yield
         for sequences in sorted(decodes, reverse=True):
-            self._decode_graphs.insert(0, self._capture.decode(sequences))
-            self._capture.sample(sequences)
+            self._decode_graphs.insert(0, self._capture.decode(sequences, 1))
+            self._sample_graphs.insert(0, self._capture.sample(sequences, 1))
             yield
+        width = 1 + self._max_draft_tokens
+        for sequences in sorted(self._wide_sizes, reverse=True):
+            self._wide_graphs.insert(0, self._capture.decode(sequences, width))
+            self._sample_graphs.insert(0, self._capture.sample(sequences, width))
+            yield
+        self._measure_steps()
+
+    @property
+    def num_wide_graphs(self) -> int:
+        """How many decode steps with drafts `capture` captures, in addition to what it is given."""
+        return len(self._wide_sizes)
+
+    def _measure_steps(self) -> None:
+        """What a step takes with and without drafts, while no sequence has any keys to read; and reading a key."""
+        for wide in self._wide_graphs:
+            narrow = smallest(self._decode_graphs, min(wide.size, self.num_slots))
+            self._step_costs[wide.size] = self._seconds(narrow), self._seconds(wide)
+        if self._step_costs:
+            self._seconds_per_key = self._step_costs[1][0] / self._bytes * self._bytes_per_key
+
+    def _seconds(self, graph: DecodeGraph) -> float:
+        """Of a step: the least of three."""
+        times: list[float] = []
+        for _ in range(3):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            graph.forward.replay()
+            self._sample_graph(graph.size, graph.width).run.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1000)
+        return min(times)
+
+    def _sample_graph(self, sequences: int, width: int) -> SampleGraph:
+        return smallest([graph for graph in self._sample_graphs if graph.width == width], sequences)
 
     def profile_run(self, tokens: int) -> None:
         """A forward pass over dummy tokens, without capture, to measure how much memory it takes."""
@@ -143,10 +254,24 @@ class CUDARunner:
         self._below_min_tokens.discard(sequence)
         self._want_logprobs.discard(sequence)
 
+    def num_draft_tokens(self, decoding: Sequence[RunningSequence]) -> int:
+        """All that may be drafted, if the tokens expected of a step with drafts are worth its time; else 0."""
+        size = next((size for size in self._wide_sizes if size >= len(decoding)), None)
+        if size is None or not self._prospect.value:
+            return 0
+        narrow, wide = self._step_costs[size]
+        reading = self._seconds_per_key * sum(len(sequence.tokens) for sequence in decoding)
+        is_worth_it = (1 + self._prospect.value) * (narrow + reading) > wide + reading
+        return self._max_draft_tokens if is_worth_it else 0
+
     def forward(
-        self, decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]] = ()
+        self,
+        decoding: Sequence[RunningSequence],
+        chunks: Sequence[tuple[RunningSequence, Chunk]] = (),
+        num_draft_tokens: int = 0,
     ) -> None:
         self._send([*decoding, *(sequence for sequence, _ in chunks)])
+        self._width = 1 + num_draft_tokens
         if chunks:
             self._mixed(decoding, chunks)
         else:
@@ -184,7 +309,7 @@ class CUDARunner:
         self._slots_on_device = []
 
     def _decode(self, sequences: Sequence[RunningSequence]) -> None:
-        graph = smallest(self._decode_graphs, len(sequences))
+        graph = smallest(self._decode_graphs if self._width == 1 else self._wide_graphs, len(sequences))
         slots = [sequence.slot for sequence in sequences] + [self.num_slots] * (graph.size - len(sequences))
         if self._slots_on_device != slots:
             pinned = torch.tensor(slots, dtype=torch.int32).pin_memory()
@@ -200,15 +325,14 @@ class CUDARunner:
             self._guided[sequence].accept_token(token)
 
     def sample(self, sequences: Sequence[RunningSequence]) -> AsyncOutput:
-        out = self._out
         self._restrict(sequences)
-        out.samples[min(size for size in out.samples if size >= len(sequences))].replay()
-        tokens = out.tokens[: len(sequences)]
+        self._sample_graph(len(sequences), self._width).run.replay()
+        results = self._out.results(len(sequences), self._width)
         pinned = next(self._pinned_outputs)
-        pinned.copy(tokens)
-        logprobs = self._logprobs(sequences, out.logits, tokens) if self._want_logprobs else None
+        pinned.copy(results)
+        logprobs = self._logprobs(sequences, results[:, OUT_TOKENS:]) if self._want_logprobs else None
         pinned.record()
-        return AsyncOutput(sequences, pinned, logprobs)
+        return AsyncOutput(sequences, self._width, pinned, logprobs, self._prospect)
 
     @property
     def logits(self) -> Tensor:
@@ -230,14 +354,16 @@ class CUDARunner:
             for sequence in self._below_min_tokens.intersection(sequences):
                 if sequence.num_output_tokens >= sequence.row.request.sampling.min_tokens:
                     self._state.set_bias(sequence, may_stop=True)
+                    if sequence not in self._guided:
+                        self._state.start_drafting(sequence)
                     self._below_min_tokens.discard(sequence)
 
-    def _logprobs(self, sequences: Sequence[RunningSequence], logits: Tensor, tokens: Tensor) -> AsyncLogprobs | None:
+    def _logprobs(self, sequences: Sequence[RunningSequence], tokens: Tensor) -> AsyncLogprobs | None:
         indices = [index for index, sequence in enumerate(sequences) if sequence in self._want_logprobs]
         if not indices:
             return None
         wanted = [sequences[index].row.request.sampling.top_logprobs or 0 for index in indices]
-        return AsyncLogprobs(indices, wanted, self._state.to_device(torch.tensor(indices)), logits, tokens)
+        return AsyncLogprobs(indices, wanted, self._state.to_device(torch.tensor(indices)), self._out.logits, tokens)
 
 
 def fill(

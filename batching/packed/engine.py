@@ -170,14 +170,16 @@ class PackedEngine:
         with torch.inference_mode():
             captured = runner.capture(mixed, decodes)
             shown = sys.stderr.isatty()
-            for _ in track(captured, "capturing", len(mixed) + len(decodes), disable=not shown, transient=True):
+            total = len(mixed) + len(decodes) + runner.num_wide_graphs
+            for _ in track(captured, "capturing", total, disable=not shown, transient=True):
                 pass
         return runner
 
     def _cuda_runner(self, num_slots: int, num_blocks: int) -> "CUDARunner":
         from batching.packed.cuda_runner import CUDARunner
 
-        return CUDARunner(self._model, self._kv_cache(num_blocks), num_slots, self._max_blocks)
+        cache = self._kv_cache(num_blocks)
+        return CUDARunner(self._model, cache, num_slots, self._max_blocks, self._max_draft_tokens)
 
     def _kv_cache(self, num_blocks: int) -> Tensor:
         """The tensor, with an extra block that belongs to no row. Zeros, because its content may be multiplied by 0."""

@@ -32,6 +32,9 @@ MAX, SUM, NUM_STATS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+UNSEEN = tl.constexpr(-1e30)
+"""The score of a key that a query does not see, where another query of the sequence does."""
+
 
 @triton.jit
 def _online_softmax(scores, values, highest, weight_sum, value_sums):
@@ -133,16 +136,16 @@ def _stages(q: Tensor) -> int:
 
 @triton.jit
 def _merged_splits(
-    partial, stats, pair, num_splits, at, head_index,
-    SPLITS: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK: tl.constexpr, MERGE_BLOCK: tl.constexpr,
+    partial, stats, pair, num_splits, at, row,
+    SPLITS: tl.constexpr, ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, MERGE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # The splits of one sequence and KV head merged, in their order whichever program does it: [GROUP_BLOCK, BLOCK].
-    top = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
-    whole = tl.zeros([GROUP_BLOCK], tl.float32)
-    result = tl.zeros([GROUP_BLOCK, BLOCK], tl.float32)
+    # The splits of one sequence and KV head merged, in their order whichever program does it: [ROW_BLOCK, BLOCK].
+    top = tl.full([ROW_BLOCK], -float("inf"), tl.float32)
+    whole = tl.zeros([ROW_BLOCK], tl.float32)
+    result = tl.zeros([ROW_BLOCK, BLOCK], tl.float32)
     for begin in range(0, num_splits, MERGE_BLOCK):
         other = begin + tl.arange(0, MERGE_BLOCK)
-        theirs = (pair * SPLITS + other[:, None]) * GROUP_BLOCK + head_index[None, :]
+        theirs = (pair * SPLITS + other[:, None]) * ROW_BLOCK + row[None, :]
         known = (other < num_splits)[:, None]
         tops = tl.load(stats + theirs * NUM_STATS + MAX, mask=known, other=-float("inf"), cache_modifier=".cg")
         wholes = tl.load(stats + theirs * NUM_STATS + SUM, mask=known, other=0.0, cache_modifier=".cg")
@@ -158,16 +161,25 @@ def _merged_splits(
 
 
 @triton.jit
+def _places(row, sequence, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    # Which of all heads of all queries a row is: rows are queries of the sequence by heads of the KV head.
+    return ((sequence * WIDTH + row // GROUP) * KV_HEADS + kv_head) * GROUP + row % GROUP
+
+
+@triton.jit
 def _decode_kernel(
-    q, k_cache, v_cache, out, partial, stats, arrived, slots, seq_lens, block_tables, max_blocks, head_stride, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-    MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr,
+    q, k_cache, v_cache, out, partial, stats, arrived, slots, seq_lens, num_drafted, block_tables, max_blocks,
+    head_stride, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr, MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # One program: one sequence, the query heads of one KV head, one split of the keys. There are at most SPLITS splits,
-    # of MIN_SPLIT keys or more; and GROUP heads, padded to GROUP_BLOCK, though a product needs DOT_ROWS. A sequence
-    # without keys has no result. AHEAD: where the next block of the KV cache is, is asked for a turn ahead. That spares
-    # few programs a wait, and takes registers from many. A turn is of STEP keys, which divide a block.
+    # of MIN_SPLIT keys or more; and WIDTH queries of GROUP heads each, these rows padded to ROW_BLOCK, though a product
+    # needs DOT_ROWS. Those after the first are of the sequence's draft, and each sees a key more than the one before;
+    # the rest have a result without meaning. A sequence without keys has no result. AHEAD: where the next block of the
+    # KV cache is, is asked for a turn ahead. That spares few programs a wait, and takes registers from many. A turn is
+    # of STEP keys, which divide a block.
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -180,13 +192,15 @@ def _decode_kernel(
     if first >= length:
         return
     last = tl.minimum(first + share, length)
-    head = tl.arange(0, DOT_ROWS)
+    row = tl.arange(0, DOT_ROWS)
     at = tl.arange(0, BLOCK)
     key = tl.arange(0, KEY_BLOCK)
     inside = at < SIZE
-    real = (head < GROUP)[:, None] & inside[None, :]
+    real = (row < GROUP * WIDTH)[:, None] & inside[None, :]
     pair = sequence * KV_HEADS + kv_head
-    mine = (pair * GROUP + head)[:, None] * SIZE + at[None, :]
+    mine = _places(row, sequence, kv_head, KV_HEADS, GROUP, WIDTH)[:, None] * SIZE + at[None, :]
+    drafted = tl.load(num_drafted + sequence) if WIDTH > 1 else 0
+    seen = length - drafted + tl.minimum(row // GROUP, drafted)
     queries = tl.load(q + mine, mask=real, other=0.0)
     base = kv_head.to(tl.int64) * head_stride
     table = block_tables + tl.load(slots + sequence).to(tl.int64) * max_blocks
@@ -208,60 +222,75 @@ def _decode_kernel(
             wanted = there[:, None] & inside[None, :]
             keys = tl.load(k_cache + place, mask=wanted, other=0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
-            scores = tl.where(there[None, :], scores, -float("inf"))
+            if WIDTH == 1:
+                scores = tl.where(there[None, :], scores, -float("inf"))
+            else:  # a number, because a query may see no key of a split
+                scores = tl.where((begin + key)[None, :] < tl.minimum(seen, last)[:, None], scores, UNSEEN)
             values = tl.load(v_cache + place, mask=wanted, other=0.0)
             highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
     num_splits = tl.cdiv(length, share)
     if num_splits == 1:
         tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
     else:
-        kept = (pair * SPLITS + split) * GROUP_BLOCK + head
-        tl.store(partial + kept[:, None] * BLOCK + at[None, :], value_sums, mask=(head < GROUP_BLOCK)[:, None])
-        tl.store(stats + kept * NUM_STATS + MAX, highest, mask=head < GROUP_BLOCK)
-        tl.store(stats + kept * NUM_STATS + SUM, weight_sum, mask=head < GROUP_BLOCK)
+        kept = (pair * SPLITS + split) * ROW_BLOCK + row
+        tl.store(partial + kept[:, None] * BLOCK + at[None, :], value_sums, mask=(row < ROW_BLOCK)[:, None])
+        tl.store(stats + kept * NUM_STATS + MAX, highest, mask=row < ROW_BLOCK)
+        tl.store(stats + kept * NUM_STATS + SUM, weight_sum, mask=row < ROW_BLOCK)
         tl.debug_barrier()
         # The program that arrives last merges all splits.
         if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == num_splits - 1:
             tl.debug_barrier()
-            head_index = tl.arange(0, GROUP_BLOCK)
+            index = tl.arange(0, ROW_BLOCK)
             result = _merged_splits(
-                partial, stats, pair, num_splits, at, head_index, SPLITS, GROUP_BLOCK, BLOCK, MERGE_BLOCK
+                partial, stats, pair, num_splits, at, index, SPLITS, ROW_BLOCK, BLOCK, MERGE_BLOCK
             ).to(out.dtype.element_ty)
-            target = out + (pair * GROUP + head_index)[:, None] * SIZE + at[None, :]
-            tl.store(target, result, mask=(head_index < GROUP)[:, None] & inside[None, :])
+            target = _places(index, sequence, kv_head, KV_HEADS, GROUP, WIDTH)[:, None] * SIZE + at[None, :]
+            tl.store(out + target, result, mask=(index < GROUP * WIDTH)[:, None] & inside[None, :])
             tl.store(arrived + pair, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeAttention:
-    """`Attend` for a decode step: one query a sequence. Made once for a number of sequences.
+    """`Attend` for a decode step: `width` queries a sequence. Made once for a number of sequences.
 
-    `slots` and `seq_lens` [sequences, int32] are read at each call: the row of `block_tables` [slots, blocks of the KV
-    cache, int64] that each sequence has, and how many keys; without any its part of the result is not written.
-    `partial`, `stats` and `arrived` are scratch memory, left as it was found.
+    `slots`, `seq_lens` and `num_drafted` [sequences, int32] are read at each call: the row of `block_tables` [slots,
+    blocks of the KV cache, int64] that each sequence has, how many keys, and how many of its queries come after the
+    first, each of which sees a key more; without keys its part of the result is not written. `partial`, `stats` and
+    `arrived` are scratch memory, left as it was found.
     """
 
     slots: Tensor
     seq_lens: Tensor
+    num_drafted: Tensor
     block_tables: Tensor
     partial: Tensor
     stats: Tensor
     arrived: Tensor
     splits: int
     min_split: int
+    width: int
 
     @classmethod
     def of(
-        cls, slots: Tensor, block_tables: Tensor, kv_heads: int, group: int, size: int, min_split: int | None = None
+        cls,
+        slots: Tensor,
+        block_tables: Tensor,
+        kv_heads: int,
+        group: int,
+        size: int,
+        min_split: int | None = None,
+        width: int = 1,
     ) -> "DecodeAttention":
-        """With `seq_lens` to be written, and scratch memory. `min_split`: fewest keys of a split; None: by the number
-        of sequences, so that few of them keep a GPU busy and a long one does not hold up many short ones."""
+        """With `seq_lens` and `num_drafted` to be written, and scratch memory. `min_split`: fewest keys of a split;
+        None: by the number of sequences, so that few of them keep a GPU busy and a long one does not hold up many short
+        ones."""
         sequences, device = len(slots), slots.device
         min_split = min_split or min(1024, max(64, 4 * sequences * kv_heads))
         splits = 16 if sequences <= 16 else 8
-        parts = sequences * kv_heads * splits, triton.next_power_of_2(group)
+        parts = sequences * kv_heads * splits, triton.next_power_of_2(group * width)
         return cls(
             slots,
+            torch.zeros(sequences, device=device, dtype=torch.int32),
             torch.zeros(sequences, device=device, dtype=torch.int32),
             block_tables,
             torch.empty(*parts, triton.next_power_of_2(size), device=device, dtype=torch.float32),
@@ -269,29 +298,33 @@ class DecodeAttention:
             torch.zeros(sequences * kv_heads, device=device, dtype=torch.int32),
             splits,
             min_split,
+            width,
         )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that a call reads or writes beside its arguments."""
-        return self.slots, self.seq_lens, self.block_tables, self.partial, self.stats, self.arrived
+        return self.slots, self.seq_lens, self.num_drafted, self.partial, self.stats, self.arrived
 
     def of_first(self, sequences: int) -> "DecodeAttention":
         """The same for at most `sequences` of them."""
-        return replace(self, slots=self.slots[:sequences], seq_lens=self.seq_lens[:sequences])
+        first = slice(sequences)
+        return replace(
+            self, slots=self.slots[first], seq_lens=self.seq_lens[first], num_drafted=self.num_drafted[first]
+        )
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Written to `out` if that is given."""
         _, heads, size = q.shape
-        sequences, kv_heads, (group_block, block) = len(self.slots), k_cache.shape[0], self.partial.shape[1:]
+        sequences, kv_heads, (row_block, block) = len(self.slots), k_cache.shape[0], self.partial.shape[1:]
         few = sequences <= 8
-        merge_block = max(1, 8192 // (group_block * block))  # sums of splits that fit into a program's registers
+        merge_block = max(1, 8192 // (row_block * block))  # sums of splits that fit into a program's registers
         out = torch.empty_like(q) if out is None else out
         _decode_kernel[(sequences, kv_heads, self.splits)](
             q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.slots, self.seq_lens,
-            self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
-            KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, DOT_ROWS=max(16, group_block),
-            GROUP_BLOCK=group_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
+            self.num_drafted, self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
+            KV_HEADS=kv_heads, GROUP=heads // kv_heads, WIDTH=self.width, SIZE=size, DOT_ROWS=max(16, row_block),
+            ROW_BLOCK=row_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
             SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=few,
             STEP=DECODE_KEY_BLOCK if few else BLOCK_SIZE, num_warps=2, num_stages=_stages(q),
         )  # fmt: skip

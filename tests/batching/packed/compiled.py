@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from triton import compile as compiled
@@ -45,7 +46,7 @@ def attention(stages: int) -> Iterator[Case]:
     places = {"q": HALF, "out": HALF, "slots": WHOLE, "seq_lens": WHOLE, "block_tables": LONG, "max_blocks": "i32"}
     places |= {"scale": "fp32"}
     decode = places | {"k_cache": HALF, "v_cache": HALF, "head_stride": "i32"}
-    decode |= {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE}
+    decode |= {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "num_drafted": WHOLE}
     for size, block in ((128, 128), (96, 128)):
         shape = {
             "HEADS": 32,
@@ -59,12 +60,12 @@ def attention(stages: int) -> Iterator[Case]:
         blocks = dict.fromkeys(("k_blocks", "v_blocks"), f"tensordesc<bf16[{triton_attention.KEY_BLOCK},{block}]>")
         prefill = places | blocks | {"cu_seqlens_q": WHOLE, "kv_blocks": "i32"}
         yield Case(triton_attention._prefill_kernel, prefill, shape, (), options)
-        heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "GROUP_BLOCK": 4, "BLOCK": block}
+        heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "BLOCK": block}
         splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "MIN_SPLIT": 64, "SPLITS": 16, "MERGE_BLOCK": 16}
         options = {"num_warps": 2, "num_stages": stages}
-        for ahead in (True, False):
+        for ahead, width in product((True, False), (1, 4)):
             step = triton_attention.DECODE_KEY_BLOCK if ahead else triton_attention.KEY_BLOCK
-            shape = heads | splits | {"AHEAD": ahead, "STEP": step}
+            shape = heads | splits | {"AHEAD": ahead, "STEP": step, "WIDTH": width, "ROW_BLOCK": 4 * width}
             yield Case(triton_attention._decode_kernel, decode, shape, ("head_stride",), options)
 
 
@@ -77,13 +78,12 @@ def layer() -> Iterator[Case]:
     shape = {"KV_HEADS": 8, "Q_GROUPS": 4, "SIZE": 128, "HEADS": 8, "BLOCK": 128}
     for norm in (True, False):
         yield Case(triton_layer._rotate_kernel, turned | numbers, shape | {"NORM": norm}, ("head_stride",))
-    product = plain | {"bias": HALF, "width": "i32"}
-    for gated, add, bias, even in ((True, False, True, True), (False, True, True, False), (False, False, False, True)):
-        asked = {"GATED": gated, "ADD": add, "BIAS": bias, "EVEN": even}
+    few = plain | {"bias": HALF, "width": "i32", "tokens": "i32"}
+    kinds = (True, False, True, True), (False, True, True, False), (False, False, False, True)
+    for (gated, add, bias, even), tokens in product(kinds, (1, 2, 4)):
+        asked = {"GATED": gated, "ADD": add, "BIAS": bias, "EVEN": even, "TOKENS": tokens}
         block = {"OUTPUTS": triton_layer.OUTPUTS, "BLOCK": triton_layer.WIDTH}
-        yield Case(
-            triton_layer._row_kernel, product, asked | block, ("size", "width") if even else (), {"num_warps": 2}
-        )
+        yield Case(triton_layer._few_kernel, few, asked | block, ("size", "width") if even else (), {"num_warps": 2})
 
 
 def sampling() -> Iterator[Case]:
@@ -94,15 +94,26 @@ def sampling() -> Iterator[Case]:
         "counts": "*i16",
         "bias": SINGLE,
         "bitmask": WHOLE,
+        "drafts": WHOLE,
+        "max_drafts": "i32",
     }
     scan = state | {"logits": HALF, "stats": SINGLE, "candidates": WHOLE, "size": "i32", "bitmask_width": "i32"}
-    shape = {"BLOCK": 8192}
-    yield Case(triton_sampling._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
-    place = {"slots": WHOLE, "seq_lens": WHOLE, "max_blocks": "i32"}
+    place = dict.fromkeys(("slots", "seq_lens", "num_drafted", "drafts"), WHOLE)
+    place |= dict.fromkeys(("max_blocks", "max_drafts", "spare_kv_slot"), "i32")
     place |= dict.fromkeys(("num_decodes", "int_params", "block_tables", "ids", "positions", "kv_slots"), LONG)
-    yield Case(triton_sampling._place_kernel, place, {}, (), {"num_warps": 1})
-    sample = scan | {"out": LONG, "spare_slot": "i32"}
-    yield Case(triton_sampling._sample_kernel, sample, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",), {"num_warps": 16})
+    advance = dict.fromkeys(("slots", "drafts", "history"), WHOLE) | {"counts": "*i16", "float_params": SINGLE}
+    advance |= dict.fromkeys(("sampled", "int_params", "out"), LONG)
+    advance |= dict.fromkeys(("size", "max_drafts", "max_history", "spare_slot"), "i32")
+    for width in (1, 4):
+        shape = {"BLOCK": 8192, "WIDTH": width}
+        yield Case(triton_sampling._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
+        yield Case(
+            triton_sampling._sample_kernel, scan | {"out": LONG}, shape | {"BLOCKS": 19, "SPAN": 32}, ("size",),
+            {"num_warps": 16},
+        )  # fmt: skip
+        yield Case(triton_sampling._place_kernel, place, {"WIDTH": width, "SPAN": width}, (), {"num_warps": 1})
+        drafting = {"WIDTH": width, "SPAN": 4, "DRAFTS": 3, "BLOCK": 1024}
+        yield Case(triton_sampling._advance_kernel, advance, drafting, ("size",), {"num_warps": 4})
 
 
 def main() -> None:

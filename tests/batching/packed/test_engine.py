@@ -268,9 +268,11 @@ def test_a_prompt_is_computed_in_chunks_while_other_rows_go_on(prompt: int, monk
     passes: list[tuple[int, int]] = []
     forward = engine.runner.forward
 
-    def noted(decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
+    def noted(
+        decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]], num_draft_tokens: int
+    ) -> None:
         passes.append((len(decoding), sum(chunk.num_tokens for _, chunk in chunks)))
-        forward(decoding, chunks)
+        forward(decoding, chunks, num_draft_tokens)
 
     monkeypatch.setattr(engine.runner, "forward", noted)
     running = request((1,), max_tokens=60)
@@ -296,11 +298,11 @@ def test_after_a_failed_batch_the_next_one_is_served(
     wanted = alone("qwen3", asked)
     forward, count = engine.runner.forward, [0]
 
-    def failing(decoding: Any, chunks: Any) -> None:
+    def failing(decoding: Any, chunks: Any, num_draft_tokens: int) -> None:
         count[0] += 1
         if count[0] == 3:
             raise error
-        forward(decoding, chunks)
+        forward(decoding, chunks, num_draft_tokens)
 
     monkeypatch.setattr(engine.runner, "forward", failing)
     with pytest.raises(raised):

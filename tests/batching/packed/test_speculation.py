@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.packed import cpu_runner
 from batching.packed.engine import PackedEngine
 from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.speculation import (
@@ -152,7 +151,7 @@ NUM_ROWS = int(os.environ.get("SPECULATION_ROWS", "60"))
 
 @pytest.mark.parametrize("num_blocks", [64, 9])
 def test_every_answer_is_the_one_without_drafts(num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_runner.StepCost, "worth_drafting", always)
+    monkeypatch.setattr(StepCost, "worth_drafting", always)
     engine = PackedEngine(tiny_model(), num_slots=6, token_budget=num_blocks * BLOCK_SIZE, prefill_chunk=32)
     dice, accepted = random.Random(num_blocks), 0
     for _ in range(NUM_ROWS // 12):
@@ -196,7 +195,7 @@ def passes_for(engine: PackedEngine, asked: Request, monkeypatch: pytest.MonkeyP
 
 
 def test_a_predicted_answer_takes_a_fraction_of_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_runner.StepCost, "worth_drafting", always)
+    monkeypatch.setattr(StepCost, "worth_drafting", always)
     engine = PackedEngine(tiny_model(), num_slots=1, token_budget=500)
     asked = request(tuple(range(30)), max_tokens=40, temperature=1.0)
     [answer] = alone("qwen3", [asked])
@@ -214,7 +213,7 @@ def test_without_speculation_nothing_is_drafted() -> None:
 
 
 def test_batch_invariance_has_no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_runner.StepCost, "worth_drafting", always)
+    monkeypatch.setattr(StepCost, "worth_drafting", always)
     engine = PackedEngine(tiny_model(), num_slots=1, token_budget=500, batch_invariant=True)
     run = Run(engine, [request((1, 2) * 20, max_tokens=40)])
     assert run.rows[0].num_drafted_tokens == 0

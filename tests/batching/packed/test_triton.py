@@ -10,6 +10,7 @@ from torch import Tensor
 from batching.packed import reference
 from batching.packed.attention import Chunk, TorchAttention
 from batching.packed.kv_cache import BLOCK_SIZE
+from batching.packed.speculation import History, num_matching
 from batching.sampling import Sampler
 from batching.types import Request
 from tests.batching.conftest import request
@@ -21,7 +22,7 @@ from batching.packed import triton_attention, triton_layer, triton_sampling  # n
 
 VOCABULARY = 500
 
-TOKEN, POSITION, NUM_OUTPUT_TOKENS, SEED, TOP_K, FLAGS = (
+TOKEN, POSITION, NUM_OUTPUT_TOKENS, SEED, TOP_K, FLAGS, MAX_TOKENS, LENGTH, NUM_DRAFTED = (
     column.value
     for column in (
         triton_sampling.TOKEN,
@@ -30,12 +31,23 @@ TOKEN, POSITION, NUM_OUTPUT_TOKENS, SEED, TOP_K, FLAGS = (
         triton_sampling.SEED,
         triton_sampling.TOP_K,
         triton_sampling.FLAGS,
+        triton_sampling.MAX_TOKENS,
+        triton_sampling.LENGTH,
+        triton_sampling.NUM_DRAFTED,
     )
 )
-RANDOM, PENALISED, BIASED, GUIDED = (
+RANDOM, PENALISED, BIASED, GUIDED, SPECULATIVE = (
     flag.value
-    for flag in (triton_sampling.RANDOM, triton_sampling.PENALISED, triton_sampling.BIASED, triton_sampling.GUIDED)
+    for flag in (
+        triton_sampling.RANDOM,
+        triton_sampling.PENALISED,
+        triton_sampling.BIASED,
+        triton_sampling.GUIDED,
+        triton_sampling.SPECULATIVE,
+    )
 )
+RATE = triton_sampling.RATE.value
+NUM_DRAFTS, MAX_HISTORY = 3, 60
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +71,7 @@ def test_norm(size: int) -> None:
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("size", "width"), [(24, 512), (13, 700), (33, 40)])
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
 def test_products(tokens: int, size: int, width: int, biased: bool) -> None:
     x, pair = noise(tokens, width), noise(2 * size, width) / 8
     bias = noise(2 * size) if biased else None
@@ -126,6 +138,30 @@ def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(mi
         assert (found[4] == 1).all(), "a sequence without keys has no result"
 
 
+@pytest.mark.parametrize("min_split", [10, 64, 1000])
+def test_each_token_of_a_draft_sees_those_before_it(min_split: int) -> None:
+    kv_heads, group, size, width = 2, 3, 16, 4
+    k_cache, v_cache = noise(kv_heads, 1024, size), noise(kv_heads, 1024, size)
+    v_cache[:, 15 * BLOCK_SIZE :] = float("nan")  # another row's, whose model went wrong
+    blocks = torch.randperm(15)
+    tables = torch.stack([blocks[list(column)] for column in ([0, 1, 2, 3, 0, 0], [4, 5, 6, 7, 8, 9], [10] * 6)])
+    lengths, drafted = [1, 66, 131, 323, 4], [0, 3, 2, 3, 1]
+    slots = torch.tensor([2, 0, 0, 1, 2], dtype=torch.int32, device=DEVICE)
+    q = noise(5 * width, kv_heads * group, size)
+    attend = triton_attention.DecodeAttention.of(
+        slots, tables.to(DEVICE), kv_heads, group, size, min_split, width=width
+    )
+    attend.seq_lens.copy_(torch.tensor(lengths))
+    attend.num_drafted.copy_(torch.tensor(drafted))
+    for _ in range(2):
+        found = attend(q, k_cache, v_cache, size**-0.5)
+        for row, (length, count) in enumerate(zip(lengths, drafted, strict=True)):
+            mine = slice(row * width, row * width + 1 + count)
+            chunk = Chunk(tables[int(slots[row])].tolist(), length - 1 - count, 1 + count)
+            wanted = TorchAttention([chunk])(q[mine], k_cache, v_cache, size**-0.5)
+            torch.testing.assert_close(found[mine], wanted, rtol=5e-3, atol=5e-3)
+
+
 def test_the_newest_tokens_are_placed_and_what_does_not_decode_is_left_alone() -> None:
     state = State([request() for _ in range(3)])
     state.int_params[:3, TOKEN] = torch.tensor([30, 31, 32])
@@ -134,12 +170,40 @@ def test_the_newest_tokens_are_placed_and_what_does_not_decode_is_left_alone() -
     slots = torch.tensor([2, 0, 1], dtype=torch.int32, device=DEVICE)
     ids, positions, kv_slots = torch.full((3, 4), -1, device=DEVICE)
     seq_lens = torch.full((3,), -1, dtype=torch.int32, device=DEVICE)
-    decodes = torch.tensor([2], device=DEVICE)
-    triton_sampling.place_decodes(slots, decodes, state.int_params, tables, ids, positions, kv_slots, seq_lens)
+    decodes, drafted = torch.tensor([2], device=DEVICE), torch.full_like(seq_lens, -1)
+    place_decodes(state, slots, decodes, tables, ids, positions, kv_slots, seq_lens, drafted, width=1)
     assert ids.tolist() == [32, 30, -1, -1]
     assert positions.tolist() == [71, 0, -1, -1]
     assert kv_slots.tolist() == [2 * BLOCK_SIZE + 7, 5 * BLOCK_SIZE, -1, -1]
     assert seq_lens.tolist() == [72, 1, 0]
+
+
+def test_drafts_are_placed_after_the_newest_tokens_and_what_they_lack_nowhere() -> None:
+    state = State([request() for _ in range(3)])
+    state.int_params[:3, TOKEN] = torch.tensor([30, 31, 32])
+    state.int_params[:3, POSITION] = torch.tensor([0, 62, 64 + 7])
+    state.int_params[:3, NUM_DRAFTED] = torch.tensor([0, 3, 2])
+    state.drafts[:3] = torch.tensor([[40, 41, 42], [50, 51, 52], [60, 61, 62]])
+    tables = torch.tensor([[5, 9], [6, 9], [9, 2], [9, 9]], device=DEVICE)
+    slots = torch.tensor([2, 0, 1], dtype=torch.int32, device=DEVICE)
+    ids, positions, kv_slots = torch.full((3, 12), -1, device=DEVICE)
+    seq_lens, drafted = torch.full((2, 3), -1, dtype=torch.int32, device=DEVICE)
+    decodes = torch.tensor([3], device=DEVICE)
+    place_decodes(state, slots, decodes, tables, ids, positions, kv_slots, seq_lens, drafted, width=4)
+    assert ids.tolist() == [32, 60, 61, 0, 30, 0, 0, 0, 31, 50, 51, 52]
+    assert positions.tolist() == [71, 72, 73, 71, 0, 0, 0, 0, 62, 63, 64, 65]
+    two, six, nine = 2 * BLOCK_SIZE, 6 * BLOCK_SIZE, 9 * BLOCK_SIZE
+    spare = [999] * 3
+    wanted = [two + 7, two + 8, two + 9, 999, 5 * BLOCK_SIZE, *spare, six + 62, six + 63, nine, nine + 1]
+    assert kv_slots.tolist() == wanted
+    assert seq_lens.tolist() == [74, 1, 66]
+    assert drafted.tolist() == [2, 0, 3]
+
+
+def place_decodes(state: "State", slots: Tensor, decodes: Tensor, tables: Tensor, *written: Tensor, width: int) -> None:
+    triton_sampling.place_decodes(
+        slots, decodes, state.int_params, tables, state.drafts, *written, width=width, spare_kv_slot=999
+    )
 
 
 class State:
@@ -152,13 +216,18 @@ class State:
         self.counts = torch.zeros(slots, VOCABULARY, dtype=torch.int16, device=DEVICE)
         self.bias = torch.zeros(slots, VOCABULARY, device=DEVICE)
         self.bitmask = torch.zeros(slots, -(-VOCABULARY // 32), dtype=torch.int32, device=DEVICE)
+        self.drafts = torch.zeros(slots, NUM_DRAFTS, dtype=torch.int32, device=DEVICE)
+        self.history = torch.zeros(slots, MAX_HISTORY, dtype=torch.int32, device=DEVICE)
+        self.float_params[:, RATE] = 0.0
         for slot, asked in enumerate(requests):
             self._write(slot, asked)
 
     def _write(self, slot: int, asked: Request) -> None:
         s = asked.sampling
         flags = RANDOM * (not s.greedy) | PENALISED * s.penalised | BIASED * bool(s.logit_bias)
-        self.int_params[slot, [SEED, TOP_K, FLAGS]] = torch.tensor([s.seed, s.top_k, flags], device=DEVICE)
+        numbers = s.seed, s.top_k, flags | SPECULATIVE, s.max_tokens, len(asked.prompt)
+        self.int_params[slot, [SEED, TOP_K, FLAGS, MAX_TOKENS, LENGTH]] = torch.tensor(numbers, device=DEVICE)
+        self.history[slot, : len(asked.prompt)] = torch.tensor(asked.prompt)
         penalties = [s.presence_penalty, s.frequency_penalty, s.repetition_penalty]
         self.float_params[slot, :6] = torch.tensor([s.temperature or 1.0, s.top_p, s.min_p, *penalties])
         self.counts[slot, list(asked.prompt)] = triton_sampling.IN_PROMPT.value
@@ -166,11 +235,22 @@ class State:
             self.bias[slot, token] = value
 
     def sample(self, logits: Tensor, slots: list[int]) -> list[int]:
-        out = torch.zeros(len(slots), dtype=torch.int64, device=DEVICE)
+        return [tokens[0] for tokens in self.step(logits, slots, drafting=False)]
+
+    def step(self, logits: Tensor, slots: list[int], *, drafting: bool = True) -> list[list[int]]:
+        """Each sequence's tokens, from the logits of its newest token and of those of its draft."""
+        width = len(logits) // len(slots)
         at = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-        state = self.int_params, self.float_params, self.counts, self.bias, self.bitmask
-        triton_sampling.sample(logits, at, *state, out, block=256)
-        return out.tolist()
+        params = self.int_params, self.float_params, self.counts
+        sampled = triton_sampling.sample(logits, at, *params, self.bias, self.bitmask, self.drafts, block=256)
+        out = torch.zeros(len(slots), triton_sampling.OUT_TOKENS.value + width, dtype=torch.int64, device=DEVICE)
+        triton_sampling.advance(sampled, at, *params, self.drafts, self.history, out, drafting=drafting, block=16)
+        tokens = out[:, triton_sampling.OUT_TOKENS.value :].tolist()
+        assert out[:, triton_sampling.OUT_DRAFTED.value].max() < width
+        return [[token for token in row if token >= 0] for row in tokens]
+
+    def draft(self, slot: int) -> list[int]:
+        return self.drafts[slot, : int(self.int_params[slot, NUM_DRAFTED])].tolist()
 
 
 def some_sampling(dice: random.Random) -> dict[str, Any]:
@@ -202,6 +282,52 @@ def test_the_device_samples_what_the_sampler_does(seed: int) -> None:
             found = state.sample(torch.cat([logits[order], logits[:1]]), [*order, 4])
             wanted = sampler(logits.clone()).tolist()
             assert found[:4] == [wanted[slot] for slot in order]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_give_the_tokens_and_state_that_single_steps_give(seed: int) -> None:
+    dice = random.Random(seed)
+    few = dice.sample(range(VOCABULARY), 3)
+    favourites = {"logit_bias": ((few[0], 40.0), (few[1], 38.0), (few[2], 25.0))}
+    prompts = [tuple(dice.choices(few, k=dice.randint(1, 12))) for _ in range(4)]
+    asked = [
+        request(prompt, **(some_sampling(dice) | favourites | {"max_tokens": dice.randint(8, 40)}))
+        for prompt in prompts
+    ]
+    state, samplers = State(asked), [Sampler([each], VOCABULARY, torch.device(DEVICE)) for each in asked]
+    histories = [History(each.prompt, 60) for each in asked]
+    found: list[list[int]] = [[] for _ in asked]
+    accepted = 0
+    for number in range(10):
+        drafts = [state.draft(slot) for slot in range(4)]
+        width = 1 if number < 3 else dice.choice([1, 1 + NUM_DRAFTS, 1 + NUM_DRAFTS])
+        # Where a position's logits come from does not matter, if they are the same for whoever samples there.
+        logits = torch.stack([logits_at(slot, len(found[slot]) + ahead) for slot in range(4) for ahead in range(width)])
+        order = dice.sample(range(4), 4)
+        ordered = logits.view(4, width, -1)[order].flatten(0, 1)
+        padded = torch.cat([ordered, logits[:width]])
+        for slot, tokens in zip(order, state.step(padded, [*order, 4]), strict=False):
+            wanted: list[int] = []
+            for ahead in range(width):
+                wanted.append(int(samplers[slot](logits_at(slot, len(found[slot]) + ahead)[None])))
+                if ahead >= len(drafts[slot]) or wanted[-1] != drafts[slot][ahead]:
+                    break
+            assert tokens == wanted
+            history, guess = histories[slot], drafts[slot][: max(1, width - 1)]
+            history.judge(num_matching(guess, tokens), max(1, len(guess) if width > 1 else 1))
+            history.add(tokens)
+            found[slot] += tokens
+            accepted += len(tokens) - 1
+            left = asked[slot].sampling.max_tokens - len(found[slot]) - 1
+            assert state.draft(slot) == history.propose(min(NUM_DRAFTS, max(0, left)))
+            assert state.float_params[slot, RATE].item() == pytest.approx(history.rate, abs=1e-6)
+            assert state.int_params[slot, [TOKEN, POSITION]].tolist() == [tokens[-1], len(found[slot])]
+    assert accepted > 4, "it would prove little if no draft were right"
+
+
+def logits_at(slot: int, position: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * slot + position)
+    return torch.randn(VOCABULARY, generator=generator).to(DEVICE) * 3
 
 
 def test_a_lane_moves_on_with_each_token_and_the_one_without_a_row_does_not() -> None:
