@@ -126,6 +126,12 @@ class Settings(BaseSettings):
         description="maximum tokens that the packed engine computes in one forward pass while requests are being "
         "answered; none: 1024 on a GPU, 128 on a CPU",
     )
+    speculation: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=7)] = Field(
+        "auto",
+        description="packed engine: guess tokens that quote the prompt and check several in one forward pass, which "
+        "changes no answer; auto: up to 3 tokens where that is faster; a number: up to that many; off with "
+        "--batch-invariant",
+    )
     prefix_sharing: Literal["all", "key", "off"] = Field(
         "all",
         description="which requests may reuse the cached KV of a shared prefix: all, those of the same API key, or "
@@ -228,6 +234,11 @@ class Settings(BaseSettings):
                 "context-window is larger than token-budget, so the longest request would not fit in a batch"
             )
         return self
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """The most tokens that speculation guesses for a row in a step."""
+        return {"auto": 3, "off": 0}.get(str(self.speculation)) or int(self.speculation or 0)
 
     @property
     def served_names(self) -> tuple[str, ...]:

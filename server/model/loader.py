@@ -216,6 +216,7 @@ class ModelLoader:
             prefill_chunk=settings.prefill_chunk,
             prefix_caching=settings.prefix_sharing != "off",
             batch_invariant=settings.batch_invariant,
+            max_draft_tokens=settings.max_draft_tokens,
         )
 
     def _padded(self, model: "PreTrainedModel") -> Engine:

@@ -31,6 +31,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "engine": ("packed", "packed"),
     "gpu_memory_utilization": ("0.5", 0.5),
     "prefill_chunk": ("512", 512),
+    "speculation": ("5", 5),
     "prefix_sharing": ("key", "key"),
     "batch_invariant": ("true", True),
     "queue_size": ("9", 9),

@@ -9,10 +9,13 @@ import torch
 
 from batching.packed import layer
 from batching.packed.engine import PackedEngine, unsupported
+from batching.packed.kv_cache import BLOCK_SIZE
+from batching.packed.speculation import MAX_DRAFT_TOKENS
 from batching.padded import PaddedEngine
 from batching.types import Request
 from tests.batching.conftest import request
 from tests.batching.packed.test_engine import VOCABULARY, Run, long_requests
+from tests.batching.packed.test_speculation import assert_logprobs_are_of_their_tokens, quoting_request
 from tests.batching.test_padded import KINDS, some_request
 from tests.batching.test_scoring import Run as Scored
 from tests.batching.test_scoring import check, long_prompt, of
@@ -54,6 +57,22 @@ def test_in_float32_every_row_is_as_on_stock_generate(kind: str, fused: bool, mo
     wanted = [Run(stock, [each]).answers[0] for each in mixed]
     engine = PackedEngine(tiny_model(kind).to("cuda"), num_slots=8, token_budget=1500, prefill_chunk=64)  # type: ignore[arg-type]
     assert Run(engine, mixed, first=6, joining=lambda: dice.randint(0, 2)).answers == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float32_every_answer_is_the_one_without_drafts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batching.packed.cuda_runner import CUDARunner
+
+    monkeypatch.setattr(CUDARunner, "num_draft_tokens", lambda runner, decoding: MAX_DRAFT_TOKENS)
+    dice = random.Random(3)
+    asked = [quoting_request(dice) for _ in range(60)]
+    stock = PaddedEngine(tiny_model(kind).to("cuda"), token_budget=4096)  # type: ignore[arg-type]
+    wanted = [Run(stock, [each]).answers[0] for each in asked]
+    engine = PackedEngine(tiny_model(kind).to("cuda"), num_slots=8, token_budget=12 * BLOCK_SIZE, prefill_chunk=64)  # type: ignore[arg-type]
+    run = Run(engine, asked, first=6, joining=lambda: dice.randint(0, 2))
+    assert run.answers == wanted
+    assert_logprobs_are_of_their_tokens(run)
+    assert sum(row.num_accepted_tokens for row in run.rows) > 60
 
 
 @pytest.mark.parametrize("fused", [True, False])
