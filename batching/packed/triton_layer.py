@@ -1,4 +1,4 @@
-"""Triton kernels of a decoder layer: what lies between its matrix products, and the products of a few tokens.
+"""Triton kernels of a decoder layer: what lies between its matrix products, and the products of a single token.
 
 Worker thread only, CUDA only (or Triton's interpreter, in tests). `batching/packed/reference.py` has a twin of each,
 written with torch, that says what it computes.
@@ -125,79 +125,69 @@ def _load(at, mask, ALL: tl.constexpr):
 
 
 @triton.jit
-def _few_kernel(
-    x, weight, bias, out, size, width, tokens,
-    GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr,
-    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+def _row_kernel(
+    x, weight, bias, out, size, width,
+    GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program: some of the outputs, each the product of a row of the weight with x, for each of at most TOKENS.
+    # One program: some of the outputs, each the product of a row of the weight with x.
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    token = tl.arange(0, TOKENS)
     at = tl.arange(0, BLOCK)
     there = output < size
-    real = token < tokens
     row = weight + output.to(tl.int64)[:, None] * width + at[None, :]
     up_row = row + size.to(tl.int64) * width
-    mine = x + token[:, None] * width + at[None, :]
-    total = tl.zeros([TOKENS, OUTPUTS, BLOCK], tl.float32)
-    up_total = tl.zeros([TOKENS, OUTPUTS, BLOCK], tl.float32)
+    total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
+    up_total = tl.zeros([OUTPUTS, BLOCK], tl.float32)
     for begin in range(0, width, BLOCK):
         inside = begin + at < width
-        value = _load(mine + begin, real[:, None] & inside[None, :], EVEN)[:, None, :]
-        total += _load(row + begin, there[:, None] & inside[None, :], EVEN)[None, :, :] * value
+        value = _load(x + begin + at, inside, EVEN)[None, :]
+        total += _load(row + begin, there[:, None] & inside[None, :], EVEN) * value
         if GATED:
-            up_total += _load(up_row + begin, there[:, None] & inside[None, :], EVEN)[None, :, :] * value
-    target = out + token[:, None] * size + output[None, :]
-    wanted = real[:, None] & there[None, :]
-    result = tl.sum(total, 2)
+            up_total += _load(up_row + begin, there[:, None] & inside[None, :], EVEN) * value
+    result = tl.sum(total, 1)
     if BIAS:
-        result += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)[None, :]
+        result += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
     if ADD:
-        result += tl.load(target, mask=wanted, other=0.0).to(tl.float32)
+        result += tl.load(out + output, mask=there, other=0.0).to(tl.float32)
     if GATED:
         gate = result.to(out.dtype.element_ty).to(tl.float32)
-        result = tl.sum(up_total, 2)
+        result = tl.sum(up_total, 1)
         if BIAS:
-            result += tl.load(bias + size + output, mask=there, other=0.0).to(tl.float32)[None, :]
+            result += tl.load(bias + size + output, mask=there, other=0.0).to(tl.float32)
         result = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty) * result.to(out.dtype.element_ty)
-    tl.store(target, result.to(out.dtype.element_ty), mask=wanted)
+    tl.store(out + output, result.to(out.dtype.element_ty), mask=there)
 
-
-FEW = 4
-"""Tokens up to which a product waits for its weights alone, so that they need not be multiplied by matrix units."""
 
 OUTPUTS = 2
-"""Outputs that one program computes of a few tokens' product."""
+"""Outputs that one program computes of a single token's product."""
 
 WIDTH = 512
 """Inputs that it reads at a time."""
 
 
-def _few(
+def _row(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool = False, add: bool = False
 ) -> Tensor:
-    (tokens, width), size = x.shape, out.shape[1]
-    padded = triton.next_power_of_2(tokens)
-    even = size % OUTPUTS == 0 and width % WIDTH == 0 and padded == tokens
-    _few_kernel[(triton.cdiv(size, OUTPUTS),)](
-        x, weight, weight if bias is None else bias, out, size, width, tokens,
-        GATED=gated, ADD=add, BIAS=bias is not None, EVEN=even, TOKENS=padded, OUTPUTS=OUTPUTS, BLOCK=WIDTH,
-        num_warps=2,
+    size, width = out.shape[1], x.shape[1]
+    _row_kernel[(triton.cdiv(size, OUTPUTS),)](
+        x, weight, weight if bias is None else bias, out, size, width,
+        GATED=gated, ADD=add, BIAS=bias is not None, EVEN=size % OUTPUTS == 0 and width % WIDTH == 0, OUTPUTS=OUTPUTS,
+        BLOCK=WIDTH, num_warps=2,
     )  # fmt: skip
     return out
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [tokens, width] times the rows of weight [size, width], plus bias [size]."""
-    if len(x) > FEW:
+    if len(x) > 1:
         return linear(x, weight, bias)
-    return _few(x, weight, bias, x.new_empty(len(x), len(weight)))
+    return _row(x, weight, bias, x.new_empty(1, len(weight)))
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Add the product to `total` [tokens, size]."""
-    if len(x) <= FEW:
-        _few(x, weight, bias, total, add=True)
+    if len(x) == 1:
+        _row(x, weight, bias, total, add=True)
         return
     total.addmm_(x, weight.t())
     if bias is not None:
@@ -206,6 +196,6 @@ def add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def gated_product(x: Tensor, pair: Tensor, bias: Tensor | None) -> Tensor:
     """silu(gate) x up, of the products of x with the two halves of pair [2 x size, width]."""
-    if len(x) > FEW:
+    if len(x) > 1:
         return _silu_product(linear(x, pair, bias))
-    return _few(x, pair, bias, x.new_empty(len(x), len(pair) // 2), gated=True)
+    return _row(x, pair, bias, x.new_empty(1, len(pair) // 2), gated=True)

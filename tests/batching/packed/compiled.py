@@ -78,12 +78,11 @@ def layer() -> Iterator[Case]:
     shape = {"KV_HEADS": 8, "Q_GROUPS": 4, "SIZE": 128, "HEADS": 8, "BLOCK": 128}
     for norm in (True, False):
         yield Case(triton_layer._rotate_kernel, turned | numbers, shape | {"NORM": norm}, ("head_stride",))
-    few = plain | {"bias": HALF, "width": "i32", "tokens": "i32"}
-    kinds = (True, False, True, True), (False, True, True, False), (False, False, False, True)
-    for (gated, add, bias, even), tokens in product(kinds, (1, 2, 4)):
-        asked = {"GATED": gated, "ADD": add, "BIAS": bias, "EVEN": even, "TOKENS": tokens}
+    row = plain | {"bias": HALF, "width": "i32"}
+    for gated, add, bias, even in ((True, False, True, True), (False, True, True, False), (False, False, False, True)):
+        asked = {"GATED": gated, "ADD": add, "BIAS": bias, "EVEN": even}
         block = {"OUTPUTS": triton_layer.OUTPUTS, "BLOCK": triton_layer.WIDTH}
-        yield Case(triton_layer._few_kernel, few, asked | block, ("size", "width") if even else (), {"num_warps": 2})
+        yield Case(triton_layer._row_kernel, row, asked | block, ("size", "width") if even else (), {"num_warps": 2})
 
 
 def sampling() -> Iterator[Case]:

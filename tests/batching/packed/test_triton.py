@@ -71,7 +71,7 @@ def test_norm(size: int) -> None:
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("size", "width"), [(24, 512), (13, 700), (33, 40)])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_products(tokens: int, size: int, width: int, biased: bool) -> None:
     x, pair = noise(tokens, width), noise(2 * size, width) / 8
     bias = noise(2 * size) if biased else None
