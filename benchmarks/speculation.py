@@ -106,7 +106,8 @@ def scripted(chance: Tensor) -> Iterator[None]:
         history: Tensor, out: Tensor, *, drafting: bool, block: int = 1024,
     ) -> None:  # fmt: skip
         at, number = slots.long(), drafts.shape[1]
-        first = sampled.view(len(slots), -1)[:, :number]
+        # What was not sampled, because nothing was drafted there, can be anything.
+        first = sampled.view(len(slots), -1)[:, :number].clamp(0, counts.shape[1] - 2)
         luck = torch.rand(first.shape, device=first.device) < chance
         drafts[at, : first.shape[1]] = torch.where(luck, first, first + 1).int()
         original(sampled, slots, int_params, float_params, counts, drafts, history, out, drafting=drafting, block=block)

@@ -92,8 +92,9 @@ def decode_sizes(num_slots: int) -> list[int]:
 
 def wide_sizes(num_slots: int, width: int) -> list[int]:
     """The numbers of sequences that decode steps with drafts are captured for, `width` tokens each."""
-    powers = (1 << power for power in range(MAX_WIDE_TOKENS.bit_length()))
-    return [size for size in powers if size * width <= MAX_WIDE_TOKENS and size < 2 * num_slots]
+    most = min(num_slots, MAX_WIDE_TOKENS // width)
+    powers = (1 << power for power in range(most.bit_length()))
+    return sorted({*(size for size in powers if size < most), most})
 
 
 def mixed_sizes(prefill_chunk: int, max_prefill_tokens: int) -> list[int]:
