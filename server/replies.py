@@ -44,6 +44,13 @@ class PromptTokens(TypedDict):
     """Tokens whose KV was already cached from an earlier request."""
 
 
+class CompletionTokens(TypedDict):
+    accepted_prediction_tokens: int
+    """Tokens that were guessed rightly before they were computed."""
+    rejected_prediction_tokens: int
+    """Tokens that were guessed wrongly; the answer has others in their place."""
+
+
 class Usage(TypedDict):
     """Token counts. A prompt shared by several choices is counted once."""
 
@@ -51,6 +58,8 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokens
+    completion_tokens_details: NotRequired[CompletionTokens]
+    """If the request has a `prediction`."""
 
 
 class LikelyToken(TypedDict):

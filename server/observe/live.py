@@ -31,9 +31,9 @@ from server import sse
 PERIOD = 0.5
 """Seconds per tick."""
 
-FIRST_TOKENS = 256
-FIRST_TOKENS_FOR = 30.0
-"""Percentiles are taken over the last 256 answers that ended within 30 seconds; a single tick has too few."""
+RECENT = 256
+RECENT_FOR = 30.0
+"""Answers are judged by the last 256 that ended within 30 seconds; a single tick has too few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Tick:
 
     `queued` and `running` are maximum numbers of rows; `batches` and `batch_rows` count batches that started and their
     rows, the two fields after them the prompt tokens of all rows that started. Times to first token are in seconds,
-    None if no answer ended recently; `memory` is in bytes, None until the first batch ends.
+    None if no answer ended recently; `tokens_per_step` is a row's mean in a decode step, None if nothing was drafted
+    lately; `memory` is in bytes, None until the first batch ends.
     """
 
     at: float
@@ -55,6 +56,7 @@ class Tick:
     padded_tokens: int
     ttft_p50: float | None
     ttft_p95: float | None
+    tokens_per_step: float | None
     memory: int | None
 
 
@@ -80,7 +82,7 @@ class Meter:
         self._end = now + PERIOD
         self._queued, self._running = Peak(), Peak()
         self._memory: int | None = None
-        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=FIRST_TOKENS)  # (answer's end, TTFT in seconds)
+        self._recent: deque[tuple[float, RowEnded]] = deque(maxlen=RECENT)  # answers, with the time of their end
         self._restart()
 
     def _restart(self) -> None:
@@ -109,8 +111,8 @@ class Meter:
             case BatchEnded(running=running, memory=memory):
                 self._running.set(running)
                 self._memory = memory
-            case RowEnded(ttft=float(seconds)):
-                self._first_tokens.append((now, seconds))
+            case RowEnded(ttft=float()):
+                self._recent.append((now, event))
 
     def advance(self, now: float, most: int) -> Sequence[Tick]:
         """The ticks that ended since the last call, up to `now`; at most the last `most` of them."""
@@ -123,9 +125,10 @@ class Meter:
         return [self._tick() for _ in range(min(ended, most))]
 
     def _tick(self) -> Tick:
-        while self._first_tokens and self._first_tokens[0][0] < self._end - FIRST_TOKENS_FOR:
-            self._first_tokens.popleft()
-        seconds = sorted(seconds for _, seconds in self._first_tokens)
+        while self._recent and self._recent[0][0] < self._end - RECENT_FOR:
+            self._recent.popleft()
+        answers = [answer for _, answer in self._recent]
+        seconds = sorted(answer.ttft for answer in answers if answer.ttft is not None)
         tick = Tick(
             at=round(self._end, 3),
             queued=self._queued.take(),
@@ -137,11 +140,21 @@ class Meter:
             padded_tokens=self._padded_tokens,
             ttft_p50=percentile(seconds, 0.5),
             ttft_p95=percentile(seconds, 0.95),
+            tokens_per_step=tokens_per_step(answers),
             memory=self._memory,
         )
         self._restart()
         self._end += PERIOD
         return tick
+
+
+def tokens_per_step(answers: Sequence[RowEnded]) -> float | None:
+    """Of all these answers; None if nothing was drafted for them."""
+    if not any(answer.num_drafted_tokens for answer in answers):
+        return None
+    tokens = sum(answer.output_tokens for answer in answers)
+    accepted = sum(answer.num_accepted_tokens for answer in answers)
+    return round(tokens / max(1, tokens - accepted), 3)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:

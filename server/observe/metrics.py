@@ -125,6 +125,8 @@ class Metrics:
         self._preemptions = counter(
             "preemptions", "Times that a request gave up its memory to older ones, to be recomputed later."
         )
+        self._drafted_tokens = counter("drafted_tokens", "Tokens that speculation guessed.")
+        self._accepted_tokens = counter("accepted_tokens", "Tokens that speculation guessed rightly.")
         self._scored_tokens = counter("scored_prompt_tokens", "Prompt tokens whose log probabilities were returned.")
         self._output_tokens = counter("output_tokens", "Tokens generated.")
         self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
@@ -217,6 +219,8 @@ class Metrics:
     def _row_ended(self, event: RowEnded) -> None:
         self._reused_tokens.inc(event.num_cached_tokens)
         self._preemptions.inc(event.num_preemptions)
+        self._drafted_tokens.inc(event.num_drafted_tokens)
+        self._accepted_tokens.inc(event.num_accepted_tokens)
         self._duration.labels(event.outcome).observe(event.duration)
         self._prompt_length.observe(event.prompt_tokens)
         self._output_length.observe(event.output_tokens)

@@ -35,6 +35,7 @@ class Conversation:
     tokens: tuple[int, ...]
     thought: ThoughtState
     names: ToolNames
+    prediction: tuple[int, ...] = ()
 
 
 class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
@@ -55,8 +56,9 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
         grammar = await grammar_of(model, chat, encoded.names, encoded.thought, caller.name or caller.request_id)
         room = model.room(len(tokens), "messages")
         forced = end_of_thought(model.text, chat, encoded.thought)
+        rest = grammar, chat.priority or 0, encoded.prediction[:room]
         return [
-            Prompt(tokens, sampling(model, chat, room, choice=choice, forced=forced), grammar, chat.priority or 0)
+            Prompt(tokens, sampling(model, chat, room, choice=choice, forced=forced), *rest)
             for choice in range(chat.n or 1)
         ]
 
@@ -84,7 +86,8 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     offered = chat.offered
     names = names_in(text, chat.messages, offered)
     rendered = render(text, chat.messages, offered, names, thinks)
-    return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names)
+    prediction = text.encode(chat.prediction.text) if chat.prediction else ()
+    return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names, prediction)
 
 
 def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:

@@ -93,14 +93,25 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
 def usage(streams: Sequence[Stream]) -> replies.Usage:
     """Token counts of an answer. A prompt shared by several choices is counted once, as OpenAI does.
 
-    `cached_tokens`: prompt tokens whose KV was already cached from other requests.
+    `cached_tokens`: prompt tokens whose KV was already cached from other requests. If the client predicted the answer,
+    there are also the tokens that speculation guessed from prompt and prediction, rightly or wrongly.
     """
     prompts = {id(row.request.prompt): row for row in (stream.row for stream in streams)}
     prompt = sum(len(row.request.prompt) for row in prompts.values())
     output = sum(stream.output_tokens for stream in streams)
-    return {
+    counts: replies.Usage = {
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": sum(row.num_cached_tokens for row in prompts.values())},
     }
+    if any(stream.row.request.prediction for stream in streams):
+        drafted, accepted = (
+            sum(getattr(stream.row, name) for stream in streams)
+            for name in ("num_drafted_tokens", "num_accepted_tokens")
+        )
+        counts["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        }
+    return counts

@@ -93,12 +93,13 @@ async def read(http: HttpRequest, kind: type[Body]) -> Body:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row's prompt and how to sample from it."""
+    """One row's prompt and how to sample from it; `prediction` is what the client expects of the answer."""
 
     tokens: tuple[int, ...]
     sampling: Sampling
     grammar: Grammar | None = None
     priority: int = 0
+    prediction: tuple[int, ...] = ()
 
 
 class GeneratingEndpoint(Endpoint[Generated, Encoded]):
@@ -137,6 +138,7 @@ def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> l
             priority=prompt.priority,
             grammar=prompt.grammar,
             salt=salt,
+            prediction=prompt.prediction,
             trace=caller.trace,
         )
         for row, prompt in enumerate(prompts)

@@ -23,6 +23,7 @@ from server.openai.tools import ToolUse
 MAX_STOPS = 16  # OpenAI allows 4
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
+MAX_PREDICTED_PARTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_STOP_LENGTH = 256  # characters; every piece of an answer is searched for every stop string
@@ -204,7 +205,6 @@ class Generation(RequestBody):
     safety_identifier: NoEffect = None
     prompt_cache_key: NoEffect = None
     prompt_cache_retention: NoEffect = None
-    prediction: NoEffect = None
     verbosity: NoEffect = None
     include_reasoning: NoEffect = None
     separate_reasoning: NoEffect = None
@@ -253,6 +253,22 @@ class Generation(RequestBody):
         return low or self.top_p == 0 or self.do_sample is False
 
 
+class PredictedPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Body):
+    """OpenAI's predicted output."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[PredictedPart], Field(max_length=MAX_PREDICTED_PARTS, fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class ChatRequest(Generation, ToolUse):
     """`POST /v1/chat/completions`."""
 
@@ -271,6 +287,8 @@ class ChatRequest(Generation, ToolUse):
     """Maximum number of thinking tokens."""
     thinking_token_budget: Tokens | None = None
     """vLLM's name for `thinking_budget`."""
+    prediction: Prediction | None = None
+    """A text that the answer is expected to repeat in part. It changes no answer; what is repeated takes less time."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """"none" and "minimal" turn thinking off, other values on."""
 

@@ -24,6 +24,7 @@ MODEL = ("device", "dtype", "parameters", "context_window", "token_budget")
 LIMITS = (
     *("default_max_tokens", "max_output_tokens", "max_batch_size", "batch_window_ms", "queue_size", "key_queue_size"),
     *("key_queue_tokens", "request_timeout_s", "drain_timeout_s", "max_body_mib", "thinking", "prefix_sharing"),
+    *("speculation", "batch_invariant"),
 )
 """Settings that matter to clients."""
 

@@ -862,6 +862,8 @@ CONTRACT = {
     "microbatch_reused_prompt_tokens": "counter",
     "microbatch_scored_prompt_tokens": "counter",
     "microbatch_preemptions": "counter",
+    "microbatch_drafted_tokens": "counter",
+    "microbatch_accepted_tokens": "counter",
     "microbatch_output_tokens": "counter",
     "microbatch_finished_requests": "counter",
     "microbatch_cancelled_requests": "counter",

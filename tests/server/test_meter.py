@@ -1,5 +1,6 @@
 """Laws of the meter: every half second has its tick, and what happened is in exactly one of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from batching.events import (
     RowsJoined,
     Stepped,
 )
-from server.observe.live import FIRST_TOKENS_FOR, PERIOD, Meter, Tick, percentile
+from server.observe.live import PERIOD, RECENT_FOR, Meter, Tick, percentile
 
 MOST = 600
 
@@ -72,9 +73,9 @@ def test_rows_that_join_a_batch_run_with_it_and_need_no_padding() -> None:
 
 def test_times_to_first_token_are_of_answers_that_ended_lately() -> None:
     events = [(0.1, ended(1.0)), (0.1, ended(2.0)), (0.2, ended(None)), (0.8, ended(9.0))]
-    ticks = run(*events, until=FIRST_TOKENS_FOR + 2)
+    ticks = run(*events, until=RECENT_FOR + 2)
     assert [(tick.ttft_p50, tick.ttft_p95) for tick in ticks[:2]] == [(1.0, 2.0), (2.0, 9.0)]
-    [last] = [tick for tick in ticks if tick.at == FIRST_TOKENS_FOR + 0.5]
+    [last] = [tick for tick in ticks if tick.at == RECENT_FOR + 0.5]
     assert (last.ttft_p50, last.ttft_p95) == (9.0, 9.0)
     assert ticks[-1].ttft_p50 is None
 
@@ -111,3 +112,14 @@ def test_a_percentile_is_a_value_that_so_many_do_not_exceed(values: list[float],
 
 def test_nothing_has_no_percentile() -> None:
     assert percentile([], 0.5) is None
+
+
+def drafted(output: int, drafted: int, accepted: int) -> RowEnded:
+    plain = RowEnded("r", Outcome.ANSWERED, "stop", 1, output, 0.0, 1.0, 1.0, 1)
+    return replace(plain, num_drafted_tokens=drafted, num_accepted_tokens=accepted)
+
+
+def test_tokens_per_step_are_those_of_recent_answers_if_any_was_drafted() -> None:
+    ticks = run((0.1, drafted(10, 0, 0)), (0.6, drafted(30, 30, 20)), until=40.0)
+    assert [tick.tokens_per_step for tick in ticks[:2]] == [None, 2.0]
+    assert ticks[-1].tokens_per_step is None

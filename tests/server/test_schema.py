@@ -115,7 +115,6 @@ ACCEPTED: dict[str, list[Any]] = {
     "skip_special_tokens": [True, None],
     "add_generation_prompt": [True, None],
     "verbosity": ["low", None],
-    "prediction": [{"type": "content", "content": "Hello"}, None],
     "prompt_cache_retention": ["24h", None],
     "include_reasoning": [True, False, None],
     "extra_body": [{}, None],

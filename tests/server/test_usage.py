@@ -9,6 +9,7 @@ import torch
 
 from batching.packed.engine import PackedEngine
 from batching.packed.kv_cache import BLOCK_SIZE
+from batching.packed.speculation import StepCost
 from tests.live import BYTES, Live, frames, live
 from tests.tiny import tiny_model
 
@@ -76,3 +77,32 @@ def test_choices_of_one_prompt_count_what_was_cached_once(service: Live) -> None
     usage = service.chat(**chat("One?"), n=3).json()["usage"]
     assert usage["prompt_tokens"] == prompt
     assert usage["prompt_tokens_details"] == {"cached_tokens": prompt // BLOCK_SIZE * BLOCK_SIZE}
+
+
+def test_a_predicted_answer_is_the_same_and_its_guesses_are_counted(
+    service: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepCost, "worth_drafting", lambda cost, rate, num_rows, limit: limit)
+    letters = {str(letter): 60 for letter in b"abcdefghijklmnop"}
+    body = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 40, "logit_bias": letters, "seed": 1}
+    plain = service.post(orjson.dumps(body)).json()
+    answer = plain["choices"][0]["message"]["content"]
+    assert "completion_tokens_details" not in plain["usage"]
+    for content in (answer, [{"type": "text", "text": answer[:9]}, {"type": "text", "text": answer[9:]}]):
+        predicted = service.post(orjson.dumps(body | {"prediction": {"type": "content", "content": content}})).json()
+        assert predicted["choices"][0]["message"]["content"] == answer
+        details = predicted["usage"]["completion_tokens_details"]
+        assert details["accepted_prediction_tokens"] > 10
+        assert details["rejected_prediction_tokens"] >= 0
+    metrics = service.get("/metrics").text
+    assert value(metrics, "microbatch_accepted_tokens_total") > 20
+    assert value(metrics, "microbatch_drafted_tokens_total") >= value(metrics, "microbatch_accepted_tokens_total")
+
+
+def test_a_prediction_of_another_kind_is_refused(service: Live) -> None:
+    body = {"messages": [{"role": "user", "content": "?"}], "prediction": {"type": "image", "content": "a"}}
+    assert service.post(orjson.dumps(body)).status_code == 400
+
+
+def value(metrics: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name))

@@ -49,6 +49,15 @@ const CHARTS = [
 		],
 	},
 	{
+		title: "Tokens per step, last 30 s",
+		unit: "",
+		least: 2,
+		format: (value) => value.toFixed(2),
+		optional: true,
+		empty: "Nothing was drafted in this time.",
+		series: [{ name: "", value: (tick) => tick.tokens_per_step, of: last, fill: true }],
+	},
+	{
 		title: "Prompt padding, latest batch",
 		unit: "% of positions",
 		least: 10,

@@ -38,6 +38,15 @@ const ENGINES = {
 };
 const REUSE = { all: "between all requests", key: "between requests of one API key", off: "off" };
 
+const SPECULATION = { auto: "where it saves time", off: "off" };
+
+// Not with this engine, or not with batch invariance.
+function speculation({ speculation, batch_invariant: invariant }, engine) {
+	if (engine !== "packed") return "not with this engine";
+	if (invariant) return "off with batch invariance";
+	return SPECULATION[speculation] ?? `where it saves time, up to ${plural(speculation, "token")} a step`;
+}
+
 function runs({ names, engine, versions, uptime, model, limits }) {
 	const loaded = model
 		? [
@@ -45,6 +54,7 @@ function runs({ names, engine, versions, uptime, model, limits }) {
 				["Parameters", `${(model.parameters / 1e9).toFixed(2)} billion`],
 				["Device", model.device],
 				["Precision", model.dtype],
+				["Speculation", speculation(limits, engine)],
 				["Prefix reuse", engine === "packed" ? REUSE[limits.prefix_sharing] : "not with this engine"],
 			]
 		: [];
