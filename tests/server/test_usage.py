@@ -10,7 +10,7 @@ import torch
 from batching.packed.engine import PackedEngine
 from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.speculation import StepCost
-from tests.live import BYTES, Live, frames, live
+from tests.live import BYTES, Live, frames, live, tokens_of
 from tests.tiny import tiny_model
 
 LONG = "What is the answer to the question that everybody asks? " * 4
@@ -83,7 +83,7 @@ def test_a_predicted_answer_is_the_same_and_its_guesses_are_counted(
     service: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StepCost, "worth_drafting", lambda cost, rate, num_rows, limit: limit)
-    letters = {str(letter): 60 for letter in b"abcdefghijklmnop"}
+    letters = {str(token): 60 for token in tokens_of("abcdefghijklmnop")}
     body = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 40, "logit_bias": letters, "seed": 1}
     plain = service.post(orjson.dumps(body)).json()
     answer = plain["choices"][0]["message"]["content"]
