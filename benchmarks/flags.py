@@ -41,6 +41,13 @@ def share(text: str) -> float:
     return number
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= (number := float(text)) <= 1:
+        raise ValueError(text)
+    return number
+
+
 def milliseconds(text: str) -> float:
     """ "250" as 0.25 seconds."""
     return more_than_zero(text) / 1000

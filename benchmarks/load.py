@@ -105,6 +105,12 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("work").add_argument
     add("--workload", choices=sorted(WORKLOADS), default="short", help="lengths and shape of prompts (short)")
     add("--language", choices=sorted(LANGUAGES), default="en", help="of the workload's text (en)")
+    add(
+        "--quotation",
+        type=flags.fraction,
+        metavar="SHARE",
+        help="of rag-quote's questions, how many ask for a passage word for word (1)",
+    )
     add("--prompts", type=Path, help="your own: JSON Lines with prompt or messages, or ShareGPT's array")
     add("--prompt-tokens", type=flags.token_range, metavar="LOW:HIGH", help="in place of the workload's own")
     add("--output-tokens", type=flags.token_range, metavar="LOW:HIGH", help="in place of the workload's or file's own")

@@ -18,8 +18,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.prompts import read
 from benchmarks.server_metrics import ServerFigures, Watch
 from benchmarks.summary import Summary, Targets, summarise, tokens_by_second
-from benchmarks.words import LANGUAGES
-from benchmarks.workloads import WORKLOADS, Job, Source, digest, uniform
+from benchmarks.workloads import WORKLOADS, Job, Source, digest, named, uniform
 
 Range = tuple[int, int]
 
@@ -44,6 +43,7 @@ class Settings:
     workload: str = "short"
     prompts: Path | None = None
     language: str = "en"
+    quotation: float | None = None
     prompt_tokens: Range | None = None
     output_tokens: Range | None = None
     seed: int = 0
@@ -87,16 +87,16 @@ class Settings:
     def source(self) -> Source:
         """The prompt file or the named workload, with the ranges that were given in place of its own laws.
 
-        Raises ValueError and OSError as `prompts.read`.
+        Raises ValueError and OSError as `prompts.read`, and ValueError for what the workload does not have.
         """
-        named = replace(WORKLOADS[self.workload], language=LANGUAGES[self.language])
+        found = named(self.workload, self.language, self.quotation)
         if self.prompt_tokens:
-            named = replace(named, prompt_tokens=uniform(*self.prompt_tokens))
+            found = replace(found, prompt_tokens=uniform(*self.prompt_tokens))
         if self.output_tokens:
-            named = replace(named, output_tokens=uniform(*self.output_tokens))
+            found = replace(found, output_tokens=uniform(*self.output_tokens))
         if self.prompts is None:
-            return named
-        return read(self.prompts, named.output_tokens, keep_lengths=self.output_tokens is None)
+            return found
+        return read(self.prompts, found.output_tokens, keep_lengths=self.output_tokens is None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,14 @@ SmolLM2's tokenizers. The server's chat template comes on top.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from random import Random
 from typing import Protocol
 
 import orjson
 
+from benchmarks import quotes
 from benchmarks.words import LANGUAGES, Language
 
 Law = Callable[[Random], int]
@@ -102,6 +103,17 @@ def extraction(writer: Writer, words: int) -> tuple[Message, ...]:
     return ({"role": "system", "content": guide}, {"role": "user", "content": chunk})
 
 
+def quoting(quotation: float) -> Shape:
+    """A page of readable English and a question about it; `quotation`, from 0 to 1, is the share of questions that ask
+    for a passage word for word. Other languages have no pages.
+    """
+
+    def ask(writer: Writer, tokens: int) -> tuple[Message, ...]:
+        return tuple(quotes.question(writer.seed, writer.serial, tokens, quotation).messages())
+
+    return ask
+
+
 def uniform(low: int, high: int) -> Law:
     """Whole numbers from low to high, both included, each as likely."""
     return lambda random: random.randint(low, high)
@@ -155,7 +167,22 @@ WORKLOADS = {
     # RAGFlow's requests: the prompts as measured, their answers' lengths assumed.
     "ragflow-chat": Workload(uniform(4700, 5006), uniform(64, 320), retrieval_chat),
     "ragflow-ingest": Workload(uniform(2626, 2738), uniform(128, 512), extraction, concurrency=(10,)),
+    # Extractive questions: answers that can be copied, and end by themselves.
+    "rag-quote": Workload(constant(quotes.PROMPT_TOKENS), constant(200), quoting(1.0)),
 }
+
+
+def named(name: str, language: str, quotation: float | None) -> Workload:
+    """The workload of this name in this language, for rag-quote with this share of questions that ask for a passage.
+
+    Raises ValueError for a language or a share that the workload does not have.
+    """
+    found = replace(WORKLOADS[name], language=LANGUAGES[language])
+    if name == "rag-quote" and language != "en":
+        raise ValueError("the pages of rag-quote are in English only: leave --language out")
+    if name != "rag-quote" and quotation is not None:
+        raise ValueError(f"{name} has no questions that quote: --quotation is for --workload rag-quote")
+    return found if quotation is None else replace(found, shape=quoting(quotation))
 
 
 def digest(jobs: list[Job]) -> str:

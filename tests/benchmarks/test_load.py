@@ -27,6 +27,7 @@ REQUIRED = ["--url", "http://127.0.0.1:1", "--model", "m"]
         ["--rate", "nan"],
         ["--body", "[1]"],
         ["--share", "1.5"],
+        ["--quotation", "1.5"],
         ["--find-capacity"],
         ["--rate", "1", "--find-capacity", "--ttft-target-ms", "9"],
         ["--requests-per-level", "0"],

@@ -38,7 +38,7 @@ def test_the_same_seed_draws_the_same_jobs(name: str) -> None:
     assert same == again != other
 
 
-@pytest.mark.parametrize("name", sorted(WORKLOADS))
+@pytest.mark.parametrize("name", sorted(WORKLOADS.keys() - {"rag-quote"}))
 def test_a_prompt_has_the_words_its_length_says(name: str) -> None:
     for job in WORKLOADS[name].draw(20, seed=0):
         serials = 1
