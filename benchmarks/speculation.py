@@ -28,6 +28,7 @@ from batching.packed.speculation import MAX_DRAFT_TOKENS
 from batching.stream import Row
 from batching.types import Request, Sampling, TokenLogprob
 from benchmarks.engine_rows import Clock, Shape, rows_of
+from benchmarks.quotes import questions
 from server.settings import Settings
 
 RAGFLOW = {"temperature": 0.1, "top_p": 0.3, "presence_penalty": 0.4, "frequency_penalty": 0.7}
@@ -175,8 +176,6 @@ class Scripted:
 
 def asked(tokenizer: Any, count: int, sampling: Mapping[str, Any], stops: frozenset[int]) -> list[Row]:
     """The questions of rag-quote as rows."""
-    from benchmarks.quotes import questions
-
     rows = []
     for number, messages in enumerate(questions(count)):
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
