@@ -174,6 +174,11 @@ class Scripted:
             )
 
 
+def equal(some: Sequence[list[int]], others: Sequence[list[int]]) -> float:
+    """The share of answers that are the same."""
+    return sum(one == other for one, other in zip(some, others, strict=True)) / len(some)
+
+
 def asked(tokenizer: Any, count: int, sampling: Mapping[str, Any], stops: frozenset[int]) -> list[Row]:
     """The questions of rag-quote as rows."""
     rows = []
@@ -209,11 +214,11 @@ def quotes(build: Callable[[int], PackedEngine], tokenizer: Any, counts: Sequenc
         (off, slow, _, plain), (on, fast, rows, given) = (
             answers[name, count, limit] for limit in (0, MAX_DRAFT_TOKENS)
         )
-        same = sum(one == other for one, other in zip(plain, given, strict=True)) / len(plain)
+        same, as_before = (equal(plain, others) for others in (given, answers[name, counts[0], 0][3]))
         steps, accepted = shares(rows)
         print(
             f"  {name:20} {count:3} rows {1000 * off:7.0f} {1000 * on:7.0f} ms {slow:7.0f} {fast:7.0f} tok/s "
-            f"{off / on:6.3f}x {steps:5.2f} {accepted:6.3f} {same:6.3f}"
+            f"{off / on:6.3f}x {steps:5.2f} {accepted:6.3f} {same:6.3f} {as_before:6.3f}"
         )
 
 
