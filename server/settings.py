@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     engine: Literal["auto", "packed", "generate"] = Field(
         "auto",
         description="packed: continuous batching without padding; generate: padded batches, one after another; auto: "
-        "packed on CUDA if the model supports it",
+        "packed if it gives the model's own answers",
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=0.98, description="fraction of the GPU's memory that the packed engine may use, model included"

@@ -195,8 +195,7 @@ class ModelLoader:
         """Whether the packed engine is to be tried. Raises `ModelError` if it was asked for and cannot."""
         from batching.packed.engine import unsupported
 
-        wanted = self._settings.engine
-        if wanted == "generate" or (wanted == "auto" and model.device.type != "cuda"):
+        if self._settings.engine == "generate":
             return False
         reason = unsupported(model)
         if reason is not None:
