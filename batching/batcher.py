@@ -112,7 +112,8 @@ class Batcher:
         if not self._queue.has_room(requests):
             self._observe(Rejected("queue_full"))
             raise QueueFull(self._rate.seconds_for(len(self._queue)))
-        if late := seconds_late(requests, self._queue.ahead_of(requests[0]), len(self._running), self._rate):
+        ahead, at_once = self._queue.ahead_of(requests[0]), self._at_once(requests)
+        if late := seconds_late(requests, ahead, len(self._running), at_once, self._rate):
             self._observe(Rejected("too_busy"))
             raise TooBusy(min(60.0, max(1.0, late)))
         streams = [Stream(request, self._row_ended) for request in requests]
@@ -214,6 +215,17 @@ class Batcher:
             prompt_tokens=sum(len(row.request.prompt) for row in rows),
             queue_waits=tuple(now - row.arrived for row in rows),
         )
+
+    def _at_once(self, requests: Sequence[Request]) -> int:
+        """How many of the waiting rows and these might be served together.
+
+        Where rows can join, those that wait have found no room, so it is as many as run. Otherwise it is what the next
+        batch may hold if all its rows are as long as the longest.
+        """
+        if self._info.joins:
+            return len(self._running)
+        lengths = [request.total_tokens for request in (*(row.request for row in self._queue), *requests)]
+        return min(len(lengths), self._limits.max_rows, max(1, self._limits.token_budget // max(lengths)))
 
     def _queue_changed(self) -> None:
         self._observe(QueueChanged(len(self._queue), self._queue.prompt_tokens))
