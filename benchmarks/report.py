@@ -87,7 +87,7 @@ def warnings(runs: Sequence[RunFigures]) -> list[str]:
             total = level.summary.requests
             for kind, count in level.summary.errors.items():
                 found.append(
-                    f"{run.label}: {count} of {total} requests failed with {level.label} ({kind}).{words(level, kind)}"
+                    f"{run.label}: {count} of {total} requests failed at {level.label} ({kind}).{words(level, kind)}"
                 )
         found += [f"{run.label}: {label} left out, because {reason}." for label, reason in run.left_out.items()]
     return found

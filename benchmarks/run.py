@@ -197,7 +197,7 @@ class Run:
         last = self.levels[-1]
         failed = sum(record.error is not None for record in last.records)
         if failed:
-            return f"{failed} of {len(last.records)} requests failed with {last.loop.label}"
+            return f"{failed} of {len(last.records)} requests failed at {last.loop.label}"
         seconds = self.settings.requests(loop) * last.seconds / len(last.records)
         return f"it would take about {seconds:.0f} s at the pace of {last.loop.label}" if seconds > limit else ""
 

@@ -173,7 +173,7 @@ def test_levels_that_would_take_too_long_are_left_out_and_named(
 def test_no_level_follows_one_with_failures_where_levels_are_limited(tmp_path: Path) -> None:
     code, found, _ = load(ScriptedServer("500"), tmp_path, "--concurrency", "1,2", "--level-limit", "1000")
     assert code == 1
-    assert found.left_out == {"2 clients": "1 of 8 requests failed with 1 client"}
+    assert found.left_out == {"2 clients": "1 of 8 requests failed at 1 client"}
 
 
 def test_all_levels_are_measured_where_none_is_limited(tmp_path: Path) -> None:

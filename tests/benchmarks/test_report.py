@@ -58,10 +58,10 @@ def test_the_page_warns_of_unequal_work_and_of_failures() -> None:
 def test_the_page_says_in_words_what_failed_and_what_was_left_out() -> None:
     run = replace(run_figures("a", error="http 429", detail="The queue is full."), left_out={"9 clients": "it is late"})
     html = page([run], [])
-    assert "a: 4 of 4 requests failed with 2 clients (http 429). One was told: The queue is full." in html
+    assert "a: 4 of 4 requests failed at 2 clients (http 429). One was told: The queue is full." in html
     assert "a: 9 clients left out, because it is late." in html
     silent = page([run_figures("a", error="timeout")], [])
-    assert "4 of 4 requests failed with 2 clients (timeout)." in silent
+    assert "4 of 4 requests failed at 2 clients (timeout)." in silent
     assert "One was told" not in silent
 
 
