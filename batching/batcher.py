@@ -183,8 +183,7 @@ class Batcher:
 
     def _take(self, opened: float) -> list[Row]:
         joining = len(self._running)
-        tokens = 0 if self._limits.padded else sum(map(growing_cost, self._running))
-        rows = self._queue.take(self._limits.less(joining, tokens), self._running)
+        rows = self._queue.take(self._room(), self._running)
         if not rows:
             return rows
         now = time.monotonic()
@@ -217,15 +216,16 @@ class Batcher:
         )
 
     def _at_once(self, requests: Sequence[Request]) -> int:
-        """How many of the waiting rows and these might be served together.
+        """How many of the waiting rows and these might be served together, in the running batch if rows can join it."""
+        waiting = [*(row.request for row in self._queue), *requests]
+        if not self._info.joins:
+            return self._limits.hold(waiting)
+        return len(self._running) + self._room().hold(waiting)
 
-        Where rows can join, those that wait have found no room, so it is as many as run. Otherwise it is what the next
-        batch may hold if all its rows are as long as the longest.
-        """
-        if self._info.joins:
-            return len(self._running)
-        lengths = [request.total_tokens for request in (*(row.request for row in self._queue), *requests)]
-        return min(len(lengths), self._limits.max_rows, max(1, self._limits.token_budget // max(lengths)))
+    def _room(self) -> BatchLimits:
+        """What the running batch leaves of the limits."""
+        tokens = 0 if self._limits.padded else sum(map(growing_cost, self._running))
+        return self._limits.less(len(self._running), tokens)
 
     def _queue_changed(self) -> None:
         self._observe(QueueChanged(len(self._queue), self._queue.prompt_tokens))

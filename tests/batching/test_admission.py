@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ from batching.errors import TooBusy
 from batching.events import Outcome, Rejected, RowEnded
 from tests.batching.conftest import Runner, all_tokens, request
 from tests.batching.test_batcher import serving, start
-from tests.fakes import ScriptedEngine
+from tests.fakes import INFO, ScriptedEngine
 
 
 @pytest.fixture
@@ -160,9 +160,10 @@ class Pace(ServiceRate):
         return requests / at_once
 
 
-def test_what_waits_for_the_next_batch_is_expected_to_be_served_together(run_async: Runner) -> None:
+@pytest.mark.parametrize("joins", [False, True])
+def test_what_might_be_served_together_is_not_expected_one_after_the_other(run_async: Runner, joins: bool) -> None:
     async def main() -> None:
-        async with serving(ScriptedEngine(stepped=True), rows=4) as (batcher, log):
+        async with serving(ScriptedEngine(info=replace(INFO, joins=joins), stepped=True), rows=4) as (batcher, log):
             await start(batcher, log)
             batcher._rate = Pace()
             limit = 1.5 / MARGIN
