@@ -2,6 +2,7 @@
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local
 #                    serve a model's folder, .gguf file or hub id under a name
 # make test          install what tests need too, then run every test (about 15 minutes on 2 cores)
+# make test-quick    run the part of them that takes 2 minutes at most
 # make check         lint, types and tests
 # make browser       install what the tests of the pages need: Chromium and axe-core (Debian, as root)
 # make test-deploy   run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
@@ -15,7 +16,7 @@
 # make clean         remove .venv and caches
 #
 # Variables: PORT=21010, MODEL, NAME, ARGS='flags of the server or of pytest', TORCH=2.13.0 (2.11 or newer),
-# PYTHON=python3, URL and CONCURRENCY=1,8,32 for bench
+# PYTHON=python3, URL, CONCURRENCY=1,8,32 and LEVEL=300 (seconds a level may take) for bench
 
 PYTHON ?= python3
 PORT ?= 21010
@@ -25,6 +26,7 @@ ARGS ?=
 TORCH ?= $(shell sed -n "s/^torch==//p" constraints.txt)
 URL ?= http://127.0.0.1:$(PORT)
 CONCURRENCY ?= 1,8,32
+LEVEL ?= 300
 CPU ?= 600
 MINUTES ?= 30
 FLOOD ?= 120
@@ -43,7 +45,7 @@ AXE := .browser/node_modules/axe-core/axe.min.js
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serving install run test test-deploy test-clients browser check bench fuzz soak overload vendor audit clean
+.PHONY: help serving install run test test-quick test-deploy test-clients browser check bench fuzz soak overload vendor audit clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -76,7 +78,17 @@ run: serving
 
 # Files are spread over two processes: most tests wait for each other's threads, not for cores.
 test: install
+	@echo "every test, about 15 minutes on 2 cores; make test-quick takes 2 at most"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Files that start no process, load no model and open no browser, and of these the quick ones.
+QUICK := tests/test_architecture.py tests/benchmarks/test_{quotes,summary,workloads}.py \
+	tests/batching/test_{admission,batcher,joining,layers,queue,rate}.py tests/batching/packed/test_kv_cache.py \
+	tests/server/test_{app,calls,choices,completions,defaults,length,message,reasoning,schema,settings,text,tools,usage}.py
+
+test-quick: install
+	@echo "left out: models, Triton's kernels, browsers, processes, faults, fuzzing, other people's clients, deploy/: make test"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not browser' $(QUICK) $(ARGS)
 
 test-deploy: install
 	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev,deploy,ray]'
@@ -110,8 +122,9 @@ browser:
 
 bench: install
 	@mkdir -p out
-	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) --json out/load.json $(ARGS)
-	$(BIN)/python -m benchmarks.report out/load.json
+	$(BIN)/python -m benchmarks.load --url $(URL) --model $(or $(NAME),smollm2-135m-instruct) --concurrency $(CONCURRENCY) \
+		--level-limit $(LEVEL) --json out/load.json $(ARGS); status=$$?; [ $$status -gt 1 ] && exit $$status; \
+		$(BIN)/python -m benchmarks.report out/load.json && exit $$status
 
 # Each in turn, until so much of its own CPU time is spent; what breaks a law is written to out/fuzz and ends it.
 fuzz: install

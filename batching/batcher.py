@@ -112,7 +112,8 @@ class Batcher:
         if not self._queue.has_room(requests):
             self._observe(Rejected("queue_full"))
             raise QueueFull(self._rate.seconds_for(len(self._queue)))
-        if late := seconds_late(requests, self._queue.ahead_of(requests[0]), len(self._running), self._rate):
+        ahead, at_once = self._queue.ahead_of(requests[0]), self._at_once(requests)
+        if late := seconds_late(requests, ahead, len(self._running), at_once, self._rate):
             self._observe(Rejected("too_busy"))
             raise TooBusy(min(60.0, max(1.0, late)))
         streams = [Stream(request, self._row_ended) for request in requests]
@@ -182,8 +183,7 @@ class Batcher:
 
     def _take(self, opened: float) -> list[Row]:
         joining = len(self._running)
-        tokens = 0 if self._limits.padded else sum(map(growing_cost, self._running))
-        rows = self._queue.take(self._limits.less(joining, tokens), self._running)
+        rows = self._queue.take(self._room(), self._running)
         if not rows:
             return rows
         now = time.monotonic()
@@ -214,6 +214,18 @@ class Batcher:
             prompt_tokens=sum(len(row.request.prompt) for row in rows),
             queue_waits=tuple(now - row.arrived for row in rows),
         )
+
+    def _at_once(self, requests: Sequence[Request]) -> int:
+        """How many of the waiting rows and these might be served together, in the running batch if rows can join it."""
+        waiting = [*(row.request for row in self._queue), *requests]
+        if not self._info.joins:
+            return self._limits.hold(waiting)
+        return len(self._running) + self._room().hold(waiting)
+
+    def _room(self) -> BatchLimits:
+        """What the running batch leaves of the limits."""
+        tokens = 0 if self._limits.padded else sum(map(growing_cost, self._running))
+        return self._limits.less(len(self._running), tokens)
 
     def _queue_changed(self) -> None:
         self._observe(QueueChanged(len(self._queue), self._queue.prompt_tokens))

@@ -171,6 +171,11 @@ class BatchLimits:
         """The limits less this many rows and tokens."""
         return replace(self, max_rows=self.max_rows - rows, token_budget=self.token_budget - tokens)
 
+    def hold(self, requests: Sequence[Request]) -> int:
+        """How many of these, at least one, might be served together if all were as long as the longest."""
+        cost = max(request.total_tokens if self.padded else first_cost(request) for request in requests)
+        return max(0, min(len(requests), self.max_rows, self.token_budget // cost))
+
 
 def padded_cost(rows: Iterable[Row]) -> int:
     """Maximum padded tokens of a batch of these rows: rows x (longest prompt + longest output)."""
@@ -178,6 +183,11 @@ def padded_cost(rows: Iterable[Row]) -> int:
     longest_prompt = max(len(request.prompt) for request in requests)
     longest_output = max(request.sampling.max_tokens for request in requests)
     return len(requests) * (longest_prompt + longest_output)
+
+
+def first_cost(request: Request) -> int:
+    """Tokens of memory that a request needs without padding to be let into a batch: its prompt and `FIRST_OUTPUT`."""
+    return len(request.prompt) + min(FIRST_OUTPUT, request.sampling.max_tokens)
 
 
 def growing_cost(row: Row) -> int:

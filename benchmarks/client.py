@@ -124,7 +124,7 @@ class ChatClient:
             raise
         self._give_back(connection)
         if status != 200:
-            raise AnswerError(f"http {status}", answer.rest.decode(errors="replace")[:200])
+            raise AnswerError(f"http {status}", words_of(answer.rest))
 
     async def _connection(self) -> Connection:
         while self._idle:
@@ -164,6 +164,14 @@ class Answer:
             events, self.rest = split_events(self.rest)
             for event in events:
                 note(event, at, self._record)
+
+
+def words_of(body: bytes) -> str:
+    """What the body of a refusal says, without the JSON around it if it is an error of OpenAI's kind."""
+    try:
+        return str(orjson.loads(body)["error"]["message"])
+    except (KeyError, TypeError, ValueError):
+        return body.decode(errors="replace")[:200]
 
 
 def split_events(data: bytes) -> tuple[list[bytes], bytes]:

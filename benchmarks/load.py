@@ -52,6 +52,12 @@ def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Sett
     add_load(parser)
     add_work(parser)
     add_goals(parser)
+    parser.add_argument(
+        "--level-limit",
+        type=flags.more_than_zero,
+        metavar="SECONDS",
+        help="leave out levels that would take longer, judged by the one before, or follow one with failures (none)",
+    )
     parser.add_argument("--json", type=Path, help="write settings, figures and time series here, for benchmarks.report")
     parser.add_argument("--records", type=Path, help="write every request here, one line of JSON each")
     told = vars(parser.parse_args(arguments))
@@ -62,8 +68,8 @@ def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Sett
         parser.error(str(error))
     if command.find_capacity and not settings.targets:
         parser.error("--find-capacity needs --ttft-target-ms or --tpot-target-ms")
-    if command.find_capacity and (settings.rate or settings.concurrency):
-        parser.error("--find-capacity chooses its own levels: leave --rate and --concurrency out")
+    if command.find_capacity and (settings.rate or settings.concurrency or settings.level_limit):
+        parser.error("--find-capacity chooses its own levels: leave --rate, --concurrency and --level-limit out")
     return settings, command
 
 
@@ -181,6 +187,8 @@ def show(run: Run, command: Command) -> None:
         console.print(table)
     for line in failures(run.levels):
         console.print(line, markup=False, highlight=False)
+    for label, reason in run.left_out.items():
+        console.print(f"{label}: left out, because {reason}", markup=False, highlight=False)
     if command.find_capacity:
         found = "none was found" if run.capacity is None else f"{run.capacity:.3g} requests/s"
         console.print(f"capacity: {found}, with {command.share:.0%} of requests within the targets", highlight=False)

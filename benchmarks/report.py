@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.run import RunFigures, load_run
+from benchmarks.run import LevelFigures, RunFigures, load_run
 from benchmarks.table import CLIENT_COLUMNS, SERVER_COLUMNS, client_cells, server_cells
 
 SHOWN_SETTINGS = ("model", "url", "workload", "prompts", "language", "seed", "full_length", "burstiness", "duration")
@@ -83,9 +83,20 @@ def warnings(runs: Sequence[RunFigures]) -> list[str]:
     if len({(run.machine["processor"], run.machine.get("gpu")) for run in runs}) > 1:
         found.append("The runs are of different machines.")
     for run in runs:
-        failed = {level.label: level.summary.errors for level in run.levels if level.summary.errors}
-        found += [f"{run.label}, {label}: failed requests: {errors}" for label, errors in failed.items()]
+        for level in run.levels:
+            total = level.summary.requests
+            for kind, count in level.summary.errors.items():
+                found.append(
+                    f"{run.label}: {count} of {total} requests failed at {level.label} ({kind}).{words(level, kind)}"
+                )
+        found += [f"{run.label}: {label} left out, because {reason}." for label, reason in run.left_out.items()]
     return found
+
+
+def words(level: LevelFigures, kind: str) -> str:
+    """What one of the requests that failed so was told, as a sentence of its own."""
+    reason = level.reasons.get(kind)
+    return f" One was told: {reason}" if reason else ""
 
 
 def distinct(runs: Sequence[RunFigures], names: Sequence[str]) -> list[RunFigures]:

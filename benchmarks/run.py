@@ -29,7 +29,7 @@ class Settings:
 
     `duration` is for how many seconds requests arrive at a level of the open loop; `body` are further fields of every
     request; `requests_per_level` is one number for all levels, or one for each. Made, it raises ValueError for any
-    other count of numbers.
+    other count of numbers. `level_limit` is how many seconds a level may be expected to take; None: any.
     """
 
     url: str
@@ -53,6 +53,7 @@ class Settings:
     body: dict[str, Any] = field(default_factory=dict)
     targets: Targets = field(default_factory=Targets)
     api_key: str | None = field(default=None, repr=False)
+    level_limit: float | None = None
 
     def __post_init__(self) -> None:
         told, levels = len(self.requests_per_level), len(self.loops())
@@ -122,7 +123,9 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class LevelFigures:
-    """A level as a run's file keeps it. `load` is clients or requests a second; `ttft` has every answer's."""
+    """A level as a run's file keeps it. `load` is clients or requests a second; `ttft` has every answer's; `reasons`
+    has one failure's own words for each kind.
+    """
 
     label: str
     kind: Literal["closed", "open"]
@@ -134,6 +137,7 @@ class LevelFigures:
     server: ServerFigures | None
     tokens_by_second: list[float]
     ttft: list[float]
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ class RunFigures:
     """A run as its file keeps it, in seconds and bytes throughout. The API key stays out.
 
     `server` is what the service says of itself in its metrics, empty for others; `capacity` is the rate that
-    `--find-capacity` found.
+    `--find-capacity` found; `left_out` says of each level that was not measured why.
     """
 
     format: Literal["microbatch load 1"]
@@ -153,6 +157,7 @@ class RunFigures:
     server: dict[str, str]
     levels: list[LevelFigures]
     capacity: float | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -168,6 +173,7 @@ class Run:
     capacity: float | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     facts: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     _source: Source = field(init=False)
     _serial: int = 0
 
@@ -175,9 +181,25 @@ class Run:
         self._source = self.settings.source()
 
     async def measure_all(self) -> None:
-        """Measure the levels that the settings name."""
+        """Measure the levels that the settings name, except those that would take longer than the limit."""
         for loop in self.settings.loops():
-            await self.measure(loop)
+            if reason := self._too_much(loop):
+                self.left_out[loop.label] = reason
+                self.skip(loop)
+            else:
+                await self.measure(loop)
+
+    def _too_much(self, loop: Loop) -> str:
+        """Why a level is left out, judged by the one before: it was refused requests, or answered them too slowly."""
+        limit = self.settings.level_limit
+        if limit is None or not self.levels:
+            return ""
+        last = self.levels[-1]
+        failed = sum(record.error is not None for record in last.records)
+        if failed:
+            return f"{failed} of {len(last.records)} requests failed at {last.loop.label}"
+        seconds = self.settings.requests(loop) * last.seconds / len(last.records)
+        return f"it would take about {seconds:.0f} s at the pace of {last.loop.label}" if seconds > limit else ""
 
     async def measure(self, loop: Loop) -> Level:
         """Send the warm-up at once and wait for it, then the level's jobs.
@@ -220,6 +242,7 @@ class Run:
             server=self.facts,
             levels=[level_figures(level, self.settings.targets) for level in self.levels],
             capacity=self.capacity,
+            left_out=self.left_out,
         )
 
     def record_lines(self) -> Iterator[bytes]:
@@ -260,6 +283,7 @@ def level_figures(level: Level, targets: Targets) -> LevelFigures:
         server=level.server,
         tokens_by_second=tokens_by_second(level.records, level.seconds),
         ttft=sorted(record.ttft for record in level.records if record.ttft is not None),
+        reasons={record.error: record.detail for record in reversed(level.records) if record.error},
     )
 
 

@@ -86,9 +86,9 @@ EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Wildcard addresses, and the loopback addresses that reach them."""
 
 
-def url_of(host: str, port: int) -> str:
-    """The API's base URL."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+def url_of(host: str, port: int, path: str = "/v1") -> str:
+    """The API's base URL, or another path's."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
 
 def batches_of(model: ServedModel) -> str:
@@ -109,11 +109,12 @@ def answers_of(settings: Settings) -> str:
 
 
 def announce(model: ServedModel, port: int) -> None:
-    """Print the URL and limits for a person, or log them as one JSON line."""
+    """Print the URLs and limits for a person, or log them as one JSON line."""
     settings, info = model.settings, model.info
     lines = {
         "url": url_of(settings.host, port),
         **({"here": url_of(EVERYWHERE[settings.host], port)} if settings.host in EVERYWHERE else {}),
+        **({"page": url_of(EVERYWHERE.get(settings.host, settings.host), port, "/")} if settings.page else {}),
         "model": f"{', '.join(settings.served_names)} ({info.parameters / 1e9:.2f} B parameters)",
         "device": f"{info.device}, {info.dtype}",
         "window": f"{info.context_window} tokens of prompt and answer",

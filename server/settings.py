@@ -21,6 +21,8 @@ from pydantic_settings import (
 )
 
 from server.callers import load_keys
+from server.help import help_text
+from server.version import VERSION
 
 PREFIX = "MICROBATCH_"
 
@@ -57,7 +59,7 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="auto, cuda, cuda:N, mps or cpu")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="auto: bfloat16 on CUDA, else float32"
+        "auto", description="number format of weights and computation; auto: bfloat16 on CUDA, else float32"
     )
     context_window: int | None = Field(
         None,
@@ -83,7 +85,7 @@ class Settings(BaseSettings):
         (), repr=False, description="API keys, separated by commas; none: no authentication"
     )
     api_keys_file: Path | None = Field(
-        None, description="file with more API keys, one per line: name, key and optionally the key's share (default 1)"
+        None, description="file with more API keys, one per line; name, key and optionally the key's share (default 1)"
     )
     admin_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="names of API keys that see all requests on the page; other keys see their own"
@@ -114,8 +116,8 @@ class Settings(BaseSettings):
     )
     engine: Literal["auto", "packed", "generate"] = Field(
         "auto",
-        description="packed: continuous batching without padding; generate: padded batches, one after another; auto: "
-        "packed if it gives the model's own answers",
+        description="how requests share the device; packed: continuous batching without padding; generate: padded "
+        "batches, one after another; auto: packed if it gives the model's own answers",
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=0.98, description="fraction of the GPU's memory that the packed engine may use, model included"
@@ -123,18 +125,18 @@ class Settings(BaseSettings):
     prefill_chunk: int | None = Field(
         None,
         ge=16,
-        description="maximum tokens that the packed engine computes in one forward pass while requests are being "
-        "answered; none: 1024 on a GPU, 128 on a CPU",
+        description="packed engine: maximum tokens in a forward pass while requests are being answered; none: 1024 on "
+        "a GPU, 128 on a CPU",
     )
     speculation: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=7)] = Field(
         "auto",
-        description="packed engine: guess tokens that quote the prompt and check several in one forward pass, which "
-        "changes no answer; auto: up to 3 tokens where that is faster; a number: up to that many; off with "
+        description="packed engine: guess tokens that quote the prompt; several are checked in one forward pass, "
+        "which changes no answer; auto: up to 3 tokens where that is faster; a number: up to that many; off with "
         "--batch-invariant",
     )
     prefix_sharing: Literal["all", "key", "off"] = Field(
         "all",
-        description="which requests may reuse the cached KV of a shared prefix: all, those of the same API key, or "
+        description="which requests may reuse the cached KV of a shared prefix; all, those of the same API key, or "
         "none",
     )
     batch_invariant: bool = Field(
@@ -149,13 +151,13 @@ class Settings(BaseSettings):
     # Requests and answers
     unknown_fields: Literal["ignore", "refuse"] = Field(
         "ignore",
-        description="whether unknown request fields are ignored and named in the header x-ignored-fields, or refused "
-        "with a 400",
+        description="whether unknown request fields are ignored or refused; ignored ones are named in the header "
+        "x-ignored-fields, refused ones get a 400",
     )
     default_max_tokens: int = Field(
         128,
         ge=0,
-        description="answer length if the request sets none, at least 1024 where a truncated answer is useless (tools, "
+        description="answer length if the request sets none; at least 1024 where a truncated answer is useless (tools, "
         "response_format, /v1/responses); 0: whatever fits the context window",
     )
     max_output_tokens: int = Field(4096, ge=1, description="maximum tokens of an answer, whatever the request asks for")
@@ -186,7 +188,7 @@ class Settings(BaseSettings):
         10.0,
         gt=0,
         allow_inf_nan=False,
-        description="when a stream has been silent for this long, send its status and a keep-alive comment",
+        description="send a silent stream's status and a keep-alive comment after this long",
     )
     keep_alive_s: float = Field(
         90.0, gt=0, allow_inf_nan=False, description="close a connection that has been idle for this long"
@@ -256,7 +258,10 @@ def _can_trace() -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Prints one line for an unknown flag, where argparse would print its whole usage first."""
+    """Prints settings in groups, and one line for an unknown flag, where argparse would print its whole usage first."""
+
+    def format_help(self) -> str:
+        return help_text(f"{self.prog} [MODEL] [flags]", Settings.__doc__ or "", Settings.model_fields)
 
     def error(self, message: str) -> Never:
         _give_up(f"{message}; see {self.prog} --help")
@@ -269,8 +274,8 @@ def parse(arguments: list[str] | None = None, program: str = "python -m server")
     """
     try:
         _refuse_unknown_variables(program)
-        usage = f"{program} [MODEL] [flags]"
-        parser = _Parser(prog=program, usage=usage, description=Settings.__doc__, allow_abbrev=False)
+        parser = _Parser(prog=program, allow_abbrev=False)
+        parser.add_argument("--version", action="version", version=f"microbatch {VERSION}")
         flags: CliSettingsSource[_Parser] = CliSettingsSource(Settings, root_parser=parser)
         return CliApp.run(
             Settings,

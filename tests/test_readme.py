@@ -245,6 +245,14 @@ def check_curl(words: Sequence[str]) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_the_quick_tests_are_files_that_are_there() -> None:
+    done = subprocess.run(["make", "--dry-run", "test-quick"], cwd=ROOT, capture_output=True, text=True)
+    pattern = done.stdout[done.stdout.index("tests/") :]
+    files = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True).stdout.split()
+    assert len(files) > 20
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
 def test_commands_are_found() -> None:
     assert {name(document) for document, found in COMMANDS.items() if len(found) > 2} >= {
         "README.md",

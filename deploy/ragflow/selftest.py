@@ -16,7 +16,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -50,6 +50,10 @@ class Wrong(Exception):
 
 class SmallWindow(Wrong):
     """Long prompts will fail, short ones will not."""
+
+
+class Advice(Exception):
+    """What RAGFlow works with, but not well, and how to make it better."""
 
 
 @dataclass
@@ -181,10 +185,11 @@ def _message(text: str) -> str:
         return text[:200]
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
+def _events(response: Iterable[bytes]) -> Iterator[Any]:
+    """What stands in `data:` lines. Comments, which keep a slow answer's connection open, are passed over."""
     for line in response:
-        data = line.decode().strip().removeprefix("data: ")
-        if data and data != "[DONE]":
+        field, _, data = line.decode().strip().partition(":")
+        if field == "data" and data.strip() != "[DONE]":
             yield json.loads(data)
 
 
@@ -192,7 +197,7 @@ def user(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-# The checks, in the order in which RAGFlow would hit them. Each returns its finding or raises `Wrong`.
+# The checks, in the order in which RAGFlow would hit them. Each returns its finding or raises `Wrong` or `Advice`.
 
 
 def check_models(service: Service) -> str:
@@ -279,7 +284,7 @@ def tokens_of(service: Service, text: str) -> int:
 def check_length(service: Service) -> str:
     answer = service.chat(user("Count from 1 to 1000 in words, without leaving out any."), temperature=0.1)
     if answer.finish == "length" and answer.tokens < WANTED_ANSWER:
-        raise Wrong(
+        raise Advice(
             f"Answers end after {answer.tokens} tokens, and RAGFlow has no say in it: it removes max_tokens from all it"
             f" sends. Start the service with --default-max-tokens {WANTED_ANSWER}."
         )
@@ -316,21 +321,22 @@ def run(service: Service) -> bool:
     good = True
     for name, check in CHECKS.items():
         try:
-            print(f"ok     {name:10} {check(service)}", flush=True)
-        except SmallWindow as wrong:
-            good = report(name, wrong)
+            report("ok", name, check(service))
+        except Advice as advice:
+            report("advice", name, advice)
         except Wrong as wrong:
-            good = report(name, wrong)
-            if check is check_models:
+            good = False
+            report("WRONG", name, wrong)
+            if check is check_models and not isinstance(wrong, SmallWindow):
                 break  # nothing else can be well
         except (OSError, http.client.HTTPException) as error:
-            good = report(name, f"The connection broke off: {error!r}.")
+            good = False
+            report("WRONG", name, f"The connection broke off: {error!r}.")
     return good
 
 
-def report(name: str, wrong: object) -> bool:
-    print(f"WRONG  {name:10} {wrong}", flush=True)
-    return False
+def report(verdict: str, name: str, told: object) -> None:
+    print(f"{verdict:6} {name:10} {told}", flush=True)
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -69,6 +69,21 @@ def test_all_are_taken_when_all_fit(shapes: list[Shape]) -> None:
     rows = rows_of(shapes)
     exact = BatchLimits(max_rows=len(rows), token_budget=padded_cost(rows))
     assert select(rows, exact) == rows
+
+
+@given(SHAPES, st.integers(1, 9), LIMITS, st.booleans())
+def test_as_many_are_thought_to_fit_as_are_taken_where_all_are_alike(
+    shape: Shape, count: int, limits: BatchLimits, padded: bool
+) -> None:
+    rows, limits = rows_of([shape] * count), replace(limits, padded=padded)
+    fitting = limits.hold([row.request for row in rows])
+    taken = len(select(rows, limits))
+    assert fitting == taken or (fitting, taken) == (0, 1)  # the head is taken though it alone breaks the limits
+
+
+def test_none_is_thought_to_fit_where_nothing_is_left() -> None:
+    assert BatchLimits(max_rows=4, token_budget=100).less(4, 150).hold([request()]) == 0
+    assert BatchLimits(max_rows=4, token_budget=100).less(3, 150).hold([request()]) == 0
 
 
 @given(st.lists(SHAPES, min_size=1, max_size=20))

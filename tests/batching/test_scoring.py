@@ -244,10 +244,12 @@ def test_a_decode_step_comes_between_any_two_pieces(monkeypatch: pytest.MonkeyPa
     order: list[str] = []
     forward = engine.runner.forward
 
-    def noted(decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> None:
+    def noted(
+        decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]], num_draft_tokens: int
+    ) -> None:
         if decoding:
             order.append("d")
-        forward(decoding, chunks)
+        forward(decoding, chunks, num_draft_tokens)
 
     monkeypatch.setattr(engine.runner, "forward", noted)
     asked = [request((1, 2), max_tokens=40), *(of(long_prompt(random.Random(7), 150), max_tokens=0) for _ in range(2))]

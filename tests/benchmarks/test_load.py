@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
+from benchmarks.client import words_of
 from benchmarks.load import main, parse
 from benchmarks.loops import ClosedLoop, OpenLoop
 from benchmarks.run import RunFigures, load_run
@@ -31,6 +32,8 @@ REQUIRED = ["--url", "http://127.0.0.1:1", "--model", "m"]
         ["--find-capacity"],
         ["--rate", "1", "--find-capacity", "--ttft-target-ms", "9"],
         ["--requests-per-level", "0"],
+        ["--level-limit", "0"],
+        ["--find-capacity", "--ttft-target-ms", "9", "--level-limit", "9"],
     ],
 )
 def test_flags_that_make_no_sense_end_with_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +151,35 @@ def test_failures_are_told_apart_and_end_with_1(tmp_path: Path, capsys: pytest.C
     }
     assert sum(answer["error"] is None for answer in records) == 3
     assert "2 clients: 2 x http 500: broken" in capsys.readouterr().out
+
+
+def test_a_refusal_is_told_in_the_server_s_own_words() -> None:
+    assert words_of(b'{"error": {"message": "The queue is full.", "code": 429}}') == "The queue is full."
+    for other in (b"broken", b"[1]", b'{"error": "x"}', b"\xff", b"1"):
+        assert words_of(other) == other.decode(errors="replace")
+
+
+def test_levels_that_would_take_too_long_are_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found, _ = load(ScriptedServer(), tmp_path, "--concurrency", "1,2,3", "--level-limit", "1e-9")
+    assert code == 0
+    assert [level.label for level in found.levels] == ["1 client"]
+    assert list(found.left_out) == ["2 clients", "3 clients"]
+    assert all("at the pace of 1 client" in reason for reason in found.left_out.values())
+    assert "3 clients: left out, because it would take" in capsys.readouterr().out
+
+
+def test_no_level_follows_one_with_failures_where_levels_are_limited(tmp_path: Path) -> None:
+    code, found, _ = load(ScriptedServer("500"), tmp_path, "--concurrency", "1,2", "--level-limit", "1000")
+    assert code == 1
+    assert found.left_out == {"2 clients": "1 of 8 requests failed at 1 client"}
+
+
+def test_all_levels_are_measured_where_none_is_limited(tmp_path: Path) -> None:
+    _, found, _ = load(ScriptedServer("500"), tmp_path, "--concurrency", "1,2")
+    assert len(found.levels) == 2
+    assert found.left_out == {}
 
 
 def test_a_failed_warm_up_ends_with_1(tmp_path: Path) -> None:

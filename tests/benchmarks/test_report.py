@@ -53,7 +53,16 @@ def test_the_page_warns_of_unequal_work_and_of_failures() -> None:
     html = page([run_figures("a"), run_figures("b", jobs="other")], [])
     assert "had different work at 2 clients" in html
     assert "asked for different work" not in page([run_figures("a"), run_figures("b")], [])
-    assert "a, 2 clients: failed requests: {&#39;timeout&#39;: 4}" in page([run_figures("a", error="timeout")], [])
+
+
+def test_the_page_says_in_words_what_failed_and_what_was_left_out() -> None:
+    run = replace(run_figures("a", error="http 429", detail="The queue is full."), left_out={"9 clients": "it is late"})
+    html = page([run], [])
+    assert "a: 4 of 4 requests failed at 2 clients (http 429). One was told: The queue is full." in html
+    assert "a: 9 clients left out, because it is late." in html
+    silent = page([run_figures("a", error="timeout")], [])
+    assert "4 of 4 requests failed at 2 clients (timeout)." in silent
+    assert "One was told" not in silent
 
 
 def test_runs_of_one_name_are_told_apart_by_their_files(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batching.events import Outcome
 from batching.types import Request
@@ -47,7 +49,6 @@ def test_a_service_as_it_should_be_passes_every_check() -> None:
 @pytest.mark.parametrize(
     ("service", "check", "words"),
     [
-        (live(scripted(LONG, context_window=2**16)), "answers", "--default-max-tokens 1024"),
         (live(scripted("<think>hm</think>Hi." + LONG, context_window=2**16), **GOOD), "a question", "thinks"),
         (live(scripted(LONG, context_window=4096), **GOOD), "model", "--context-window"),
         (live(scripted("", context_window=2**16), **GOOD), "adding it", "said nothing"),
@@ -57,13 +58,27 @@ def test_a_service_as_it_should_be_passes_every_check() -> None:
             "500: The model failed",
         ),
     ],
-    ids=["short answers", "thinks", "small window", "silent", "fails"],
+    ids=["thinks", "small window", "silent", "fails"],
 )
 def test_each_fault_is_told_in_words(service: Any, check: str, words: str) -> None:
     with service as running:
         status, lines = run(running.url)
     assert status == 1
     assert words in wrong(lines)[check]
+
+
+def test_an_unconfigured_service_is_not_wrong_and_its_short_answers_are_advised_against() -> None:
+    with live(scripted(LONG, context_window=2**16)) as service:
+        status, lines = run(service.url)
+    assert (status, wrong(lines)) == (0, {})
+    [advice] = [line for line in lines if line.startswith("advice")]
+    assert "--default-max-tokens 1024" in advice
+
+
+@given(st.lists(st.sampled_from([b": ping\n", b"\n", b"event: x\n", b":\n"]), max_size=8), st.integers(0, 8))
+def test_comments_in_a_slow_answer_are_passed_over(others: list[bytes], place: int) -> None:
+    lines = [*others[:place], b'data: {"a": 1}\n', *others[place:], b"data: [DONE]\n"]
+    assert list(selftest._events(lines)) == [{"a": 1}]
 
 
 def test_a_number_for_chinese_documents_is_told_where_the_tokenizer_makes_more_of_them() -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -85,10 +86,20 @@ def test_it_says_what_runs_and_within_which_limits(page: Browser) -> None:
             "99 tokens if a request",
             "at most 77 requests",
             "10 minutes",
+            "for more requests",
         ):
             assert fact in limits
         assert page.texts("#sampling > div") == ["Temperature\n0.6", "Top-p\n1", "Top-k\n20"]
         assert page.js("return document.getElementById('temperature').placeholder") == "0.6"
+
+
+def test_it_names_no_batch_window_where_requests_join_at_any_time(page: Browser) -> None:
+    engine = scripted()
+    engine.info = replace(engine.info, joins=True)
+    with live(engine) as service:
+        page.open(service.url, "state")
+        assert "join a running batch" in page.text("#runs")
+        assert "Batch window" not in page.text("#limits")
 
 
 def test_it_says_that_the_service_stops_and_that_it_is_gone(page: Browser) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import socket
+from typing import Any
 
 import httpx2
 import pytest
@@ -56,19 +57,32 @@ def test_a_service_on_ipv6_s_loopback_alone_knows_its_own_name_and_no_other() ->
 
 
 @pytest.mark.parametrize(
-    ("host", "urls"),
+    ("host", "urls", "page"),
     [
-        ("127.0.0.1", ["http://127.0.0.1:1/v1"]),
-        ("llm.example", ["http://llm.example:1/v1"]),
-        ("::1", ["http://[::1]:1/v1"]),
-        ("0.0.0.0", ["http://0.0.0.0:1/v1", "http://127.0.0.1:1/v1"]),
-        ("::", ["http://[::]:1/v1", "http://[::1]:1/v1"]),
+        ("127.0.0.1", ["http://127.0.0.1:1/v1"], "http://127.0.0.1:1/"),
+        ("llm.example", ["http://llm.example:1/v1"], "http://llm.example:1/"),
+        ("::1", ["http://[::1]:1/v1"], "http://[::1]:1/"),
+        ("0.0.0.0", ["http://0.0.0.0:1/v1", "http://127.0.0.1:1/v1"], "http://127.0.0.1:1/"),
+        ("::", ["http://[::]:1/v1", "http://[::1]:1/v1"], "http://[::1]:1/"),
     ],
 )
-def test_a_person_is_told_a_url_to_click(host: str, urls: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "microbatch")
-    with live(host=host, log_format="json") as service:
-        announce(service.model, 1)
-    [facts] = [record.facts for record in caplog.records if hasattr(record, "facts")]
+def test_a_person_is_told_urls_to_click(
+    host: str, urls: list[str], page: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = announced(caplog, host=host)
     assert [facts["url"], *([facts["here"]] if "here" in facts else [])] == urls
     assert url_of(host, 1) == urls[0]
+    assert facts["page"] == page
+
+
+def test_a_service_without_a_page_tells_no_url_of_one(caplog: pytest.LogCaptureFixture) -> None:
+    assert "page" not in announced(caplog, page=False)
+
+
+def announced(caplog: pytest.LogCaptureFixture, **settings: Any) -> dict[str, Any]:
+    caplog.set_level(logging.INFO, "microbatch")
+    with live(log_format="json", **settings) as service:
+        announce(service.model, 1)
+    facts: dict[str, Any]
+    [facts] = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    return facts

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from server.help import GROUPS
 from server.settings import PREFIX, RENAMED, Settings, parse
+from server.version import VERSION
 
 VALUES: dict[str, tuple[str, Any]] = {
     "model": ("/models/some", "/models/some"),
@@ -156,15 +158,41 @@ def test_help_does_not_speak_of_former_names(capsys: pytest.CaptureFixture[str])
     assert not [old for old in RENAMED if flag(old) in capsys.readouterr().out]
 
 
-def test_help_names_every_flag_and_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_one_line_for_every_flag_with_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(["--help"])
     assert caught.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
     for field, info in Settings.model_fields.items():
-        assert f"{flag(field)} " in text or f"{flag(field)}, " in text
+        name = flag(field).removeprefix("--")
+        [line] = [line for line in lines if re.match(rf"  --(\[no-\])?{name} ", line)]
         assert info.description is not None
-        assert "".join(info.description.split()) in "".join(text.split())
+        assert info.description.partition(";")[0] in line
+        assert ("[no-]" in line) == (info.annotation is bool)
+
+
+def test_help_has_groups_and_says_where_else_settings_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], "microbatch serve")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: microbatch serve [MODEL] [flags]\n")
+    titles = re.findall(r"\n\n([A-Z][^\n]+)\n  --", text)
+    assert titles == list(GROUPS.values())
+    assert "MICROBATCH_PORT" in text
+
+
+def test_an_env_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("MICROBATCH_PORT=1111\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse([]).port == Settings.model_fields["port"].default
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"microbatch {VERSION}\n"
 
 
 @pytest.mark.parametrize(

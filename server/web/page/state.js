@@ -62,13 +62,13 @@ function runs({ names, engine, versions, uptime, model, limits }) {
 	return [["Model", names.join(", ")], ...loaded, ["Versions", installed.join(", ")], ["Uptime", long(uptime)]];
 }
 
-function limits({ limits, model }) {
+function limits({ limits, model, engine }) {
 	const tokens = (number) => plural(number, "token");
 	return [
 		...(model ? [["Context window", `${tokens(model.context_window)} for prompt and answer`]] : []),
 		["Answer", `at most ${tokens(limits.max_output_tokens)}; ${limits.default_max_tokens ? tokens(limits.default_max_tokens) : "what fits"} if a request does not say`],
 		...(limits.max_batch_size ? [["Batch", `at most ${plural(limits.max_batch_size, "row")}${model ? ` and ${tokens(model.token_budget)}` : ""}`]] : []),
-		["Batch window", `an idle device waits ${limits.batch_window_ms} ms for more requests`],
+		...(engine === "generate" ? [["Batch window", `an idle device waits ${limits.batch_window_ms} ms for more requests`]] : []),
 		["Queue", `at most ${plural(limits.queue_size, "request")}; then requests get status 429`],
 		...(limits.key_queue_size ? [["Queue of one key", `at most ${plural(limits.key_queue_size, "request")}`]] : []),
 		...(limits.key_queue_tokens ? [["Tokens of one key", `at most ${tokens(limits.key_queue_tokens)} waiting`]] : []),
