@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from batching.stream import Stream
 from batching.types import Delta, Forced, Grammar
@@ -18,6 +19,7 @@ from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Prompt
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import Message
+from server.openai.prefill import Begun, Prefill, begun, prefill_of
 from server.openai.requests import ChatRequest, ResponseFormat
 from server.openai.sampling import sampling
 from server.openai.tools import Tool
@@ -36,6 +38,8 @@ class Conversation:
     thought: ThoughtState
     names: ToolNames
     prediction: tuple[int, ...] = ()
+    begun: tuple[Begun, ...] = ()
+    """One for each choice, if the client began the answer."""
 
 
 class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
@@ -75,7 +79,7 @@ class ChatCompletions(ChatEndpoint[ChatRequest]):
         self, model: ServedModel, name: str, body: ChatRequest, encoded: Conversation, streams: Sequence[Stream]
     ) -> Answer:
         text = model.text
-        readers = [EventReader(stream, text, encoded) for stream in streams]
+        readers = [EventReader(stream, text, encoded, choice) for choice, stream in enumerate(streams)]
         choices = [ChatChoice(index, reader, text, legacy=body.is_legacy) for index, reader in enumerate(readers)]
         return ChatAnswer(name, streams, choices, body)
 
@@ -85,9 +89,21 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     thinks = thinking if chat.thinks is None else chat.thinks
     offered = chat.offered
     names = names_in(text, chat.messages, offered)
-    rendered = render(text, chat.messages, offered, names, thinks)
+    prefill = prefill_of(chat.messages) if chat.continue_final_message else None
+    rendered = render(text, chat.messages, offered, names, thinks, opens_answer=chat.opens_answer, prefill=prefill)
+    thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     prediction = text.encode(chat.prediction.text) if chat.prediction else ()
-    return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names, prediction)
+    conversation = Conversation(chat, text.encode(rendered), thought, names, prediction)
+    if prefill is None:
+        return conversation
+    new_reader, echo = partial(reader, text, conversation), bool(chat.echo)
+    return replace(conversation, begun=tuple(begun(new_reader, prefill, echo=echo) for _ in range(chat.n or 1)))
+
+
+def reader(text: Text, conversation: Conversation) -> MessageReader:
+    """A new reader of an answer in this conversation."""
+    parser = text.format.tools.parser() if conversation.chat.offered else None
+    return MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
 
 
 def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
@@ -97,13 +113,27 @@ def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()
     return ToolNames(offered + called, text.format.tools.carries)
 
 
-def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], names: ToolNames, thinks: bool) -> str:
+def render(
+    text: Text,
+    messages: Sequence[Message],
+    offered: Sequence[Tool],
+    names: ToolNames,
+    thinks: bool,
+    *,
+    opens_answer: bool = True,
+    prefill: Prefill | None = None,
+) -> str:
     """The rendered text of a conversation. Raises `ApiError` 400."""
     turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
     tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
     turns, options = text.format.conversation(turns, tools)
     try:
-        return text.render(turns, {"enable_thinking": thinks} | options)
+        return text.render(
+            turns,
+            {"enable_thinking": thinks} | options,
+            opens_answer=opens_answer,
+            continued=prefill.field if prefill else None,
+        )
     except TemplateError as error:
         raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
 
@@ -124,10 +154,10 @@ def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forc
 class EventReader:
     """Turns one row's tokens into events and a finish reason.
 
-    If only one call is allowed, the answer ends after it.
+    If only one call is allowed, the answer ends after it. What the client began is only read on, unless it is wanted.
     """
 
-    def __init__(self, stream: Stream, text: Text, conversation: Conversation) -> None:
+    def __init__(self, stream: Stream, text: Text, conversation: Conversation, choice: int = 0) -> None:
         chat, thinking = conversation.chat, text.format.thinking
         self._end_of_thought = thinking.tags.close if thinking else ""
         self._stream = stream
@@ -136,15 +166,18 @@ class EventReader:
         self._vocabulary = text.vocabulary
         self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
-        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
-        parser = text.format.tools.parser() if chat.offered else None
-        self._message = MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
+        after = conversation.tokens[-1:] if chat.continue_final_message else ()
+        self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner)
+        self._begun = conversation.begun[choice] if conversation.begun else None
+        self._message = self._begun.reader if self._begun else reader(text, conversation)
 
     def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
         """Events and, if the answer has ended, its finish reason."""
         thinking = self._message.thinking
         text, finish = self._answer.push(arrived)
         events = self._message.push(text)
+        if self._begun:
+            events[:0] = self._begun.take()
         if thinking:
             self._count(arrived.tokens)
         if finish:
@@ -152,7 +185,7 @@ class EventReader:
         if self._one_call and (end := end_of_first_call(events)) is not None:
             self._stream.stop()
             events, finish = events[:end], "stop"
-        return events, self._message.finish(finish)
+        return self._begun.rest(events) if self._begun else events, self._message.finish(finish)
 
     @property
     def thought_tokens(self) -> int:

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, Schema, TokenId, Tokens
-from server.openai.messages import Messages
+from server.openai.messages import Messages, PromptEnd
 from server.openai.tools import ToolUse
 
 MAX_STOPS = 16  # OpenAI allows 4
@@ -31,7 +31,7 @@ GREEDY_BELOW = 0.01  # a lower temperature only adds rounding noise to argmax
 
 UNSUPPORTED = (
     frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
-    | frozenset(["continue_final_message", "truncate_prompt_tokens", "return_token_ids", "return_tokens_as_token_ids"])
+    | frozenset(["truncate_prompt_tokens", "return_token_ids", "return_tokens_as_token_ids"])
     | frozenset(["structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"])
     | frozenset(["regex", "ebnf", "grammar", "json_schema", "bad_words", "allowed_token_ids", "use_beam_search"])
     | frozenset(["mirostat", "typical_p", "logits_processors"])
@@ -195,8 +195,6 @@ class Generation(RequestBody):
     """Return each prompt token's log probability and this many likeliest tokens. Cannot be streamed."""
     skip_special_tokens: Literal[True] | None = None
     """Always on; accepted for compatibility."""
-    add_generation_prompt: Literal[True] | None = None
-    """Always on; accepted for compatibility."""
     # These concern the user, billing, speed or display elsewhere, not the answer.
     user: NoEffect = None
     metadata: NoEffect = None
@@ -269,7 +267,7 @@ class Prediction(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Generation, ToolUse):
+class ChatRequest(Generation, ToolUse, PromptEnd):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
@@ -291,9 +289,13 @@ class ChatRequest(Generation, ToolUse):
     """A text that the answer is expected to repeat in part. It changes no answer; what is repeated takes less time."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """"none" and "minimal" turn thinking off, other values on."""
+    echo: Flag | None = None
+    """With `continue_final_message`: start the answer with the text that it continues."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
+        if self.echo and not self.continue_final_message:
+            raise ValueError("the field echo may only be set when continue_final_message is true")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("the field top_logprobs may only be set when logprobs is true")
         return self
@@ -335,7 +337,11 @@ class ChatRequest(Generation, ToolUse):
 class CompletionRequest(Generation):
     """`POST /v1/completions`: one prompt or several, as text or token ids, each answered separately."""
 
-    unsupported = UNSUPPORTED | {"messages", "tools", "functions", "response_format", "max_completion_tokens"}
+    unsupported = (
+        UNSUPPORTED
+        | {"messages", "tools", "functions", "response_format", "max_completion_tokens"}
+        | {"continue_final_message"}
+    )
 
     prompt: Prompts
     """A text, token ids, or a list of either."""

@@ -238,7 +238,7 @@ class ReasoningConfig(Body):
 class ResponseRequest(Generation):
     """`POST /v1/responses`. Takes the sampling and thinking fields of chat completions, too."""
 
-    unsupported = UNSUPPORTED | {"messages", "functions", "response_format"}
+    unsupported = UNSUPPORTED | {"messages", "functions", "response_format", "continue_final_message"}
 
     input: Annotated[Items, BeforeValidator(_input, json_schema_input_type=str | Items)]
     instructions: str | None = None

@@ -64,16 +64,16 @@ a `DecodeStream` decodes everything it holds again at every token."""
 
 class Detokenizer:
     """Turns one row's tokens into text, holding back the bytes of an unfinished character. Special tokens are included
-    if `special`."""
+    if `special`. Some vocabularies leave out a text's leading space, unless it continues that of the tokens `after`."""
 
-    def __init__(self, vocabulary: Vocabulary, *, special: bool = False) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, special: bool = False, after: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
         self._special = special
         self._hidden = frozenset[int]() if special else vocabulary.special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stream = DecodeStream([], skip_special_tokens=not special)
+        self._stream = DecodeStream(list(after), skip_special_tokens=not special)
         self._held: list[int] = []
-        self._last: list[int] = []
+        self._last = list(after)
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes empty."""
