@@ -88,9 +88,9 @@ Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type
 
 
 class StreamOptions(Body):
-    include_usage: Flag = False
+    include_usage: Flag | None = None
     """Send the usage in a final event of its own."""
-    continuous_usage_stats: Flag = False
+    continuous_usage_stats: Flag | None = None
     """Send the usage so far in every event, as in vLLM; not for clients that add up usage across events."""
 
 
@@ -386,7 +386,7 @@ class TokenizeRequest(RequestBody):
     add_special_tokens: Flag | None = None
     """Add the tokenizer's special tokens, such as a beginning-of-sequence token. By default true for a prompt and
     false for messages, whose chat template adds them."""
-    return_token_strs: Flag = False
+    return_token_strs: Flag | None = None
     """Also return the text of each token."""
 
     @model_validator(mode="after")
