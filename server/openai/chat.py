@@ -11,7 +11,6 @@ from batching.stream import Stream
 from batching.types import Delta, Forced, Grammar
 from server import replies
 from server.callers import Caller
-from server.grammar.source import Part
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
 from server.model.text import TemplateError, Text
@@ -20,7 +19,7 @@ from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Prompt
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import Message
 from server.openai.prefill import Begun, Prefill, begun, prefill_of
-from server.openai.requests import ChatRequest, ResponseFormat
+from server.openai.requests import ChatRequest
 from server.openai.sampling import sampling
 from server.openai.tools import Tool
 from server.output.answer import AnswerReader, StopScanner
@@ -308,18 +307,15 @@ class ChatChoice:
         return "function_call" if self._legacy and finish == "tool_calls" else finish
 
 
-ANY_OBJECT = Part({"type": "object"}, strict=True, param="response_format")
-
-
 async def grammar_of(
     model: ServedModel, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
 ) -> Grammar | None:
     """The grammar of the answer, thought included; None if it is unconstrained. Clients take turns to compile.
 
-    A required call is the whole answer. If calls are optional, the answer is either calls or of the format.
-    Raises `ApiError`: 400 for a schema that cannot be enforced, 503 if too many are being compiled.
+    A required call is the whole answer. If calls are optional, the answer is either calls or what is wanted otherwise.
+    Raises `ApiError`: 400 for a schema or pattern that cannot be enforced, 503 if too many are being compiled.
     """
-    form = None if chat.demanded else form_of(chat.response_format)
+    form = None if chat.demanded else chat.constraint
     if chat.demanded or (form and chat.offered):
         return await model.grammars.tool_calls(
             [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
@@ -330,15 +326,4 @@ async def grammar_of(
             thought=thought,
             client=client,
         )
-    return await model.grammars.json(form, thought=thought, client=client) if form else None
-
-
-def form_of(wanted: ResponseFormat | None) -> Part | None:
-    """The schema of a response format; None for text."""
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.json_schema is not None:
-        return Part(wanted.json_schema.schema_, bool(wanted.json_schema.strict), "response_format")
-    if wanted.schema_ is not None:
-        return Part(wanted.schema_, strict=False, param="response_format")
-    return ANY_OBJECT
+    return await model.grammars.of(form, thought=thought, client=client) if form else None

@@ -84,14 +84,19 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
     async def prompts(
         self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], caller: Caller
     ) -> Sequence[Prompt]:
-        """In OpenAI's order: all choices of the first prompt come first."""
+        """In OpenAI's order: all choices of the first prompt come first.
+
+        Raises `ApiError` 400, or 503 if too many grammars are being compiled.
+        """
         count = body.n or 1
         if count * len(encoded) > max(MAX_CHOICES, len(encoded)):
             raise bad_request(f"A request can have at most {MAX_CHOICES} choices: the number of prompts times n.", "n")
         least = 0 if body.max_tokens == 0 else 1
         rooms = [model.room(len(prompt.tokens), "prompt", least=least) for prompt in encoded]
+        client = caller.name or caller.request_id
+        grammar = await model.grammars.of(body.constraint, client=client) if body.constraint else None
         return [
-            Prompt(prompt.tokens, sampling(model, body, room, choice=choice), priority=body.priority or 0)
+            Prompt(prompt.tokens, sampling(model, body, room, choice=choice), grammar, body.priority or 0)
             for prompt, room in zip(encoded, rooms, strict=True)
             for choice in range(count)
         ]

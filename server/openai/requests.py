@@ -16,7 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, Schema, TokenId, Tokens
+from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens
+from server.openai.constraints import CONSTRAINING, Constraint, Constraints, ResponseFormat, constraints_of
 from server.openai.messages import Messages, PromptEnd
 from server.openai.tools import ToolUse
 
@@ -32,40 +33,10 @@ GREEDY_BELOW = 0.01  # a lower temperature only adds rounding noise to argmax
 UNSUPPORTED = (
     frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
     | frozenset(["truncate_prompt_tokens", "return_token_ids", "return_tokens_as_token_ids"])
-    | frozenset(["structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"])
-    | frozenset(["regex", "ebnf", "grammar", "json_schema", "bad_words", "allowed_token_ids", "use_beam_search"])
+    | frozenset(["structural_tag", "guided_whitespace_pattern", "bad_words", "allowed_token_ids", "use_beam_search"])
     | frozenset(["mirostat", "typical_p", "logits_processors"])
 )
 """Fields of OpenAI's API and of other servers that would change the answer and are not implemented here."""
-
-
-class JsonSchema(Body):
-    """`json_schema` of a response format.
-
-    With `strict`, a schema that cannot be enforced completely is refused; otherwise the rest is left to the model.
-    """
-
-    name: str | None = None
-    """The schema's name; it has no effect."""
-    description: str | None = None
-    schema_: Annotated[Schema, Field(alias="schema")]
-    strict: Flag | None = None
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-    schema_: Annotated[Schema | None, Field(alias="schema")] = None
-    """The schema itself, for either JSON type, as in llama.cpp."""
-
-    @model_validator(mode="after")
-    def _schema_if_named(self) -> Self:
-        schemas = [schema for schema in (self.json_schema, self.schema_) if schema is not None]
-        if self.type == "json_schema" and not schemas:
-            raise ValueError("the type json_schema needs a json_schema")
-        if len(schemas) > (self.type != "text") or (self.json_schema and self.type != "json_schema"):
-            raise ValueError("json_schema needs the type json_schema, and only one schema can be given")
-        return self
 
 
 def _prompts(value: object) -> object:
@@ -151,7 +122,7 @@ Biases = Annotated[
 ]
 
 
-class Generation(RequestBody):
+class Generation(RequestBody, Constraints):
     """The fields shared by all requests that generate text."""
 
     unsupported = UNSUPPORTED
@@ -217,6 +188,23 @@ class Generation(RequestBody):
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("the field prompt_logprobs may not be set when stream is true")
         return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Self:
+        if len(found := self._constraints) > 1:
+            names = " and ".join(each.param for each in found[:2])
+            raise ValueError(f"the fields {names} each constrain the answer, so send only one of them")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer must match; None for anything."""
+        return next(iter(self._constraints), None)
+
+    @property
+    def _constraints(self) -> list[Constraint]:
+        wanted = getattr(self, "response_format", None)
+        return constraints_of(self, wanted) if self.model_fields_set & CONSTRAINING else []
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -307,7 +295,7 @@ class ChatRequest(Generation, ToolUse, PromptEnd):
 
     @property
     def useless_if_cut(self) -> bool:
-        return bool(self.offered) or (self.response_format is not None and self.response_format.type != "text")
+        return bool(self.offered) or self.constraint is not None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -337,16 +325,13 @@ class ChatRequest(Generation, ToolUse, PromptEnd):
 class CompletionRequest(Generation):
     """`POST /v1/completions`: one prompt or several, as text or token ids, each answered separately."""
 
-    unsupported = (
-        UNSUPPORTED
-        | {"messages", "tools", "functions", "response_format", "max_completion_tokens"}
-        | {"continue_final_message"}
-    )
+    unsupported = UNSUPPORTED | {"messages", "tools", "functions", "max_completion_tokens", "continue_final_message"}
 
     prompt: Prompts
     """A text, token ids, or a list of either."""
     max_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
     """As for chat; 0 needs `echo` and generates nothing."""
+    response_format: ResponseFormat | None = None
     echo: Flag | None = None
     """Start the answer with the prompt, and `logprobs` with the prompt's tokens (null for the first)."""
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
@@ -364,6 +349,10 @@ class CompletionRequest(Generation):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("the field max_tokens may only be 0 when echo is true")
         return self
+
+    @property
+    def useless_if_cut(self) -> bool:
+        return self.constraint is not None
 
     @property
     def wanted_logprobs(self) -> int | None:

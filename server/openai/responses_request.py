@@ -8,14 +8,13 @@ from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag,
 
 from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.http.errors import ApiError
+from server.openai.constraints import JsonSchema, ResponseFormat
 from server.openai.messages import MAX_MESSAGES, Content, Message
 from server.openai.parsing import explain
 from server.openai.requests import (
     UNSUPPORTED,
     ChatRequest,
     Generation,
-    JsonSchema,
-    ResponseFormat,
     TemplateOptions,
     Thinking,
 )
@@ -341,4 +340,5 @@ def turns(request: ResponseRequest) -> list[Fields]:
 def renamed(error: ApiError) -> ApiError:
     """An error about a chat request, with the field's name in this API."""
     name = (error.param or "").split(".")[0]
-    return replace(error, param=CHAT_FIELDS.get(name, error.param))
+    message = error.message.replace("response_format", CHAT_FIELDS["response_format"])
+    return replace(error, message=message, param=CHAT_FIELDS.get(name, error.param))

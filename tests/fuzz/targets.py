@@ -16,9 +16,9 @@ from batching.types import Delta
 from server.fields import RequestBody, Schema
 from server.grammar.json_schema import SchemaError, bound
 from server.grammar.rewrite import inline, rewrite
+from server.grammar.source import Part
 from server.http.errors import RETRIED, ApiError, bad_request
 from server.model.text import Text
-from server.openai.chat import form_of
 from server.openai.completions import TextAnswer
 from server.openai.parsing import parse
 from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -146,7 +146,7 @@ def _use(asked: BaseModel) -> None:
     for tool in asked.offered:
         orjson.dumps(tool.for_template())
         _compile(tool.function.parameters or {}, strict=False)
-    if form := form_of(asked.response_format):
+    if isinstance(form := asked.constraint, Part):
         _compile(form.schema, form.strict)
     assert asked.wanted_tokens is None or asked.wanted_tokens >= 1
     assert asked.thinks in (None, True, False)

@@ -77,7 +77,7 @@ REFUSED = {
     "add_generation_prompt": ["0"],
     "echo": ["1", "true"],
     "skip_special_tokens": ["false"],
-    "guided_json": ['{"type": "object"}'],
+    "guided_json": ["7", "[]", '"{"'],
     "chat_template_kwargs": ['{"chat_template": "{{ 1 }}"}', '{"tokenize": true}', '{"enable_thinking": 1}', "7"],
     "chat_template": ['"{{ 1 }}"'],
     "stop_token_ids": ["[9223372036854775808]"],
