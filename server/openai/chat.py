@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import orjson
+
 from batching.stream import Stream
 from batching.types import Delta, Forced, Grammar
 from server import replies
@@ -20,7 +22,7 @@ from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import Message
 from server.openai.prefill import Begun, Prefill, begun, prefill_of
 from server.openai.requests import ChatRequest
-from server.openai.sampling import sampling
+from server.openai.sampling import sampling, stop_tokens, truncated
 from server.openai.tools import Tool
 from server.output.answer import AnswerReader, StopScanner
 from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
@@ -49,7 +51,10 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
         """The request as a chat completion. Runs on a helper thread. Raises `ApiError` 400."""
 
     def encode(self, model: ServedModel, body: Generated) -> Conversation:
-        return encode(model.text, self.as_chat(body), model.settings.thinking)
+        conversation = encode(model.text, self.as_chat(body), model.settings.thinking)
+        if conversation.chat.truncate_prompt_tokens is None:
+            return conversation
+        return replace(conversation, tokens=truncated(model, conversation.chat, conversation.tokens))
 
     async def prompts(
         self, model: ServedModel, body: Generated, encoded: Conversation, caller: Caller
@@ -79,8 +84,8 @@ class ChatCompletions(ChatEndpoint[ChatRequest]):
     ) -> Answer:
         text = model.text
         readers = [EventReader(stream, text, encoded, choice) for choice, stream in enumerate(streams)]
-        choices = [ChatChoice(index, reader, text, legacy=body.is_legacy) for index, reader in enumerate(readers)]
-        return ChatAnswer(name, streams, choices, body)
+        choices = [ChatChoice(index, reader, text, body) for index, reader in enumerate(readers)]
+        return ChatAnswer(name, model.fingerprint, streams, choices, body)
 
 
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
@@ -166,7 +171,7 @@ class EventReader:
         self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
         after = conversation.tokens[-1:] if chat.continue_final_message else ()
-        self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner)
+        self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
         self._begun = conversation.begun[choice] if conversation.begun else None
         self._message = self._begun.reader if self._begun else reader(text, conversation)
 
@@ -185,6 +190,11 @@ class EventReader:
             self._stream.stop()
             events, finish = events[:end], "stop"
         return self._begun.rest(events) if self._begun else events, self._message.finish(finish)
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop string or the token of `stop_token_ids` that ended the answer, if one did."""
+        return self._answer.stop_reason
 
     @property
     def thought_tokens(self) -> int:
@@ -210,9 +220,20 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
 
     prefix = "chatcmpl"
 
-    def __init__(self, model: str, streams: Sequence[Stream], choices: Sequence[ChatChoice], body: ChatRequest) -> None:
-        super().__init__(model, streams, choices, body)
+    def __init__(
+        self,
+        model: str,
+        fingerprint: str,
+        streams: Sequence[Stream],
+        choices: Sequence[ChatChoice],
+        body: ChatRequest,
+    ) -> None:
+        super().__init__(model, fingerprint, streams, choices, body)
         self._of_prompt = choices[0].of_prompt
+        self._prompt_ids: replies.OfPrompt = {}
+        if body.return_token_ids:
+            self._prompt_ids = {"prompt_token_ids": list(streams[0].row.request.prompt)}
+            self._extra = orjson.dumps(self._prompt_ids)
 
     def completion(self, choices: list[replies.ChatChoice], usage: replies.Usage) -> replies.ChatCompletion:
         return {
@@ -220,8 +241,10 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
             "object": "chat.completion",
             "created": self._created,
             "model": self._model,
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
             "usage": usage,
+            **self._prompt_ids,
             **self._of_prompt(),
         }
 
@@ -231,6 +254,7 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self._model,
+            "system_fingerprint": self._fingerprint,
             "choices": [],
         }
 
@@ -238,11 +262,13 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
 class ChatChoice:
     """`Choice` of a chat completion."""
 
-    def __init__(self, index: int, reader: EventReader, text: Text, *, legacy: bool) -> None:
+    def __init__(self, index: int, reader: EventReader, text: Text, body: ChatRequest) -> None:
         self._index = index
         self._reader = reader
         self._text = text
-        self._legacy = legacy
+        self._legacy = body.is_legacy
+        self._as_ids = bool(body.return_tokens_as_token_ids)
+        self._ids: list[int] | None = [] if body.return_token_ids else None
         self._begun = False
         self._events: list[Event] = []
         self._logprobs = EncodedLists[replies.ChatLogprobs]()
@@ -254,7 +280,9 @@ class ChatChoice:
         self._events += events
         if finish:
             self._finish = finish
-        self._logprobs.add(chat_logprobs(self._text, arrived.logprobs))
+        if self._ids is not None:
+            self._ids += arrived.tokens
+        self._logprobs.add(chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids))
         if arrived.prompt_logprobs:
             self._prompt_logprobs.add(prompt_logprobs(self._text, arrived.prompt_logprobs))
 
@@ -264,20 +292,24 @@ class ChatChoice:
 
     def whole(self) -> replies.ChatChoice:
         message = fold(self._events)
-        return {
+        choice: replies.ChatChoice = {
             "index": self._index,
             "message": as_legacy(message) if self._legacy else message,
             "logprobs": self._logprobs.whole(),
             "finish_reason": self._reason(self._finish),
+            "stop_reason": self._reader.stop_reason,
         }
+        if self._ids is not None:
+            choice["token_ids"] = self._ids
+        return choice
 
     def chunks(self, arrived: Delta) -> list[replies.ChunkChoice]:
         """The first has only the role. The finish reason shares a chunk with the last text, if both came in this step:
         RAGFlow picks the language of its notice about a cut answer by the text in that chunk."""
         events, finish = self._reader.push(arrived)
-        logprobs = chat_logprobs(self._text, arrived.logprobs)
+        logprobs = chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids)
         deltas = [change for event in events if (change := delta(event)) is not None]
-        if logprobs and not deltas:
+        if not deltas and (logprobs or (self._ids is not None and arrived.tokens)):
             deltas = [{"content": ""}]
         if finish and (not deltas or "tool_calls" in deltas[-1]):
             deltas.append({})
@@ -286,6 +318,8 @@ class ChatChoice:
         last = len(deltas) - 1
         for n, change in enumerate(deltas):
             chunks.append(self._chunk(change, None if n else logprobs, finish if n == last else None))
+        if self._ids is not None:
+            chunks[-1]["token_ids"] = list(arrived.tokens)
         return chunks
 
     def _chunk(
@@ -296,12 +330,15 @@ class ChatChoice:
     ) -> replies.ChunkChoice:
         if self._legacy:
             change = as_legacy(change)
-        return {
+        chunk: replies.ChunkChoice = {
             "index": self._index,
             "delta": change,
             "logprobs": logprobs,
             "finish_reason": finish and self._reason(finish),
         }
+        if finish:
+            chunk["stop_reason"] = self._reader.stop_reason
+        return chunk
 
     def _reason(self, finish: replies.FinishReason) -> replies.FinishReason:
         return "function_call" if self._legacy and finish == "tool_calls" else finish

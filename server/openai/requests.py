@@ -32,7 +32,7 @@ GREEDY_BELOW = 0.01  # a lower temperature only adds rounding noise to argmax
 
 UNSUPPORTED = (
     frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
-    | frozenset(["truncate_prompt_tokens", "return_token_ids", "return_tokens_as_token_ids"])
+    | frozenset(["logprob_token_ids", "token_ids_logprob"])
     | frozenset(["structural_tag", "guided_whitespace_pattern", "bad_words", "allowed_token_ids", "use_beam_search"])
     | frozenset(["mirostat", "typical_p", "logits_processors"])
 )
@@ -92,6 +92,26 @@ class Thinking(Body):
     @property
     def thinks(self) -> bool | None:
         return {"enabled": True, "disabled": False}.get(self.type)
+
+
+class ThinkingChoice(Body):
+    """The fields that turn thinking on or off; request types inherit from this one."""
+
+    enable_thinking: Flag | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """"none" and "minimal" turn thinking off, other values on."""
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the request turns thinking on or off, whichever field says so; None if none does."""
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        for spelled in (self.chat_template_kwargs, self.thinking):
+            if spelled is not None and spelled.thinks is not None:
+                return spelled.thinks
+        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
 
 def _stops(value: object) -> object:
@@ -164,6 +184,8 @@ class Generation(RequestBody, Constraints):
     """Lower runs sooner, among requests of the same API key."""
     prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     """Return each prompt token's log probability and this many likeliest tokens. Cannot be streamed."""
+    truncate_prompt_tokens: Annotated[int, Field(strict=True, ge=-1), Integral] | None = None
+    """Keep only this many tokens from the prompt's end; -1: as many as leave room for the answer."""
     skip_special_tokens: Literal[True] | None = None
     """Always on; accepted for compatibility."""
     # These concern the user, billing, speed or display elsewhere, not the answer.
@@ -255,7 +277,16 @@ class Prediction(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Generation, ToolUse, PromptEnd):
+class TokenReports(Body):
+    """Fields about tokens in replies made of choices."""
+
+    return_token_ids: Flag | None = None
+    """Return the ids of the prompt's and the generated tokens."""
+    return_tokens_as_token_ids: Flag | None = None
+    """Name tokens in `logprobs` by their ids, as `token_id:7`."""
+
+
+class ChatRequest(Generation, TokenReports, ThinkingChoice, ToolUse, PromptEnd):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
@@ -266,17 +297,12 @@ class ChatRequest(Generation, ToolUse, PromptEnd):
     """Requires `logprobs`, unless it is 0."""
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
-    enable_thinking: Flag | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    thinking: Thinking | None = None
     thinking_budget: Tokens | None = None
     """Maximum number of thinking tokens."""
     thinking_token_budget: Tokens | None = None
     """vLLM's name for `thinking_budget`."""
     prediction: Prediction | None = None
     """A text that the answer is expected to repeat in part. It changes no answer; what is repeated takes less time."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """"none" and "minimal" turn thinking off, other values on."""
     echo: Flag | None = None
     """With `continue_final_message`: start the answer with the text that it continues."""
 
@@ -311,18 +337,8 @@ class ChatRequest(Generation, ToolUse, PromptEnd):
         spelled = self.thinking_budget or self.thinking_token_budget
         return spelled or (self.thinking.budget_tokens if self.thinking else None)
 
-    @property
-    def thinks(self) -> bool | None:
-        """Whether the request turns thinking on or off, whichever field says so; None if none does."""
-        if self.enable_thinking is not None:
-            return self.enable_thinking
-        for spelled in (self.chat_template_kwargs, self.thinking):
-            if spelled is not None and spelled.thinks is not None:
-                return spelled.thinks
-        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
-
-class CompletionRequest(Generation):
+class CompletionRequest(Generation, TokenReports):
     """`POST /v1/completions`: one prompt or several, as text or token ids, each answered separately."""
 
     unsupported = UNSUPPORTED | {"messages", "tools", "functions", "max_completion_tokens", "continue_final_message"}
@@ -363,29 +379,3 @@ class CompletionRequest(Generation):
         echoed = self.logprobs if self.echo else None
         counts = [wanted for wanted in (echoed, self.prompt_logprobs) if wanted is not None]
         return max(counts, default=0 if self.max_tokens == 0 else None)
-
-
-class TokenizeRequest(RequestBody):
-    """`POST /tokenize`: a text, or a conversation as the model sees it."""
-
-    unsupported = UNSUPPORTED
-
-    prompt: str | None = None
-    messages: Messages | None = None
-    add_special_tokens: Flag | None = None
-    """Add the tokenizer's special tokens, such as a beginning-of-sequence token. By default true for a prompt and
-    false for messages, whose chat template adds them."""
-    return_token_strs: Flag | None = None
-    """Also return the text of each token."""
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("one of the fields prompt and messages must be given")
-        return self
-
-
-class DetokenizeRequest(RequestBody):
-    """`POST /detokenize`."""
-
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]

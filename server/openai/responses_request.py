@@ -17,6 +17,7 @@ from server.openai.requests import (
     Generation,
     TemplateOptions,
     Thinking,
+    TokenReports,
 )
 from server.openai.tools import (
     MAX_TOOLS,
@@ -34,6 +35,9 @@ Fields: TypeAlias = dict[str, Any]
 
 CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
 """Chat request fields and their names in this API."""
+
+TOKEN_REPORTS = TokenReports.model_fields.keys()
+"""Fields about choices, of which a response has none."""
 
 ABOUT_THE_ITEM = frozenset(["type", "id", "call_id", "name", "status"])
 UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"])
@@ -237,7 +241,7 @@ class ReasoningConfig(Body):
 class ResponseRequest(Generation):
     """`POST /v1/responses`. Takes the sampling and thinking fields of chat completions, too."""
 
-    unsupported = UNSUPPORTED | {"messages", "functions", "response_format", "continue_final_message"}
+    unsupported = UNSUPPORTED | {"messages", "functions", "response_format", "continue_final_message"} | TOKEN_REPORTS
 
     input: Annotated[Items, BeforeValidator(_input, json_schema_input_type=str | Items)]
     instructions: str | None = None

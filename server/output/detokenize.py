@@ -33,6 +33,10 @@ class Vocabulary:
         self.special = frozenset(token for token, entry in added.items() if entry.special)
         self._bytes: dict[int, bytes] = {}  # at most one entry a token
 
+    def spelling(self, token: int) -> str:
+        """The token as the vocabulary has it, such as `Ġthe`; empty for ids that it lacks."""
+        return self.tokenizer.id_to_token(token) or ""
+
     def bytes_of(self, token: int) -> bytes:
         """A token's bytes, which may be part of a character."""
         known = self._bytes.get(token)
@@ -41,7 +45,7 @@ class Vocabulary:
         return known
 
     def _look_up(self, token: int) -> bytes:
-        piece = self.tokenizer.id_to_token(token) or ""
+        piece = self.spelling(token)
         if self.byte_level and all(char in BYTES for char in piece):
             return bytes(BYTES[char] for char in piece)
         alone = self.decode([token])

@@ -15,8 +15,9 @@ from pydantic.json_schema import GenerateJsonSchema
 from server import replies
 from server.observe.metrics import CONTENT_TYPE
 from server.openai import responses_replies
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.responses_request import ResponseRequest
+from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from server.sse import MEDIA_TYPE
 from server.version import VERSION
 

@@ -21,10 +21,11 @@ from server.http.errors import RETRIED, ApiError, bad_request
 from server.model.text import Text
 from server.openai.completions import TextAnswer
 from server.openai.parsing import parse
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.responses_output import framed
 from server.openai.responses_replies import ResponseEvent
 from server.openai.responses_request import ResponseRequest, as_chat
+from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from server.output.answer import StopScanner
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenParser
@@ -234,7 +235,7 @@ def fuzz_sse(data: bytes) -> None:
     """Whatever the text, an event stream read by the standard's rules has the events that were written."""
     texts = pieces_of(data)
     choice = Told(texts)
-    answer = TextAnswer("model", [], [choice], CompletionRequest(prompt=["Hi"]))
+    answer = TextAnswer("model", "fp_0", [], [choice], CompletionRequest(prompt=["Hi"]))
     *chunks, done = _events(answer.frames([(0, Delta((), None, ()))]) + answer.last())
     assert done == ("message", "[DONE]")
     assert [orjson.loads(payload)["choices"] for _, payload in chunks] == [[chunk] for chunk in choice.told]
@@ -270,6 +271,7 @@ class Told:
             "text": "".join(each["text"] for each in self.told),
             "logprobs": None,
             "finish_reason": "stop",
+            "stop_reason": None,
         }
 
     def chunks(self, arrived: Delta) -> list[TextChunkChoice]:
