@@ -158,7 +158,8 @@ def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forc
 class EventReader:
     """Turns one row's tokens into events and a finish reason.
 
-    If only one call is allowed, the answer ends after it. What the client began is only read on, unless it is wanted.
+    If only one call is allowed, the answer ends after it. Of an answer that the client began, only the rest is returned,
+    unless the request wants all of it.
     """
 
     def __init__(self, stream: Stream, text: Text, conversation: Conversation, choice: int = 0) -> None:
@@ -318,7 +319,7 @@ class ChatChoice:
         last = len(deltas) - 1
         for n, change in enumerate(deltas):
             chunks.append(self._chunk(change, None if n else logprobs, finish if n == last else None))
-        if self._ids is not None:
+        if self._ids is not None and chunks:
             chunks[-1]["token_ids"] = list(arrived.tokens)
         return chunks
 
