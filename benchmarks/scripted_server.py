@@ -139,6 +139,7 @@ class BareAnswers:
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": NAME,
+            "system_fingerprint": "fp_0123456789ab",
             "choices": [{"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}],
         }
         self._event = sse.event(orjson.dumps(chunk))

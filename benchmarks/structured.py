@@ -113,7 +113,7 @@ def compare(measure: Callable[[Sequence[Grammar | None]], float], grammar: Gramm
 def compiled(folder: str) -> Grammar:
     """The endless schema for a folder's tokenizer."""
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)  # type: ignore[assignment]
-    return asyncio.run(Grammars(tokenizer).json(Part(ENDLESS, strict=True, param="")))
+    return asyncio.run(Grammars(tokenizer).of(Part(ENDLESS, strict=True, param="")))
 
 
 def table(title: str, found: list[list[float]]) -> Table:

@@ -27,7 +27,7 @@ from server.observe.log import log_refusal
 from server.observe.metrics import Metrics, Scrapes, scrape
 from server.openai.chat import ChatCompletions
 from server.openai.completions import Completions
-from server.openai.responses import Responses, stored_response
+from server.openai.responses import InputTokens, Responses, no_response, stored_response
 from server.openai.tokenize import Detokenize, Tokenize
 from server.service import Service
 from server.version import VERSION
@@ -46,6 +46,7 @@ ENDPOINTS: dict[str, Handler] = {
     "/chat/completions": ChatCompletions().handle,
     "/completions": Completions().handle,
     "/responses": Responses().handle,
+    "/responses/input_tokens": InputTokens().handle,
     "/tokenize": Tokenize().handle,
     "/detokenize": Detokenize().handle,
 }
@@ -92,7 +93,8 @@ def routes(*, page: bool = True) -> list[Route]:
     for prefix in ("/v1", ""):
         paths += [
             *(Route(prefix + path, handle, methods=["POST"]) for path, handle in ENDPOINTS.items()),
-            Route(f"{prefix}/responses/{{name:path}}", stored_response, methods=["GET", "POST", "DELETE"]),
+            Route(f"{prefix}/responses/{{name}}", stored_response, methods=["GET", "DELETE"]),
+            Route(f"{prefix}/responses/{{name}}/{{rest:path}}", no_response, methods=["GET", "POST", "DELETE"]),
             Route(f"{prefix}/models", models),
             Route(f"{prefix}/models/{{name:path}}", model),
         ]
@@ -107,7 +109,7 @@ def middleware(service: Service) -> list[Middleware]:
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "retry-after", "x-should-retry"],
             )

@@ -17,6 +17,9 @@ Sent: TypeAlias = Annotated[orjson.Fragment, WithJsonSchema({})]
 """JSON of any type, already encoded: what the client sent, or the default."""
 
 # Fields that types inherit carry their descriptions with them, because only a type's own strings are read.
+Fingerprint: TypeAlias = Annotated[
+    str, Field(description="Stays the same as long as answers with a seed do: of the version, model and engine.")
+]
 Seconds: TypeAlias = Annotated[int, Field(description="Seconds since 1970.")]
 Logprob: TypeAlias = Annotated[float, Field(description="Natural logarithm; -9999 stands for a probability of zero.")]
 
@@ -99,7 +102,23 @@ PROMPT_LOGPROBS = (
 )
 
 
+StopReason: TypeAlias = Annotated[
+    str | int | None,
+    Field(description="The stop string, or the token of `stop_token_ids`, that ended the answer; else null."),
+]
+TokenIds: TypeAlias = Annotated[list[int], Field(description="With `return_token_ids`: the generated tokens.")]
+PromptTokenIds: TypeAlias = Annotated[list[int], Field(description="With `return_token_ids`: the prompt's tokens.")]
+
+
+class Ended(TypedDict, total=False):
+    """The fields of a choice's chunks that only some of them have."""
+
+    stop_reason: StopReason
+    token_ids: TokenIds
+
+
 class OfPrompt(TypedDict, total=False):
+    prompt_token_ids: PromptTokenIds
     prompt_logprobs: Annotated[list[dict[str, RankedToken] | None], Field(description=PROMPT_LOGPROBS)]
 
 
@@ -137,12 +156,15 @@ class ChatChoice(TypedDict):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    stop_reason: StopReason
+    token_ids: NotRequired[TokenIds]
 
 
 class Head(TypedDict):
     id: str
     created: Seconds
     model: str
+    system_fingerprint: Fingerprint
 
 
 class ChatCompletion(Head, OfPrompt):
@@ -173,7 +195,7 @@ class Delta(TypedDict, total=False):
     function_call: MadeFunction | MoreArguments
 
 
-class ChunkChoice(TypedDict):
+class ChunkChoice(Ended):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
@@ -187,6 +209,8 @@ class ChatChunk(Head):
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
     usage: NotRequired[Usage]
+    prompt_token_ids: NotRequired[PromptTokenIds]
+    """In the first event."""
 
 
 # Completions
@@ -197,6 +221,8 @@ class TextChoice(OfPrompt):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Ending
+    stop_reason: StopReason
+    token_ids: NotRequired[TokenIds]
 
 
 class TextCompletion(Head):
@@ -207,7 +233,7 @@ class TextCompletion(Head):
     usage: Usage
 
 
-class TextChunkChoice(TypedDict):
+class TextChunkChoice(Ended, OfPrompt):
     index: int
     text: str
     logprobs: TextLogprobs | None
@@ -229,7 +255,7 @@ class Tokenized(TypedDict):
     max_model_len: int
     """Maximum tokens of prompt and answer together."""
     token_strs: NotRequired[list[str]]
-    """The text of each token, if requested."""
+    """Each token as the vocabulary spells it, if requested."""
 
 
 class Detokenized(TypedDict):

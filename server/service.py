@@ -22,6 +22,7 @@ from server.model.loader import Loading
 from server.model.served_model import ServedModel
 from server.model.text import Text
 from server.observe.live import LiveFeed
+from server.response_store import ResponseStore
 from server.settings import Settings
 from server.threads import Encoders
 
@@ -54,6 +55,7 @@ class Service:
         self.settings = settings
         self.max_body_bytes = int(settings.max_body_mib * 2**20)
         self.encoders = Encoders()
+        self.responses = ResponseStore(int(settings.stored_responses_mib * 2**20), settings.stored_responses_s)
         self.stopped = asyncio.Event()
         self.exit_code = 0
         self.begun = time.monotonic()

@@ -166,6 +166,14 @@ class Settings(BaseSettings):
         description="default sampling; auto: the model's generation_config.json (except do_sample), openai: "
         "temperature 1 and top_p 1",
     )
+    stored_responses_mib: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="memory for answers of /v1/responses that clients may refer to with previous_response_id; 0: none "
+        "are stored",
+    )
+    stored_responses_s: float = Field(3600.0, gt=0, allow_inf_nan=False, description="how long a response stays stored")
     thinking: bool = Field(False, description="turn thinking on by default, for models that can think")
 
     # Limits

@@ -7,7 +7,7 @@ import runpy
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -56,10 +56,10 @@ class FailingText(Text):
             hang()
         return super().encode(text, special=special)
 
-    def detokenizer(self, *, special: bool = False) -> Detokenizer:
+    def detokenizer(self, *, special: bool = False, after: Sequence[int] = ()) -> Detokenizer:
         linger()
         LOOP_FAILURES.get(os.environ["FAIL"], lambda: None)()
-        return super().detokenizer(special=special)
+        return super().detokenizer(special=special, after=after)
 
 
 class FailingLoader:

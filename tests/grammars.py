@@ -19,9 +19,11 @@ from server.fields import Schema
 from server.grammar.compiler import Grammars, TokenGrammar, TokenMatcher
 from server.grammar.source import Part
 from server.http.errors import RETRIED, ApiError
+from server.openai.constraints import any_object
 from server.settings import parse
 from tests.conftest import TEST_TOKENIZER
 
+ANY_OBJECT = any_object("response_format")
 TEXT = {"type": "string"}
 INT = {"type": "integer"}
 
@@ -67,7 +69,7 @@ class Kit:
         return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
     def schema(self, schema: Schema, strict: bool = True, **options: Any) -> TokenGrammar:
-        return run(self.grammars.json(Part(schema, strict, "response_format"), **options))
+        return run(self.grammars.of(Part(schema, strict, "response_format"), **options))
 
     def next(self, matcher: TokenMatcher) -> tuple[NDArray[np.uint8], bool]:
         """For each token whether it may come next, and whether the text may end."""

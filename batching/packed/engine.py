@@ -1,4 +1,4 @@
-"""The engine for GPUs and CPUs: rows packed without padding, joining and leaving a running batch, inside one `generate` call.
+"""The engine for GPUs and CPUs: rows packed without padding, which join and leave a batch inside one `generate` call.
 
 Worker thread only. `generate` prepares the call and hands it to `decode_loop`, its own extension point. `unsupported`
 says what this engine needs of a model; everything else runs on `PaddedEngine`.

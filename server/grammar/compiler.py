@@ -1,8 +1,8 @@
-"""Compiles grammars that constrain answers (JSON, a JSON Schema, or tool calls) for the served tokenizer.
+"""Compiles grammars that constrain answers (JSON, a JSON Schema, a pattern, or tool calls) for the served tokenizer.
 
-A client's schema is first tried in another process, which can be killed. Once it is known to be cheap, it is compiled
-here, anew for each request. Clients take turns at both, and results of trials are cached within bounds. `Grammars` runs
-on the event loop; a compiled grammar may be used on any thread.
+A client's schema or pattern is first tried in another process, which can be killed. Once it is known to be cheap, it is
+compiled here, anew for each request. Clients take turns at both, and results of trials are cached within bounds.
+`Grammars` runs on the event loop; a compiled grammar may be used on any thread.
 
 Objects have their properties in the schema's order, and the only white space is one optional space after a comma or
 colon, so that a weak model cannot generate endless white space.
@@ -29,6 +29,7 @@ from llguidance import LLTokenizer
 
 from server.fields import Schema
 from server.grammar.json_schema import SchemaError, bound
+from server.grammar.pattern import Pattern, PatternError, check
 from server.grammar.process import STACK
 from server.grammar.sandbox import Sandbox, Unavailable, Written
 from server.grammar.source import START, Part, PartError, Plan, assembled, matcher_of
@@ -89,16 +90,18 @@ class Grammars:
         """Start the trial process, so that the first schema need not wait for it. Returns at once; any thread."""
         threading.Thread(target=self._sandbox.start, name="grammar-sandbox", daemon=True).start()
 
-    async def json(
-        self, schema: Part, *, thought: ThoughtState = ThoughtState.UNKNOWN, client: str = ""
+    async def of(
+        self, part: Part | Pattern, *, thought: ThoughtState = ThoughtState.UNKNOWN, client: str = ""
     ) -> TokenGrammar:
-        """A grammar of a schema's values, for drafts up to 2020-12. Raises `ApiError` 400 for a schema that fails.
+        """A grammar of what matches a pattern, or of a schema's values, for drafts up to 2020-12.
+
+        Raises `ApiError` 400 for one that fails.
 
         A strict schema may only use what can be enforced. Otherwise unenforceable keywords and formats are left to
         the model, and `oneOf` is read as `anyOf`. `thought`: whether the answer starts with a thought, which is
         unconstrained. `client`: whose turn the compilation takes.
         """
-        return await self.compile(Plan((*self._start(thought), "answer: a0"), (schema,)), client)
+        return await self.compile(Plan((*self._start(thought), "answer: a0"), (part,)), client)
 
     async def tool_calls(
         self,
@@ -107,7 +110,7 @@ class Grammars:
         *,
         named: str | None = None,
         parallel: bool = True,
-        otherwise: Part | None = None,
+        otherwise: Part | Pattern | None = None,
         thought: ThoughtState = ThoughtState.UNKNOWN,
         client: str = "",
         param: str = "tools",
@@ -115,7 +118,7 @@ class Grammars:
         """A grammar of calls of `tools` (name, parameter schema), `written` in the model's format; of a single call if
         not `parallel`.
 
-        With `named`: exactly one call of that function. With `otherwise`: calls or a value of that schema. A tool
+        With `named`: exactly one call of that function. With `otherwise`: calls or what that allows. A tool
         without parameters takes an empty object. Schemas are read as not strict. Raises `ApiError` 400.
         """
         offered = [(name, schema) for name, schema in tools if named in (None, name)]
@@ -181,8 +184,9 @@ class Grammars:
             task.exception()  # marks it as retrieved; requests that still wait get it, too
 
     async def _try(self, plan: Plan, key: str, client: str) -> Written:
-        if all(part.schema in HARMLESS for part in plan.parts):
-            written = Written(assembled(plan, [part.schema for part in plan.parts]), memory=0)
+        schemas = [part.schema for part in plan.parts if isinstance(part, Part) and part.schema in HARMLESS]
+        if len(schemas) == len(plan.parts):
+            written = Written(assembled(plan, schemas), memory=0)
         else:
             async with self._turn(self._trials, client):
                 try:
@@ -279,8 +283,11 @@ def _parameters(schema: Schema | None, param: str) -> Schema:
 def _checked(plan: Plan) -> str:
     """The plan's key, after checking its size. Takes up to 15 ms. Raises `ApiError` 400."""
     try:
-        bound(*(part.schema for part in plan.parts))
-    except SchemaError as error:
+        bound(*(part.schema for part in plan.parts if isinstance(part, Part)))
+        for part in plan.parts:
+            if isinstance(part, Pattern):
+                check(part)
+    except (SchemaError, PatternError) as error:
         raise _refused(str(error), plan.parts[-1].param) from None
     return plan.key
 
@@ -293,7 +300,7 @@ def _refused(sentence: str, param: str) -> ApiError:
 
 
 def _busy() -> ApiError:
-    message = "Other schemas are being compiled; try again in a few seconds."
+    message = "Other schemas and grammars are being compiled; try again in a few seconds."
     return ApiError(503, message, "server_error", "compiler_busy", headers={"retry-after": "5"})
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llguidance import LLTokenizer
 
+from server.grammar.pattern import Pattern
 from server.grammar.source import Part, PartError, Plan, write
 
 CPU_SECONDS = 1.0  # usually 0.02
@@ -79,12 +80,13 @@ def _be_limited() -> None:
 
 def write_plan(plan: Plan) -> bytes:
     """A plan as one line."""
-    return json.dumps([plan.rules, [(part.schema, part.strict, part.param) for part in plan.parts]]).encode() + b"\n"
+    parts = [(type(part) is Pattern, vars(part)) for part in plan.parts]
+    return json.dumps([plan.rules, parts]).encode() + b"\n"
 
 
 def read_plan(line: bytes) -> Plan:
     rules, parts = json.loads(line)
-    return Plan(tuple(rules), tuple(Part(*part) for part in parts))
+    return Plan(tuple(rules), tuple((Pattern if is_pattern else Part)(**part) for is_pattern, part in parts))
 
 
 def tried(plan: Plan, tokens: LLTokenizer) -> dict[str, object]:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.grammar.pattern import NAMES, Pattern
 from server.grammar.process import BEGUN, write_plan
 from server.grammar.source import PartError, Plan
 
@@ -66,8 +67,9 @@ class Sandbox:
         if not reply.startswith(BEGUN):
             raise Unavailable("the process that tries grammars has ended")
         if reply == BEGUN:
-            message = "The schema takes too much time or memory to compile; make it simpler."
-            raise PartError(message, plan.parts[0].param)
+            part = plan.parts[-1]
+            what = NAMES[part.kind] if isinstance(part, Pattern) else "schema"
+            raise PartError(f"The {what} takes too much time or memory to compile; make it simpler.", part.param)
         answer = json.loads(reply.removeprefix(BEGUN))
         if "refused" in answer:
             raise PartError(answer["refused"], answer["param"])

@@ -1,6 +1,6 @@
-"""Builds llguidance grammars from rules and clients' schemas.
+"""Builds llguidance grammars from rules and clients' schemas and patterns.
 
-Takes as long as the schemas make it take, so it runs in `server.grammar.process`.
+Takes as long as they make it take, so it runs in `server.grammar.process`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.fields import Schema
 from server.grammar.json_schema import MALFORMED, SchemaError
+from server.grammar.pattern import Pattern, PatternError, sentence_for, written
 from server.grammar.rewrite import inline, rewrite, without
 
 LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
@@ -44,12 +45,13 @@ class Plan:
     """
 
     rules: tuple[str, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[Part | Pattern, ...]
 
     @property
     def key(self) -> str:
         """Equal for plans of the same grammar."""
-        return json.dumps([self.rules, [(part.schema, part.strict) for part in self.parts]], separators=(",", ":"))
+        parts = [(p.schema, p.strict) if isinstance(p, Part) else (p.kind, p.texts) for p in self.parts]
+        return json.dumps([self.rules, parts], separators=(",", ":"))
 
 
 class PartError(SchemaError):
@@ -65,13 +67,15 @@ def write(plan: Plan, tokens: LLTokenizer) -> str:
 
     Keywords that the compiler rejects are dropped from schemas that are not strict.
     """
-    schemas = [_rewritten(part) for part in plan.parts]
+    schemas = [_rewritten(part) if isinstance(part, Part) else {} for part in plan.parts]
     while True:
         source = assembled(plan, schemas)
         if not (error := _first_error(source, tokens)):
             return source
         n = _part_at_fault(error, plan)
         part, reason = plan.parts[n], _reason(error)
+        if isinstance(part, Pattern):
+            raise PartError(sentence_for(part, error), part.param)
         less = schemas[n] if part.strict else reason.leave_out(schemas[n], error)
         if less == schemas[n]:
             raise PartError(reason.sentence_for(error), part.param)
@@ -99,7 +103,7 @@ def _first_error(source: str, tokens: LLTokenizer) -> str:
         mask = matcher.compute_bitmask()
         tries = [quote] * (step % 8 == 7) + dice.choices(range(tokens.vocab_size), k=100)
         if (token := next((one for one in tries if mask[one >> 3] >> (one & 7) & 1), _lowest(mask))) is None:
-            break
+            return "" if step or matcher.is_accepting() else "Unsatisfiable"
         matcher.consume_token(token)
     return matcher.get_error()
 
@@ -117,19 +121,29 @@ def _rewritten(part: Part) -> Schema:
 
 
 def assembled(plan: Plan, schemas: Sequence[Schema]) -> str:
-    """The grammar of a plan with rewritten schemas."""
-    bodies = [f"a{n}: {inline(schema, plan.parts[n].strict)}" for n, schema in enumerate(schemas)]
+    """The grammar of a plan with rewritten schemas; those of patterns are not looked at."""
+    pairs = enumerate(zip(plan.parts, schemas, strict=True))
+    bodies = [f"a{n}: {_body(part, schema)}" for n, (part, schema) in pairs]
     source = "\n".join([*plan.rules, *bodies, ""])
     if len(source) > MAX_SOURCE:
         raise PartError(TOO_COMPLEX, plan.parts[0].param)
     return source
 
 
+def _body(part: Part | Pattern, schema: Schema) -> str:
+    if isinstance(part, Part):
+        return inline(schema, part.strict)
+    try:
+        return written(part)
+    except PatternError as error:
+        raise PartError(str(error), part.param) from None
+
+
 def _part_at_fault(error: str, plan: Plan) -> int:
-    """The index of the part on the line that the error names; 0 if it names none."""
-    line = re.match(r"at (\d+)\(", error)
+    """The index of the part on the line that the error names; 0 if it names none. Only the last takes several lines."""
+    line = re.match(r"(?:at )?(\d+)\(", error)
     n = int(line[1]) - len(plan.rules) - 1 if line else 0
-    return n if 0 <= n < len(plan.parts) else 0
+    return min(max(n, 0), len(plan.parts) - 1)
 
 
 # llguidance's errors and our sentences for them. None repeats client input except names of keywords and formats.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from batching.types import ModelInfo
 from server.grammar.compiler import Grammars
@@ -10,6 +11,7 @@ from server.model.defaults import Defaults
 from server.model.text import Text
 from server.replies import Model
 from server.settings import WHOLE_ANSWER, Settings
+from server.version import VERSION
 
 RAGFLOW_GUIDE = 1543
 """Tokens of instructions that RAGFlow adds to a prompt after trimming it."""
@@ -32,9 +34,12 @@ class ServedModel:
     """The union of the tokenizer's and the engine's."""
     names: tuple[str, ...] = field(init=False)
     """The names that clients may use for it."""
+    fingerprint: str = field(init=False)
+    """OpenAI's `system_fingerprint`: the same as long as answers with a seed are."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", self.settings.served_names)
+        object.__setattr__(self, "fingerprint", fingerprint(self.settings, self.info))
         object.__setattr__(self, "stop_token_ids", self.text.stop_token_ids | self.info.stop_token_ids)
 
     @property
@@ -62,6 +67,12 @@ class ServedModel:
                 "context_length_exceeded",
             )
         return room
+
+
+def fingerprint(settings: Settings, info: ModelInfo) -> str:
+    """A digest of what answers with a seed depend on, as far as the process can tell."""
+    facts = (VERSION, settings.model, info.device, info.dtype, info.parameters, info.joins, settings.batch_invariant)
+    return f"fp_{sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
 def served_name(names: Sequence[str], requested: str | None) -> str:

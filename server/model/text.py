@@ -74,18 +74,33 @@ class Text:
         """Tool definitions for `render` in which no text becomes a special token or a tag of a part of a turn."""
         return self._all_markers.broken(tools)
 
-    def render(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, Any]) -> str:
-        """The rendered conversation up to the start of the assistant's answer.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        options: Mapping[str, Any],
+        *,
+        opens_answer: bool = True,
+        continued: str | None = None,
+    ) -> str:
+        """The rendered conversation, up to the start of the assistant's answer if it `opens_answer`.
 
-        `options` are template variables; the caller only passes harmless names. Raises `TemplateError`.
+        With `continued`, up to the end of that field of the last message. `options` are template variables; the caller
+        only passes harmless names. Raises `TemplateError`.
         """
         from jinja2 import TemplateError as JinjaError
 
         turns = cast("list[dict[str, str]]", [*messages])  # the type that transformers declares
         try:
-            return str(self._chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options))
+            rendered = self._chat.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=opens_answer,
+                continue_final_message=continued or False,
+                **options,
+            )
         except (JinjaError, TypeError, ValueError) as error:
             raise TemplateError(_first_line(error)) from error
+        return str(rendered)
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """The token ids of a text. `special` adds the model's beginning and end tokens."""
@@ -103,9 +118,10 @@ class Text:
 
         return Grammars(self._chat, self.format.thinking.tags if self.format.thinking else None)
 
-    def detokenizer(self, *, special: bool = False) -> Detokenizer:
-        """A detokenizer for one row; special tokens appear in the text if `special`."""
-        return Detokenizer(self.vocabulary, special=special)
+    def detokenizer(self, *, special: bool = False, after: Sequence[int] = ()) -> Detokenizer:
+        """A detokenizer for one row, whose text continues that of the tokens `after`, or of none; special tokens appear
+        in the text if `special`."""
+        return Detokenizer(self.vocabulary, special=special, after=after)
 
 
 def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+
+import orjson
 
 from batching.stream import Stream
 from batching.types import Delta, Forced, Grammar
 from server import replies
 from server.callers import Caller
-from server.grammar.source import Part
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
 from server.model.text import TemplateError, Text
@@ -18,8 +20,9 @@ from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Prompt
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import Message
-from server.openai.requests import ChatRequest, ResponseFormat
-from server.openai.sampling import sampling
+from server.openai.prefill import Begun, Prefill, begun, prefill_of
+from server.openai.requests import ChatRequest
+from server.openai.sampling import sampling, stop_tokens, truncated
 from server.openai.tools import Tool
 from server.output.answer import AnswerReader, StopScanner
 from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
@@ -36,6 +39,8 @@ class Conversation:
     thought: ThoughtState
     names: ToolNames
     prediction: tuple[int, ...] = ()
+    begun: tuple[Begun, ...] = ()
+    """One for each choice, if the client began the answer."""
 
 
 class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
@@ -46,7 +51,10 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
         """The request as a chat completion. Runs on a helper thread. Raises `ApiError` 400."""
 
     def encode(self, model: ServedModel, body: Generated) -> Conversation:
-        return encode(model.text, self.as_chat(body), model.settings.thinking)
+        conversation = encode(model.text, self.as_chat(body), model.settings.thinking)
+        if conversation.chat.truncate_prompt_tokens is None:
+            return conversation
+        return replace(conversation, tokens=truncated(model, conversation.chat, conversation.tokens))
 
     async def prompts(
         self, model: ServedModel, body: Generated, encoded: Conversation, caller: Caller
@@ -75,9 +83,9 @@ class ChatCompletions(ChatEndpoint[ChatRequest]):
         self, model: ServedModel, name: str, body: ChatRequest, encoded: Conversation, streams: Sequence[Stream]
     ) -> Answer:
         text = model.text
-        readers = [EventReader(stream, text, encoded) for stream in streams]
-        choices = [ChatChoice(index, reader, text, legacy=body.is_legacy) for index, reader in enumerate(readers)]
-        return ChatAnswer(name, streams, choices, body)
+        readers = [EventReader(stream, text, encoded, choice) for choice, stream in enumerate(streams)]
+        choices = [ChatChoice(index, reader, text, body) for index, reader in enumerate(readers)]
+        return ChatAnswer(name, model.fingerprint, streams, choices, body)
 
 
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
@@ -85,9 +93,21 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     thinks = thinking if chat.thinks is None else chat.thinks
     offered = chat.offered
     names = names_in(text, chat.messages, offered)
-    rendered = render(text, chat.messages, offered, names, thinks)
+    prefill = prefill_of(chat.messages) if chat.continue_final_message else None
+    rendered = render(text, chat.messages, offered, names, thinks, opens_answer=chat.opens_answer, prefill=prefill)
+    thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     prediction = text.encode(chat.prediction.text) if chat.prediction else ()
-    return Conversation(chat, text.encode(rendered), text.format.thought_after(rendered), names, prediction)
+    conversation = Conversation(chat, text.encode(rendered), thought, names, prediction)
+    if prefill is None:
+        return conversation
+    new_reader, echo = partial(reader, text, conversation), bool(chat.echo)
+    return replace(conversation, begun=tuple(begun(new_reader, prefill, echo=echo) for _ in range(chat.n or 1)))
+
+
+def reader(text: Text, conversation: Conversation) -> MessageReader:
+    """A new reader of an answer in this conversation."""
+    parser = text.format.tools.parser() if conversation.chat.offered else None
+    return MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
 
 
 def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
@@ -97,13 +117,27 @@ def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()
     return ToolNames(offered + called, text.format.tools.carries)
 
 
-def render(text: Text, messages: Sequence[Message], offered: Sequence[Tool], names: ToolNames, thinks: bool) -> str:
+def render(
+    text: Text,
+    messages: Sequence[Message],
+    offered: Sequence[Tool],
+    names: ToolNames,
+    thinks: bool,
+    *,
+    opens_answer: bool = True,
+    prefill: Prefill | None = None,
+) -> str:
     """The rendered text of a conversation. Raises `ApiError` 400."""
     turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
     tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
     turns, options = text.format.conversation(turns, tools)
     try:
-        return text.render(turns, {"enable_thinking": thinks} | options)
+        return text.render(
+            turns,
+            {"enable_thinking": thinks} | options,
+            opens_answer=opens_answer,
+            continued=prefill.field if prefill else None,
+        )
     except TemplateError as error:
         raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
 
@@ -124,10 +158,11 @@ def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forc
 class EventReader:
     """Turns one row's tokens into events and a finish reason.
 
-    If only one call is allowed, the answer ends after it.
+    If only one call is allowed, the answer ends after it. Of an answer that the client began, only the rest is
+    returned, unless the request wants all of it.
     """
 
-    def __init__(self, stream: Stream, text: Text, conversation: Conversation) -> None:
+    def __init__(self, stream: Stream, text: Text, conversation: Conversation, choice: int = 0) -> None:
         chat, thinking = conversation.chat, text.format.thinking
         self._end_of_thought = thinking.tags.close if thinking else ""
         self._stream = stream
@@ -136,15 +171,18 @@ class EventReader:
         self._vocabulary = text.vocabulary
         self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
-        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
-        parser = text.format.tools.parser() if chat.offered else None
-        self._message = MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
+        after = conversation.tokens[-1:] if chat.continue_final_message else ()
+        self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
+        self._begun = conversation.begun[choice] if conversation.begun else None
+        self._message = self._begun.reader if self._begun else reader(text, conversation)
 
     def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
         """Events and, if the answer has ended, its finish reason."""
         thinking = self._message.thinking
         text, finish = self._answer.push(arrived)
         events = self._message.push(text)
+        if self._begun:
+            events[:0] = self._begun.take()
         if thinking:
             self._count(arrived.tokens)
         if finish:
@@ -152,7 +190,12 @@ class EventReader:
         if self._one_call and (end := end_of_first_call(events)) is not None:
             self._stream.stop()
             events, finish = events[:end], "stop"
-        return events, self._message.finish(finish)
+        return self._begun.rest(events) if self._begun else events, self._message.finish(finish)
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop string or the token of `stop_token_ids` that ended the answer, if one did."""
+        return self._answer.stop_reason
 
     @property
     def thought_tokens(self) -> int:
@@ -178,9 +221,20 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
 
     prefix = "chatcmpl"
 
-    def __init__(self, model: str, streams: Sequence[Stream], choices: Sequence[ChatChoice], body: ChatRequest) -> None:
-        super().__init__(model, streams, choices, body)
+    def __init__(
+        self,
+        model: str,
+        fingerprint: str,
+        streams: Sequence[Stream],
+        choices: Sequence[ChatChoice],
+        body: ChatRequest,
+    ) -> None:
+        super().__init__(model, fingerprint, streams, choices, body)
         self._of_prompt = choices[0].of_prompt
+        self._prompt_ids: replies.OfPrompt = {}
+        if body.return_token_ids:
+            self._prompt_ids = {"prompt_token_ids": list(streams[0].row.request.prompt)}
+            self._extra = orjson.dumps(self._prompt_ids)
 
     def completion(self, choices: list[replies.ChatChoice], usage: replies.Usage) -> replies.ChatCompletion:
         return {
@@ -188,8 +242,10 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
             "object": "chat.completion",
             "created": self._created,
             "model": self._model,
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
             "usage": usage,
+            **self._prompt_ids,
             **self._of_prompt(),
         }
 
@@ -199,6 +255,7 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self._model,
+            "system_fingerprint": self._fingerprint,
             "choices": [],
         }
 
@@ -206,11 +263,13 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
 class ChatChoice:
     """`Choice` of a chat completion."""
 
-    def __init__(self, index: int, reader: EventReader, text: Text, *, legacy: bool) -> None:
+    def __init__(self, index: int, reader: EventReader, text: Text, body: ChatRequest) -> None:
         self._index = index
         self._reader = reader
         self._text = text
-        self._legacy = legacy
+        self._legacy = body.is_legacy
+        self._as_ids = bool(body.return_tokens_as_token_ids)
+        self._ids: list[int] | None = [] if body.return_token_ids else None
         self._begun = False
         self._events: list[Event] = []
         self._logprobs = EncodedLists[replies.ChatLogprobs]()
@@ -222,7 +281,9 @@ class ChatChoice:
         self._events += events
         if finish:
             self._finish = finish
-        self._logprobs.add(chat_logprobs(self._text, arrived.logprobs))
+        if self._ids is not None:
+            self._ids += arrived.tokens
+        self._logprobs.add(chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids))
         if arrived.prompt_logprobs:
             self._prompt_logprobs.add(prompt_logprobs(self._text, arrived.prompt_logprobs))
 
@@ -232,20 +293,24 @@ class ChatChoice:
 
     def whole(self) -> replies.ChatChoice:
         message = fold(self._events)
-        return {
+        choice: replies.ChatChoice = {
             "index": self._index,
             "message": as_legacy(message) if self._legacy else message,
             "logprobs": self._logprobs.whole(),
             "finish_reason": self._reason(self._finish),
+            "stop_reason": self._reader.stop_reason,
         }
+        if self._ids is not None:
+            choice["token_ids"] = self._ids
+        return choice
 
     def chunks(self, arrived: Delta) -> list[replies.ChunkChoice]:
         """The first has only the role. The finish reason shares a chunk with the last text, if both came in this step:
         RAGFlow picks the language of its notice about a cut answer by the text in that chunk."""
         events, finish = self._reader.push(arrived)
-        logprobs = chat_logprobs(self._text, arrived.logprobs)
+        logprobs = chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids)
         deltas = [change for event in events if (change := delta(event)) is not None]
-        if logprobs and not deltas:
+        if not deltas and (logprobs or (self._ids is not None and arrived.tokens)):
             deltas = [{"content": ""}]
         if finish and (not deltas or "tool_calls" in deltas[-1]):
             deltas.append({})
@@ -254,6 +319,8 @@ class ChatChoice:
         last = len(deltas) - 1
         for n, change in enumerate(deltas):
             chunks.append(self._chunk(change, None if n else logprobs, finish if n == last else None))
+        if self._ids is not None and chunks:
+            chunks[-1]["token_ids"] = list(arrived.tokens)
         return chunks
 
     def _chunk(
@@ -264,18 +331,18 @@ class ChatChoice:
     ) -> replies.ChunkChoice:
         if self._legacy:
             change = as_legacy(change)
-        return {
+        chunk: replies.ChunkChoice = {
             "index": self._index,
             "delta": change,
             "logprobs": logprobs,
             "finish_reason": finish and self._reason(finish),
         }
+        if finish:
+            chunk["stop_reason"] = self._reader.stop_reason
+        return chunk
 
     def _reason(self, finish: replies.FinishReason) -> replies.FinishReason:
         return "function_call" if self._legacy and finish == "tool_calls" else finish
-
-
-ANY_OBJECT = Part({"type": "object"}, strict=True, param="response_format")
 
 
 async def grammar_of(
@@ -283,10 +350,10 @@ async def grammar_of(
 ) -> Grammar | None:
     """The grammar of the answer, thought included; None if it is unconstrained. Clients take turns to compile.
 
-    A required call is the whole answer. If calls are optional, the answer is either calls or of the format.
-    Raises `ApiError`: 400 for a schema that cannot be enforced, 503 if too many are being compiled.
+    A required call is the whole answer. If calls are optional, the answer is either calls or what is wanted otherwise.
+    Raises `ApiError`: 400 for a schema or pattern that cannot be enforced, 503 if too many are being compiled.
     """
-    form = None if chat.demanded else form_of(chat.response_format)
+    form = None if chat.demanded else chat.constraint
     if chat.demanded or (form and chat.offered):
         return await model.grammars.tool_calls(
             [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
@@ -297,15 +364,4 @@ async def grammar_of(
             thought=thought,
             client=client,
         )
-    return await model.grammars.json(form, thought=thought, client=client) if form else None
-
-
-def form_of(wanted: ResponseFormat | None) -> Part | None:
-    """The schema of a response format; None for text."""
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.json_schema is not None:
-        return Part(wanted.json_schema.schema_, bool(wanted.json_schema.strict), "response_format")
-    if wanted.schema_ is not None:
-        return Part(wanted.schema_, strict=False, param="response_format")
-    return ANY_OBJECT
+    return await model.grammars.of(form, thought=thought, client=client) if form else None

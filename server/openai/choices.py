@@ -36,7 +36,7 @@ class Choice(Protocol[Whole, Chunk]):
 
 
 class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
-    """An answer from `model`, with an id that starts with `prefix`.
+    """An answer from `model`, whose `system_fingerprint` is this, with an id that starts with `prefix`.
 
     The fields that are the same in every chunk are encoded once.
     """
@@ -44,15 +44,22 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
     prefix: str
 
     def __init__(
-        self, model: str, streams: Sequence[Stream], choices: Sequence[Choice[Whole, Chunk]], body: Generation
+        self,
+        model: str,
+        fingerprint: str,
+        streams: Sequence[Stream],
+        choices: Sequence[Choice[Whole, Chunk]],
+        body: Generation,
     ) -> None:
         self.streams = streams
         self._id = f"{self.prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._model = model
+        self._fingerprint = fingerprint
         self._choices = choices
         self._usage = body.include_usage
         self._usage_always = body.continuous_usage
+        self._extra = b""  # of the first chunk
         self._chunk_start = b"data: " + orjson.dumps(self.empty_chunk()).removesuffix(b"]}")
 
     @abstractmethod
@@ -75,7 +82,11 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
         if self._usage_always:
             end = b'],"usage":' + orjson.dumps(usage(self.streams)) + b"}\n\n"
         chunks = [chunk for row, arrived in step for chunk in self._choices[row].chunks(arrived)]
-        return b"".join([self._chunk_start + orjson.dumps(chunk) + end for chunk in chunks])
+        frames = [self._chunk_start + orjson.dumps(chunk) + end for chunk in chunks]
+        if frames and self._extra:
+            frames[0] = frames[0].removesuffix(b"}\n\n") + b"," + self._extra.removeprefix(b"{") + b"\n\n"
+            self._extra = b""
+        return b"".join(frames)
 
     def last(self) -> bytes:
         """Usage has an event of its own, without choices: clients add up the counts of events with choices."""

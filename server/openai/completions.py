@@ -14,8 +14,11 @@ from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
 from server.openai.logprobs import CompletionLogprobs, EncodedLists, completion_logprobs, prompt_logprobs
 from server.openai.requests import MAX_CHOICES, CompletionRequest
-from server.openai.sampling import sampling
+from server.openai.sampling import sampling, stop_tokens, truncated
 from server.output.answer import AnswerReader, StopScanner
+
+MAX_PROMPT_IDS = 262_144
+"""Limit on the ids of prompt tokens in one answer: about 2 MB of JSON."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,13 @@ class Echoed:
 
 
 class Echo:
-    """Echoes a prompt: with the `top` likeliest tokens at each position, or only its text if `top` is None."""
+    """Echoes a prompt: with the likeliest tokens at each position, or only its text if `logprobs` are not wanted."""
 
-    def __init__(self, text: Text, prompt: Echoed, top: int | None) -> None:
+    def __init__(self, text: Text, prompt: Echoed, body: CompletionRequest) -> None:
         self._text = text
         self._prompt = prompt
-        self._top = top
+        self._top = body.logprobs
+        self._as_ids = bool(body.return_tokens_as_token_ids)
         self._echoed = 0  # number of tokens
 
     def push(self, entries: Sequence[PromptLogprob | None]) -> tuple[str, replies.TextLogprobs | None]:
@@ -47,7 +51,8 @@ class Echo:
         starts = [*self._prompt.starts[begin : self._echoed + 1], len(self._prompt.text)]
         tokens = self._prompt.tokens[begin : self._echoed]
         here = self._prompt.text[starts[0] : starts[len(tokens)]]
-        return here, completion_logprobs(self._text, tokens, entries, starts[: len(tokens)], self._top)
+        starts = starts[: len(tokens)]
+        return here, completion_logprobs(self._text, tokens, entries, starts, self._top, as_ids=self._as_ids)
 
 
 def starts_of(text: Text, tokens: Sequence[int], string: str) -> list[int]:
@@ -77,21 +82,32 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
         if any(max(prompt) >= model.info.vocab_size for prompt in prompts):
             raise bad_request("A token id is beyond the model's vocabulary.", "prompt")
         if not body.echo:
-            return [Echoed(tokens) for tokens in prompts]
+            return [Echoed(truncated(model, body, tokens)) for tokens in prompts]
         pairs = zip(body.prompt, prompts, strict=True)
-        return [echoed(text, p if isinstance(p, str) else text.decode(tokens), tokens, body) for p, tokens in pairs]
+        return [echoed(model, p if isinstance(p, str) else None, tokens, body) for p, tokens in pairs]
 
     async def prompts(
         self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], caller: Caller
     ) -> Sequence[Prompt]:
-        """In OpenAI's order: all choices of the first prompt come first."""
+        """In OpenAI's order: all choices of the first prompt come first.
+
+        Raises `ApiError` 400, or 503 if too many grammars are being compiled.
+        """
         count = body.n or 1
+        if body.return_token_ids and count * sum(len(prompt.tokens) for prompt in encoded) > MAX_PROMPT_IDS:
+            raise bad_request(
+                f"An answer can have at most {MAX_PROMPT_IDS:,} ids of prompt tokens; ask for fewer choices.",
+                "return_token_ids",
+                "too_large",
+            )
         if count * len(encoded) > max(MAX_CHOICES, len(encoded)):
             raise bad_request(f"A request can have at most {MAX_CHOICES} choices: the number of prompts times n.", "n")
         least = 0 if body.max_tokens == 0 else 1
         rooms = [model.room(len(prompt.tokens), "prompt", least=least) for prompt in encoded]
+        client = caller.name or caller.request_id
+        grammar = await model.grammars.of(body.constraint, client=client) if body.constraint else None
         return [
-            Prompt(prompt.tokens, sampling(model, body, room, choice=choice), priority=body.priority or 0)
+            Prompt(prompt.tokens, sampling(model, body, room, choice=choice), grammar, body.priority or 0)
             for prompt, room in zip(encoded, rooms, strict=True)
             for choice in range(count)
         ]
@@ -103,10 +119,14 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
         choices = [
             TextChoice(index, stream, model.text, body, encoded[index // count]) for index, stream in enumerate(streams)
         ]
-        return TextAnswer(name, streams, choices, body)
+        return TextAnswer(name, model.fingerprint, streams, choices, body)
 
 
-def echoed(text: Text, string: str, tokens: tuple[int, ...], body: CompletionRequest) -> Echoed:
+def echoed(model: ServedModel, string: str | None, tokens: tuple[int, ...], body: CompletionRequest) -> Echoed:
+    """`string` is the prompt's text, if it came as text."""
+    text, kept = model.text, truncated(model, body, tokens)
+    if string is None or len(kept) < len(tokens):
+        tokens, string = kept, text.decode(kept)
     return Echoed(tokens, string, () if body.logprobs is None else starts_of(text, tokens, string))
 
 
@@ -119,6 +139,7 @@ class TextAnswer(ChoicesAnswer[replies.TextChoice, replies.TextChunkChoice]):
             "object": "text_completion",
             "created": self._created,
             "model": self._model,
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
             "usage": usage,
         }
@@ -129,6 +150,7 @@ class TextAnswer(ChoicesAnswer[replies.TextChoice, replies.TextChunkChoice]):
             "object": "text_completion",
             "created": self._created,
             "model": self._model,
+            "system_fingerprint": self._fingerprint,
             "choices": [],
         }
 
@@ -139,11 +161,14 @@ class TextChoice:
     def __init__(self, index: int, stream: Stream, text: Text, body: CompletionRequest, prompt: Echoed) -> None:
         self._index = index
         self._text = text
-        self._echo = Echo(text, prompt, body.logprobs) if body.echo else None
+        self._echo = Echo(text, prompt, body) if body.echo else None
         self._prompt_top = body.prompt_logprobs
-        self._logprobs = CompletionLogprobs(text, len(prompt.text))
+        self._logprobs = CompletionLogprobs(text, len(prompt.text), as_ids=bool(body.return_tokens_as_token_ids))
+        self._ids: list[int] | None = [] if body.return_token_ids else None
+        self._prompt_ids = list(prompt.tokens)
+        self._begun = False
         scanner = StopScanner(body.stop or (), inclusive=bool(body.include_stop_str_in_output))
-        self._answer = AnswerReader(stream, text.detokenizer(), scanner)
+        self._answer = AnswerReader(stream, text.detokenizer(), scanner, stop_tokens(text, body))
         self._said: list[str] = []
         self._encoded = EncodedLists[replies.TextLogprobs]()
         self._prompt = EncodedLists[replies.OfPrompt]()
@@ -160,6 +185,8 @@ class TextChoice:
             yield text, self._logprobs.push(arrived.logprobs), finish
 
     def add(self, arrived: Delta) -> None:
+        if self._ids is not None:
+            self._ids += arrived.tokens
         for text, logprobs, finish in self._read(arrived):
             self._said.append(text)
             self._encoded.add(logprobs)
@@ -169,16 +196,41 @@ class TextChoice:
             self._prompt.add(prompt_logprobs(self._text, arrived.prompt_logprobs, self._prompt_top))
 
     def whole(self) -> replies.TextChoice:
-        return {
+        choice: replies.TextChoice = {
             "index": self._index,
             "text": "".join(self._said),
             "logprobs": self._encoded.whole(),
             "finish_reason": self._finish,
-            **(self._prompt.whole() or {}),
+            "stop_reason": self._answer.stop_reason,
         }
+        if of_prompt := self._prompt.whole():
+            choice["prompt_logprobs"] = of_prompt["prompt_logprobs"]
+        if self._ids is not None:
+            choice["token_ids"] = self._ids
+            choice["prompt_token_ids"] = self._prompt_ids
+        return choice
 
     def chunks(self, arrived: Delta) -> list[replies.TextChunkChoice]:
-        return [
-            {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-            for text, logprobs, finish in self._read(arrived)
-        ]
+        read = list(self._read(arrived))
+        if self._ids is not None and arrived.tokens and not read:
+            read = [("", None, None)]  # tokens of a character that is not complete yet
+        chunks = [self._chunk(*each) for each in read]
+        if self._ids is not None and chunks:
+            chunks[-1]["token_ids"] = list(arrived.tokens)
+            if not self._begun:
+                chunks[0]["prompt_token_ids"] = self._prompt_ids
+                self._begun = True
+        return chunks
+
+    def _chunk(
+        self, text: str, logprobs: replies.TextLogprobs | None, finish: replies.Ending | None
+    ) -> replies.TextChunkChoice:
+        chunk: replies.TextChunkChoice = {
+            "index": self._index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+        }
+        if finish:
+            chunk["stop_reason"] = self._answer.stop_reason
+        return chunk

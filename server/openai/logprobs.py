@@ -1,6 +1,6 @@
 """Log probabilities in the two formats of OpenAI's APIs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar, cast
 
 import orjson
@@ -15,12 +15,16 @@ LEAST = -9999.0
 Piece = TypeVar("Piece", bound=Mapping[str, object])
 
 
-def chat_logprobs(text: Text, entries: Sequence[TokenLogprob]) -> replies.ChatLogprobs | None:
-    """`logprobs` of a chat choice or chunk; None if there are no entries."""
+def chat_logprobs(text: Text, entries: Sequence[TokenLogprob], *, as_ids: bool = False) -> replies.ChatLogprobs | None:
+    """`logprobs` of a chat choice or chunk; None if there are no entries. `as_ids`: tokens are named by their ids."""
     if not entries:
         return None
+    name = _id if as_ids else _decoded
     content: list[replies.ChosenToken] = [
-        {**_token(text, entry.token, entry.logprob), "top_logprobs": [_token(text, *other) for other in entry.top]}
+        {
+            **_token(text, entry.token, entry.logprob, name),
+            "top_logprobs": [_token(text, *other, name) for other in entry.top],
+        }
         for entry in entries
     ]
     return {"content": content, "refusal": None}
@@ -50,10 +54,14 @@ class EncodedLists(Generic[Piece]):
 
 
 class CompletionLogprobs:
-    """`logprobs` of one completion, whole or piece by piece. Its text starts at character `offset`."""
+    """`logprobs` of one completion, whole or piece by piece. Its text starts at character `offset`.
 
-    def __init__(self, text: Text, offset: int) -> None:
+    `as_ids`: tokens are named by their ids.
+    """
+
+    def __init__(self, text: Text, offset: int, *, as_ids: bool = False) -> None:
         self._text = text
+        self._as_ids = as_ids
         self._offset = offset
         self._detokenizer = text.detokenizer()
 
@@ -62,7 +70,8 @@ class CompletionLogprobs:
         if not entries:
             return None
         tokens = [entry.token for entry in entries]
-        return completion_logprobs(self._text, tokens, entries, [self._start(token) for token in tokens])
+        starts = [self._start(token) for token in tokens]
+        return completion_logprobs(self._text, tokens, entries, starts, as_ids=self._as_ids)
 
     def _start(self, token: int) -> int:
         """Where the token's text starts; tokens that share a character all start where it does."""
@@ -77,13 +86,16 @@ def completion_logprobs(
     entries: Sequence[TokenLogprob | None],
     starts: Sequence[int],
     top: int | None = None,
+    *,
+    as_ids: bool = False,
 ) -> replies.TextLogprobs:
     """`logprobs` of these tokens, whose texts start at `starts`, with the `top` likeliest or all there are."""
+    name = _id if as_ids else _word
     return {
-        "tokens": [_word(text, token) for token in tokens],
+        "tokens": [name(text, token) for token in tokens],
         "token_logprobs": [None if entry is None else max(entry.logprob, LEAST) for entry in entries],
         "top_logprobs": [
-            None if entry is None else {_word(text, token): max(value, LEAST) for token, value in entry.top[:top]}
+            None if entry is None else {name(text, token): max(value, LEAST) for token, value in entry.top[:top]}
             for entry in entries
         ],
         "text_offset": list(starts),
@@ -111,9 +123,13 @@ def _word(text: Text, token: int) -> str:
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.vocabulary.bytes_of(token))
 
 
-def _token(text: Text, token: int, logprob: float) -> replies.LikelyToken:
+def _id(text: Text, token: int) -> str:
+    return f"token_id:{token}"
+
+
+def _token(text: Text, token: int, logprob: float, name: Callable[[Text, int], str]) -> replies.LikelyToken:
     data = list(text.vocabulary.bytes_of(token))
-    return {"token": _decoded(text, token), "logprob": max(logprob, LEAST), "bytes": data}
+    return {"token": name(text, token), "logprob": max(logprob, LEAST), "bytes": data}
 
 
 def _decoded(text: Text, token: int) -> str:

@@ -4,10 +4,11 @@ Clients send back earlier answers, from this service or another, often with fiel
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from server.fields import Body, Flag
 from server.openai.tools import ToolTurn
 from server.output.tool_calls import Turn
 
@@ -111,6 +112,26 @@ def thought_of(turn: dict[str, object]) -> str | None:
         return None
     texts = [part.get("thinking") for part in parts if isinstance(part, dict) and part.get("type") == "thinking"]
     return "".join(text for text in texts if isinstance(text, str)) or None
+
+
+class PromptEnd(Body):
+    """The fields about how the prompt of a conversation ends; request types inherit from this one."""
+
+    add_generation_prompt: Flag | None = None
+    """False: the prompt ends with the last message, and the model continues from there with whatever comes."""
+    continue_final_message: Flag | None = None
+    """Continue the last message, the assistant's, in place of a new answer. Without this, a new answer follows it."""
+
+    @model_validator(mode="after")
+    def _continues_or_begins(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("the fields continue_final_message and add_generation_prompt may not both be true")
+        return self
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with the start of a new answer."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

@@ -16,8 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, Schema, TokenId, Tokens
-from server.openai.messages import Messages
+from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens
+from server.openai.constraints import CONSTRAINING, Constraint, Constraints, ResponseFormat, constraints_of
+from server.openai.messages import Messages, PromptEnd
 from server.openai.tools import ToolUse
 
 MAX_STOPS = 16  # OpenAI allows 4
@@ -31,41 +32,11 @@ GREEDY_BELOW = 0.01  # a lower temperature only adds rounding noise to argmax
 
 UNSUPPORTED = (
     frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
-    | frozenset(["continue_final_message", "truncate_prompt_tokens", "return_token_ids", "return_tokens_as_token_ids"])
-    | frozenset(["structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"])
-    | frozenset(["regex", "ebnf", "grammar", "json_schema", "bad_words", "allowed_token_ids", "use_beam_search"])
+    | frozenset(["logprob_token_ids", "token_ids_logprob"])
+    | frozenset(["structural_tag", "guided_whitespace_pattern", "bad_words", "allowed_token_ids", "use_beam_search"])
     | frozenset(["mirostat", "typical_p", "logits_processors"])
 )
 """Fields of OpenAI's API and of other servers that would change the answer and are not implemented here."""
-
-
-class JsonSchema(Body):
-    """`json_schema` of a response format.
-
-    With `strict`, a schema that cannot be enforced completely is refused; otherwise the rest is left to the model.
-    """
-
-    name: str | None = None
-    """The schema's name; it has no effect."""
-    description: str | None = None
-    schema_: Annotated[Schema, Field(alias="schema")]
-    strict: Flag | None = None
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-    schema_: Annotated[Schema | None, Field(alias="schema")] = None
-    """The schema itself, for either JSON type, as in llama.cpp."""
-
-    @model_validator(mode="after")
-    def _schema_if_named(self) -> Self:
-        schemas = [schema for schema in (self.json_schema, self.schema_) if schema is not None]
-        if self.type == "json_schema" and not schemas:
-            raise ValueError("the type json_schema needs a json_schema")
-        if len(schemas) > (self.type != "text") or (self.json_schema and self.type != "json_schema"):
-            raise ValueError("json_schema needs the type json_schema, and only one schema can be given")
-        return self
 
 
 def _prompts(value: object) -> object:
@@ -88,9 +59,9 @@ Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type
 
 
 class StreamOptions(Body):
-    include_usage: Flag = False
+    include_usage: Flag | None = None
     """Send the usage in a final event of its own."""
-    continuous_usage_stats: Flag = False
+    continuous_usage_stats: Flag | None = None
     """Send the usage so far in every event, as in vLLM; not for clients that add up usage across events."""
 
 
@@ -123,6 +94,26 @@ class Thinking(Body):
         return {"enabled": True, "disabled": False}.get(self.type)
 
 
+class ThinkingChoice(Body):
+    """The fields that turn thinking on or off; request types inherit from this one."""
+
+    enable_thinking: Flag | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """"none" and "minimal" turn thinking off, other values on."""
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the request turns thinking on or off, whichever field says so; None if none does."""
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        for spelled in (self.chat_template_kwargs, self.thinking):
+            if spelled is not None and spelled.thinks is not None:
+                return spelled.thinks
+        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
+
+
 def _stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -151,7 +142,7 @@ Biases = Annotated[
 ]
 
 
-class Generation(RequestBody):
+class Generation(RequestBody, Constraints):
     """The fields shared by all requests that generate text."""
 
     unsupported = UNSUPPORTED
@@ -193,9 +184,9 @@ class Generation(RequestBody):
     """Lower runs sooner, among requests of the same API key."""
     prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     """Return each prompt token's log probability and this many likeliest tokens. Cannot be streamed."""
+    truncate_prompt_tokens: Annotated[int, Field(strict=True, ge=-1), Integral] | None = None
+    """Keep only this many tokens from the prompt's end; -1: as many as leave room for the answer."""
     skip_special_tokens: Literal[True] | None = None
-    """Always on; accepted for compatibility."""
-    add_generation_prompt: Literal[True] | None = None
     """Always on; accepted for compatibility."""
     # These concern the user, billing, speed or display elsewhere, not the answer.
     user: NoEffect = None
@@ -219,6 +210,23 @@ class Generation(RequestBody):
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("the field prompt_logprobs may not be set when stream is true")
         return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Self:
+        if len(found := self._constraints) > 1:
+            names = " and ".join(each.param for each in found[:2])
+            raise ValueError(f"the fields {names} each constrain the answer, so send only one of them")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer must match; None for anything."""
+        return next(iter(self._constraints), None)
+
+    @property
+    def _constraints(self) -> list[Constraint]:
+        wanted = getattr(self, "response_format", None)
+        return constraints_of(self, wanted) if self.model_fields_set & CONSTRAINING else []
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -269,7 +277,16 @@ class Prediction(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Generation, ToolUse):
+class TokenReports(Body):
+    """Fields about tokens in replies made of choices."""
+
+    return_token_ids: Flag | None = None
+    """Return the ids of the prompt's and the generated tokens."""
+    return_tokens_as_token_ids: Flag | None = None
+    """Name tokens in `logprobs` by their ids, as `token_id:7`."""
+
+
+class ChatRequest(Generation, TokenReports, ThinkingChoice, ToolUse, PromptEnd):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
@@ -280,20 +297,19 @@ class ChatRequest(Generation, ToolUse):
     """Requires `logprobs`, unless it is 0."""
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
-    enable_thinking: Flag | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    thinking: Thinking | None = None
     thinking_budget: Tokens | None = None
     """Maximum number of thinking tokens."""
     thinking_token_budget: Tokens | None = None
     """vLLM's name for `thinking_budget`."""
     prediction: Prediction | None = None
     """A text that the answer is expected to repeat in part. It changes no answer; what is repeated takes less time."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """"none" and "minimal" turn thinking off, other values on."""
+    echo: Flag | None = None
+    """With `continue_final_message`: start the answer with the text that it continues."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
+        if self.echo and not self.continue_final_message:
+            raise ValueError("the field echo may only be set when continue_final_message is true")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("the field top_logprobs may only be set when logprobs is true")
         return self
@@ -305,7 +321,7 @@ class ChatRequest(Generation, ToolUse):
 
     @property
     def useless_if_cut(self) -> bool:
-        return bool(self.offered) or (self.response_format is not None and self.response_format.type != "text")
+        return bool(self.offered) or self.constraint is not None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -321,26 +337,17 @@ class ChatRequest(Generation, ToolUse):
         spelled = self.thinking_budget or self.thinking_token_budget
         return spelled or (self.thinking.budget_tokens if self.thinking else None)
 
-    @property
-    def thinks(self) -> bool | None:
-        """Whether the request turns thinking on or off, whichever field says so; None if none does."""
-        if self.enable_thinking is not None:
-            return self.enable_thinking
-        for spelled in (self.chat_template_kwargs, self.thinking):
-            if spelled is not None and spelled.thinks is not None:
-                return spelled.thinks
-        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
-
-class CompletionRequest(Generation):
+class CompletionRequest(Generation, TokenReports):
     """`POST /v1/completions`: one prompt or several, as text or token ids, each answered separately."""
 
-    unsupported = UNSUPPORTED | {"messages", "tools", "functions", "response_format", "max_completion_tokens"}
+    unsupported = UNSUPPORTED | {"messages", "tools", "functions", "max_completion_tokens", "continue_final_message"}
 
     prompt: Prompts
     """A text, token ids, or a list of either."""
     max_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
     """As for chat; 0 needs `echo` and generates nothing."""
+    response_format: ResponseFormat | None = None
     echo: Flag | None = None
     """Start the answer with the prompt, and `logprobs` with the prompt's tokens (null for the first)."""
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
@@ -360,6 +367,10 @@ class CompletionRequest(Generation):
         return self
 
     @property
+    def useless_if_cut(self) -> bool:
+        return self.constraint is not None
+
+    @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
@@ -368,29 +379,3 @@ class CompletionRequest(Generation):
         echoed = self.logprobs if self.echo else None
         counts = [wanted for wanted in (echoed, self.prompt_logprobs) if wanted is not None]
         return max(counts, default=0 if self.max_tokens == 0 else None)
-
-
-class TokenizeRequest(RequestBody):
-    """`POST /tokenize`: a text, or a conversation as the model sees it."""
-
-    unsupported = UNSUPPORTED
-
-    prompt: str | None = None
-    messages: Messages | None = None
-    add_special_tokens: Flag | None = None
-    """Add the tokenizer's special tokens, such as a beginning-of-sequence token. By default true for a prompt and
-    false for messages, whose chat template adds them."""
-    return_token_strs: Flag = False
-    """Also return the text of each token."""
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("one of the fields prompt and messages must be given")
-        return self
-
-
-class DetokenizeRequest(RequestBody):
-    """`POST /detokenize`."""
-
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]

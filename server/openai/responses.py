@@ -1,8 +1,9 @@
-"""`POST /v1/responses`: OpenAI's Responses API on top of chat completions. Nothing is stored."""
+"""`POST /v1/responses`: OpenAI's Responses API on top of chat completions."""
 
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import orjson
 from pydantic_core import to_json
@@ -11,17 +12,21 @@ from starlette.responses import Response
 
 from batching.stream import Stream
 from server.callers import Caller
-from server.http.errors import ApiError
+from server.http.errors import ApiError, bad_request
 from server.model.defaults import Defaults
 from server.model.served_model import ServedModel
 from server.openai import responses_replies as replies
-from server.openai.chat import ChatEndpoint, Conversation, EventReader
-from server.openai.endpoint import Answer
+from server.openai.chat import ChatEndpoint, Conversation, EventReader, encode
+from server.openai.endpoint import Answer, Endpoint, Prompt, json_response
 from server.openai.requests import ChatRequest
 from server.openai.responses_output import ResponseAnswer
-from server.openai.responses_request import ResponseRequest, TextConfig, as_chat, renamed
+from server.openai.responses_request import NOT_KEPT, ResponseRequest, TextConfig, as_chat, renamed
 from server.openai.tools import AllowedChoice, NamedChoice
+from server.response_store import ResponseStore, StoredResponse
 from server.service import Service
+
+MAX_LOGPROBS = 2**16
+"""Limit on log probabilities in one response: 4 MB of JSON, which the end of a stream repeats four times."""
 
 
 class Responses(ChatEndpoint[ResponseRequest]):
@@ -30,24 +35,100 @@ class Responses(ChatEndpoint[ResponseRequest]):
     kind = ResponseRequest
 
     async def respond(self, service: Service, model: ServedModel, body: ResponseRequest, caller: Caller) -> Response:
+        store = service.responses
+        keep = partial(put, store, caller.name) if store.most and body.store is not False else None
+        body.place(items_before(store, body, caller), keep)
         try:
             return await super().respond(service, model, body, caller)
         except ApiError as error:
             raise renamed(error) from None
 
+    def encode(self, model: ServedModel, body: ResponseRequest) -> Conversation:
+        body.remember()
+        return super().encode(model, body)
+
     def as_chat(self, body: ResponseRequest) -> ChatRequest:
         return as_chat(body)
+
+    async def prompts(
+        self, model: ServedModel, body: ResponseRequest, encoded: Conversation, caller: Caller
+    ) -> Sequence[Prompt]:
+        prompts = await super().prompts(model, body, encoded, caller)
+        wanted = [(each.sampling.top_logprobs or 0) + 1 for each in prompts if body.wants_logprobs]
+        if sum(wanted) * prompts[0].sampling.max_tokens > MAX_LOGPROBS:
+            raise bad_request(
+                "A response with this many log probabilities would be too large; ask for fewer tokens.", "top_logprobs"
+            )
+        return prompts
 
     def answer(
         self, model: ServedModel, name: str, body: ResponseRequest, encoded: Conversation, streams: Sequence[Stream]
     ) -> Answer:
         [stream] = streams
-        return ResponseAnswer(stream, EventReader(stream, model.text, encoded), head_of(name, body, model.defaults))
+        head = head_of(name, body, model.defaults)
+        reader = EventReader(stream, model.text, encoded)
+        return ResponseAnswer(stream, reader, model.text, head, body.keep)
+
+
+class InputTokens(Endpoint[ResponseRequest, replies.InputTokens]):
+    """`POST /v1/responses/input_tokens`: the length of a response's prompt."""
+
+    kind = ResponseRequest
+
+    async def respond(self, service: Service, model: ServedModel, body: ResponseRequest, caller: Caller) -> Response:
+        body.place(items_before(service.responses, body, caller), None)
+        try:
+            return await super().respond(service, model, body, caller)
+        except ApiError as error:
+            raise renamed(error) from None
+
+    def encode(self, model: ServedModel, body: ResponseRequest) -> replies.InputTokens:
+        found = encode(model.text, as_chat(body), model.settings.thinking)
+        return {"object": "response.input_tokens", "input_tokens": len(found.tokens)}
+
+
+def items_before(store: ResponseStore, body: ResponseRequest, caller: Caller) -> bytes:
+    """The items of the response that this one continues, as JSON; empty if it continues none. Raises `ApiError` 400."""
+    if body.previous_response_id is None:
+        return b""
+    if (found := store.get(caller.name, body.previous_response_id)) is not None:
+        return found.items
+    if not store.most:
+        raise bad_request(f"previous_response_id: {NOT_KEPT}.", "previous_response_id")
+    raise bad_request(
+        "The response of the field previous_response_id is not stored, or no longer; send the whole conversation.",
+        "previous_response_id",
+        "previous_response_not_found",
+    )
+
+
+def put(store: ResponseStore, client: str, items: bytes, response: replies.Response) -> None:
+    """Store an ended response, with the items before its own."""
+    output = orjson.dumps(response["output"])
+    stored = StoredResponse(orjson.dumps(response), items.removesuffix(b"]") + b"," + output.removeprefix(b"["))
+    store.add(client, response["id"], stored)
 
 
 async def stored_response(http: HttpRequest) -> Response:
-    """Answers attempts to retrieve, cancel or delete a response. Raises `ApiError` 404."""
-    raise ApiError(404, "Responses are not stored here, so this one cannot be found.", code="response_not_found")
+    """`GET` and `DELETE /v1/responses/{name}`. Raises `ApiError`: 404, or 400 for a stream."""
+    store: ResponseStore = http.app.state.service.responses
+    client, name = http.state.caller.name, http.path_params["name"]
+    if http.method == "DELETE" and store.delete(client, name):
+        deleted: replies.Deleted = {"id": name, "object": "response", "deleted": True}
+        return json_response(orjson.dumps(deleted))
+    found = store.get(client, name)
+    if found is None:
+        return await no_response(http)
+    if http.query_params.get("stream") == "true":
+        raise bad_request("A stored response cannot be streamed; leave stream out.", "stream")
+    return json_response(found.response)
+
+
+async def no_response(http: HttpRequest) -> Response:
+    """Answers whatever else is asked of a response. Raises `ApiError` 404."""
+    stored = http.app.state.service.responses.most
+    message = "No such response is stored." if stored else "Responses are not stored here, so this one cannot be found."
+    raise ApiError(404, message, code="response_not_found")
 
 
 def head_of(model: str, body: ResponseRequest, defaults: Defaults) -> replies.Response:
@@ -79,11 +160,11 @@ def head_of(model: str, body: ResponseRequest, defaults: Defaults) -> replies.Re
         "safety_identifier": as_json(body.safety_identifier),
         "prompt_cache_key": as_json(body.prompt_cache_key),
         "max_tool_calls": as_json(body.max_tool_calls),
-        "previous_response_id": None,
-        "top_logprobs": 0,
+        "previous_response_id": body.previous_response_id,
+        "top_logprobs": body.top_logprobs or 0,
         "truncation": "disabled",
         "background": False,
-        "store": False,
+        "store": body.keep is not None,
         "service_tier": "default",
     }
 

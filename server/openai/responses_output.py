@@ -3,9 +3,9 @@
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from typing import ClassVar, Literal, TypeAlias
 
 import orjson
@@ -14,10 +14,12 @@ from batching.stream import Stream
 from batching.types import Delta
 from server import sse
 from server.http.errors import ApiError
+from server.model.text import Text
 from server.openai import responses_replies as replies
 from server.openai.chat import EventReader
 from server.openai.choices import usage
 from server.openai.endpoint import Answer, Step
+from server.openai.logprobs import chat_logprobs
 from server.output.message import Event, Reasoning
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
 from server.replies import FinishReason
@@ -48,7 +50,8 @@ class Item(ABC):
     def text(self) -> str:
         return "".join(self._texts)
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, logprobs: Sequence[bytes] = ()) -> None:
+        """Add text and, where they are wanted, its tokens' log probabilities as JSON."""
         self._texts.append(text)
 
     @abstractmethod
@@ -115,20 +118,38 @@ class Thought(TextItem):
 
 
 class Said(TextItem):
+    """A message. Its log probabilities are encoded as they come, because they can reach megabytes."""
+
     prefix = "msg"
+
+    def __init__(self, place: int, numbers: Iterator[int]) -> None:
+        super().__init__(place, numbers)
+        self._logprobs: list[bytes] = []
+        self._new: Sequence[bytes] = ()  # those of the latest text
+
+    def add(self, text: str, logprobs: Sequence[bytes] = ()) -> None:
+        super().add(text, logprobs)
+        self._new = logprobs
+        self._logprobs += logprobs
 
     def json(self) -> replies.OutputMessage:
         content = [] if self.status == "in_progress" else [self.part()]
         return {"id": self._id, "type": "message", "status": self.status, "role": "assistant", "content": content}
 
     def part(self) -> replies.OutputText:
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": listed(self._logprobs)}
 
     def grown(self, text: str) -> list[replies.ResponseEvent]:
-        return [{"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": []}]
+        logprobs = listed(self._new)
+        return [{"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": logprobs}]
 
     def done(self) -> replies.TextDone:
-        return {"type": "response.output_text.done", **self._of_part(), "text": self.text, "logprobs": []}
+        logprobs = listed(self._logprobs)
+        return {"type": "response.output_text.done", **self._of_part(), "text": self.text, "logprobs": logprobs}
+
+
+def listed(encoded: Iterable[bytes]) -> orjson.Fragment:
+    return orjson.Fragment(b"[" + b",".join(encoded) + b"]")
 
 
 class Call(Item):
@@ -175,12 +196,13 @@ class Output:
     def json(self) -> list[replies.OutputItem]:
         return [item.json() for item in self._items]
 
-    def push(self, event: Event) -> Iterator[Change]:
+    def push(self, event: Event, logprobs: Sequence[bytes] = ()) -> Iterator[Change]:
+        """`logprobs` are those of an event that is content."""
         match event:
             case Reasoning():
                 yield from self._write(Thought, event.text)
             case Content():
-                yield from self._write(Said, event.text)
+                yield from self._write(Said, event.text, logprobs)
             case CallStarted():
                 yield from self._open(Call(len(self._items), self.numbers, event))
             case CallArguments():
@@ -194,19 +216,19 @@ class Output:
             yield from self._open(Said(0, self.numbers))
         yield from self._settle(cut)
 
-    def _write(self, kind: type[Thought] | type[Said], text: str) -> Iterator[Change]:
+    def _write(self, kind: type[Thought] | type[Said], text: str, logprobs: Sequence[bytes] = ()) -> Iterator[Change]:
         if not isinstance(self._growing, kind):
             yield from self._open(kind(len(self._items), self.numbers))
-        yield self._grow(text)
+        yield self._grow(text, logprobs)
 
     def _open(self, item: Item) -> Iterator[Change]:
         yield from self._settle(cut=False)
         self._items.append(item)
         yield item.opened
 
-    def _grow(self, text: str) -> Change:
+    def _grow(self, text: str, logprobs: Sequence[bytes] = ()) -> Change:
         item = self._items[-1]
-        item.add(text)
+        item.add(text, logprobs)
         return partial(item.grown, text)
 
     def _settle(self, cut: bool) -> Iterator[Change]:
@@ -223,20 +245,48 @@ class Output:
         return self._items[-1] if self._items and self._items[-1].status == "in_progress" else None
 
 
+Keep: TypeAlias = Callable[[replies.Response], None]
+
+
 class ResponseAnswer(Answer):
     """A response, generated by one row. `head` is the part that is known from the start."""
 
-    def __init__(self, stream: Stream, reader: EventReader, head: replies.Response) -> None:
+    def __init__(
+        self, stream: Stream, reader: EventReader, text: Text, head: replies.Response, keep: Keep | None = None
+    ) -> None:
+        """`keep` is called with the ended response, if it is to be stored."""
         self.streams = [stream]
         self._reader = reader
+        self._text = text
         self._head = head
+        self._keep = keep
         self._output = Output()
+        self._told: list[tuple[int, bytes]] = []  # log probabilities of tokens whose text has not come yet
         self._finish: FinishReason | None = None
         self._begun = False
 
     def _changes(self, arrived: Delta) -> Iterator[Change]:
-        events, self._finish = self._reader.push(arrived)
-        return chain.from_iterable(map(self._output.push, events))
+        for delta in one_by_one(arrived) if arrived.logprobs else [arrived]:
+            self._told += told(self._text, delta)
+            events, self._finish = self._reader.push(delta)
+            for event in events:
+                yield from self._output.push(event, self._logprobs_of(event))
+            if self._finish:
+                return
+
+    def _logprobs_of(self, event: Event) -> list[bytes]:
+        """Those of an event that is content: of as few of the tokens so far as cover its text.
+
+        The others are of tags around a thought or a call, or of a stop string, which comes last.
+        """
+        tokens, self._told = self._told, []
+        if not isinstance(event, Content):
+            return []
+        spare = sum(size for size, _ in tokens) - len(event.text.encode())
+        end = -1 if isinstance(self._reader.stop_reason, str) else 0
+        while tokens and tokens[end][0] <= spare:
+            spare -= tokens.pop(end)[0]
+        return [encoded for _, encoded in tokens]
 
     def _end(self) -> Iterator[Change]:
         return self._output.end(cut=self._finish == "length")
@@ -285,6 +335,8 @@ class ResponseAnswer(Answer):
             response = self._response("completed")
             response["completed_at"] = int(time.time())
         response["usage"] = self._usage()
+        if self._keep:
+            self._keep(response)
         return response
 
     def _response(self, status: Status | Literal["failed"]) -> replies.Response:
@@ -303,6 +355,19 @@ class ResponseAnswer(Answer):
             "output_tokens_details": {"reasoning_tokens": self._reader.thought_tokens},
             "total_tokens": counts["total_tokens"],
         }
+
+
+def one_by_one(arrived: Delta) -> Iterator[Delta]:
+    """The same tokens, each in a delta of its own, so that its log probability finds the text that it completes."""
+    last = len(arrived.tokens) - 1
+    for n, (token, logprob) in enumerate(zip(arrived.tokens, arrived.logprobs, strict=True)):
+        yield Delta((token,), arrived.finish if n == last else None, (logprob,))
+
+
+def told(text: Text, arrived: Delta) -> list[tuple[int, bytes]]:
+    """Of each token the number of its bytes and its log probability as JSON."""
+    found = chat_logprobs(text, arrived.logprobs)
+    return [(len(entry["bytes"]), orjson.dumps(entry)) for entry in found["content"]] if found else []
 
 
 def built(changes: Iterable[Change]) -> list[replies.ResponseEvent]:

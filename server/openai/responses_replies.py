@@ -1,18 +1,23 @@
 """What `/v1/responses` answers, whole and as events: types of the dicts that are sent, as in `server/replies.py`."""
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
+import orjson
+from pydantic import WithJsonSchema
 from typing_extensions import TypedDict  # pydantic takes that of `typing` only from Python 3.12 on
 
 from server.replies import PromptTokens, Seconds, Sent
+
+Logprobs: TypeAlias = Annotated[orjson.Fragment, WithJsonSchema({"type": "array", "items": {"type": "object"}})]
+"""A list of `ChosenToken`, already encoded; empty if not requested."""
 
 
 class OutputText(TypedDict):
     type: Literal["output_text"]
     text: str
     annotations: list[None]
-    """Always empty, like `logprobs`."""
-    logprobs: list[None]
+    """Always empty."""
+    logprobs: Logprobs
 
 
 class ReasoningText(TypedDict):
@@ -127,12 +132,23 @@ class Response(TypedDict):
     safety_identifier: Sent
     prompt_cache_key: Sent
     max_tool_calls: Sent
-    previous_response_id: None
-    top_logprobs: Literal[0]
+    previous_response_id: str | None
+    top_logprobs: int
     truncation: Literal["disabled"]
     background: Literal[False]
-    store: Literal[False]
+    store: bool
     service_tier: Literal["default"]
+
+
+class InputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class Deleted(TypedDict):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 class Event(TypedDict):
@@ -181,15 +197,13 @@ class PartChanged(OfPart):
 class TextDelta(OfPart):
     type: Literal["response.output_text.delta"]
     delta: str
-    logprobs: list[None]
-    """Always empty."""
+    logprobs: Logprobs
 
 
 class TextDone(OfPart):
     type: Literal["response.output_text.done"]
     text: str
-    logprobs: list[None]
-    """Always empty."""
+    logprobs: Logprobs
 
 
 class ReasoningDelta(OfPart):

@@ -1,23 +1,37 @@
 """The body of `POST /v1/responses`, and its translation into a chat completion request."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import to_json
 
 from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.http.errors import ApiError
+from server.openai import responses_replies as replies
+from server.openai.constraints import JsonSchema, ResponseFormat
 from server.openai.messages import MAX_MESSAGES, Content, Message
 from server.openai.parsing import explain
 from server.openai.requests import (
+    MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     ChatRequest,
     Generation,
-    JsonSchema,
-    ResponseFormat,
     TemplateOptions,
     Thinking,
+    TokenReports,
 )
 from server.openai.tools import (
     MAX_TOOLS,
@@ -36,6 +50,9 @@ Fields: TypeAlias = dict[str, Any]
 CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
 """Chat request fields and their names in this API."""
 
+TOKEN_REPORTS = TokenReports.model_fields.keys()
+"""Fields about choices, of which a response has none."""
+
 ABOUT_THE_ITEM = frozenset(["type", "id", "call_id", "name", "status"])
 UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"])
 """Items that replace part of the conversation, encrypted by the service that made them."""
@@ -43,12 +60,18 @@ UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"
 TOKEN_LOGPROBS = "message.output_text.logprobs"
 
 
+Keep: TypeAlias = Callable[[bytes, replies.Response], None]
+"""Keeps a response; the bytes are the items before its own, as JSON."""
+
+NOT_KEPT = "stored state is not kept here, so the field input must hold the whole conversation"
+
+
 def only(*allowed: object) -> BeforeValidator:
     """For a field about stored state: accepts only the values that ask for none."""
 
     def check(value: object) -> object:
         if value not in allowed:
-            raise ValueError("stored state is not kept here, so the field input must hold the whole conversation")
+            raise ValueError(NOT_KEPT)
         return value
 
     return BeforeValidator(check)
@@ -238,7 +261,7 @@ class ReasoningConfig(Body):
 class ResponseRequest(Generation):
     """`POST /v1/responses`. Takes the sampling and thinking fields of chat completions, too."""
 
-    unsupported = UNSUPPORTED | {"messages", "functions", "response_format"}
+    unsupported = UNSUPPORTED | {"messages", "functions", "response_format", "continue_final_message"} | TOKEN_REPORTS
 
     input: Annotated[Items, BeforeValidator(_input, json_schema_input_type=str | Items)]
     instructions: str | None = None
@@ -255,13 +278,18 @@ class ResponseRequest(Generation):
     thinking: Thinking | None = None
     thinking_budget: Tokens | None = None
     thinking_token_budget: Tokens | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=0), Integral] | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     background: Annotated[Flag | None, only(False, None)] = None
-    previous_response_id: Unstored = None
+    previous_response_id: Annotated[str, Field(strict=True, max_length=256)] | None = None
+    """A stored response of the same API key, whose conversation the input continues."""
+    store: Annotated[object, Field(description="False: do not store the response where responses are stored.")] = None
     conversation: Unstored = None
     prompt: Unstored = None
     include: list[str] | None = None
-    """Reasoning is returned in plain text rather than encrypted; nothing else can be included."""
+    """`message.output_text.logprobs`; reasoning is returned in plain text rather than encrypted."""
+    _before: bytes = PrivateAttr(b"")
+    _items: bytes = PrivateAttr(b"")
+    _keep: Keep | None = PrivateAttr(None)
     truncation: NoEffect = None
     max_tool_calls: NoEffect = None
     client_metadata: NoEffect = None
@@ -274,11 +302,36 @@ class ResponseRequest(Generation):
     def skipped(self) -> tuple[str, ...]:
         tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
         items = [f"input.{item.type}" for item in self.input if isinstance(item, OtherItem)]
-        included = [f"include.{name}" for name in self.include or () if name == TOKEN_LOGPROBS]
-        return tuple(dict.fromkeys(tools + items + included))
+        return tuple(dict.fromkeys(tools + items))
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return TOKEN_LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    @property
+    def conversation_items(self) -> list[AnyItem]:
+        """Those of the response that this one continues, and the input. Takes milliseconds for long ones."""
+        return [*(ITEM_LIST.validate_json(self._before) if self._before else ()), *self.input]
+
+    def place(self, before: bytes, keep: Keep | None) -> None:
+        """Take the items of the response before, as JSON, and what keeps this one, if anything does."""
+        self._before, self._keep = before, keep
+        self.note(self.size + len(before), self._ignored)
+
+    def remember(self) -> None:
+        """Encode what `keep` needs. Takes milliseconds for long conversations."""
+        if self._keep:
+            self._items = to_json(self.conversation_items, by_alias=True, exclude_none=True)
+
+    @property
+    def keep(self) -> Callable[[replies.Response], None] | None:
+        """What to call with the response once it has ended."""
+        return self._keep and partial(self._keep, self._items)
 
 
-SAME = ChatRequest.model_fields.keys() & ResponseRequest.model_fields.keys() - {"tools"}
+ITEM_LIST: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
+
+SAME = ChatRequest.model_fields.keys() & ResponseRequest.model_fields.keys() - {"tools", "top_logprobs"}
 """Fields with the same meaning in both APIs."""
 
 
@@ -298,6 +351,8 @@ def as_chat(request: ResponseRequest) -> ChatRequest:
     same: Fields = {name: getattr(request, name) for name in SAME}
     fields = same | {
         "messages": turns(request),
+        "logprobs": request.wants_logprobs,
+        "top_logprobs": request.top_logprobs,
         "max_completion_tokens": request.max_output_tokens,
         "tools": None if request.tools is None else [_chat_tool(tool) for tool in request.tools],
         "response_format": ResponseFormat(type=wanted.type, json_schema=schema),
@@ -317,7 +372,7 @@ def _chat_tool(tool: FlatTool | OtherTool) -> Fields:
 def turns(request: ResponseRequest) -> list[Fields]:
     """The messages of a chat. Reasoning joins the assistant turn after it, calls join the one before them."""
     messages: list[Fields] = [{"role": "system", "content": request.instructions}] if request.instructions else []
-    for item in request.input:
+    for item in request.conversation_items:
         last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
         match item:
             case MessageItem():
@@ -341,4 +396,5 @@ def turns(request: ResponseRequest) -> list[Fields]:
 def renamed(error: ApiError) -> ApiError:
     """An error about a chat request, with the field's name in this API."""
     name = (error.param or "").split(".")[0]
-    return replace(error, param=CHAT_FIELDS.get(name, error.param))
+    message = error.message.replace("response_format", CHAT_FIELDS["response_format"])
+    return replace(error, message=message, param=CHAT_FIELDS.get(name, error.param))

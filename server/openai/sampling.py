@@ -7,6 +7,7 @@ from typing import TypeVar
 from batching.types import Forced, Sampling
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
+from server.model.text import Text
 from server.openai.requests import GREEDY_BELOW, Generation
 from server.settings import WHOLE_ANSWER, Settings
 
@@ -46,6 +47,24 @@ def sampling(
         prompt_logprobs=body.prompt_logprobs_with(choice),
         forced=forced,
     )
+
+
+def truncated(model: ServedModel, body: Generation, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """The end of the prompt, as long as the request says."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most < 0:
+        window = model.info.context_window
+        most = window - min(length(model.settings, body, window - 1), window - 1)
+    if most == 0:
+        raise bad_request("A prompt must have at least one token.", "truncate_prompt_tokens")
+    return prompt[-most:]
+
+
+def stop_tokens(text: Text, body: Generation) -> frozenset[int]:
+    """The tokens that are reported as stop reasons: not the end of the model's own answers."""
+    return frozenset(body.stop_token_ids or ()) - text.stop_token_ids
 
 
 def length(settings: Settings, body: Generation, room: int) -> int:

@@ -1,16 +1,53 @@
 """`POST /tokenize` and `POST /detokenize`: text to token ids as the model sees them, and back."""
 
+from typing import Annotated, Self
+
 import orjson
+from pydantic import Field, model_validator
 
 from server import replies
+from server.fields import Flag, RequestBody, TokenId
 from server.http.errors import bad_request, thousands
 from server.model.served_model import ServedModel
 from server.openai.chat import names_in, render
 from server.openai.endpoint import Endpoint
-from server.openai.requests import DetokenizeRequest, TokenizeRequest
+from server.openai.messages import Messages, PromptEnd
+from server.openai.prefill import prefill_of
+from server.openai.requests import UNSUPPORTED, ThinkingChoice
+from server.openai.tools import ToolUse
 
 MAX_STRINGS = 2**17
 """Limit on token strings in one answer: a few megabytes of JSON."""
+
+
+class TokenizeRequest(RequestBody, ThinkingChoice, ToolUse, PromptEnd):
+    """`POST /tokenize`: a text, or a conversation as the model sees it."""
+
+    unsupported = UNSUPPORTED
+
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: Flag | None = None
+    """Add the tokenizer's special tokens, such as a beginning-of-sequence token. By default true for a prompt and
+    false for messages, whose chat template adds them."""
+    return_token_strs: Flag | None = None
+    """Also return each token as the vocabulary spells it."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("one of the fields prompt and messages must be given")
+        return self
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return self.skipped_tools
+
+
+class DetokenizeRequest(RequestBody):
+    """`POST /detokenize`."""
+
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
 
 
 class Tokenize(Endpoint[TokenizeRequest, orjson.Fragment]):
@@ -45,18 +82,25 @@ def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
     """Raises `ApiError` 400."""
     if body.messages is None:
         return model.text.encode(body.prompt or "", special=body.add_special_tokens is not False)
-    names = names_in(model.text, body.messages)
-    rendered = render(model.text, body.messages, (), names, model.settings.thinking)
+    names = names_in(model.text, body.messages, body.offered)
+    rendered = render(
+        model.text,
+        body.messages,
+        body.offered,
+        names,
+        model.settings.thinking if body.thinks is None else body.thinks,
+        opens_answer=body.opens_answer,
+        prefill=prefill_of(body.messages) if body.continue_final_message else None,
+    )
     return model.text.encode(rendered, special=bool(body.add_special_tokens))
 
 
 def strings(model: ServedModel, ids: tuple[int, ...]) -> list[str]:
-    """The text of each token. Raises `ApiError` 400."""
+    """Each token as the vocabulary spells it. Raises `ApiError` 400."""
     if len(ids) > MAX_STRINGS:
         raise bad_request(
             f"The text has {thousands(len(ids))} tokens, but strings can be returned for at most "
             f"{thousands(MAX_STRINGS)}; shorten it.",
             "return_token_strs",
         )
-    vocabulary = model.text.vocabulary
-    return [vocabulary.bytes_of(token).decode(errors="replace") for token in ids]
+    return [model.text.vocabulary.spelling(token) for token in ids]

@@ -1,6 +1,6 @@
 """The text of one row's answer as it arrives, for streamed and plain responses alike."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from batching.stream import Stream
 from batching.types import Delta, Finish
@@ -19,6 +19,7 @@ class StopScanner:
         self._stops = [stop for stop in stops if stop]
         self._inclusive = inclusive
         self._held = ""
+        self.found: str | None = None  # the stop string that ended the text
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that is safe to send, and whether a stop string was found. The text then ends before the stop string, or
@@ -27,10 +28,10 @@ class StopScanner:
             return piece, False
         text = self._held + piece
         # The match that is complete first, so that the result does not depend on how the text was split.
-        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
             self._held = ""
-            end, start = min(matches)
+            end, start, self.found = min(matches)
             return text[: end if self._inclusive else start], True
         keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
@@ -43,9 +44,16 @@ class StopScanner:
 
 
 class AnswerReader:
-    """Turns a stream's tokens into text. A stop string ends the answer and its row."""
+    """Turns a stream's tokens into text. A stop string ends the answer and its row.
 
-    def __init__(self, stream: Stream, detokenizer: Detokenizer, scanner: StopScanner) -> None:
+    `stop_reason`: the stop string that ended it, or the one of `stop_tokens` that did.
+    """
+
+    def __init__(
+        self, stream: Stream, detokenizer: Detokenizer, scanner: StopScanner, stop_tokens: Collection[int] = ()
+    ) -> None:
+        self.stop_reason: str | int | None = None
+        self._stop_tokens = stop_tokens
         self._stream = stream
         self._detokenizer = detokenizer
         self._scanner = scanner
@@ -54,10 +62,13 @@ class AnswerReader:
         """The text that these tokens complete, possibly empty, and the answer's ending if it has ended."""
         text, stopped = self._scanner.push(self._detokenizer.push(_visible(arrived)))
         if stopped:
+            self.stop_reason = self._scanner.found
             self._stream.stop()
             return text, "stop"
         if arrived.finish is not None:
             text += self._scanner.flush()
+        if arrived.finish is Finish.STOP and arrived.tokens[-1] in self._stop_tokens:
+            self.stop_reason = arrived.tokens[-1]
         return text, ENDINGS.get(arrived.finish)
 
 

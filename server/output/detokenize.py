@@ -33,6 +33,10 @@ class Vocabulary:
         self.special = frozenset(token for token, entry in added.items() if entry.special)
         self._bytes: dict[int, bytes] = {}  # at most one entry a token
 
+    def spelling(self, token: int) -> str:
+        """The token as the vocabulary has it, such as `Ġthe`; empty for ids that it lacks."""
+        return self.tokenizer.id_to_token(token) or ""
+
     def bytes_of(self, token: int) -> bytes:
         """A token's bytes, which may be part of a character."""
         known = self._bytes.get(token)
@@ -41,7 +45,7 @@ class Vocabulary:
         return known
 
     def _look_up(self, token: int) -> bytes:
-        piece = self.tokenizer.id_to_token(token) or ""
+        piece = self.spelling(token)
         if self.byte_level and all(char in BYTES for char in piece):
             return bytes(BYTES[char] for char in piece)
         alone = self.decode([token])
@@ -64,16 +68,16 @@ a `DecodeStream` decodes everything it holds again at every token."""
 
 class Detokenizer:
     """Turns one row's tokens into text, holding back the bytes of an unfinished character. Special tokens are included
-    if `special`."""
+    if `special`. Some vocabularies leave out a text's leading space, unless it continues that of the tokens `after`."""
 
-    def __init__(self, vocabulary: Vocabulary, *, special: bool = False) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, special: bool = False, after: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
         self._special = special
         self._hidden = frozenset[int]() if special else vocabulary.special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stream = DecodeStream([], skip_special_tokens=not special)
+        self._stream = DecodeStream(list(after), skip_special_tokens=not special)
         self._held: list[int] = []
-        self._last: list[int] = []
+        self._last = list(after)
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes empty."""

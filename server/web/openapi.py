@@ -15,8 +15,9 @@ from pydantic.json_schema import GenerateJsonSchema
 from server import replies
 from server.observe.metrics import CONTENT_TYPE
 from server.openai import responses_replies
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.responses_request import ResponseRequest
+from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from server.sse import MEDIA_TYPE
 from server.version import VERSION
 
@@ -35,8 +36,7 @@ CHUNKS = (
 )
 EVENTS = (
     "With `stream` the answer is sent as server-sent events, each with its type in both the frame and the JSON. The "
-    "last is response.completed, response.incomplete or response.failed. Nothing is stored, so a response cannot be "
-    "retrieved later, and every path under this one is a 404."
+    "last is response.completed, response.incomplete or response.failed. Responses are stored if a setting says so."
 )
 
 STATUSES = {
@@ -85,10 +85,11 @@ class Operation:
     media: str = "application/json"
     open: bool = False
     """Whether it needs no API key."""
+    method: str = ""
+    """By default post for requests with a body, else get."""
 
-    @property
-    def method(self) -> str:
-        return "post" if self.takes else "get"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", self.method or ("post" if self.takes else "get"))
 
     def statuses(self, asks_key: bool) -> list[int]:
         errors = [*self.errors, *(READING if self.takes else ()), *(QUEUED if self.event else ())]
@@ -132,6 +133,21 @@ OPERATIONS = (
             "Plain": {"input": "Say hello.", "max_output_tokens": 64},
             "Streamed": {"input": "Say hello.", "stream": True},
         },
+    ),
+    Operation(
+        "/v1/responses/input_tokens",
+        "Count the tokens of a response's prompt",
+        responses_replies.InputTokens,
+        ResponseRequest,
+        examples={"Plain": SAY},
+    ),
+    Operation("/v1/responses/{name}", "Show a stored response", responses_replies.Response, errors=(400, 404, 500)),
+    Operation(
+        "/v1/responses/{name}",
+        "Delete a stored response",
+        responses_replies.Deleted,
+        errors=(404, 500),
+        method="delete",
     ),
     Operation(
         "/v1/tokenize",
@@ -190,9 +206,13 @@ def document(model: str, keyed: bool) -> JsonObject:
     return {
         "openapi": "3.1.0",
         "info": {"title": "microbatch", "version": VERSION, "description": ABOUT},
-        "paths": {each.path: {each.method: describe(each, model, keyed)} for each in OPERATIONS},
+        "paths": {path: methods_of(path, model, keyed) for path in dict.fromkeys(each.path for each in OPERATIONS)},
         "components": {"schemas": schemas()[1], "headers": HEADERS} | security,
     }
+
+
+def methods_of(path: str, model: str, keyed: bool) -> JsonObject:
+    return {each.method: describe(each, model, keyed) for each in OPERATIONS if each.path == path}
 
 
 def describe(operation: Operation, model: str, keyed: bool) -> JsonObject:
@@ -201,13 +221,18 @@ def describe(operation: Operation, model: str, keyed: bool) -> JsonObject:
     operation_object: JsonObject = {
         "summary": operation.summary,
         "description": operation.about,
-        "operationId": operation.path.removeprefix("/v1").strip("/").replace("/", "_").replace("{name}", "one"),
+        "operationId": operation_id(operation),
         "parameters": [NAME | {"example": model}] if "{name}" in operation.path else None,
         "requestBody": request_body(operation, model) if operation.takes else None,
         "responses": {str(status): response(operation, status) for status in operation.statuses(asks_key)},
         "security": [{"apiKey": []}] if asks_key else None,
     }
     return {key: value for key, value in operation_object.items() if value}
+
+
+def operation_id(operation: Operation) -> str:
+    path = operation.path.removeprefix("/v1").strip("/").replace("/", "_").replace("{name}", "one")
+    return f"{path}_delete" if operation.method == "delete" else path
 
 
 def request_body(operation: Operation, model: str) -> JsonObject:

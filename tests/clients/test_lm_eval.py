@@ -1,4 +1,5 @@
-"""EleutherAI's lm-eval scores a task of ours through the service as transformers itself does: to the same choices."""
+"""EleutherAI's lm-eval runs tasks of ours through the service: choices, scored as transformers itself scores them, and
+answers, which are those that the openai package gets."""
 
 import functools
 import json
@@ -49,14 +50,18 @@ def service(request: pytest.FixtureRequest) -> Iterator[Process]:
         yield found
 
 
-def lm_eval(service: Process, out: Path, batch_size: int, **options: Any) -> Scores:
-    """What lm-eval makes of the task with its model type for services like this one."""
-    options |= {"model": NAME, "base_url": f"{service.url}/v1/completions", "tokenizer": folder()}
+def lm_eval(
+    service: Process, out: Path, task: str, batch_size: int, kind: str = "local-completions", **options: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The results and samples of a task with lm-eval's model type for services like this one."""
+    path = "/v1/completions" if kind == "local-completions" else "/v1/chat/completions"
+    options |= {"model": NAME, "base_url": f"{service.url}{path}", "tokenizer": folder()}
     command = [
-        *(str(PYTHON / "bin" / "lm-eval"), "run", "--model", "local-completions"),
+        *(str(PYTHON / "bin" / "lm-eval"), "run", "--model", kind),
         *("--model_args", ",".join(f"{name}={value}" for name, value in options.items())),
         *("--batch_size", str(batch_size)),
-        *("--include_path", str(TASKS), "--tasks", "facts", "--log_samples", "--output_path", str(out)),
+        *("--include_path", str(TASKS), "--tasks", task, "--log_samples", "--output_path", str(out)),
+        *(["--apply_chat_template"] if kind == "local-chat-completions" else []),
     ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(out / "cache")}
     done = subprocess.run(
@@ -69,9 +74,13 @@ def lm_eval(service: Process, out: Path, batch_size: int, **options: Any) -> Sco
     )
     assert done.returncode == 0, done.stderr[-4000:]
     [results] = out.glob("*/results_*.json")
-    [samples] = out.glob("*/samples_facts_*.jsonl")
-    found = json.loads(results.read_text())["results"]["facts"]
+    [samples] = out.glob(f"*/samples_{task}_*.jsonl")
     documents = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    return json.loads(results.read_text())["results"][task], documents
+
+
+def scores(service: Process, out: Path, batch_size: int, **options: Any) -> Scores:
+    found, documents = lm_eval(service, out, "facts", batch_size, **options)
     told = [[(float(score), said == "True") for [[score, said]] in sample["resps"]] for sample in documents]
     return Scores(told, found["acc,none"], found["acc_norm,none"])
 
@@ -112,7 +121,7 @@ def likelihood(loaded: Any, tokenizer: Any, question: str, choice: str) -> tuple
     ids=["token-ids", "texts"],
 )
 def test_a_task_is_scored_as_by_transformers_itself(options: dict[str, Any], service: Process, tmp_path: Path) -> None:
-    found, own = lm_eval(service, tmp_path, **options), transformers_own()
+    found, own = scores(service, tmp_path, **options), transformers_own()
     assert 0 < own.accuracy < 1
     for theirs, ours in zip(found.choices, own.choices, strict=True):
         assert [score for score, _ in theirs] == pytest.approx([score for score, _ in ours], abs=CLOSE)
@@ -121,3 +130,21 @@ def test_a_task_is_scored_as_by_transformers_itself(options: dict[str, Any], ser
     assert (found.accuracy, found.accuracy_by_length) == (own.accuracy, own.accuracy_by_length)
     sent = sum(len(document["choices"]) for document in DOCUMENTS)
     assert service.sample("microbatch_finished_requests_total", reason="length") >= sent
+
+
+@pytest.mark.parametrize("kind", ["local-chat-completions", "local-completions"])
+def test_answers_are_those_that_any_client_gets(kind: str, service: Process, tmp_path: Path) -> None:
+    found, documents = lm_eval(service, tmp_path, "answers", 1, kind, num_concurrent=4)
+    answers = [sample["resps"][0][0] for sample in documents]
+    with service.openai() as client:
+        asked: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 12, "stop": ["\n", "."]}
+        for document, answer in zip(DOCUMENTS, answers, strict=True):
+            if kind == "local-completions":
+                expected = client.completions.create(prompt=document["question"], **asked).choices[0].text
+            else:
+                messages: Any = [{"role": "user", "content": document["question"]}]
+                expected = client.chat.completions.create(messages=messages, **asked).choices[0].message.content or ""
+            assert answer == expected
+    right = [answer == d["choices"][d["answer"]] for d, answer in zip(DOCUMENTS, answers, strict=True)]
+    assert found["exact_match,none"] == pytest.approx(sum(right) / len(right))
+    assert any(answers)

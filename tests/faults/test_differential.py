@@ -71,7 +71,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 async def grammars() -> list[Grammar]:
     compiler = Grammars(tokenizer())
-    return [await compiler.json(Part(schema, True, "")) for schema in SCHEMAS]
+    return [await compiler.of(Part(schema, True, "")) for schema in SCHEMAS]
 
 
 def some_request(dice: random.Random, id: str, forms: list[Grammar]) -> Request:

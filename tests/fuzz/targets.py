@@ -16,15 +16,16 @@ from batching.types import Delta
 from server.fields import RequestBody, Schema
 from server.grammar.json_schema import SchemaError, bound
 from server.grammar.rewrite import inline, rewrite
+from server.grammar.source import Part
 from server.http.errors import RETRIED, ApiError, bad_request
 from server.model.text import Text
-from server.openai.chat import form_of
 from server.openai.completions import TextAnswer
 from server.openai.parsing import parse
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.responses_output import framed
 from server.openai.responses_replies import ResponseEvent
 from server.openai.responses_request import ResponseRequest, as_chat
+from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from server.output.answer import StopScanner
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenParser
@@ -146,7 +147,7 @@ def _use(asked: BaseModel) -> None:
     for tool in asked.offered:
         orjson.dumps(tool.for_template())
         _compile(tool.function.parameters or {}, strict=False)
-    if form := form_of(asked.response_format):
+    if isinstance(form := asked.constraint, Part):
         _compile(form.schema, form.strict)
     assert asked.wanted_tokens is None or asked.wanted_tokens >= 1
     assert asked.thinks in (None, True, False)
@@ -234,7 +235,7 @@ def fuzz_sse(data: bytes) -> None:
     """Whatever the text, an event stream read by the standard's rules has the events that were written."""
     texts = pieces_of(data)
     choice = Told(texts)
-    answer = TextAnswer("model", [], [choice], CompletionRequest(prompt=["Hi"]))
+    answer = TextAnswer("model", "fp_0", [], [choice], CompletionRequest(prompt=["Hi"]))
     *chunks, done = _events(answer.frames([(0, Delta((), None, ()))]) + answer.last())
     assert done == ("message", "[DONE]")
     assert [orjson.loads(payload)["choices"] for _, payload in chunks] == [[chunk] for chunk in choice.told]
@@ -270,6 +271,7 @@ class Told:
             "text": "".join(each["text"] for each in self.told),
             "logprobs": None,
             "finish_reason": "stop",
+            "stop_reason": None,
         }
 
     def chunks(self, arrived: Delta) -> list[TextChunkChoice]:

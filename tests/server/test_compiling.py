@@ -22,9 +22,8 @@ from server.grammar.process import MEMORY, WALL_SECONDS
 from server.grammar.sandbox import ROOT, Sandbox
 from server.grammar.source import Part, Plan
 from server.http.errors import ApiError
-from server.openai.chat import ANY_OBJECT
 from server.output.reasoning import ThoughtState
-from tests.grammars import INT, TEXT, Kit, kit_of, refusal, run, strict
+from tests.grammars import ANY_OBJECT, INT, TEXT, Kit, kit_of, refusal, run, strict
 from tests.live import eventually
 
 pytestmark = pytest.mark.model
@@ -43,15 +42,15 @@ def demo() -> Kit:
 def test_an_endless_compilation_ends_as_a_refusal_and_delays_no_other_client(demo: Kit) -> None:
     async def main() -> None:
         grammars = Grammars(demo.tokenizer)
-        await grammars.json(strict({"const": "ready"}))
-        attack = asyncio.create_task(grammars.json(strict(ENDLESS), client="a"))
+        await grammars.of(strict({"const": "ready"}))
+        attack = asyncio.create_task(grammars.of(strict(ENDLESS), client="a"))
         for n in range(20):
-            await grammars.json(strict({"const": n}), client="b")
+            await grammars.of(strict({"const": n}), client="b")
         assert not attack.done()
         with pytest.raises(ApiError, match="too much time or memory") as caught:
             await attack
         assert (caught.value.status, caught.value.param) == (400, "response_format")
-        assert await grammars.json(strict({"const": "after"}), client="a")
+        assert await grammars.of(strict({"const": "after"}), client="a")
 
     run(main())
 
@@ -113,7 +112,7 @@ asyncio.run(main())
 
 def test_the_largest_schema_is_within_the_limits(demo: Kit) -> None:
     properties = {f"property number {n}": TEXT | {"description": "x" * 100} for n in range(1000)}
-    assert run(Grammars(demo.tokenizer).json(strict({"type": "object", "properties": properties})))
+    assert run(Grammars(demo.tokenizer).of(strict({"type": "object", "properties": properties})))
 
 
 # Faults
@@ -122,12 +121,12 @@ def test_the_largest_schema_is_within_the_limits(demo: Kit) -> None:
 def test_a_process_that_was_killed_is_replaced(demo: Kit) -> None:
     async def main() -> None:
         grammars = Grammars(demo.tokenizer)
-        await grammars.json(strict({"const": 1}))
+        await grammars.of(strict({"const": 1}))
         first = grammars._sandbox._process
         assert first is not None
         first.send_signal(signal.SIGKILL)
         first.wait()
-        assert await grammars.json(strict({"const": 2}))
+        assert await grammars.of(strict({"const": 2}))
 
     run(main())
 
@@ -139,15 +138,15 @@ def test_where_no_process_can_be_started_a_schema_is_not_called_wrong(
         monkeypatch.setattr(sys, "executable", program)
         grammars = Grammars(demo.tokenizer)
         with pytest.raises(ApiError) as caught:
-            run(grammars.json(strict({"const": 1})))
+            run(grammars.of(strict({"const": 1})))
         assert (caught.value.status, caught.value.code) == (503, "compiler_busy")
-        assert run(grammars.json(ANY_OBJECT)), "what no client made needs no trial"
+        assert run(grammars.of(ANY_OBJECT)), "what no client made needs no trial"
 
 
 def test_processes_end_with_what_they_are_for(demo: Kit) -> None:
     before = {child.pid for child in children_of(os.getpid())}
     grammars = Grammars(demo.tokenizer)
-    run(grammars.json(strict({"const": 1})))
+    run(grammars.of(strict({"const": 1})))
     [started] = [child for child in children_of(os.getpid()) if child.pid not in before]
     del grammars
     assert not started.is_running()
@@ -156,11 +155,11 @@ def test_processes_end_with_what_they_are_for(demo: Kit) -> None:
 def test_a_trial_leaves_no_descriptor_behind(demo: Kit) -> None:
     async def main() -> None:
         grammars = Grammars(demo.tokenizer)
-        await grammars.json(strict({"const": "first"}))
+        await grammars.of(strict({"const": "first"}))
         await asyncio.sleep(0)
         before = len(os.listdir("/proc/self/fd"))
         for n in range(10):
-            await grammars.json(strict({"const": n}))
+            await grammars.of(strict({"const": n}))
         await asyncio.sleep(0)
         assert len(os.listdir("/proc/self/fd")) <= before
 
@@ -190,14 +189,14 @@ def counted(demo: Kit, **options: Any) -> tuple[Grammars, Counting]:
 def test_what_is_known_is_not_tried_again_whoever_asks(demo: Kit) -> None:
     async def main() -> None:
         grammars, counting = counted(demo)
-        await grammars.json(strict({"const": 0}), client="a")
-        await grammars.json(Part({"const": 0}, True, "elsewhere"), client="b")
+        await grammars.of(strict({"const": 0}), client="a")
+        await grammars.of(Part({"const": 0}, True, "elsewhere"), client="b")
         assert counting.tried == 1
-        await grammars.json(Part({"const": 0}, False, "elsewhere"))
+        await grammars.of(Part({"const": 0}, False, "elsewhere"))
         assert counting.tried == 2, "one that is not strict may be read otherwise"
-        await asyncio.gather(*(grammars.json(strict({"const": "new"})) for _ in range(3 * MAX_TRIALS)))
+        await asyncio.gather(*(grammars.of(strict({"const": "new"})) for _ in range(3 * MAX_TRIALS)))
         assert counting.tried == 3
-        await grammars.json(ANY_OBJECT)
+        await grammars.of(ANY_OBJECT)
         assert counting.tried == 3
 
     run(main())
@@ -207,13 +206,13 @@ def test_no_more_is_remembered_than_allowed_and_the_latest_longest(demo: Kit) ->
     async def main() -> None:
         grammars, counting = counted(demo, known_bytes=1500)
         for n in range(12):
-            await grammars.json(strict({"const": n}))
-            await grammars.json(strict({"const": 0}))
+            await grammars.of(strict({"const": n}))
+            await grammars.of(strict({"const": 0}))
         assert counting.tried == 12
         assert 1 < len(grammars._known) < 12
-        await grammars.json(strict({"const": 1}))
+        await grammars.of(strict({"const": 1}))
         assert counting.tried == 13
-        await grammars.json(strict({"enum": ["x" * 1500, "y"]}))
+        await grammars.of(strict({"enum": ["x" * 1500, "y"]}))
         assert len(grammars._known) == 0
 
     run(main())
@@ -224,21 +223,21 @@ def test_grammars_that_take_much_memory_are_refused_where_there_is_none_left(dem
 
     async def main() -> None:
         grammars = Grammars(demo.tokenizer)
-        probe = await grammars.json(strict(large))
+        probe = await grammars.of(strict(large))
         [(_, memory)] = grammars._held.values()
         assert memory > 0
         del probe
         tight = Grammars(demo.tokenizer, held_bytes=2 * memory + memory // 2)
-        held = await tight.json(strict(large), client="a")
+        held = await tight.of(strict(large), client="a")
         with pytest.raises(ApiError) as caught:
-            await tight.json(strict(large), client="a")
+            await tight.of(strict(large), client="a")
         assert (caught.value.status, caught.value.code) == (503, "compiler_busy")
-        assert await tight.json(strict({"const": 1}), client="a"), "what takes little is not held back"
-        other = await tight.json(strict(large), client="b")
+        assert await tight.of(strict({"const": 1}), client="a"), "what takes little is not held back"
+        other = await tight.of(strict(large), client="b")
         with pytest.raises(ApiError):
-            await tight.json(strict(large), client="c")
+            await tight.of(strict(large), client="c")
         del held
-        assert await tight.json(strict(large), client="a")
+        assert await tight.of(strict(large), client="a")
         del other
 
     run(main())
@@ -248,11 +247,11 @@ def test_a_client_that_leaves_leaves_nothing_behind(demo: Kit) -> None:
     async def main() -> None:
         grammars = Grammars(demo.tokenizer)
         for n in range(8):
-            task = asyncio.create_task(grammars.json(strict({"const": n})))
+            task = asyncio.create_task(grammars.of(strict({"const": n})))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        assert await grammars.json(strict({"const": "after"}))
+        assert await grammars.of(strict({"const": "after"}))
         assert not grammars._trying
 
     run(main())
@@ -261,9 +260,9 @@ def test_a_client_that_leaves_leaves_nothing_behind(demo: Kit) -> None:
 def test_a_client_with_too_many_in_waiting_is_told_to_come_back_and_others_are_not(demo: Kit) -> None:
     async def main() -> None:
         grammars = Grammars(demo.tokenizer)
-        await grammars.json(strict({"const": "ready"}))
-        asked = [grammars.json(strict({"const": n}), client="a") for n in range(MAX_TRIALS + 10)]
-        other = grammars.json(strict({"const": "other"}), client="b")
+        await grammars.of(strict({"const": "ready"}))
+        asked = [grammars.of(strict({"const": n}), client="a") for n in range(MAX_TRIALS + 10)]
+        other = grammars.of(strict({"const": "other"}), client="b")
         *answers, last = await asyncio.gather(*asked, other, return_exceptions=True)
         refused = [answer for answer in answers if isinstance(answer, ApiError)]
         assert not isinstance(last, BaseException)
@@ -298,7 +297,7 @@ def draw(demo: Kit, matcher: TokenMatcher, tokens: int) -> None:
 
 
 def test_an_answer_that_passes_its_limits_changes_nothing_for_others_of_the_same_schema(demo: Kit) -> None:
-    early, other, late, expected = (run(demo.grammars.json(strict(WEARING))).matcher() for _ in range(4))
+    early, other, late, expected = (run(demo.grammars.of(strict(WEARING))).matcher() for _ in range(4))
     text = demo.encode('"some words that came before')
     for token in text[:4]:
         early.advance(token)
@@ -317,8 +316,8 @@ def test_an_answer_that_passes_its_limits_changes_nothing_for_others_of_the_same
 def test_a_pattern_that_no_answer_could_be_held_to_is_found_out_by_a_few_steps(demo: Kit) -> None:
     schema = TEXT | {"pattern": ".*a.{500}b.*"}
     for thought in ThoughtState:
-        assert "too complex" in refusal(demo.grammars.json(strict(schema), thought=thought)).message
-    grammar = run(demo.grammars.json(Part(schema, False, "response_format")))
+        assert "too complex" in refusal(demo.grammars.of(strict(schema), thought=thought)).message
+    grammar = run(demo.grammars.of(Part(schema, False, "response_format")))
     assert demo.accepts(grammar, '"anything"')
     assert not demo.accepts(grammar, "1")
 
@@ -326,5 +325,5 @@ def test_a_pattern_that_no_answer_could_be_held_to_is_found_out_by_a_few_steps(d
 @pytest.mark.parametrize("where", [lambda text: {"const": text}, lambda text: {"properties": {text: INT}}])
 def test_what_is_written_out_word_by_word_is_bounded(demo: Kit, where: Callable[[str], Schema]) -> None:
     """Each step takes time in proportion, for every row that has such a grammar."""
-    assert run(demo.grammars.json(strict(where("x" * 1000))))
-    assert "too long" in refusal(demo.grammars.json(strict(where("x" * 100_000)))).message
+    assert run(demo.grammars.of(strict(where("x" * 1000))))
+    assert "too long" in refusal(demo.grammars.of(strict(where("x" * 100_000)))).message

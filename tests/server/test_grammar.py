@@ -19,14 +19,13 @@ from server.fields import Schema
 from server.grammar.json_schema import written_out
 from server.grammar.rewrite import terminates
 from server.grammar.source import Part
-from server.openai.chat import ANY_OBJECT
 from server.output.llama import LlamaFormat
 from server.output.model_format import FORMATS, QWEN
 from server.output.reasoning import ThoughtState
 from server.output.tool_calls import CallEnded, CallStarted, Content
 from tests.batching.conftest import request
 from tests.conftest import TEST_TOKENIZER
-from tests.grammars import INT, TEXT, Kit, kit_of, many, record, refusal, run, strict, valid
+from tests.grammars import ANY_OBJECT, INT, TEXT, Kit, kit_of, many, record, refusal, run, strict, valid
 
 Case = tuple[Schema, Any]
 """A schema, and an instance of it with its properties in the schema's order."""
@@ -471,7 +470,7 @@ def test_a_class_that_excludes_quotes_excludes_escaped_ones(demo: Kit) -> None:
 
 
 def test_a_json_object_is_an_object_without_idle_white_space(kit: Kit) -> None:
-    grammar = run(kit.grammars.json(ANY_OBJECT))
+    grammar = run(kit.grammars.of(ANY_OBJECT))
     for text in ("{}", '{"a": [1, {"b": null}], "c":"x"}'):
         assert kit.accepts(grammar, text)
     for text in ("[]", "1", '"a"', " {}", "{ }", '{"a":  1}', '{\n"a":1}', "{} ", '{"a": 1'):
@@ -484,12 +483,12 @@ def test_a_schema_that_is_not_strict_leaves_to_the_model_what_cannot_be_enforced
     schema = many(TEXT | {"format": "color"}, minItems=1) | {"uniqueItems": True, "x-guidance": {"lenient": False}}
     assert kit.accepts(kit.schema(schema, strict=False), '["a","a"]')
     assert not kit.accepts(kit.schema(schema, strict=False), "[1]")
-    assert "uniqueItems" in refusal(kit.grammars.json(strict(schema))).message
+    assert "uniqueItems" in refusal(kit.grammars.of(strict(schema))).message
 
 
 def test_a_client_cannot_set_the_options_of_the_compiler(kit: Kit) -> None:
     lenient = {"uniqueItems": True, "x-guidance": {"lenient": True, "whitespace_flexible": True}}
-    assert "uniqueItems" in refusal(kit.grammars.json(strict(lenient))).message
+    assert "uniqueItems" in refusal(kit.grammars.of(strict(lenient))).message
 
 
 TOOLS: list[tuple[str, Schema | None]] = [
@@ -579,7 +578,7 @@ def test_an_answer_begins_with_a_thought_where_the_prompt_says_that_it_does(
 ) -> None:
     call = "{}".join(QWEN.around("智能体.0 😀"))
     calls = kit.grammars.tool_calls([("智能体.0 😀", None)], QWEN, thought=state)
-    asked = [(run(kit.grammars.json(ANY_OBJECT, thought=state)), '{"a": 1}'), (run(calls), call)]
+    asked = [(run(kit.grammars.of(ANY_OBJECT, thought=state)), '{"a": 1}'), (run(calls), call)]
     thoughts = ["", THOUGHT, "</think>\n\n", f"<think>{THOUGHT}", "<think></think>\n\n", "<think>"]
     for grammar, answer in asked:
         for thought in thoughts[: 3 if state is ThoughtState.OPENED else None]:  # which may repeat the tag or not
@@ -694,7 +693,7 @@ HOSTILE: dict[str, tuple[Schema, str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(demo: Kit, name: str) -> None:
     schema, words = HOSTILE[name]
-    error = refusal(demo.grammars.json(Part(schema, True, "some.field")))
+    error = refusal(demo.grammars.of(Part(schema, True, "some.field")))
     assert words in error.message
     assert (error.param, error.code) == ("some.field", "unsupported_schema")
 

@@ -31,7 +31,8 @@ from batching.events import Outcome, State
 from batching.types import Request
 from server.http.errors import ApiError, bad_request, from_batching, internal, not_ready
 from server.openai.parsing import parse
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.fakes import Script
 from tests.live import BYTES, Live, frames, live, says, scripted, text_of
 from tests.server.test_app import babble, error_of, fails_at, remembering

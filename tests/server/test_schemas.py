@@ -21,8 +21,9 @@ from server.grammar.compiler import TokenGrammar
 from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, SchemaError, bound, written_out
 from server.grammar.rewrite import closed, tidied
 from server.grammar.source import Part
-from server.openai.chat import form_of, grammar_of
-from server.openai.requests import ChatRequest, ResponseFormat
+from server.openai.chat import grammar_of
+from server.openai.constraints import ResponseFormat
+from server.openai.requests import ChatRequest
 from server.openai.tools import ToolUse
 from server.output.model_format import QWEN
 from server.output.reasoning import ThoughtState
@@ -149,7 +150,7 @@ MODELS: Sequence[Any] = [
 def test_every_schema_that_pydantic_writes_is_answered_by_what_it_validates(demo: Kit, model: Any) -> None:
     adapter = TypeAdapter(model)
     schema = adapter.json_schema()
-    grammar = run(demo.grammars.json(loose(schema)))
+    grammar = run(demo.grammars.of(loose(schema)))
     for seed in range(3):
         text = demo.walk(grammar, Random(seed), seed * 10)
         assert Draft202012Validator(without_patterns(schema)).is_valid(json.loads(text)), text
@@ -172,7 +173,7 @@ def test_objects_that_do_not_say_more_take_no_other_properties(demo: Kit) -> Non
     inner = {"type": "object", "properties": {"b": INT}}
     schema = {"type": "object", "properties": {"a": TEXT, "in": inner, "all": many(inner)}, "required": ["a", "z"]}
     for part in (strict(schema), loose(schema)):
-        grammar = run(demo.grammars.json(part))
+        grammar = run(demo.grammars.of(part))
         assert demo.accepts(grammar, '{"a": "x", "in": {"b": 1}, "all": [{"b": 2}, {}], "z": null}')
         for text in (
             '{"a": "x", "z": 1, "y": 2}',
@@ -297,13 +298,13 @@ ALSO_STRICT = ("a draft by another name", "a draft nobody knows", "nulls")
 @pytest.mark.parametrize("name", LEFT)
 def test_what_cannot_be_held_to_is_left_to_the_model_unless_strict(demo: Kit, name: str) -> None:
     schema, good, bad = LEFT[name]
-    grammar = run(demo.grammars.json(loose(schema)))
+    grammar = run(demo.grammars.of(loose(schema)))
     assert demo.accepts(grammar, good)
     assert not demo.accepts(grammar, bad)
     if name in ALSO_STRICT:
-        assert demo.accepts(run(demo.grammars.json(strict(schema))), good)
+        assert demo.accepts(run(demo.grammars.of(strict(schema))), good)
     else:
-        assert refusal(demo.grammars.json(strict(schema))).code == "unsupported_schema"
+        assert refusal(demo.grammars.of(strict(schema))).code == "unsupported_schema"
 
 
 def test_what_is_left_out_of_one_schema_is_kept_in_the_others(demo: Kit) -> None:
@@ -439,16 +440,16 @@ def test_what_is_data_stays_as_it_was_sent() -> None:
 def test_a_schema_may_stand_beside_the_type_as_in_other_servers(demo: Kit) -> None:
     schema = record(a=INT)
     for kind in ("json_object", "json_schema"):
-        form = form_of(ResponseFormat.model_validate({"type": kind, "schema": schema}))
+        form = ResponseFormat.model_validate({"type": kind, "schema": schema}).constraint
         assert form is not None
-        assert demo.accepts(run(demo.grammars.json(form)), '{"a": 1}')
-        assert not demo.accepts(run(demo.grammars.json(form)), '{"b": 1}')
+        assert demo.accepts(run(demo.grammars.of(form)), '{"a": 1}')
+        assert not demo.accepts(run(demo.grammars.of(form)), '{"b": 1}')
 
 
 @pytest.mark.parametrize("name", ["my schema", "名字", "x" * 100, "", None])
 def test_a_schema_may_have_any_name_or_none(name: Any) -> None:
     form = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"name": name, "schema": {}}})
-    assert form_of(form) == Part({}, False, "response_format")
+    assert form.constraint == Part({}, False, "response_format")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from server.settings import PREFIX, RENAMED, Settings, parse
 from server.version import VERSION
 
 VALUES: dict[str, tuple[str, Any]] = {
+    "stored_responses_mib": ("64", 64.0),
+    "stored_responses_s": ("60", 60.0),
     "model": ("/models/some", "/models/some"),
     "name": ("one, org/two", ("one", "org/two")),
     "load_format": ("gguf", "gguf"),

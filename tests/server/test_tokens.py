@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from batching.types import Request
-from tests.live import END, QUESTION, Live, byte_tokenizer, live, scripted, tokens_of
+from tests.live import BYTES, END, QUESTION, Live, byte_tokenizer, live, scripted, tokens_of
 from tests.server.test_app import error_of, remembering
 
 
@@ -44,10 +44,35 @@ def test_a_conversation_has_the_ids_that_a_chat_of_it_has() -> None:
         assert found["count"] == len(found["tokens"])
 
 
-def test_the_text_of_each_token_is_told_if_asked_for() -> None:
+def test_each_token_is_told_as_the_vocabulary_spells_it_if_asked_for() -> None:
     with live() as service:
-        found = tokenize(service, prompt="aé<|end|>", return_token_strs=True).json()
-    assert found["token_strs"] == ["a", "\ufffd", "\ufffd", "<|end|>"]
+        found = tokenize(service, prompt="aé <|end|>", return_token_strs=True).json()
+    assert found["token_strs"] == ["a", "Ã", "©", "Ġ", "<|end|>"]
+    assert found["token_strs"] == BYTES.convert_ids_to_tokens(found["tokens"])
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+AS_CHATS: list[dict[str, Any]] = [
+    {"tools": [TOOL]},
+    {"tools": [TOOL], "tool_choice": "none"},
+    {"add_generation_prompt": False},
+    {"continue_final_message": True},
+    {"enable_thinking": True},
+    {"chat_template_kwargs": {"enable_thinking": True}},
+    {"reasoning_effort": "high"},
+]
+
+
+@pytest.mark.parametrize("fields", AS_CHATS)
+def test_what_shapes_a_chat_s_prompt_shapes_what_is_counted(fields: dict[str, Any]) -> None:
+    seen: list[Request] = []
+    messages = [*QUESTION, {"role": "assistant", "content": "Well, "}]
+    with live(scripted(remembering(seen))) as service:
+        found = tokenize(service, messages=messages, **fields).json()["tokens"]
+        plain = tokenize(service, messages=messages).json()["tokens"]
+        service.chat(messages=messages, **fields)
+    assert found == list(seen[0].prompt)
+    assert (found == plain) is (fields.get("tool_choice") == "none")
 
 
 def test_what_the_tokenizer_puts_around_a_text_is_added_to_a_prompt_and_not_to_messages_unless_told_otherwise() -> None:

@@ -1,0 +1,274 @@
+"""Responses that are kept, continued, shown and deleted; their log probabilities; and prompts that are counted."""
+
+import asyncio
+from typing import Any
+
+import httpx2
+import openai
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batching.types import Request
+from server.openai.responses import MAX_LOGPROBS
+from server.openai.responses_replies import Deleted, Response, ResponseEvent
+from server.response_store import OVERHEAD, ResponseStore, StoredResponse
+from tests.live import BYTES, QUESTION, Live, byte_tokenizer, eventually, live, scripted, tokens_of
+from tests.server.test_app import error_of, remembering
+from tests.server.test_choices import telling
+from tests.server.test_openapi import assert_described, events
+from tests.server.test_prefill import TAGS, TEMPLATES
+
+KEPT: dict[str, Any] = {"stored_responses_mib": 1.0}
+SEARCH = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+
+
+def respond(service: Live, key: str | None = None, path: str = "/v1/responses", **fields: Any) -> httpx2.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return service.post(orjson.dumps({"input": "Hi"} | fields), path, headers=headers)
+
+
+# The store
+
+
+def stored(size: int) -> StoredResponse:
+    return StoredResponse(b"x" * size, b"")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from("abc"), st.integers(0, 5), st.integers(0, 3 * OVERHEAD), st.sampled_from([0, 0, 0, 1, 4])
+    ),
+    max_size=40,
+)
+
+
+@given(OPERATIONS)
+def test_a_store_never_holds_more_or_older_than_allowed_and_each_client_s_alone(operations: list[Any]) -> None:
+    async def law() -> None:
+        clock = Clock()
+        store = ResponseStore(8 * OVERHEAD, seconds=5, now=clock)
+        added: dict[tuple[str, str], tuple[float, StoredResponse]] = {}
+        for client, name, size, passed in operations:
+            clock.now += passed
+            one = stored(size)
+            store.add(client, f"{client}{name}", one)
+            added[client, f"{client}{name}"] = clock.now, one
+            assert store.size <= store.most
+            assert store.get(client, f"{client}{name}") is one, "the newest is there"
+            for (owner, known), (since, kept) in added.items():
+                found = store.get(owner, known)
+                assert found in (None, kept)
+                assert found is None or clock.now < since + 5
+                assert all(store.get(other, known) is None for other in "abc" if other != owner)
+
+    asyncio.run(law())
+
+
+def test_a_client_s_flood_pushes_out_its_own_responses_and_not_another_s() -> None:
+    async def main() -> None:
+        store = ResponseStore(10 * OVERHEAD, seconds=60)
+        for n in range(3):
+            store.add("quiet", f"q{n}", stored(0))
+        for n in range(100):
+            store.add("loud", f"l{n}", stored(0))
+        assert [name for n in range(3) if store.get("quiet", name := f"q{n}")] == ["q0", "q1", "q2"]
+        assert [n for n in range(100) if store.get("loud", f"l{n}")] == list(range(93, 100))
+        store.add("huge", "h", stored(10 * OVERHEAD))
+        assert store.get("huge", "h") is None
+        assert store.size == 10 * OVERHEAD
+
+    asyncio.run(main())
+
+
+# Conversations that go on
+
+
+def test_a_response_continues_the_one_it_names_as_if_the_whole_conversation_was_sent() -> None:
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, "Hello!")), **KEPT) as service, service.openai() as client:
+        first = client.responses.create(model="scripted", input="one", instructions="Only once.")
+        second = client.responses.create(model="scripted", input="two", previous_response_id=first.id)
+        third = client.responses.create(model="scripted", input="three", previous_response_id=second.id)
+        whole: Any = []
+        for said in ("one", "two", "three"):
+            whole += [{"role": "user", "content": said}, {"role": "assistant", "content": "Hello!"}]
+        client.responses.create(model="scripted", input=whole[:-1])
+        branch = client.responses.create(model="scripted", input="two", previous_response_id=first.id)
+    assert (first.previous_response_id, second.previous_response_id) == (None, first.id)
+    assert third.output_text == branch.output_text == "Hello!"
+    assert seen[3].prompt == seen[2].prompt
+    assert seen[4].prompt == seen[1].prompt
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_and_thoughts_are_part_of_what_is_continued(stream: bool) -> None:
+    seen: list[Request] = []
+    answer = '<think>Hm.</think><tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    tokenizer = byte_tokenizer(TEMPLATES["shows thoughts"], TAGS)
+    with live(telling(remembering(seen, answer)), tokenizer=tokenizer, **KEPT) as service:
+        asked: dict[str, Any] = {"input": "one", "tools": [SEARCH], "include": ["message.output_text.logprobs"]}
+        first = respond(service, stream=stream, **asked)
+        response = events(first.text)[-1]["response"] if stream else first.json()
+        assert [item["type"] for item in response["output"]] == ["reasoning", "function_call"]
+        result = {"type": "function_call_output", "call_id": response["output"][1]["call_id"], "output": "7"}
+        respond(service, input=[result], tools=[SEARCH], previous_response_id=response["id"])
+        items = [{"role": "user", "content": "one"}, *response["output"], result]
+        respond(service, input=items, tools=[SEARCH])
+    assert seen[1].prompt == seen[2].prompt
+
+
+def test_a_chain_has_no_more_turns_than_a_conversation_may_have() -> None:
+    turns = [{"role": "user", "content": "x"}] * 2046
+    with live(scripted("Hi", context_window=10**6, token_budget=10**7), **KEPT) as service:
+        first = respond(service, input=turns).json()
+        answer = respond(service, input=turns[:2], previous_response_id=first["id"])
+        assert error_of(answer, 400, None)["param"] == "input"
+
+
+# Showing and deleting
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stored_response_is_shown_as_it_was_until_it_is_deleted(stream: bool) -> None:
+    with live(scripted("Hello!"), **KEPT) as service, service.openai() as client:
+        answer = respond(service, stream=stream, max_output_tokens=4)
+        response = events(answer.text)[-1]["response"] if stream else answer.json()
+        assert (response["status"], response["store"]) == ("incomplete", True)
+        for prefix in ("", "/v1"):
+            assert service.get(f"{prefix}/responses/{response['id']}").json() == response
+        assert client.responses.retrieve(response["id"]).output_text == "Hell"
+        assert_described(Response, response)
+        error_of(service.get(f"/v1/responses/{response['id']}?stream=true"), 400, None)
+        with service.http() as http:
+            gone = http.delete(f"/v1/responses/{response['id']}")
+            assert gone.json() == {"id": response["id"], "object": "response", "deleted": True}
+            assert_described(Deleted, gone.json())
+            error_of(http.delete(f"/v1/responses/{response['id']}"), 404, "response_not_found")
+        with pytest.raises(openai.NotFoundError, match="No such response"):
+            client.responses.retrieve(response["id"])
+        again = respond(service, previous_response_id=response["id"])
+        assert error_of(again, 400, "previous_response_not_found")["param"] == "previous_response_id"
+
+
+def test_no_key_sees_continues_or_deletes_another_s_responses() -> None:
+    with live(scripted("Hello!"), api_keys=("one", "two"), **KEPT) as service:
+        name = respond(service, "one").json()["id"]
+        other = {"authorization": "Bearer two"}
+        error_of(service.get(f"/v1/responses/{name}", headers=other), 404, "response_not_found")
+        with service.http() as http:
+            error_of(http.delete(f"/v1/responses/{name}", headers=other), 404, "response_not_found")
+        error_of(respond(service, "two", previous_response_id=name), 400, "previous_response_not_found")
+        counted = respond(service, "two", "/v1/responses/input_tokens", previous_response_id=name)
+        error_of(counted, 400, "previous_response_not_found")
+        error_of(service.get(f"/v1/responses/{name}"), 401, "unknown_api_key")
+        assert respond(service, "one", previous_response_id=name).status_code == 200
+        assert service.get(f"/v1/responses/{name}", headers={"authorization": "Bearer one"}).status_code == 200
+
+
+def test_what_is_not_to_be_stored_or_has_not_ended_well_is_not() -> None:
+    with live(scripted("Hello!", context_window=100), **KEPT) as service:
+        response = respond(service, store=False).json()
+        assert response["store"] is False
+        error_of(service.get(f"/v1/responses/{response['id']}"), 404, "response_not_found")
+        error_of(respond(service, input="x" * 200), 400, "context_length_exceeded")
+        assert service.service.responses.size == 0
+        respond(service)
+        assert service.service.responses.size > 0
+
+
+def test_other_paths_of_a_response_lead_nowhere() -> None:
+    with live(scripted("Hello!"), **KEPT) as service:
+        name = respond(service).json()["id"]
+        error_of(service.post(b"{}", f"/v1/responses/{name}/cancel"), 404, "response_not_found")
+        error_of(service.get(f"/v1/responses/{name}/input_items"), 404, "response_not_found")
+
+
+def test_what_is_too_old_is_removed_though_nobody_asks() -> None:
+    with live(scripted("Hello!"), stored_responses_s=0.01, **KEPT) as service:
+        name = respond(service).json()["id"]
+        eventually(lambda: service.service.responses.size == 0, "the response is removed")
+        error_of(service.get(f"/v1/responses/{name}"), 404, "response_not_found")
+
+
+# Log probabilities
+
+
+@pytest.mark.parametrize(
+    "said", ["Hé!", "<think>Hm</think>Yes", "<think></think>\n\nYes", "", "<b>", "ab</s>c", "a</sc"]
+)
+@pytest.mark.parametrize("top", [0, 2])
+def test_the_text_s_log_probabilities_are_those_of_its_tokens(said: str, top: int) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["shows thoughts"], TAGS)
+    content = said.rpartition("</think>")[2].strip().partition("</s>")[0]
+    asked: dict[str, Any] = {"stop": "</s>", "include": ["message.output_text.logprobs"], "top_logprobs": top}
+    with live(telling(said), tokenizer=tokenizer) as service:
+        whole = respond(service, **asked).json()
+        found = events(respond(service, stream=True, **asked).text)
+    part = whole["output"][-1]["content"][0]
+    assert (part["text"], whole["top_logprobs"]) == (content, top)
+    assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode() == content
+    assert all(len(entry["top_logprobs"]) == top for entry in part["logprobs"])
+    deltas = [entry for event in found if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
+    [done] = [event for event in found if event["type"] == "response.output_text.done"]
+    assert (
+        deltas == done["logprobs"] == found[-1]["response"]["output"][-1]["content"][0]["logprobs"] == part["logprobs"]
+    )
+    for event in found:
+        assert_described(ResponseEvent, event)
+
+
+def test_without_being_asked_for_there_are_none() -> None:
+    with live(telling("Hi")) as service:
+        assert respond(service).json()["output"][0]["content"][0]["logprobs"] == []
+
+
+def test_no_response_has_more_log_probabilities_than_allowed() -> None:
+    limits: dict[str, Any] = {"max_output_tokens": MAX_LOGPROBS, "default_max_tokens": 16}
+    with live(telling("Hi"), **limits) as service:
+        assert respond(service, top_logprobs=20, max_output_tokens=MAX_LOGPROBS // 21).status_code == 200
+        answer = respond(service, top_logprobs=20, max_output_tokens=MAX_LOGPROBS // 21 + 1)
+        assert error_of(answer, 400, None)["param"] == "top_logprobs"
+
+
+# Counting
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"instructions": "Be brief."},
+        {"tools": [SEARCH]},
+        {"reasoning": {"effort": "high"}},
+        {"input": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
+        {"stream": True},
+    ],
+)
+def test_input_tokens_are_those_that_the_response_says(fields: dict[str, Any]) -> None:
+    with live(scripted("Hello!"), **KEPT) as service:
+        first = respond(service).json()["id"]
+        for chain in ({}, {"previous_response_id": first}):
+            counted = respond(service, path="/v1/responses/input_tokens", **fields, **chain).json()
+            answer = respond(service, **fields | chain | {"stream": False}).json()
+            assert counted == {"object": "response.input_tokens", "input_tokens": answer["usage"]["input_tokens"]}
+
+
+def test_the_client_counts_and_is_told_what_is_wrong() -> None:
+    with live() as service, service.openai() as client:
+        counted = client.responses.input_tokens.count(model="scripted", input="Hi")
+        rendered = BYTES.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+        assert counted.input_tokens == len(tokens_of(str(rendered)))
+        with pytest.raises(openai.BadRequestError) as wrong:
+            client.responses.input_tokens.count(model="scripted", input="refuse me")
+        assert wrong.value.param == "input"
+        assert not service.engine.batches
