@@ -1,12 +1,17 @@
 """Laws of the workload rag-quote: its pages, its questions, and that the passages asked for stand in the pages."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from batching.checkpoint import locate
 from benchmarks.quotes import COUNT, PROMPT_TOKENS, WORDS_PER_TOKEN, question, questions
 from benchmarks.run import Settings
 from benchmarks.workloads import named
+from server.settings import Settings as ServerSettings
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 8000))
@@ -69,3 +74,23 @@ def test_what_a_workload_does_not_have_is_refused() -> None:
         named("short", "en", 0.5)
     with pytest.raises(ValueError, match="--language"):
         named("rag-quote", "zh", None)
+
+
+def longest_prompt(folder: str) -> int:
+    """In tokens, with the chat template, of both sorts of questions."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    asked = questions() + questions(quotation=0.0)
+    return max(
+        len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        for messages in asked
+    )
+
+
+@pytest.mark.model
+def test_prompts_leave_room_for_an_answer_in_the_window_of_the_demo_model() -> None:
+    folder = locate(None, "auto", ServerSettings.model_fields["cache_dir"].default)
+    assert PROMPT_TOKENS < longest_prompt(folder) <= 1700
+
+
+def test_prompts_are_as_long_with_another_tokenizer(thinking_tokenizer: str) -> None:
+    assert PROMPT_TOKENS < longest_prompt(thinking_tokenizer) <= 1700
