@@ -170,10 +170,11 @@ class Settings(BaseSettings):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="memory for answers of /v1/responses that clients may refer to with previous_response_id; 0: none "
-        "are stored",
+        description="memory for answers of /v1/responses; 0: none are stored, and previous_response_id is refused",
     )
-    stored_responses_s: float = Field(3600.0, gt=0, allow_inf_nan=False, description="how long a response stays stored")
+    stored_responses_s: float = Field(
+        3600.0, gt=0, allow_inf_nan=False, description="how long an answer of /v1/responses is stored"
+    )
     thinking: bool = Field(False, description="turn thinking on by default, for models that can think")
 
     # Limits
