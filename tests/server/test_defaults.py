@@ -117,8 +117,8 @@ def test_openai_s_values_are_to_be_had_whatever_the_folder_says(tmp_path: Path) 
     assert ModelLoader(parse(["--model", model, "--generation-config", "openai"]), Progress()).defaults() == Defaults()
 
 
-def test_the_demo_model_comes_with_its_authors_settings() -> None:
-    assert ModelLoader(parse([]), Progress()).defaults() == DEMO == Defaults(temperature=0.2, top_p=0.9)
+def test_the_demo_model_comes_with_settings_of_its_own() -> None:
+    assert ModelLoader(parse([]), Progress()).defaults() == DEMO == Defaults(temperature=0.2, top_p=0.5)
 
 
 def told(service: Live) -> list[Any]:
@@ -133,7 +133,7 @@ def test_what_is_in_force_is_told_once_it_is_known(caplog: pytest.LogCaptureFixt
         assert told(service) == [DEMO.model_dump()] * 2
         announce(service.model, 1)
     [facts] = [record.facts for record in caplog.records if hasattr(record, "facts")]
-    assert facts["sampling"] == "temperature 0.2, top_p 0.9 by default"
+    assert facts["sampling"] == "temperature 0.2, top_p 0.5 by default"
 
 
 def test_it_is_not_known_before_the_model_s_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,4 +146,4 @@ def test_a_response_says_which_values_it_was_made_with() -> None:
     with live(defaults=DEMO) as service, OpenAI(base_url=f"{service.url}/v1", api_key="x") as client:
         left = client.responses.create(model="scripted", input="Hi")
         set_ = client.responses.create(model="scripted", input="Hi", temperature=0.5, top_p=0.25)
-    assert [(answer.temperature, answer.top_p) for answer in (left, set_)] == [(0.2, 0.9), (0.5, 0.25)]
+    assert [(answer.temperature, answer.top_p) for answer in (left, set_)] == [(0.2, 0.5), (0.5, 0.25)]
