@@ -1,4 +1,4 @@
-"""The ASGI application: routes, middleware, and error bodies in OpenAI's format."""
+"""The ASGI application: routes, middleware, and error bodies in each API's format."""
 
 import asyncio
 import contextlib
@@ -25,6 +25,8 @@ from server.http.request import CLIENT_CLOSED
 from server.model.served_model import ServedModel, card, served_name
 from server.observe.log import log_refusal
 from server.observe.metrics import Metrics, Scrapes, scrape
+from server.openai.anthropic import CountTokens, Messages
+from server.openai.anthropic_errors import response_of, speaks_anthropic
 from server.openai.chat import ChatCompletions
 from server.openai.completions import Completions
 from server.openai.responses import InputTokens, Responses, no_response, stored_response
@@ -47,6 +49,8 @@ ENDPOINTS: dict[str, Handler] = {
     "/completions": Completions().handle,
     "/responses": Responses().handle,
     "/responses/input_tokens": InputTokens().handle,
+    "/messages": Messages().handle,
+    "/messages/count_tokens": CountTokens().handle,
     "/tokenize": Tokenize().handle,
     "/detokenize": Detokenize().handle,
 }
@@ -168,6 +172,13 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
         request.app.state.service.observe(Rejected(error.code or "bad_request"))
     if error.refusal:
         log_refusal(request.state.caller.request_id, request.scope["path"], error.status, error.code)
+    return _error(request, error)
+
+
+def _error(request: Request, error: ApiError) -> Response:
+    """The error in the form of the path's API."""
+    if speaks_anthropic(request.scope["path"]):
+        return response_of(error, request.state.caller.request_id)
     return error.response()
 
 
@@ -189,4 +200,4 @@ async def on_bug(request: Request, error: Exception) -> Response:
     """Starlette calls this outside all middleware, so the request id header is added here."""
     request_id = request.state.caller.request_id
     logging.getLogger(__name__).error("a handler failed on request %s", request_id, exc_info=error)
-    return dataclasses.replace(internal(), headers={"x-request-id": request_id}).response()
+    return _error(request, dataclasses.replace(internal(), headers={"x-request-id": request_id}))

@@ -50,13 +50,22 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON body."""
-        message, param = self.message, self.param
-        if self.status < 500 and self.status not in (408, 429):
-            # Three characters, because with a single one "rate…limit" would still match.
-            message, param = RETRIED.sub("[…]", message), param and RETRIED.sub("[…]", param)
-        details: ErrorDetails = {"message": message, "type": self.type, "param": param, "code": self.code}
+        param = self.param and self.worded(self.param)
+        details: ErrorDetails = {
+            "message": self.worded(self.message),
+            "type": self.type,
+            "param": param,
+            "code": self.code,
+        }
         error: Error = {"error": details}
         return orjson.dumps(error)
+
+    def worded(self, text: str) -> str:
+        """A text of the body, without what would make clients retry a request that will fail again."""
+        if self.status >= 500 or self.status in (408, 429):
+            return text
+        # Three characters, because with a single one "rate…limit" would still match.
+        return RETRIED.sub("[…]", text)
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, media_type="application/json")

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Container
+from collections.abc import Awaitable, Callable, Collection, Container, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -62,7 +62,9 @@ def trace_of(headers: Headers) -> tuple[tuple[str, str], ...]:
 
 
 class ApiKey:
-    """Requires `Authorization: Bearer KEY` on every path outside `open_paths`; `refuse` answers requests without it.
+    """Requires a key on every path outside `open_paths`; `refuse` answers requests without one.
+
+    It comes as `Authorization: Bearer KEY`, or as `x-api-key: KEY`, as clients of Anthropic send it.
 
     Handlers find the key's name in the request's state.
     """
@@ -82,21 +84,29 @@ class ApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._open_paths:
             return await self._app(scope, receive, send)
-        scheme, _, secret = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        key = self._keys.find(secret.strip()) if scheme.lower() == b"bearer" else None
+        key = next(filter(None, map(self._keys.find, secrets_in(dict(scope["headers"])))), None)
         if key is not None:
             state = scope["state"]
             state["caller"] = replace(state["caller"], name=key.name, share=key.share)
             return await self._app(scope, receive, send)
         error = ApiError(
             401,
-            "A valid API key is required, as Authorization: Bearer KEY.",
+            "A valid API key is required, as Authorization: Bearer KEY or x-api-key: KEY.",
             "authentication_error",
             "unknown_api_key",
             headers={"www-authenticate": "Bearer"},
         )
         response = await self._refuse(Request(scope), error)
         await response(scope, receive, send)
+
+
+def secrets_in(headers: Mapping[bytes, bytes]) -> Iterator[bytes]:
+    """What may be an API key: of a client that sends both headers, either counts."""
+    scheme, _, secret = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        yield secret.strip()
+    if b"x-api-key" in headers:
+        yield headers[b"x-api-key"].strip()
 
 
 BODIES_FULL = "service_bodies_full"

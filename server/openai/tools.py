@@ -47,12 +47,15 @@ def _parameters(schema: Schema) -> Schema:
     return read if kind == "object" else read | {"type": "object"}
 
 
+Parameters = Annotated[Schema, AfterValidator(_parameters)]
+
+
 class Function(Body):
     """A function's name, description and parameters. `strict`: calls must always match `parameters`."""
 
     name: Name
     description: Annotated[str, Field(strict=True)] | None = None
-    parameters: Annotated[Schema, AfterValidator(_parameters)] | None = None
+    parameters: Parameters | None = None
     strict: Flag | None = None
 
 

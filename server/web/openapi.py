@@ -14,7 +14,8 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from server import replies
 from server.observe.metrics import CONTENT_TYPE
-from server.openai import responses_replies
+from server.openai import anthropic_replies, responses_replies
+from server.openai.anthropic_request import CountRequest, MessageRequest
 from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.responses_request import ResponseRequest
 from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
@@ -37,6 +38,10 @@ CHUNKS = (
 EVENTS = (
     "With `stream` the answer is sent as server-sent events, each with its type in both the frame and the JSON. The "
     "last is response.completed, response.incomplete or response.failed. Responses are stored if a setting says so."
+)
+MESSAGE_EVENTS = (
+    "With `stream` the answer is sent as server-sent events, each with its type in both the frame and the JSON. The "
+    "last is message_stop, or error if the answer fails midway. The API key may also be sent in the header X-Api-Key."
 )
 
 STATUSES = {
@@ -80,8 +85,10 @@ class Operation:
     examples: dict[str, JsonObject] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
     """Statuses in addition to those of its kind."""
-    unwell: object = replies.Error
-    """The type of a 503 body."""
+    error: object = replies.Error
+    """The type of an error's body."""
+    unwell: object = None
+    """The type of a 503 body, if it is another one."""
     media: str = "application/json"
     open: bool = False
     """Whether it needs no API key."""
@@ -150,6 +157,27 @@ OPERATIONS = (
         method="delete",
     ),
     Operation(
+        "/v1/messages",
+        "Continue a conversation, in Anthropic's format",
+        anthropic_replies.AnthropicMessage,
+        MessageRequest,
+        anthropic_replies.MessageEvent,
+        MESSAGE_EVENTS,
+        {
+            "Plain": {"messages": HI, "max_tokens": 64},
+            "Streamed": {"messages": HI, "max_tokens": 64, "stream": True},
+        },
+        error=anthropic_replies.AnthropicError,
+    ),
+    Operation(
+        "/v1/messages/count_tokens",
+        "Count the tokens of a conversation, in Anthropic's format",
+        anthropic_replies.Counted,
+        CountRequest,
+        examples={"Plain": {"messages": HI}},
+        error=anthropic_replies.AnthropicError,
+    ),
+    Operation(
         "/v1/tokenize",
         "Tokenize a text or a conversation",
         replies.Tokenized,
@@ -183,7 +211,9 @@ class Untitled(GenerateJsonSchema):
 @cache
 def schemas() -> tuple[dict[object, JsonObject], JsonObject]:
     """The schema of each type in an operation, mostly a reference, and the components that they refer to."""
-    named = [kind for each in OPERATIONS for kind in (each.takes, each.gives, each.event, each.unwell) if kind]
+    named = [
+        kind for each in OPERATIONS for kind in (each.takes, each.gives, each.event, each.error, each.unwell) if kind
+    ]
     kinds = tuple(dict.fromkeys(named))
     config = ConfigDict(use_attribute_docstrings=True, arbitrary_types_allowed=True)
     together = TypeAdapter(tuple[kinds], config=config)  # type: ignore[valid-type]
@@ -252,7 +282,7 @@ def response(operation: Operation, status: int) -> JsonObject:
 
 def content(operation: Operation, status: int) -> JsonObject:
     if status != 200:
-        return {"application/json": schema_of(operation.unwell if status == 503 else replies.Error)}
+        return {"application/json": schema_of((operation.unwell if status == 503 else None) or operation.error)}
     media_types: JsonObject = {operation.media: schema_of(operation.gives)}
     if operation.event:
         # The standard has a place for an event's schema (itemSchema) only since OpenAPI 3.2.

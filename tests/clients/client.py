@@ -22,6 +22,7 @@ NOWHERE = "http://127.0.0.1:9"
 VARIABLES = {
     **{name: NOWHERE for scheme in ("http", "https", "all") for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper())},
     **{"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"},
+    "CLAUDE_CODE": str(NPM / "@anthropic-ai" / "claude-code" / "cli-wrapper.cjs"),
     "CODEX": str(NPM / ".bin" / "codex"),
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
 }
@@ -97,5 +98,6 @@ CLIENTS = {
     "pydantic-ai": Client("pydantic_ai_chat.py", "pydantic-ai-slim", CHATS | {"typed"}),
     "openai-node": Client("openai_node.mjs", "openai", CHATS),
     "ai-sdk": Client("ai_sdk.mjs", "@ai-sdk/openai-compatible", CHATS | {"thought", "typed"}),
+    "claude-code": Client("claude_code.py", "@anthropic-ai/claude-code", frozenset(["plain", "next", "told"])),
     "codex": Client("codex.py", "@openai/codex", frozenset(["plain", "next", "told"])),
 }

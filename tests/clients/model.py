@@ -19,6 +19,7 @@ QUESTIONS = {
     "think": "Think first. [[<think>Hm.</think>Well!]]",
     "rome": 'Rome? [[call weather {"city": "Rome"} || It said: {result}]]',
     "shell": 'Look out. [[call exec_command {"cmd": "echo Sunny."} || It said: {result}]]',
+    "bash": 'Look out. [[call Bash {"command": "echo Sunny.", "description": "Look."} || It said: {result}]]',
     "typed": 'Rome, typed? [[{"city": "Rome", "degrees": 21}]]',
     "typed call": 'Rome, as a call? [[call * {"city": "Rome", "degrees": 21}]]',
     "wrong typed": 'Rome, typed? [[{"city": "Rome", "degrees": "?"} || {"city": "Rome", "degrees": 21}]]',

@@ -17,8 +17,8 @@ from unittest import mock
 
 from starlette.requests import Request
 
-from server.http import request
 from server.http.request import read_body
+from server.openai import endpoint
 from tests.clients.client import CLIENTS
 from tests.clients.model import scripted_model
 from tests.live import live
@@ -66,7 +66,7 @@ def recording() -> Iterator[list[Sent]]:
         sent.append(Sent(http.url.path, json.loads(body)))
         return body
 
-    with mock.patch.object(request, "read_body", read):
+    with mock.patch.object(endpoint, "read_body", read):
         yield sent
 
 

@@ -55,6 +55,8 @@ def last_of(sent: Sent, answer: httpx2.Response) -> Any:
     events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
     if sent.path.endswith("/responses"):
         return orjson.loads(events[-1])["response"]
+    if sent.path.endswith("/messages"):
+        return next(found["delta"] for found in map(orjson.loads, reversed(events)) if found["type"] == "message_delta")
     assert events[-1] == "[DONE]"
     return next(found for found in map(orjson.loads, reversed(events[:-1])) if found["choices"])
 
@@ -70,5 +72,7 @@ def test_what_a_client_sends_is_answered(service: Live, recording: Recording) ->
             last = last_of(sent, answer)
             if sent.path.endswith("/responses"):
                 assert last["status"] in ("completed", "incomplete"), sent
+            elif sent.path.endswith("/messages"):
+                assert last["stop_reason"] in ("end_turn", "max_tokens", "tool_use"), sent
             else:
                 assert last["choices"][0]["finish_reason"] in ("stop", "length", "tool_calls"), sent

@@ -19,6 +19,8 @@ from server.grammar.rewrite import inline, rewrite
 from server.grammar.source import Part
 from server.http.errors import RETRIED, ApiError, bad_request
 from server.model.text import Text
+from server.openai import anthropic_request
+from server.openai.anthropic_request import CountRequest
 from server.openai.completions import TextAnswer
 from server.openai.parsing import parse
 from server.openai.requests import ChatRequest, CompletionRequest
@@ -43,6 +45,7 @@ KINDS: tuple[type[RequestBody], ...] = (
     ResponseRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    CountRequest,
 )
 TEXT = Text(BYTES)
 PARSERS = (QwenParser, LlamaParser)
@@ -56,6 +59,7 @@ MEMBERS = (
     *("parameters", "description", "strict", "schema", "json_schema", "format", "call_id", "output", "summary"),
     *("enable_thinking", "budget_tokens", "include_usage", "properties", "items", "required", "pattern", "multipleOf"),
     *("$ref", "$defs", "anyOf", "allOf", "enum", "const", "minProperties", "additionalProperties", "1", "256", "a"),
+    *("input", "input_schema", "thinking", "tool_use_id", "is_error"),
 )
 SCALARS: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 16, 256, 257, 2**31, 2**63 - 1, 2**64 - 1, 0.0, 0.25, 1.0, 2.0, 1e-40, 1e300),
@@ -141,6 +145,8 @@ def _use(asked: BaseModel) -> None:
     """What the handlers do with a request before its tokens. Raises `ApiError`."""
     if isinstance(asked, ResponseRequest):
         asked = as_chat(asked)
+    elif isinstance(asked, CountRequest):
+        asked = anthropic_request.as_chat(asked)
     if not isinstance(asked, ChatRequest):
         return
     orjson.dumps([message.for_template() for message in asked.messages])

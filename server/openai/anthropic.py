@@ -1,0 +1,73 @@
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's Messages API on top of chat completions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from batching.stream import Stream
+from server.model.served_model import ServedModel
+from server.openai import anthropic_replies as replies
+from server.openai import chat
+from server.openai.anthropic_output import MessageAnswer
+from server.openai.anthropic_request import CountRequest, MessageRequest, as_chat
+from server.openai.chat import ChatEndpoint, Conversation, EventReader
+from server.openai.endpoint import Answer, Endpoint
+from server.openai.requests import ChatRequest
+from server.output.reasoning import ThoughtState
+
+
+class Messages(ChatEndpoint[MessageRequest]):
+    """`POST /v1/messages`."""
+
+    kind = MessageRequest
+
+    async def handle(self, http: HttpRequest) -> Response:
+        return named(http, await super().handle(http))
+
+    def as_chat(self, body: MessageRequest) -> ChatRequest:
+        return as_chat(body)
+
+    def encode(self, model: ServedModel, body: MessageRequest) -> Conversation:
+        return begun(model, body, super().encode(model, body))
+
+    def answer(
+        self, model: ServedModel, name: str, body: MessageRequest, encoded: Conversation, streams: Sequence[Stream]
+    ) -> Answer:
+        [stream] = streams
+        return MessageAnswer(name, stream, EventReader(stream, model.text, encoded))
+
+
+class CountTokens(Endpoint[CountRequest, replies.Counted]):
+    """`POST /v1/messages/count_tokens`."""
+
+    kind = CountRequest
+
+    async def handle(self, http: HttpRequest) -> Response:
+        return named(http, await super().handle(http))
+
+    def encode(self, model: ServedModel, body: CountRequest) -> replies.Counted:
+        conversation = begun(model, body, chat.encode(model.text, as_chat(body), model.settings.thinking))
+        return {"input_tokens": len(conversation.tokens)}
+
+
+def begun(model: ServedModel, body: CountRequest, conversation: Conversation) -> Conversation:
+    """The conversation with the beginning of the answer that the client wrote, in which no text is a special token.
+
+    A thought that the template opens is closed first, because what the client began is said.
+    """
+    if not body.prefill:
+        return conversation
+    text, tokens = model.text, conversation.tokens
+    if text.format.thinking and conversation.thought is ThoughtState.OPENED:
+        tokens += text.format.thinking.end
+    said = text.as_text({"role": "assistant", "content": body.prefill})["content"]
+    thought = ThoughtState.CLOSED if conversation.thought.to_come else conversation.thought
+    return replace(conversation, tokens=tokens + text.encode(said), thought=thought)
+
+
+def named(http: HttpRequest, response: Response) -> Response:
+    """The response with the request's id in the header that Anthropic's clients read."""
+    response.headers["request-id"] = http.state.caller.request_id
+    return response

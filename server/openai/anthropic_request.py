@@ -1,0 +1,282 @@
+"""The body of `POST /v1/messages`, and its translation into a chat completion request."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError, model_validator
+
+from server.fields import Body, Flag, Integral, NoEffect, Schema, Tokens
+from server.http.errors import bad_request
+from server.openai.messages import MAX_MESSAGES
+from server.openai.parsing import explain
+from server.openai.requests import UNSUPPORTED, ChatRequest, Generation, StopList, Thinking
+from server.openai.tools import MAX_CALLS, MAX_TOOLS, CallId, Function, Name, OtherTool, Parameters
+
+Fields: TypeAlias = dict[str, Any]
+"""A JSON object that has not been checked yet."""
+
+BILLING = "x-anthropic-billing-header:"
+"""How Claude Code starts a block of the system prompt that is another one in every request and not for the model."""
+
+
+class TextBlock(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Body):
+    """A thought of an earlier answer. Signatures are not checked."""
+
+    type: Literal["thinking"]
+    thinking: str
+
+
+class RedactedBlock(Body):
+    """A thought that only the service that made it can read. Skipped."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(Body):
+    type: Literal["tool_use"]
+    id: CallId
+    name: Name
+    input: Annotated[Schema, Field(default_factory=dict)]
+
+
+def _kind(block: object) -> str:
+    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+    return kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,30}", kind) else "other"
+
+
+def _readable(*kinds: str) -> BeforeValidator:
+    """For a block: accepts these types and refuses others in words."""
+
+    def check(block: object) -> object:
+        if _kind(block) not in kinds:
+            raise ValueError(f"this model only reads text, but there is a block of type {_kind(block)}")
+        return block
+
+    return BeforeValidator(check)
+
+
+def _blocks(content: object) -> object:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Text = Annotated[
+    list[Annotated[TextBlock, _readable("text")]],
+    Field(fail_fast=True),
+    BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock]),
+]
+
+
+class ToolResultBlock(Body):
+    """What a tool returned. The model reads that of a failed one after the word Error."""
+
+    type: Literal["tool_result"]
+    tool_use_id: CallId
+    content: Annotated[Text, Field(default_factory=list)]
+    is_error: Flag = False
+
+    @property
+    def text(self) -> str:
+        return ("Error: " if self.is_error else "") + joined(self.content)
+
+
+Block: TypeAlias = TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock
+AnyBlock = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[RedactedBlock, Tag("redacted_thinking")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")],
+    Discriminator(_kind),
+    _readable("text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
+]
+
+
+class Turn(Body):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[
+        list[AnyBlock],
+        Field(max_length=MAX_CALLS, fail_fast=True),
+        BeforeValidator(_blocks, json_schema_input_type=str | list[AnyBlock]),
+    ]
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.role != "assistant" and any(isinstance(block, ToolUseBlock) for block in self.content):
+            raise ValueError("only a message with the role assistant may have a block of type tool_use")
+        if self.role != "user" and any(isinstance(block, ToolResultBlock) for block in self.content):
+            raise ValueError("only a message with the role user may have a block of type tool_result")
+        return self
+
+    def as_chat(self) -> list[Fields]:
+        return [self._answer()] if self.role == "assistant" else list(self._told())
+
+    def _answer(self) -> Fields:
+        """Its texts are one text, because the model wrote them without a break."""
+        calls = [
+            {"id": block.id, "function": {"name": block.name, "arguments": block.input}}
+            for block in self.content
+            if isinstance(block, ToolUseBlock)
+        ]
+        thoughts = [block.thinking for block in self.content if isinstance(block, ThinkingBlock)]
+        return {
+            "role": "assistant",
+            "content": "".join(block.text for block in self.content if isinstance(block, TextBlock)),
+            "reasoning_content": "".join(thoughts) or None,
+            "tool_calls": calls or None,
+        }
+
+    def _told(self) -> Iterator[Fields]:
+        """A turn of the user or the system: each tool's result is a message of its own, and so is the text between."""
+        texts: list[TextBlock] = []
+        for block in self.content:
+            if isinstance(block, TextBlock):
+                texts.append(block)
+            elif isinstance(block, ToolResultBlock):
+                if texts:
+                    yield {"role": self.role, "content": joined(texts)}
+                    texts = []
+                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
+        if texts or not self.content:
+            yield {"role": self.role, "content": joined(texts)}
+
+
+def joined(blocks: Iterable[TextBlock]) -> str:
+    """Clients write each block as a paragraph of its own."""
+    return "\n".join(block.text for block in blocks)
+
+
+class CustomTool(Function):
+    type: Literal["custom"] = "custom"
+    parameters: Annotated[Parameters | None, Field(alias="input_schema")] = None
+
+
+def _tool(value: object) -> object:
+    """Decides by the type alone, so that errors in a tool are reported as errors in a tool."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    other = isinstance(kind, str) and kind not in ("custom", "function")
+    return (OtherTool if other else CustomTool).model_validate(value)
+
+
+AnyTool = Annotated[CustomTool | OtherTool, PlainValidator(_tool, json_schema_input_type=CustomTool | OtherTool)]
+
+
+class Choice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    """With the type tool: the tool that must be called."""
+    disable_parallel_tool_use: Flag = False
+
+    @model_validator(mode="after")
+    def _names_a_tool(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("the type tool needs a name, and only that type has one")
+        return self
+
+    def as_chat(self) -> str | Fields:
+        if self.type == "tool":
+            return {"function": {"name": self.name}}
+        return "required" if self.type == "any" else self.type
+
+
+class JsonFormat(Body):
+    type: Literal["json_schema"]
+    schema_: Annotated[Schema, Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    format: JsonFormat | None = None
+    effort: NoEffect = None
+
+
+class CountRequest(Generation):
+    """`POST /v1/messages/count_tokens`. Takes the other fields of a message request, too."""
+
+    unsupported = UNSUPPORTED | {"functions", "response_format", "prompt_logprobs", "stop", "max_completion_tokens"}
+
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]
+    """If the assistant has the last turn, the answer continues its text."""
+    system: Text | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Tools that Anthropic would run are not offered to the model."""
+    tool_choice: Choice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    stop_sequences: StopList | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=1), Integral] | None = None
+    context_management: NoEffect = None
+    betas: NoEffect = None
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)))
+
+    @property
+    def prefill(self) -> str | None:
+        """The beginning of the answer, if the client wrote it. Raises `ApiError` 400."""
+        last = self.messages[-1]
+        if last.role != "assistant":
+            return None
+        if not all(isinstance(block, TextBlock) for block in last.content):
+            raise bad_request("The last message can only be continued if it has nothing but text.", "messages")
+        if self.thinking and self.thinking.thinks:
+            raise bad_request(
+                "With thinking the answer cannot be begun for the model; leave out the last message.", "messages"
+            )
+        if self.output_config and self.output_config.format:
+            raise bad_request(
+                "With a format the answer cannot be begun for the model; leave out the last message.", "messages"
+            )
+        return "".join(block.text for block in last.content if isinstance(block, TextBlock))
+
+
+class MessageRequest(CountRequest):
+    """`POST /v1/messages`. Takes the sampling fields of chat completions, too."""
+
+    max_tokens: Tokens
+
+
+SAME = ChatRequest.model_fields.keys() & CountRequest.model_fields.keys() - {"messages", "tools", "tool_choice"}
+"""Fields with the same meaning in both APIs."""
+
+
+def as_chat(request: CountRequest) -> ChatRequest:
+    """The same request to chat completions, without the beginning of an answer. Raises `ApiError` 400."""
+    same: Fields = {name: getattr(request, name) for name in SAME}
+    choice, config = request.tool_choice, request.output_config
+    wanted = config.format if config else None
+    fields: Fields = same | {
+        "messages": turns(request),
+        "tools": None if request.tools is None else [_chat_tool(tool) for tool in request.tools],
+        "tool_choice": choice and choice.as_chat(),
+        "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
+        "response_format": wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}},
+        "stop": request.stop_sequences,
+        "logit_bias": {str(token): bias for token, bias in (request.logit_bias or {}).items()},
+    }
+    if request.prefill is not None:
+        fields["thinking"] = Thinking(type="disabled")
+    try:
+        return ChatRequest(**fields)
+    except ValidationError as error:
+        raise explain(error) from None
+
+
+def turns(request: CountRequest) -> list[Fields]:
+    """The messages of a chat. Raises `ApiError` 400 if there are none."""
+    told = [block for block in request.system or () if not block.text.startswith(BILLING)]
+    system: list[Fields] = [{"role": "system", "content": joined(told)}] if told else []
+    asked = request.messages if request.prefill is None else request.messages[:-1]
+    messages = system + [message for turn in asked for message in turn.as_chat()]
+    if not messages:
+        raise bad_request("There must be a message before the one that is continued.", "messages")
+    return messages
+
+
+def _chat_tool(tool: CustomTool | OtherTool) -> Fields:
+    return {"function": tool} if isinstance(tool, CustomTool) else {"type": tool.type}
