@@ -1,7 +1,6 @@
 """`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's Messages API on top of chat completions."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -15,7 +14,6 @@ from server.openai.anthropic_request import CountRequest, MessageRequest, as_cha
 from server.openai.chat import ChatEndpoint, Conversation, EventReader
 from server.openai.endpoint import Answer, Endpoint
 from server.openai.requests import ChatRequest
-from server.output.reasoning import ThoughtState
 
 
 class Messages(ChatEndpoint[MessageRequest]):
@@ -28,9 +26,6 @@ class Messages(ChatEndpoint[MessageRequest]):
 
     def as_chat(self, body: MessageRequest) -> ChatRequest:
         return as_chat(body)
-
-    def encode(self, model: ServedModel, body: MessageRequest) -> Conversation:
-        return begun(model, body, super().encode(model, body))
 
     def answer(
         self, model: ServedModel, name: str, body: MessageRequest, encoded: Conversation, streams: Sequence[Stream]
@@ -48,23 +43,8 @@ class CountTokens(Endpoint[CountRequest, replies.Counted]):
         return named(http, await super().handle(http))
 
     def encode(self, model: ServedModel, body: CountRequest) -> replies.Counted:
-        conversation = begun(model, body, chat.encode(model.text, as_chat(body), model.settings.thinking))
+        conversation = chat.encode(model.text, as_chat(body), model.settings.thinking)
         return {"input_tokens": len(conversation.tokens)}
-
-
-def begun(model: ServedModel, body: CountRequest, conversation: Conversation) -> Conversation:
-    """The conversation with the beginning of the answer that the client wrote, in which no text is a special token.
-
-    A thought that the template opens is closed first, because what the client began is said.
-    """
-    if not body.prefill:
-        return conversation
-    text, tokens = model.text, conversation.tokens
-    if text.format.thinking and conversation.thought is ThoughtState.OPENED:
-        tokens += text.format.thinking.end
-    said = text.as_text({"role": "assistant", "content": body.prefill})["content"]
-    thought = ThoughtState.CLOSED if conversation.thought.to_come else conversation.thought
-    return replace(conversation, tokens=tokens + text.encode(said), thought=thought)
 
 
 def named(http: HttpRequest, response: Response) -> Response:

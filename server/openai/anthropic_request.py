@@ -246,7 +246,7 @@ SAME = ChatRequest.model_fields.keys() & CountRequest.model_fields.keys() - {"me
 
 
 def as_chat(request: CountRequest) -> ChatRequest:
-    """The same request to chat completions, without the beginning of an answer. Raises `ApiError` 400."""
+    """The same request to chat completions. Raises `ApiError` 400."""
     same: Fields = {name: getattr(request, name) for name in SAME}
     choice, config = request.tool_choice, request.output_config
     wanted = config.format if config else None
@@ -259,6 +259,8 @@ def as_chat(request: CountRequest) -> ChatRequest:
         "stop": request.stop_sequences,
         "logit_bias": {str(token): bias for token, bias in (request.logit_bias or {}).items()},
     }
+    if request.prefill:
+        fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if request.prefill is not None:
         fields["thinking"] = Thinking(type="disabled")
     try:
@@ -271,10 +273,10 @@ def turns(request: CountRequest) -> list[Fields]:
     """The messages of a chat. Raises `ApiError` 400 if there are none."""
     told = [block for block in request.system or () if not block.text.startswith(BILLING)]
     system: list[Fields] = [{"role": "system", "content": joined(told)}] if told else []
-    asked = request.messages if request.prefill is None else request.messages[:-1]
+    asked = request.messages[:-1] if request.prefill == "" else request.messages
     messages = system + [message for turn in asked for message in turn.as_chat()]
     if not messages:
-        raise bad_request("There must be a message before the one that is continued.", "messages")
+        raise bad_request("There must be a message before an empty one that is continued.", "messages")
     return messages
 
 
