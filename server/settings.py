@@ -112,7 +112,8 @@ class Settings(BaseSettings):
     token_budget: int | None = Field(
         None,
         ge=16,
-        description="maximum tokens in a batch, prompts plus maximum answers (generate: with padding); none: measured",
+        description="maximum tokens in a batch, prompts plus maximum answers (generate: with padding); none: measured, "
+        "65,536 packed on a CPU",
     )
     engine: Literal["auto", "packed", "generate"] = Field(
         "auto",

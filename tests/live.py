@@ -205,10 +205,11 @@ def raw_request(body: bytes, *headers: str, length: int | None = None) -> bytes:
 
 
 def frames(response: httpx2.Response) -> list[Any]:
-    """The JSON of a streamed answer's events; the string "[DONE]" for the last one."""
+    """The JSON of a streamed answer's events; the string "[DONE]" for the last one. Comments, which a slow answer has,
+    are passed over."""
     *events, rest = response.text.split("\n\n")
     assert rest == ""
-    data = [event.removeprefix("data: ") for event in events]
+    data = [event.removeprefix("data: ") for event in events if not event.startswith(":")]
     return [one if one == "[DONE]" else orjson.loads(one) for one in data]
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -42,6 +43,12 @@ MAX_PREFILL_TOKENS = 8192
 GPU_PREFILL_CHUNK = 1024
 CPU_PREFILL_CHUNK = 128
 """A CPU computes more tokens at once no faster, and every decoding row waits for the pass."""
+
+CPU_TOKENS = 65_536
+"""Tokens of the KV cache on a CPU, if the window is not larger: it shares its memory with everything else."""
+
+TWINS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.float16}
+"""numpy's types of the same size; it has no bfloat16."""
 
 GPU_ROWS = 256
 """Rows that run at a time on a GPU: what memory holds is the limit of longer ones."""
@@ -92,8 +99,8 @@ class PackedEngine:
         window = window_of(model, context_window)
         self._max_blocks = blocks_for(window)
         most = num_slots * self._max_blocks
-        if token_budget is not None:
-            most = min(most, blocks_for(token_budget))
+        if token_budget is not None or not on_gpu:
+            most = min(most, blocks_for(token_budget or max(window, CPU_TOKENS)))
         num_blocks = self._num_blocks(most, gpu_memory_utilization)
         self.runner = self._make_runner(num_slots, num_blocks)
         self.pool = BlockPool(num_blocks, caching=self._prefix_caching)
@@ -187,6 +194,8 @@ class PackedEngine:
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = config.num_hidden_layers, 2, heads, (num_blocks + 1) * BLOCK_SIZE, size
+        if self._model.device.type == "cpu":  # memory from the system that nobody has written to, not even zeros
+            return torch.from_numpy(np.zeros(shape, TWINS[self._model.dtype])).view(self._model.dtype)
         return torch.zeros(shape, dtype=self._model.dtype, device=self._model.device)
 
 

@@ -40,7 +40,9 @@ VALUES: tuple[Any, ...] = (
     *(None, True, 0, 1, -3, 2.5, "", "a", "ab", "aab", "2024-01-01", [], [1], ["a", 1], [[]], {}, {"a": 1}),
     *({"a": "x", "b": 2}, {"b": {"a": None}}, {"x": 1}, {"type": "a"}, [{"a": 1}], {"a": {"a": {"a": {}}}}),
 )
-LIMITS = re.compile(r"No value could|too complex|too much time|without an end|nested too|members|too large|too long")
+LIMITS = re.compile(
+    r"No value could|no answer could|too complex|too much time|without an end|nested too|members|too large|too long"
+)
 """What may be wrong with a schema that is not strict."""
 
 
