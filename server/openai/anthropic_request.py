@@ -72,12 +72,35 @@ Text = Annotated[
 ]
 
 
+class ToolReference(Body):
+    """What Claude Code's search for tools finds. The model already has every tool, so all it needs is the name."""
+
+    type: Literal["tool_reference"]
+    tool_name: Name
+
+    @property
+    def text(self) -> str:
+        return f"The tool {self.tool_name} can be called."
+
+
+AnyResult = Annotated[
+    Annotated[TextBlock, Tag("text")] | Annotated[ToolReference, Tag("tool_reference")],
+    Discriminator(_kind),
+    _readable("text", "tool_reference"),
+]
+Result = Annotated[
+    list[AnyResult],
+    Field(fail_fast=True),
+    BeforeValidator(_blocks, json_schema_input_type=str | list[AnyResult]),
+]
+
+
 class ToolResultBlock(Body):
     """What a tool returned. The model reads that of a failed one after the word Error."""
 
     type: Literal["tool_result"]
     tool_use_id: CallId
-    content: Annotated[Text, Field(default_factory=list)]
+    content: Annotated[Result, Field(default_factory=list)]
     is_error: Flag = False
 
     @property
@@ -146,7 +169,7 @@ class Turn(Body):
             yield {"role": self.role, "content": joined(texts)}
 
 
-def joined(blocks: Iterable[TextBlock]) -> str:
+def joined(blocks: Iterable[TextBlock | ToolReference]) -> str:
     """Clients write each block as a paragraph of its own."""
     return "\n".join(block.text for block in blocks)
 
