@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -81,9 +82,9 @@ def test_other_threads_and_loops_that_are_not_watched_are_left_alone() -> None:
 def test_a_live_server_whose_loop_is_kept_fails_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
     detokenizer = Text.detokenizer
 
-    def slow(self: Text) -> object:
+    def slow(self: Text, **settings: Any) -> object:
         keep()
-        return detokenizer(self)
+        return detokenizer(self, **settings)
 
     monkeypatch.setattr(Text, "detokenizer", slow)
     with pytest.raises(AssertionError, match="the event loop was kept for too long"), live() as service:

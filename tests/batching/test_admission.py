@@ -109,7 +109,8 @@ class Padded:
         ]
 
 
-servers = st.builds(Padded, alone=st.floats(0.1, 10), each=st.floats(0, 1), capacity=st.integers(1, 64))
+# A pace is known only after the answers of two batches, and it is taken from the last 64.
+servers = st.builds(Padded, alone=st.floats(0.1, 10), each=st.floats(0, 1), capacity=st.integers(1, 63))
 shares = st.floats(0, 1)
 limits = st.floats(0.1, 300)
 

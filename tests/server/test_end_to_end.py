@@ -92,8 +92,7 @@ def test_requests_of_every_kind_share_batches_and_each_gets_its_own_answer(
         return service.samples().get(key, 0.0) - before.get(key, 0.0)
 
     assert gained("microbatch_request_duration_seconds_count", outcome="answered") == 24
-    assert gained("microbatch_batch_size_rows_sum") == 24
-    assert gained("microbatch_batch_size_rows_bucket", le="1.0") < gained("microbatch_batch_size_rows_count") < 24
+    assert gained("microbatch_batch_size_rows_count") < 24, "most joined a batch that was running"
     for n, text in enumerate(texts):
         if n % 4 == 3:
             assert not any(stop in text for stop in ".e\n")
