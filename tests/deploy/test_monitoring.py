@@ -115,7 +115,9 @@ def test_grafana_s_own_types_hold_the_whole_dashboard() -> None:
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Prometheus beside a service that is asked more than it can queue, until the tests are over."""
     over = threading.Event()
-    with process(*SMALL, "--max-batch-size", "4", "--queue-size", "2", "--watchdog-s", "60") as service:
+    # Padded batches, because some panels are of their sizes, their padding and how long each takes.
+    flags = *SMALL, "--engine", "generate", "--max-batch-size", "4", "--queue-size", "2", "--watchdog-s", "60"
+    with process(*flags) as service:
         service.wait_ready()
 
         def ask() -> None:
