@@ -248,9 +248,11 @@ class Settings(BaseSettings):
         return self
 
     @property
-    def max_draft_tokens(self) -> int:
-        """The most tokens that speculation guesses for a row in a step."""
-        return {"auto": 3, "off": 0}.get(str(self.speculation)) or int(self.speculation or 0)
+    def max_draft_tokens(self) -> int | None:
+        """The most tokens that speculation guesses for a row in a step; None: the engine's default."""
+        if isinstance(self.speculation, int):
+            return self.speculation
+        return 0 if self.speculation == "off" else None
 
     @property
     def served_names(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ says what this engine needs of a model; everything else runs on `PaddedEngine`.
 """
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -47,9 +48,6 @@ CPU_PREFILL_CHUNK = 128
 CPU_TOKENS = 65_536
 """Tokens of the KV cache on a CPU, if the window is not larger: it shares its memory with everything else."""
 
-TWINS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.float16}
-"""numpy's types of the same size; it has no bfloat16."""
-
 GPU_ROWS = 256
 """Rows that run at a time on a GPU: what memory holds is the limit of longer ones."""
 
@@ -65,8 +63,8 @@ class PackedEngine:
 
     `num_slots` is the most rows that run at a time (None: by the device), `gpu_memory_utilization` the share of a GPU's
     memory that may be used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode
-    (None: by the device), `max_draft_tokens` the most that speculation guesses for a row in a step. Raises
-    `ModelError` if there is no room for a KV cache.
+    (None: by the device), `max_draft_tokens` the most that speculation guesses for a row in a step (None:
+    `MAX_DRAFT_TOKENS`). Raises `ModelError` if there is no room for a KV cache.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class PackedEngine:
         prefill_chunk: int | None = None,
         prefix_caching: bool = True,
         batch_invariant: bool = False,
-        max_draft_tokens: int = MAX_DRAFT_TOKENS,
+        max_draft_tokens: int | None = None,
     ) -> None:
         on_gpu = model.device.type == "cuda"
         num_slots = num_slots or (GPU_ROWS if on_gpu else DEFAULT_ROWS)
@@ -91,7 +89,8 @@ class PackedEngine:
         self._prefix_caching = prefix_caching and not batch_invariant
         self._batch_invariant = batch_invariant
         # A step with drafts has another shape, in which sums are rounded differently.
-        self._max_draft_tokens = 0 if batch_invariant else max_draft_tokens
+        wanted = MAX_DRAFT_TOKENS if max_draft_tokens is None else max_draft_tokens
+        self._max_draft_tokens = 0 if batch_invariant else wanted
         stops = stop_token_ids(model)
         model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[no-untyped-call]
         model.set_attn_implementation(attention.NAME)
@@ -194,8 +193,9 @@ class PackedEngine:
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = config.num_hidden_layers, 2, heads, (num_blocks + 1) * BLOCK_SIZE, size
-        if self._model.device.type == "cpu":  # memory from the system that nobody has written to, not even zeros
-            return torch.from_numpy(np.zeros(shape, TWINS[self._model.dtype])).view(self._model.dtype)
+        if self._model.device.type == "cpu":  # the system's zeros: memory is only taken where something is written
+            empty = np.zeros(math.prod(shape) * self._model.dtype.itemsize, np.uint8)
+            return torch.from_numpy(empty).view(self._model.dtype).view(shape)
         return torch.zeros(shape, dtype=self._model.dtype, device=self._model.device)
 
 

@@ -296,3 +296,8 @@ def test_the_model_has_its_folder_s_name_unless_it_is_given_others(
     arguments: list[str], names: tuple[str, ...]
 ) -> None:
     assert parse(arguments).served_names == names
+
+
+@pytest.mark.parametrize(("given", "drafted"), [("auto", None), ("off", 0), ("5", 5)])
+def test_speculation_is_a_number_of_tokens(given: str, drafted: int | None) -> None:
+    assert parse(["--speculation", given]).max_draft_tokens == drafted
