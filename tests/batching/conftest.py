@@ -1,10 +1,11 @@
 """What several tests here need: requests, rows, and a test loop that fails loudly rather than hang."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from batching.stream import Row, Stream
 from batching.types import Request, Sampling
@@ -89,3 +90,12 @@ def run_async() -> Runner:
         assert not unheard
 
     return run
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for each other's threads, on a busy machine a hundred times longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

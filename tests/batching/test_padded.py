@@ -1,7 +1,7 @@
 """PaddedEngine on tiny random models, against what transformers' own `generate` does with each prompt alone."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -33,13 +33,7 @@ NO_IDS: Any = torch.zeros(1, 1, dtype=torch.int64)
 KINDS = sorted(CONFIGS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads, on a busy machine a hundred times longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -7,30 +7,15 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from openai import OpenAI
 
+from tests.clients.answers import ANSWERS, written
 from tests.clients.model import QUESTIONS, scripted_model
 from tests.live import live
 
 Json = dict[str, Any]
 BYE: Json = {"role": "user", "content": QUESTIONS["bye"]}
 TOOLS: Any = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
-
-WORDS = st.text("ab .é", min_size=1, max_size=8).filter(lambda text: text == text.strip())
-CALLS = st.tuples(st.sampled_from("fg"), st.dictionaries(st.sampled_from("xy"), WORDS | st.integers(-9, 9), max_size=2))
-ANSWERS = st.tuples(st.none() | WORDS, st.none() | WORDS, st.lists(CALLS, max_size=2))
-"""What a model may have thought, said and called."""
-
-
-def written(answer: Any) -> str:
-    """An answer as the model writes it."""
-    thought, said, calls = answer
-    parts = [f"<think>\n{thought}\n</think>\n\n"] if thought else []
-    parts += [said] if said else []
-    for name, arguments in calls:
-        parts.append(f'\n<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>')
-    return "".join(parts)
 
 
 def plain(client: OpenAI, messages: Any) -> Any:

@@ -18,6 +18,7 @@ from server.openai.anthropic_output import arguments
 from server.openai.anthropic_request import MessageRequest, as_chat
 from server.openai.parsing import parse
 from server.openai.requests import ChatRequest
+from tests.clients.answers import ANSWERS, written
 from tests.clients.model import QUESTIONS, scripted_model
 from tests.live import BYTES, END, TEMPLATE, Address, Live, byte_tokenizer, eventually, live, scripted
 
@@ -28,21 +29,6 @@ HI: list[Json] = [{"role": "user", "content": "Hi"}]
 BYE: Json = {"role": "user", "content": QUESTIONS["bye"]}
 TOOLS: list[Json] = [{"name": name, "input_schema": {"type": "object"}} for name in "fg"]
 FUNCTIONS: list[Json] = [{"type": "function", "function": {"name": n, "parameters": {"type": "object"}}} for n in "fg"]
-
-WORDS = st.text("ab .é", min_size=1, max_size=8).filter(lambda text: text == text.strip())
-CALLS = st.tuples(st.sampled_from("fg"), st.dictionaries(st.sampled_from("xy"), WORDS | st.integers(-9, 9), max_size=2))
-ANSWERS = st.tuples(st.none() | WORDS, st.none() | WORDS, st.lists(CALLS, max_size=2))
-"""What a model may have thought, said and called."""
-
-
-def written(answer: Any) -> str:
-    """An answer as the model writes it."""
-    thought, said, calls = answer
-    parts = [f"<think>\n{thought}\n</think>\n\n"] if thought else []
-    parts += [said] if said else []
-    for name, given_to in calls:
-        parts.append(f'\n<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(given_to)}}}\n</tool_call>')
-    return "".join(parts)
 
 
 def asked(answer: Any) -> Json:

@@ -1,7 +1,7 @@
 """The packed engine on the CPU, against stock `generate` row by row: packing, joining, leaving, prefix caching."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
@@ -33,12 +33,7 @@ from tests.tiny import SHAPE, tiny_model
 VOCABULARY: int = SHAPE["vocab_size"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Run:
