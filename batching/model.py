@@ -3,11 +3,12 @@
 `load` is called once, by the thread that will run the model. Nothing here keeps a reference to it.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from batching import fp8
 from batching.checkpoint import LoadFormat
 from batching.errors import ModelError, explained
 from batching.memory import free_bytes, total_bytes
@@ -17,20 +18,30 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DUMMY_SEED = 0
 GIB = 2**30
 
+Quantization = Literal["none", "fp8"]
+
 _auto: Any = AutoModelForCausalLM  # the library leaves its factory methods untyped
 
 
 def load(
-    checkpoint: str, *, device: str, dtype: str, load_format: LoadFormat, trust_remote_code: bool = False
+    checkpoint: str,
+    *,
+    device: str,
+    dtype: str,
+    load_format: LoadFormat,
+    quantization: Quantization = "none",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load `checkpoint` (as `locate` returns it) straight to `device`, in eval mode and without gradients.
 
     `dummy` reads the config only and fills the model with seeded random weights, the same on every start with
-    the same device and dtype. Attention is the library's default.
+    the same device and dtype. `fp8` rounds the weights after they are loaded. Attention is the library's default.
 
     Raises ModelError if the device or dtype is not available, memory is short, or the checkpoint is bad.
     """
     place = pick_device(device)
+    if quantization == "fp8" and not fp8.usable(place):
+        raise ModelError(f"{place} does not compute in FP8: that takes an NVIDIA GPU from Ada or Hopper on; use none")
     kind = pick_dtype(dtype, place)
     with explained(f"{checkpoint} cannot be loaded"):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
@@ -39,6 +50,9 @@ def load(
             model = _random(config, place, kind, trust_remote_code)
         else:
             model = _read(checkpoint, config, place, kind, trust_remote_code)
+            fp8.adopt(model)
+        if quantization == "fp8" or (load_format == "dummy" and fp8.is_stored_in_fp8(config) and fp8.usable(place)):
+            fp8.round_weights(model)
     model.train(False)
     model.requires_grad_(False)
     return model

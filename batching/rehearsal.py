@@ -76,9 +76,14 @@ def disagreement(engine: Engine, model: PreTrainedModel, own: Sequence[Answer]) 
     engine.run(rows, given)
     errors = [error for row, answer in zip(rows, own, strict=True) for error in _errors(given.of(row), answer)]
     mean = sum(errors) / len(errors)
-    if mean <= TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16]):
+    if mean <= _tolerance(model):
         return None
     return f"its log probabilities are off by {mean:.2g} on average"
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """That of the coarsest numbers among the weights: quantised ones round what they are multiplied with, too."""
+    return max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in {each.dtype for each in model.parameters()})
 
 
 def _errors(given: Answer, own: Answer) -> list[float]:

@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--dummy", action="store_true", help="random weights of the folder's config.json")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", choices=["none", "fp8"], default="none")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=64, help="decode steps timed")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
@@ -148,7 +149,13 @@ def main() -> None:
     folder = checkpoint.locate(asked.model, load_format, Path(str(Settings.model_fields["cache_dir"].default)))
 
     def load() -> PreTrainedModel:
-        return model.load(folder, device=asked.device, dtype=asked.dtype, load_format=load_format)
+        return model.load(
+            folder,
+            device=asked.device,
+            dtype=asked.dtype,
+            load_format=load_format,
+            quantization=asked.quantization,
+        )
 
     mixed_64 = shapes_of("mixed-64", 64)
     others = against([name for name in asked.against.split(",") if name], load, mixed_64)

@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="number format of weights and computation; auto: bfloat16 on CUDA, else float32"
     )
+    quantization: Literal["none", "fp8"] = Field(
+        "none",
+        description="fp8: round the weights to 8 bits while loading (NVIDIA Ada, Hopper or newer); none: as they are "
+        "stored",
+    )
     context_window: int | None = Field(
         None,
         ge=16,

@@ -5,12 +5,15 @@ product, and so are gate and up; both residual sums are part of a product, and s
 Other architectures keep their own layers and reach the KV cache through `attention.packed_attention`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from batching.fp8 import FP8Linear
+from batching.packed import reference
 from batching.packed.attention import AttentionMetadata
 
 FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
@@ -29,10 +32,10 @@ class FusedLayer(nn.Module):
         self._eps = float(layer.input_layernorm.variance_epsilon)
         self.input_norm = layer.input_layernorm.weight
         self.post_attention_norm = layer.post_attention_layernorm.weight
-        self.qkv, self.qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o, self.o_bias = attention.o_proj.weight, attention.o_proj.bias
-        self.gate_up, self.gate_up_bias = _joined(mlp.gate_proj, mlp.up_proj)
-        self.down, self.down_bias = mlp.down_proj.weight, mlp.down_proj.bias
+        self.qkv = _joined(ops, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = _joined(ops, attention.o_proj)
+        self.gate_up = _joined(ops, mlp.gate_proj, mlp.up_proj)
+        self.down = _joined(ops, mlp.down_proj)
         self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
         self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
 
@@ -50,29 +53,85 @@ class FusedLayer(nn.Module):
         k_cache, v_cache = metadata.kv_cache[self._layer_index]
         cos, sin = position_embeddings
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm, self._eps)
-        x = self._ops.norm(residual, self.input_norm, self._eps)
-        qkv = self._ops.product(x, self.qkv, self.qkv_bias)
+        qkv = self.qkv.product(self.qkv.norm(residual, self.input_norm, self._eps))
         q = self._ops.rotate_and_store(qkv, cos[0], sin[0], norms, metadata.kv_slots, k_cache, v_cache)
         attended = metadata.attend(q, k_cache, v_cache, self._scale)
-        self._ops.add_product(residual, attended.flatten(1), self.o, self.o_bias)
-        x = self._ops.norm(residual, self.post_attention_norm, self._eps)
-        x = self._ops.gated_product(x, self.gate_up, self.gate_up_bias)
-        self._ops.add_product(residual, x, self.down, self.down_bias)
+        self.o.add_product(residual, attended.flatten(1))
+        x = self.gate_up.norm(residual, self.post_attention_norm, self._eps)
+        self.down.add_product(residual, self.gate_up.gated_product(x))
         return hidden
 
 
-def _joined(*parts: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    weights: list[Tensor] = [part.weight for part in parts]
-    biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
-    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    return nn.Parameter(torch.cat(weights), requires_grad=False), bias
+class Projection(nn.Module):
+    """Linear layers joined into one, with the weights that they had."""
+
+    def __init__(self, ops: Any, parts: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self._ops = ops
+        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+        self.weight = nn.Parameter(_cat([part.weight for part in parts]), requires_grad=False)
+        self.bias = nn.Parameter(_cat(biases), requires_grad=False) if biases else None
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Any:
+        """RMS norm of x [tokens, inputs], in the form that the products take."""
+        return self._ops.norm(x, weight, eps)
+
+    def product(self, x: Any) -> Tensor:
+        """x [tokens, inputs] -> [tokens, outputs]."""
+        out: Tensor = self._ops.product(x, self.weight, self.bias)
+        return out
+
+    def add_product(self, total: Tensor, x: Any) -> None:
+        """Add the product to `total` [tokens, outputs]."""
+        self._ops.add_product(total, x, self.weight, self.bias)
+
+    def gated_product(self, x: Any) -> Any:
+        """silu(gate) x up, of the two halves of the product, in the form that another product takes."""
+        return self._ops.gated_product(x, self.weight, self.bias)
+
+
+class FP8Projection(nn.Module):
+    """The same of layers in FP8: what products take was rounded by the kernel that computed it, on a GPU."""
+
+    def __init__(self, parts: Sequence[FP8Linear]) -> None:
+        super().__init__()
+        self.layer = FP8Linear.joined(parts)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Any:
+        return self.layer.ops.rounded_norm(x, weight, eps)
+
+    def product(self, x: Any) -> Tensor:
+        return self.layer.product(x)
+
+    def add_product(self, total: Tensor, x: Any) -> None:
+        self.layer.add_product(total, x)
+
+    def gated_product(self, x: Any) -> Any:
+        return self.layer.ops.rounded_silu_product(self.layer.product(x))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _joined(ops: Any, *parts: Any) -> Projection | FP8Projection:
+    return FP8Projection(parts) if isinstance(parts[0], FP8Linear) else Projection(ops, parts)
 
 
 def _fusable(layer: Any) -> bool:
-    """Whether it has the right shape and plain weights; only their own modules can read quantised ones."""
+    """Whether it has the right shape, and weights that can be joined; other quantised ones only their modules read."""
     if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, _SILU):
         return False
-    return all(type(part) is nn.Linear for part in [*_projections(layer.self_attn), *_projections(layer.mlp)])
+    parts: list[Any] = [*_projections(layer.self_attn), *_projections(layer.mlp)]
+    return all(map(_is_plain, parts)) or all(map(_is_joinable_fp8, parts))
+
+
+def _is_plain(part: Any) -> bool:
+    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
+
+
+def _is_joinable_fp8(part: Any) -> bool:
+    return isinstance(part, FP8Linear) and len(part.weight) % reference.BLOCK == 0
 
 
 def _projections(part: nn.Module) -> list[nn.Module]:

@@ -106,7 +106,7 @@ def _silu_kernel(pair, out, size, BLOCK: tl.constexpr):
     tl.store(out + row * size + at, gated * up, mask=inside)
 
 
-def _silu_product(pair: Tensor) -> Tensor:
+def silu_product(pair: Tensor) -> Tensor:
     """silu(gate) x up of [tokens, 2 x size], which holds gate and up side by side."""
     tokens, size = pair.shape[0], pair.shape[1] // 2
     out = pair.new_empty(tokens, size)
@@ -197,5 +197,5 @@ def add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
 def gated_product(x: Tensor, pair: Tensor, bias: Tensor | None) -> Tensor:
     """silu(gate) x up, of the products of x with the two halves of pair [2 x size, width]."""
     if len(x) > 1:
-        return _silu_product(linear(x, pair, bias))
+        return silu_product(linear(x, pair, bias))
     return _row(x, pair, bias, x.new_empty(1, len(pair) // 2), gated=True)

@@ -152,6 +152,7 @@ class ModelLoader:
             device=settings.device,
             dtype=settings.dtype,
             load_format=settings.load_format,
+            quantization=settings.quantization,
             trust_remote_code=settings.trust_remote_code,
         )
         self.loading = Loading("Preparing the engine")

@@ -18,6 +18,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "load_format": ("gguf", "gguf"),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("float16", "float16"),
+    "quantization": ("fp8", "fp8"),
     "context_window": ("2048", 2048),
     "trust_remote_code": ("true", True),
     "cache_dir": ("/somewhere", Path("/somewhere")),
@@ -223,6 +224,7 @@ def test_an_unknown_variable_is_told(
 MALFORMED = {
     "load_format": ["onnx"],
     "dtype": ["int8"],
+    "quantization": ["int3"],
     "context_window": ["0", "15", "many"],
     "port": ["-1", "65536", "http", "1.5"],
     "max_batch_size": ["0", "1025", "x"],

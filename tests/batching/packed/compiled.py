@@ -15,7 +15,7 @@ from triton import compile as compiled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batching.packed import triton_attention, triton_layer, triton_sampling
+from batching.packed import triton_attention, triton_fp8, triton_layer, triton_sampling
 
 HALF, SINGLE, WHOLE, LONG = "*bf16", "*fp32", "*i32", "*i64"
 EVEN = [["tt.divisibility", 16]]
@@ -85,6 +85,26 @@ def layer() -> Iterator[Case]:
         yield Case(triton_layer._row_kernel, row, asked | block, ("size", "width") if even else (), {"num_warps": 2})
 
 
+def products_in_fp8() -> Iterator[Case]:
+    eight = "*fp8e4nv"
+    numbers = {"stride": "i32", "width": "i32"}
+    rounding = {"rounded": eight, "scales": SINGLE} | numbers
+    options = {"num_warps": 4}
+    yield Case(triton_fp8._round_kernel, {"x": HALF} | rounding, {"BLOCKS": 8}, ("width",), options)
+    yield Case(triton_fp8._rounded_silu_kernel, {"pair": HALF} | rounding, {"BLOCKS": 8}, ("width",), options)
+    norm = {"x": HALF, "weight": HALF, "eps": "fp32"} | rounding
+    yield Case(triton_fp8._rounded_norm_kernel, norm, {"BLOCKS": 32}, ("width",), options)
+    product = {"x": eight, "weight": eight, "bias": HALF, "out": HALF, "tokens": "i32", "outputs": "i32"} | numbers
+    product |= dict.fromkeys(("x_scales", "scales", "partial"), SINGLE)
+    summing = {"partial": SINGLE, "bias": HALF, "out": HALF, "size": "i32", "outputs": "i32"}
+    for rows, outputs, splits, stages in ((16, 32, 4, 5), (64, 32, 1, 5), (64, 64, 4, 4), (64, 128, 1, 4)):
+        flags = {"SPLITS": splits, "ADD": True, "BIAS": True}
+        shape = {"ROWS": rows, "OUTPUTS": outputs} | flags
+        options = {"num_warps": 4, "num_stages": stages}
+        yield Case(triton_fp8._product_kernel, product, shape, ("outputs", "width"), options)
+        yield Case(triton_fp8._sum_kernel, summing, flags | {"BLOCK": 1024}, ("outputs",), {"num_warps": 4})
+
+
 def sampling() -> Iterator[Case]:
     state = {
         "slots": WHOLE,
@@ -118,6 +138,8 @@ def sampling() -> Iterator[Case]:
 def main() -> None:
     capability = int(sys.argv[1])
     cases = [*attention(stages=3 if capability >= 90 else 2), *layer(), *sampling()]
+    if capability >= 89:
+        cases += products_in_fp8()
     print(json.dumps([[case.kernel.fn.__name__, case.shared(capability)] for case in cases]))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from batching import fp8
 from batching.packed import reference
 from batching.packed.attention import Chunk, TorchAttention
 from batching.packed.kv_cache import BLOCK_SIZE
@@ -18,7 +19,7 @@ from tests.batching.conftest import request
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
-from batching.packed import triton_attention, triton_layer, triton_sampling  # noqa: E402
+from batching.packed import triton_attention, triton_fp8, triton_layer, triton_sampling  # noqa: E402
 
 VOCABULARY = 500
 
@@ -81,6 +82,61 @@ def test_products(tokens: int, size: int, width: int, biased: bool) -> None:
     for ops, total in zip([triton_layer, reference], totals, strict=True):
         ops.add_product(total, x, pair, bias)
     assert_close(*totals)
+
+
+needs_fp8 = pytest.mark.skipif(DEVICE == "cuda" and not fp8.usable(torch.device("cuda")), reason="needs FP8 units")
+
+
+def fp8_inputs(tokens: int, size: int) -> Tensor:
+    """Random numbers; for the interpreter, which rounds some to half of what they are, only numbers of that format."""
+    if DEVICE == "cuda":
+        return noise(tokens, size)
+    x = torch.randint(-15, 16, (tokens, size)).float()
+    x[:, ::128] = reference.LARGEST
+    return x
+
+
+@needs_fp8
+def test_inputs_are_rounded_to_fp8() -> None:
+    x = fp8_inputs(5, 384)
+    x[1, 128:256] = 0
+    assert_rounded(triton_fp8.rounded_inputs(x), x)
+
+
+@needs_fp8
+def test_what_a_product_takes_is_rounded_where_it_is_computed() -> None:
+    x, weight, pair = noise(5, 384), noise(384), noise(5, 768)
+    assert_rounded(triton_fp8.rounded_norm(x, weight, 1e-6), reference.norm(x, weight, 1e-6))
+    assert_rounded(triton_fp8.rounded_silu_product(pair), reference.silu_product(pair))
+
+
+def assert_rounded(found: triton_fp8.Rounded, x: Tensor) -> None:
+    values, scales = reference.rounded_inputs(x)
+    torch.testing.assert_close(found.scales[: len(x)], scales, rtol=1e-5, atol=0)
+    # Numbers between two of the format may fall to either, by the last bit of what they are computed from.
+    odd = found.values[: len(x)].float() != values.float()
+    assert int(odd.sum()) <= (2 if DEVICE == "cuda" else odd.numel() // 20)
+
+
+@needs_fp8
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs"),
+    [(1, 72, 256), (3, 256, 1280), (3, 4224, 128), (80, 128, 256), (130, 200, 256), (301, 256, 512)],
+)
+def test_products_in_fp8(tokens: int, outputs: int, inputs: int, biased: bool) -> None:
+    plain = torch.nn.Linear(inputs, outputs, bias=biased, device=DEVICE).requires_grad_(False)
+    layer, x = fp8.FP8Linear.rounded(plain), fp8_inputs(tokens, inputs)
+    args = layer.weight, layer.scales, layer.bias
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    close = 2e-2 if DEVICE == "cuda" else 1e-4
+    x = x.to(dtype)
+    wanted = reference.fp8_product(x, *args)
+    torch.testing.assert_close(triton_fp8.fp8_product(x, *args), wanted, rtol=close, atol=close)
+    totals = [torch.ones(tokens, outputs, device=DEVICE, dtype=dtype) for _ in range(2)]
+    for ops, total in zip([triton_fp8, reference], totals, strict=True):
+        ops.fp8_product(x, *args, total)
+    torch.testing.assert_close(*totals, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("normed", [True, False])
