@@ -127,7 +127,15 @@ def _fusable(layer: Any) -> bool:
 
 
 def _is_plain(part: Any) -> bool:
-    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
+    """Whether its weight and bias are all there is to it: some quantisers leave the class and replace the method."""
+    whole = type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
+    return whole and ("forward" not in vars(part) or _is_weight_only(part))
+
+
+def _is_weight_only(part: Any) -> bool:
+    """Whether compressed-tensors, which has widened the weight by now, rounds neither inputs nor outputs."""
+    scheme = getattr(part, "quantization_scheme", None)
+    return scheme is not None and scheme.input_activations is None and scheme.output_activations is None
 
 
 def _is_joinable_fp8(part: Any) -> bool:
