@@ -134,6 +134,13 @@ class Settings(BaseSettings):
         description="packed engine: maximum tokens in a forward pass while requests are being answered; none: 1024 on "
         "a GPU, 128 on a CPU",
     )
+    max_gap_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="packed engine: time between an answer's tokens that other prompts are to keep to; none: only "
+        "prefill-chunk limits it",
+    )
     speculation: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=7)] = Field(
         "auto",
         description="packed engine: guess tokens that quote the prompt; several are checked in one forward pass, "
@@ -246,6 +253,9 @@ class Settings(BaseSettings):
             raise ValueError("load-format dummy needs a model folder with a config.json")
         if self.batch_invariant and self.engine == "generate":
             raise ValueError("batch-invariant needs the packed engine, but engine is generate")
+        if self.max_gap_ms and (self.batch_invariant or self.engine == "generate"):
+            other = "batch-invariant" if self.batch_invariant else "engine generate"
+            raise ValueError(f"max-gap-ms has no effect with {other}")
         if self.context_window and self.token_budget and self.context_window > self.token_budget:
             raise ValueError(
                 "context-window is larger than token-budget, so the longest request would not fit in a batch"

@@ -79,6 +79,8 @@ class CPURunner:
     """`kv_cache` is laid out as in `AttentionMetadata`; its last block belongs to no row. At most `max_draft_tokens`
     are drafted for a sequence in a step."""
 
+    works_beside_host = False
+
     def __init__(self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int, max_draft_tokens: int = 0) -> None:
         self.num_slots = num_slots
         self._model = model

@@ -39,6 +39,8 @@ class CUDARunner:
     """`kv_cache` is laid out as in `AttentionMetadata`; its last block belongs to no row. A row has at most
     `max_blocks`, and at most `max_draft_tokens` are drafted for it in a step."""
 
+    works_beside_host = True
+
     def __init__(
         self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int, max_blocks: int, max_draft_tokens: int = 0
     ) -> None:

@@ -26,6 +26,7 @@ from batching.memory import cache_bytes_per_token, free_bytes, is_shortage, out_
 from batching.model import describe, stop_token_ids, window_of
 from batching.packed import attention, layer, reference
 from batching.packed.cpu_runner import CPURunner
+from batching.packed.gap_limit import GapLimit
 from batching.packed.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
 from batching.packed.runner import Runner
 from batching.packed.scheduler import Scheduler
@@ -63,8 +64,9 @@ class PackedEngine:
 
     `num_slots` is the most rows that run at a time (None: by the device), `gpu_memory_utilization` the share of a GPU's
     memory that may be used, model included, `prefill_chunk` the most tokens computed in one pass while rows decode
-    (None: by the device), `max_draft_tokens` the most that speculation guesses for a row in a step (None:
-    `MAX_DRAFT_TOKENS`). Raises `ModelError` if there is no room for a KV cache.
+    (None: by the device), `max_gap` the seconds between two tokens of a row that prompts are to keep to instead (None:
+    no limit; without effect if `batch_invariant`), `max_draft_tokens` the most that speculation guesses for a row in a
+    step (None: `MAX_DRAFT_TOKENS`). Raises `ModelError` if there is no room for a KV cache.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class PackedEngine:
         token_budget: int | None = None,
         gpu_memory_utilization: float = 0.9,
         prefill_chunk: int | None = None,
+        max_gap: float | None = None,
         prefix_caching: bool = True,
         batch_invariant: bool = False,
         max_draft_tokens: int | None = None,
@@ -85,6 +88,7 @@ class PackedEngine:
         self._model = model
         self._prefill_chunk = chunk = prefill_chunk or (GPU_PREFILL_CHUNK if on_gpu else CPU_PREFILL_CHUNK)
         self._max_prefill_tokens = chunk if batch_invariant or not on_gpu else max(chunk, MAX_PREFILL_TOKENS)
+        self._gap_limit = GapLimit(max_gap) if max_gap and not batch_invariant else None
         # KV from another forward pass may differ in the last bit from what this one would compute.
         self._prefix_caching = prefix_caching and not batch_invariant
         self._batch_invariant = batch_invariant
@@ -131,6 +135,7 @@ class PackedEngine:
             steps,
             prefill_chunk=self._prefill_chunk,
             max_prefill_tokens=self._max_prefill_tokens,
+            gap_limit=self._gap_limit,
             one_prompt_a_pass=self._batch_invariant,
         )
         self._model.generate(  # type: ignore[operator]

@@ -120,13 +120,16 @@ class SamplerOutput(Protocol):
 
 
 class Runner(Protocol):
-    """Every method returns as soon as its work is launched on the device, which runs it in order.
+    """Every method may return as soon as its work is launched on the device, which runs it in order.
 
     A forward pass leaves logits, and `sample` must follow for the same sequences before the next one.
     """
 
     num_slots: int
     """Maximum number of running sequences."""
+
+    works_beside_host: bool
+    """Whether methods return before the device has done its work."""
 
     @property
     def logits(self) -> Tensor:

@@ -1,9 +1,9 @@
 """The packed engine's scheduler: decides which rows are computed, join, are preempted and leave. Worker thread only.
 
 An iteration is one forward pass, in which every running sequence gets its next token and waiting prompts are computed
-with what room is left, and the delivery of the tokens sampled in the iteration before. Reading one iteration behind
-keeps the device busy: its next work is queued before it finishes the last. A row that turns out to have finished has
-then sampled one extra token, which is dropped.
+with what room is left, and the delivery of sampled tokens. Of a device that works beside the host, those are of the
+iteration before: its next work is queued before it finishes the last. A row that turns out to have finished has then
+sampled one extra token, which is dropped.
 """
 
 from collections import deque
@@ -12,6 +12,7 @@ from itertools import count
 
 from batching.engine import Steps
 from batching.packed.attention import Chunk
+from batching.packed.gap_limit import GapLimit
 from batching.packed.kv_cache import BlockPool
 from batching.packed.runner import Runner, RunningSequence, SamplerOutput
 from batching.scoring import PIECE, prompt_logprobs
@@ -28,8 +29,9 @@ class Scheduler:
     The number of tokens in a forward pass, including those of decoding sequences, bounds how long these are delayed:
     `prefill_chunk` while one prompt is computed with them, twice as many with more prompts. While more rows wait for
     prefill than decode, larger passes serve many sooner and delay few, so each takes an eighth of what waits; and a
-    lone prompt has passes of up to `max_prefill_tokens`. With `one_prompt_a_pass` no prompt shares a pass with another
-    sequence, so that what is computed for it does not depend on other rows.
+    lone prompt has passes of up to `max_prefill_tokens`. A `gap_limit` decides instead while rows decode. With
+    `one_prompt_a_pass` no prompt shares a pass with another sequence, so that what is computed for it does not depend
+    on other rows.
 
     A row starts with the blocks that its tokens need and gets more as it grows. When none are left, the youngest is
     preempted: its tokens are kept, and recomputed once there is room. Its next token is the same, because sampling
@@ -44,6 +46,7 @@ class Scheduler:
         *,
         prefill_chunk: int,
         max_prefill_tokens: int,
+        gap_limit: GapLimit | None = None,
         one_prompt_a_pass: bool = False,
     ) -> None:
         self._runner = runner
@@ -51,6 +54,7 @@ class Scheduler:
         self._steps = steps
         self._prefill_chunk = prefill_chunk
         self._max_prefill_tokens = max_prefill_tokens
+        self._gap_limit = gap_limit
         self._one_prompt_a_pass = one_prompt_a_pass
         self._free_slots = list(range(runner.num_slots))
         self._arrivals = count()
@@ -63,6 +67,8 @@ class Scheduler:
     def run(self, rows: Sequence[Row]) -> None:
         """Blocks until every row has finished, including those that join meanwhile."""
         self._wait(rows)
+        if self._gap_limit:
+            self._gap_limit.begin()
         try:
             while self._waiting or self._prefilling or self._decoding or self._in_flight:
                 self._iterate()
@@ -84,13 +90,16 @@ class Scheduler:
         else:
             chunks = self._next_chunks(self._room_beside(len(decoding)))
             launched = self._pass(decoding, chunks, 0 if chunks else self._num_draft_tokens(decoding))
-        self._deliver(len(self._in_flight) - launched)  # the device is busy with the newer ones
+        # A device that works beside the host is busy with the newest ones.
+        self._deliver(len(self._in_flight) - (launched if self._runner.works_beside_host else 0))
 
     def _room_beside(self, num_decoding: int) -> int:
         """Maximum number of prompt tokens in a forward pass with this many decoding sequences."""
         prompts = [*self._prefilling, *(() if self._is_full else self._waiting)]
         if not num_decoding and len(prompts) == 1:
             return self._max_prefill_tokens
+        if num_decoding and self._gap_limit:
+            return self._gap_limit.room(self._max_prefill_tokens - num_decoding, self._prefill_chunk // 8)
         tokens = self._prefill_chunk * (2 if len(prompts) > 1 else 1)
         if len(prompts) > num_decoding:
             tokens = max(tokens, sum(sequence.remaining_prefill for sequence in prompts) // 8)
@@ -118,6 +127,8 @@ class Scheduler:
         complete = [sequence for sequence, _ in chunks if not sequence.remaining_prefill]
         self._prefilling = [sequence for sequence in self._prefilling if sequence.remaining_prefill]
         launched = self._sample([*decoding, *complete])
+        if self._gap_limit:
+            self._gap_limit.launched(sum(chunk.num_tokens for _, chunk in chunks), has_output=launched > 0)
         self._decoding += complete
         return launched
 
@@ -253,6 +264,8 @@ class Scheduler:
         for _ in range(outputs):
             output = self._in_flight.popleft()
             sampled = output.read()
+            if self._gap_limit:
+                self._gap_limit.read()
             for sequence in output.sequences:
                 sequence.read(output.max_tokens)
             logprobs |= shift_indices(sampled.logprobs, len(sequences))

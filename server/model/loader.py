@@ -214,6 +214,7 @@ class ModelLoader:
             token_budget=settings.token_budget,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             prefill_chunk=settings.prefill_chunk,
+            max_gap=settings.max_gap_ms and settings.max_gap_ms / 1000,
             prefix_caching=settings.prefix_sharing != "off",
             batch_invariant=settings.batch_invariant,
             max_draft_tokens=settings.max_draft_tokens,

@@ -19,6 +19,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("float16", "float16"),
     "quantization": ("fp8", "fp8"),
+    "max_gap_ms": ("50", 50.0),
     "context_window": ("2048", 2048),
     "trust_remote_code": ("true", True),
     "cache_dir": ("/somewhere", Path("/somewhere")),
@@ -225,6 +226,7 @@ MALFORMED = {
     "load_format": ["onnx"],
     "dtype": ["int8"],
     "quantization": ["int3"],
+    "max_gap_ms": ["0", "nan", "fast"],
     "context_window": ["0", "15", "many"],
     "port": ["-1", "65536", "http", "1.5"],
     "max_batch_size": ["0", "1025", "x"],
@@ -266,6 +268,8 @@ def test_a_variable_that_is_no_switch_is_told(
     [
         (["--default-max-tokens", "10", "--max-output-tokens", "9"], ["default-max-tokens", "max-output-tokens"]),
         (["--load-format", "dummy"], ["load-format", "model"]),
+        (["--max-gap-ms", "50", "--batch-invariant"], ["max-gap-ms", "batch-invariant"]),
+        (["--max-gap-ms", "50", "--engine", "generate"], ["max-gap-ms", "engine"]),
         (["--context-window", "100", "--token-budget", "99"], ["context-window", "token-budget"]),
     ],
 )
