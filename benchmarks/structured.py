@@ -1,16 +1,17 @@
 """What structured output adds to a step: the same batch with and without grammars, in one process, taking turns.
 
-Two tables: the sampler alone on logits as wide as Qwen3's, where a step is nothing but the choice of tokens, and a
-model's whole step through `PaddedEngine`, where matching overlaps the forward pass.
+A table for each number of rows: a model's whole step, in which matching overlaps the forward pass. For `generate` one
+more comes first: the sampler alone on logits as wide as Qwen3's, where a step is nothing but the choice of tokens.
 
-    python -m benchmarks.structured [--model FOLDER] [--tokenizer FOLDER] [--device cuda] [--dummy]
+    python -m benchmarks.structured [--model FOLDER] [--tokenizer FOLDER] [--device cuda] [--dummy] [--rows 1,16,64]
 """
 
 import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint, model
-from batching.engine import NO_LOGPROBS
+from batching.engine import Engine
+from batching.packed.engine import PackedEngine
 from batching.padded import PaddedEngine
 from batching.sampling import Sampler
 from batching.stream import Row
-from batching.types import Grammar, PromptLogprob, Request, Sampling, TokenLogprob
+from batching.types import Grammar, Request, Sampling
+from benchmarks.engine_rows import Clock
 from server.fields import Schema
 from server.grammar.compiler import Grammars
 from server.grammar.source import Part
@@ -71,31 +74,13 @@ def sampler_step(rows: int, steps: int, grammars: Sequence[Grammar | None], devi
     return (time.perf_counter() - started) / steps
 
 
-class Clock:
-    """`Steps` that ends each row at its length and notes the time of every step."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def emit(
-        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
-    ) -> list[bool]:
-        self.at.append(time.perf_counter())
-        return [len(self.at) >= row.request.sampling.max_tokens for row in rows]
-
-    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
-        return row.over
-
-    def admit(self) -> list[Row]:
-        return []
-
-
-def model_step(engine: PaddedEngine, rows: int, steps: int, grammars: Sequence[Grammar | None]) -> float:
-    """Seconds a decode step of the whole model takes, the prompt's left out."""
+def model_step(engine: Engine, rows: int, steps: int, grammars: Sequence[Grammar | None]) -> float:
+    """Seconds a decode step of the whole model takes, prompts left out."""
     clock = Clock()
     batch = [Row(request, stream=None, arrived=0.0) for request in requests(rows, steps, grammars)]  # type: ignore[arg-type]
     engine.run(batch, clock)
-    return (clock.at[-1] - clock.at[0]) / (len(clock.at) - 1)
+    full = [at for at, count in clock.steps if count == rows]
+    return (full[-1] - full[0]) / (len(full) - 1)
 
 
 def compare(measure: Callable[[Sequence[Grammar | None]], float], grammar: Grammar, repeats: int) -> list[list[float]]:
@@ -135,23 +120,30 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--dummy", action="store_true", help="random weights of the folder's config.json")
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--engine", choices=["packed", "generate"], default="packed")
+    parser.add_argument("--rows", default="32", help="numbers of rows, separated by commas")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
     load_format: checkpoint.LoadFormat = "dummy" if asked.dummy else "auto"
     folder = checkpoint.locate(asked.model, load_format, Path(str(Settings.model_fields["cache_dir"].default)))
     loaded = model.load(folder, device=asked.device, dtype=asked.dtype, load_format=load_format)
-    engine = PaddedEngine(loaded, token_budget=asked.rows * (64 + asked.steps) * 2)
+    numbers = [int(rows) for rows in asked.rows.split(",")]
+    engine: Engine
+    if asked.engine == "packed":
+        engine = PackedEngine(loaded, num_slots=max(numbers), max_draft_tokens=0)
+    else:
+        engine = PaddedEngine(loaded, token_budget=max(numbers) * (64 + asked.steps) * 2)
     grammar = compiled(folder)
     wide = compiled(asked.tokenizer) if asked.tokenizer else grammar
-    console = Console()
-    rows, steps, device = asked.rows, asked.steps, loaded.device
-    alone = compare(lambda kinds: sampler_step(rows, steps, kinds, device), wide, asked.repeats)
-    console.print(table(f"sampler alone, {rows} rows of {VOCABULARY:,} logits, {engine.info.device}", alone))
-    whole = compare(lambda kinds: model_step(engine, rows, steps, kinds), grammar, asked.repeats)
+    console, steps = Console(), asked.steps
     size = f"{engine.info.parameters / 1e6:,.0f} M parameters in {engine.info.dtype}"
-    console.print(table(f"model, {size}, {rows} rows, {engine.info.device}", whole))
+    for rows in numbers:
+        if asked.engine == "generate":
+            alone = compare(partial(sampler_step, rows, steps, device=loaded.device), wide, asked.repeats)
+            console.print(table(f"sampler alone, {rows} rows of {VOCABULARY:,} logits, {engine.info.device}", alone))
+        whole = compare(partial(model_step, engine, rows, steps), grammar, asked.repeats)
+        console.print(table(f"model, {size}, {rows} rows, {engine.info.device}", whole))
 
 
 if __name__ == "__main__":
