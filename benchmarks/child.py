@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -45,13 +45,14 @@ class Child:
 
 
 @contextlib.contextmanager
-def serving(module: str, flags: list[str], log: Path) -> Iterator[Child]:
-    """`python -m MODULE --port ... FLAGS`, not ready yet. Ended at the end, at once."""
+def serving(module: str, flags: list[str], log: Path, variables: Mapping[str, str] | None = None) -> Iterator[Child]:
+    """`python -m MODULE --port ... FLAGS`, not ready yet, with these variables and none of the service's others. Ended
+    at the end, at once."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", module, "--port", str(port), *flags]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MICROBATCH_")}
-    with log.open("wb") as sink, subprocess.Popen(command, stderr=sink, env=kept) as popen:
+    with log.open("wb") as sink, subprocess.Popen(command, stderr=sink, env=kept | dict(variables or {})) as popen:
         child = Child(popen, urlsplit(f"http://127.0.0.1:{port}"), log)
         try:
             yield child

@@ -40,6 +40,7 @@ class Record:
     chunks: list[float] = field(default_factory=list)  # arrival of each chunk that carried text
     latency: float = 0.0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, where the server says so
     completion_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
@@ -67,11 +68,20 @@ class ChatClient:
     """Asks one model on one server, over as many connections as there are requests at once.
 
     `url` is the server's root, with or without `/v1`; `timeout` is in seconds. `fields` go into every request's body.
-    With `full_length`, an answer of another length than asked for is a failure.
+    With `full_length`, an answer of another length than asked for is a failure. A job's conversation is named in the
+    header `session_header`, if there is one.
     """
 
     def __init__(
-        self, url: str, model: str, *, timeout: float, fields: dict[str, Any], full_length: bool, api_key: str | None
+        self,
+        url: str,
+        model: str,
+        *,
+        timeout: float,
+        fields: dict[str, Any],
+        full_length: bool,
+        api_key: str | None,
+        session_header: str | None = None,
     ) -> None:
         self._url = server_url(url)
         self._model = model
@@ -80,6 +90,7 @@ class ChatClient:
         self._full_length = full_length
         self._headers = ["Content-Type: application/json", "Accept: text/event-stream"]
         self._headers += [f"Authorization: Bearer {api_key}"] if api_key else []
+        self._session_header = session_header
         self._idle: list[Connection] = []
 
     def close(self) -> None:
@@ -113,7 +124,8 @@ class ChatClient:
             "stream_options": {"include_usage": True},
         }
         data = orjson.dumps(body | self._fields)
-        return request(self._url, "POST", "/v1/chat/completions", data, *self._headers)
+        session = [f"{self._session_header}: {job.conversation}"] if self._session_header and job.conversation else []
+        return request(self._url, "POST", "/v1/chat/completions", data, *self._headers, *session)
 
     async def _exchange(self, message: bytes, answer: "Answer") -> None:
         connection = await self._connection()
@@ -191,6 +203,7 @@ def note(event: bytes, at: float, record: Record) -> None:
         if usage := chunk.get("usage"):
             record.prompt_tokens = usage["prompt_tokens"]
             record.completion_tokens = usage["completion_tokens"]
+            record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         for choice in chunk.get("choices") or ():
             _note_choice(choice, at, record)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

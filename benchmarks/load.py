@@ -80,6 +80,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="the model's name as the server knows it")
     add("--label", help="what a report calls this run (the model's name)")
     add("--api-key", help="sent as a bearer token")
+    add("--session-header", metavar="NAME", help="a header that names the conversation, for balancers that go by one")
     add("--ignore-eos", action="store_true", help="ask for full-length answers, and check that they are")
     add("--body", type=flags.json_object, default={}, metavar="JSON", help="more fields of every request")
 

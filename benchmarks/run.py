@@ -53,6 +53,7 @@ class Settings:
     body: dict[str, Any] = field(default_factory=dict)
     targets: Targets = field(default_factory=Targets)
     api_key: str | None = field(default=None, repr=False)
+    session_header: str | None = None
     level_limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -262,6 +263,7 @@ def client(settings: Settings) -> ChatClient:
         fields=settings.body,
         full_length=settings.full_length,
         api_key=settings.api_key,
+        session_header=settings.session_header,
     )
 
 

@@ -37,7 +37,8 @@ class Summary:
     """One level's figures. Rates and distributions are over answers that did not fail; gaps are pooled.
 
     `goodput` is the share of all requests whose answers met the targets, None without targets; `lateness` is how much
-    later than due the client itself sent, at the 99th percentile.
+    later than due the client itself sent, at the 99th percentile; `cached_tokens` are those of the prompts that servers
+    had computed before, by their own count.
     """
 
     requests: int
@@ -52,6 +53,7 @@ class Summary:
     latency: Distribution
     goodput: float | None
     lateness: float
+    cached_tokens: int = 0
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -91,6 +93,7 @@ def summarise(records: Sequence[Record], seconds: float, targets: Targets) -> Su
         latency=distribution(record.latency for record in answers),
         goodput=goodput(records, targets) if targets else None,
         lateness=distribution(record.sent - record.due for record in records).get("p99", 0.0),
+        cached_tokens=sum(record.cached_tokens for record in answers),
     )
 
 

@@ -22,12 +22,16 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to be sent. `serial` is unique in a run; lengths are in tokens, the prompt's by the law."""
+    """One request to be sent. `serial` is unique in a run; lengths are in tokens, the prompt's by the law.
+
+    `conversation` is a name that all of its turns have; None where each request stands alone.
+    """
 
     serial: int
     messages: tuple[Message, ...]
     prompt_tokens: int
     max_tokens: int
+    conversation: str | None = None
 
 
 class Source(Protocol):
@@ -103,6 +107,32 @@ def extraction(writer: Writer, words: int) -> tuple[Message, ...]:
     return ({"role": "system", "content": guide}, {"role": "user", "content": chunk})
 
 
+TURNS, CONVERSATIONS, REPLY = 4, 256, 64
+
+
+def conversation(writer: Writer, words: int) -> tuple[Message, ...]:
+    """A turn of a chat about a text: what was said before, and a question. `words` are those of its first turn.
+
+    256 chats go on at once, turn by turn: 255 requests lie between two turns of one chat. Earlier answers are made up,
+    so a prefix cache finds the prompt of the turn before, but not the answer to it.
+    """
+    chat, turn = chat_and_turn(writer.serial)
+    of_chat = replace(writer, serial=chat)
+    text = of_chat.distinct(words - INSTRUCTION - ASKED)
+    messages: list[Message] = [{"role": "system", "content": writer.constant("instruction", INSTRUCTION)}]
+    for earlier in range(turn + 1):
+        asked = of_chat.words(f"question {earlier}", ASKED)
+        messages.append({"role": "user", "content": asked if earlier else f"{text}\n\n{asked}"})
+        messages.append({"role": "assistant", "content": of_chat.words(f"reply {earlier}", REPLY)})
+    return tuple(messages[:-1])
+
+
+def chat_and_turn(serial: int) -> tuple[int, int]:
+    """Which conversation a request belongs to, and how many turns of it came before."""
+    round_of_chats, place = divmod(serial, CONVERSATIONS * TURNS)
+    return round_of_chats * CONVERSATIONS + place % CONVERSATIONS, place // CONVERSATIONS
+
+
 def quoting(quotation: float) -> Shape:
     """A page of readable English and a question about it; `quotation`, from 0 to 1, is the share of questions that ask
     for a passage word for word. Other languages have no pages.
@@ -147,9 +177,13 @@ class Workload:
         drawn, then all outputs'. Text depends on the seed and the serial.
         """
         return [
-            Job(serial, self.shape(Writer(self.language, seed, serial), prompt), prompt, output)
+            self._job(Writer(self.language, seed, serial), prompt, output)
             for serial, (prompt, output) in enumerate(self.lengths(count, seed=seed), start=first)
         ]
+
+    def _job(self, writer: Writer, prompt: int, output: int) -> Job:
+        chat = f"{writer.seed}-{chat_and_turn(writer.serial)[0]}" if self.shape is conversation else None
+        return Job(writer.serial, self.shape(writer, prompt), prompt, output, chat)
 
     def lengths(self, count: int, *, seed: int) -> list[tuple[int, int]]:
         """For `count` jobs: tokens of the prompt, and tokens of the answer."""
@@ -167,6 +201,8 @@ WORKLOADS = {
     # RAGFlow's requests: the prompts as measured, their answers' lengths assumed.
     "ragflow-chat": Workload(uniform(4700, 5006), uniform(64, 320), retrieval_chat),
     "ragflow-ingest": Workload(uniform(2626, 2738), uniform(128, 512), extraction, concurrency=(10,)),
+    # Chats that go on, so that it matters whether a turn comes to the server that has the one before.
+    "conversations": Workload(constant(1200), uniform(48, 80), conversation, concurrency=(64,)),
     # Extractive questions: answers that can be copied, and end by themselves.
     "rag-quote": Workload(constant(quotes.PROMPT_TOKENS), constant(200), quoting(1.0)),
 }

@@ -7,7 +7,6 @@ own model, queue and batches; its settings come from MICROBATCH_* variables.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -28,7 +27,7 @@ from server.settings import parse
 from server.version import VERSION
 from server.watchdog import Watchdog, end_process
 
-SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+ROUTER = RequestRouterConfig(request_router_class="deploy.ray.router:SessionRouter")
 
 
 def replica_app() -> Starlette:
@@ -73,7 +72,7 @@ async def first_of(*events: asyncio.Event) -> None:
         task.cancel()
 
 
-@serve.deployment(name="microbatch")
+@serve.deployment(name="microbatch", request_router_config=ROUTER)
 @serve.ingress(replica_app)
 class Replica:
     """Ray asks after its health, and replaces it if only a restart helps."""
@@ -87,9 +86,5 @@ class Replica:
 
 
 def build(arguments: dict[str, str]) -> Application:
-    """What `serve run` starts. With `sessions` in the file's `args`, a session's requests go to one replica."""
-    deployment: Any = Replica
-    if arguments.get("sessions"):
-        router = RequestRouterConfig(request_router_class=SESSION_ROUTER)
-        deployment = deployment.options(request_router_config=router)
-    return deployment.bind()
+    """What `serve run` starts."""
+    return Replica.bind()  # type: ignore[attr-defined]

@@ -49,7 +49,7 @@ def config(port: int, *, sessions: str = "", **settings: str) -> dict[str, Any]:
     deployment |= {
         "num_replicas": 2,
         "graceful_shutdown_timeout_s": 60,
-        "max_ongoing_requests": deployment["max_ongoing_requests"] * ROWS // 32,
+        "max_ongoing_requests": deployment["max_ongoing_requests"] * ROWS // 64,
         "ray_actor_options": {"num_cpus": 0.1, "num_gpus": 0, "runtime_env": {"env_vars": variables}},
     }
     return read
