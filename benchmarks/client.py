@@ -40,11 +40,11 @@ class Record:
     chunks: list[float] = field(default_factory=list)  # arrival of each chunk that carried text
     latency: float = 0.0
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, where the server says so
     completion_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
     detail: str = ""
+    cached_tokens: int = 0  # of the prompt, where the server says so
 
     @property
     def ttft(self) -> float | None:

@@ -60,12 +60,13 @@ def service_variables() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement. `ratio` is its requests per second over those of the first row with its load."""
+    """One measurement. `ratio` is its requests per second over those of the first row with its load, None after
+    failures."""
 
     name: str
     workload: str
     clients: int
-    ratio: float
+    ratio: float | None
     figures: LevelFigures
 
 
@@ -168,11 +169,10 @@ class Comparison:
         run = Run(settings)
         await run.measure_all()
         [figures] = run.figures().levels
-        first = next((row for row in self.rows if row.workload == settings.workload), None)
+        first = next((row.figures for row in self.rows if row.workload == settings.workload), figures)
+        self.rows.append(Row(name, settings.workload, int(figures.load), ratio(figures, first), figures))
         pace = figures.summary.requests_per_second
-        ratio = pace / first.figures.summary.requests_per_second if first else 1.0
-        self.rows.append(Row(name, settings.workload, int(figures.load), ratio, figures))
-        print(f"{name}, {settings.workload}: {pace:.2f} requests/s, {ratio:.2f}", file=sys.stderr, flush=True)
+        print(f"{name}, {settings.workload}: {pace:.2f} requests/s", file=sys.stderr, flush=True)
         (self.out / "replicas.json").write_bytes(orjson.dumps([asdict(row) for row in self.rows]))
 
 
@@ -198,6 +198,13 @@ async def model_at(url: SplitResult) -> str:
     return name
 
 
+def ratio(figures: LevelFigures, first: LevelFigures) -> float | None:
+    """Requests per second over those of the first; None where answers are missing."""
+    if figures.summary.errors or first.summary.errors:
+        return None
+    return figures.summary.requests_per_second / first.summary.requests_per_second
+
+
 def cells(row: Row) -> list[str]:
     """A cell for each of COLUMNS."""
     summary = row.figures.summary
@@ -209,7 +216,7 @@ def cells(row: Row) -> list[str]:
         str(row.clients),
         str(failed),
         f"{summary.requests_per_second:.2f}",
-        "-" if failed else f"{row.ratio:.2f}",
+        number(row.ratio, "{:.2f}"),
         f"{summary.output_tokens_per_second:,.0f}",
         quantiles(summary.ttft, scale=1000, digits=0),
         number(reused, "{:.0%}"),

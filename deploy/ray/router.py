@@ -1,4 +1,5 @@
-"""Which replica gets a request: a session's own, whose prefix cache has what was said before; others, the less busy one.
+"""Which replica gets a request: a session's own, whose prefix cache has what came before; without session, a less busy
+one.
 
 Runs in Ray's proxies, on their event loop. A session is named by the header `x-session-id` (the variable
 RAY_SERVE_SESSION_ID_HEADER_KEY names another header).
@@ -25,12 +26,12 @@ def home(session: str, replicas: Iterable[str]) -> str:
 
 
 def has_room(replica: str, requests: Mapping[str, int]) -> bool:
-    """Whether this replica's next request leaves it within the leeway; of `requests`, by replica, one may be unknown."""
+    """Whether one more leaves this replica within the leeway. `requests` are by replica, as far as known."""
     average = (sum(requests.values()) + 1) / max(len(requests), 1)
     return requests.get(replica, 0) + 1 <= max(LEEWAY * average, FEW)
 
 
-class SessionRouter(LocalityMixin, MultiplexMixin, RequestRouter):
+class SessionRouter(LocalityMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]
     """Sessions by hash with bounded load, the rest by the power of two choices.
 
     Without Ray's FIFOMixin: a replica that was chosen for one request must not go to the one that came first.
@@ -40,7 +41,9 @@ class SessionRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """The replicas to try, in this order; of two in one place, the less busy one."""
-        others = await PowerOfTwoChoicesRequestRouter.choose_replicas(self, candidate_replicas, pending_request)
+        others: list[list[RunningReplica]] = await PowerOfTwoChoicesRequestRouter.choose_replicas(
+            self, candidate_replicas, pending_request
+        )
         session = pending_request.metadata.session_id if pending_request else ""
         if not session or not candidate_replicas:
             return others
