@@ -5,7 +5,7 @@
 # make test-quick    run the part of them that takes 2 minutes at most
 # make check         lint, types and tests
 # make browser       install what the tests of the pages need: Chromium and axe-core (Debian, as root)
-# make test-deploy   run what is in deploy/: needs tmux, prometheus, systemd and kubectl; installs Ray
+# make test-deploy   run what is in deploy/: needs tmux, prometheus, systemd, kubectl, haproxy; installs Ray
 # make test-clients  run other people's clients against the service; those from npm need node and npm
 # make bench         load-test the service that `make run` started, and draw the result
 # make fuzz          fuzz every parser for CPU=600 seconds each, see tests/fuzz

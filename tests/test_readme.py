@@ -126,8 +126,18 @@ KEYWORDS = {"do", "until", "while", "if", "then", "{", "done", "}"}
 OTHERS = frozenset(
     [
         *(".", "export", "for", "grep", "kill", "mkdir", "printf", "sed", "set", "sleep", "wait"),
-        *(".venv/bin/pip", ".venv/bin/ray", ".venv/bin/serve", "docker", "guidellm", "kubectl", "lm-eval", "pip"),
-        *("prometheus", "python3", "systemctl"),
+        *(
+            ".venv/bin/pip",
+            ".venv/bin/ray",
+            ".venv/bin/serve",
+            "docker",
+            "guidellm",
+            "haproxy",
+            "kubectl",
+            "lm-eval",
+            "pip",
+        ),
+        *("haproxy", "prometheus", "python3", "systemctl"),
     ]
 )
 """Programs whose words are checked no further than that the files exist which they name."""

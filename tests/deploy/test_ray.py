@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ import httpx2
 import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import OpenAI
 
 from batching.types import DEFAULT_ROWS
@@ -35,12 +38,10 @@ MODEL = "smollm2-135m-instruct"
 REPLICA = "ray::ServeReplica:microbatch"
 
 
-def config(port: int, *, sessions: str = "", **settings: str) -> dict[str, Any]:
+def config(port: int, **settings: str) -> dict[str, Any]:
     """The deployed file, but for two replicas of the demo model on a CPU."""
     read: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     read["http_options"] |= {"host": "127.0.0.1", "port": port}
-    application = next(one for one in read["applications"] if one["name"] == "microbatch")
-    application["args"] = {"sessions": sessions} if sessions else {}
     deployment = deployment_of(read)
     del deployment["autoscaling_config"]
     settings |= {"max_batch_size": str(ROWS)}
@@ -186,9 +187,9 @@ def test_the_file_waits_longer_than_the_service_and_has_only_its_settings() -> N
     assert read["http_options"]["request_timeout_s"] > limit
     assert deployment["graceful_shutdown_timeout_s"] > limit
     defaults = Settings.model_fields
-    rows = DEFAULT_ROWS
-    assert deployment["max_ongoing_requests"] == 2 * rows
-    assert deployment["autoscaling_config"]["target_ongoing_requests"] == rows
+    target = deployment["autoscaling_config"]["target_ongoing_requests"]
+    assert deployment["max_ongoing_requests"] == 2 * target
+    assert 2 * DEFAULT_ROWS <= 2 * target <= defaults["queue_size"].default
     variables = deployment["ray_actor_options"]["runtime_env"]["env_vars"]
     assert {name.removeprefix("MICROBATCH_").lower() for name in variables} <= set(defaults)
 
@@ -205,6 +206,51 @@ def test_two_replicas_share_a_load(cluster: Cluster, pool: ThreadPoolExecutor) -
 
     wait(lambda: sum(shares()) == 64, "each replica has told what it answered")
     assert min(shares()) > 0
+
+
+@pytest.mark.deploy
+@given(sessions=st.lists(st.text(), min_size=1), replicas=st.sets(st.text(min_size=1), min_size=2), data=st.data())
+def test_without_a_replica_only_its_own_sessions_move(
+    sessions: list[str], replicas: set[str], data: st.DataObject
+) -> None:
+    from deploy.ray.router import home
+
+    gone = data.draw(st.sampled_from(sorted(replicas)))
+    for session in sessions:
+        before, after = home(session, replicas), home(session, replicas - {gone})
+        assert after == before or before == gone
+
+
+@pytest.mark.deploy
+def test_sessions_are_spread_over_all_replicas() -> None:
+    from deploy.ray.router import home
+
+    replicas = [f"replica-{number}" for number in range(8)]
+    homes = Counter(home(f"session-{number}", replicas) for number in range(8000))
+    assert all(800 < homes[replica] < 1200 for replica in replicas)
+
+
+@pytest.mark.deploy
+@given(requests=st.dictionaries(st.text(), st.integers(0, 1000), min_size=1))
+def test_some_replica_always_has_room_and_none_that_is_far_above_the_average(requests: dict[str, int]) -> None:
+    from deploy.ray.router import FEW, LEEWAY, has_room
+
+    average = (sum(requests.values()) + 1) / len(requests)
+    assert has_room(min(requests, key=lambda replica: requests[replica]), requests)
+    for replica, count in requests.items():
+        assert not (count >= FEW and count >= LEEWAY * average and has_room(replica, requests))
+
+
+@pytest.mark.deploy
+@pytest.mark.model
+def test_a_session_stays_where_its_prefix_is(cluster: Cluster) -> None:
+    text = " ".join(f"{number} is a number." for number in range(60))
+    for number in range(6):
+        messages: list[Any] = [{"role": "user", "content": f"Text {number}: {text}"}]
+        for turn in range(3):
+            answer = cluster.chat(messages=messages, headers={"x-session-id": f"session {number}"}).json()
+            assert turn == 0 or answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 200
+            messages = [*messages, answer["choices"][0]["message"], {"role": "user", "content": "And then?"}]
 
 
 @pytest.mark.deploy
@@ -254,7 +300,7 @@ def test_an_update_fails_no_request(cluster: Cluster, pool: ThreadPoolExecutor) 
 
     clients = [pool.submit(ask) for _ in range(4)]
     try:
-        cluster.deploy(config(int(cluster.url.rpartition(":")[2]), sessions="yes", default_max_tokens="7"))
+        cluster.deploy(config(int(cluster.url.rpartition(":")[2]), default_max_tokens="7"))
         wait(lambda: len(set(cluster.answered()) - old) == 2, "both replicas are new ones")
         wait(lambda: not set(cluster.answered()) & old, "the old ones have gone")
     finally:
