@@ -6,7 +6,9 @@ own model, queue and batches; its settings come from MICROBATCH_* variables.
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -28,6 +30,8 @@ from server.version import VERSION
 from server.watchdog import Watchdog, end_process
 
 ROUTER = RequestRouterConfig(request_router_class="deploy.ray.router:SessionRouter")
+BEHIND_HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""The variable with which Ray puts HAProxy before the replicas instead of its own proxies, which then route nothing."""
 
 
 def replica_app() -> Starlette:
@@ -72,7 +76,7 @@ async def first_of(*events: asyncio.Event) -> None:
         task.cancel()
 
 
-@serve.deployment(name="microbatch", request_router_config=ROUTER)
+@serve.deployment(name="microbatch")
 @serve.ingress(replica_app)
 class Replica:
     """Ray asks after its health, and replaces it if only a restart helps."""
@@ -87,4 +91,7 @@ class Replica:
 
 def build(arguments: dict[str, str]) -> Application:
     """What `serve run` starts."""
-    return Replica.bind()  # type: ignore[attr-defined]
+    deployment: Any = Replica
+    if os.environ.get(BEHIND_HAPROXY) != "1":
+        deployment = deployment.options(request_router_config=ROUTER)
+    return deployment.bind()

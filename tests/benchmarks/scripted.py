@@ -18,15 +18,17 @@ from starlette.routing import Route
 class ScriptedServer:
     """Answers each chat as the script says: one word for each token, or the failure named next.
 
-    It serves `model`, and counts `prompt_tokens` in every prompt.
+    It serves `model`, and counts `prompt_tokens` in every prompt, `cached_tokens` of them from its cache.
     """
 
-    def __init__(self, *failures: str, model: str = "tiny", prompt_tokens: int = 7) -> None:
+    def __init__(self, *failures: str, model: str = "tiny", prompt_tokens: int = 7, cached_tokens: int = 0) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.authorizations: list[str | None] = []
+        self.sessions: list[str | None] = []
         self._failures = list(failures)
         self._model = model
         self._prompt_tokens = prompt_tokens
+        self._cached_tokens = cached_tokens
         chat = Route("/v1/chat/completions", self.chat, methods=["POST"])
         self.app = Starlette(routes=[chat, Route("/v1/models", self.models)])
 
@@ -37,6 +39,7 @@ class ScriptedServer:
         body = orjson.loads(await request.body())
         self.bodies.append(body)
         self.authorizations.append(request.headers.get("authorization"))
+        self.sessions.append(request.headers.get("x-session-id"))
         failure = self._failures.pop(0) if self._failures else ""
         if failure == "500":
             return Response("broken", 500)
@@ -56,7 +59,11 @@ class ScriptedServer:
                 yield b"data: [DONE]\n\n"
             case _:
                 yield frame(choices=[{"index": 0, "delta": {}, "finish_reason": "length"}])
-                counted = {"prompt_tokens": self._prompt_tokens, "completion_tokens": tokens - (failure == "short")}
+                counted = {
+                    "prompt_tokens": self._prompt_tokens,
+                    "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+                    "completion_tokens": tokens - (failure == "short"),
+                }
                 yield frame(choices=[], usage=counted)
                 yield b"data: [DONE]\n\n"
 

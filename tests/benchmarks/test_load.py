@@ -1,6 +1,7 @@
 """Laws of whole runs of the load tool, against scripted servers and the service itself."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import orjson
 import pytest
 
 from benchmarks.client import words_of
-from benchmarks.load import main, parse
+from benchmarks.load import main, parse, run_loop
 from benchmarks.loops import ClosedLoop, OpenLoop
-from benchmarks.run import RunFigures, load_run
+from benchmarks.run import Run, RunFigures, Settings, load_run
 from tests.benchmarks.scripted import ScriptedServer, serving
 from tests.live import live, scripted
 
@@ -134,6 +135,18 @@ def test_fields_that_not_every_server_knows_are_sent_when_asked_for(tmp_path: Pa
     assert "ignore_eos" not in server.bodies[0]
     assert (server.bodies[0]["temperature"], server.bodies[1]["temperature"], server.bodies[1]["top_k"]) == (0, 1, 3)
     assert server.authorizations == [None, None]
+
+
+def test_a_conversation_is_named_in_the_header_that_was_asked_for() -> None:
+    server = ScriptedServer(cached_tokens=3)
+    with serving(server) as url:
+        settings = Settings(url, "tiny", concurrency=(1,), requests_per_level=(8,), workload="conversations", warm_up=0)
+        runs = [Run(replace(settings, session_header=header)) for header in (None, "x-session-id")]
+        for run in runs:
+            run_loop(run.measure_all())
+    jobs = [job.conversation for job in settings.source().draw(8, seed=0)]
+    assert server.sessions == [None] * 8 + jobs
+    assert [run.figures().levels[0].summary.cached_tokens for run in runs] == [24, 24]
 
 
 def test_failures_are_told_apart_and_end_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

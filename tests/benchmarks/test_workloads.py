@@ -13,11 +13,14 @@ from benchmarks.prompts import read
 from benchmarks.words import LANGUAGES
 from benchmarks.workloads import (
     CITATION_GUIDE,
+    CONVERSATIONS,
     EXTRACTION_GUIDE,
     INSTRUCTION,
+    TURNS,
     WORKLOADS,
     Job,
     Writer,
+    chat_and_turn,
     digest,
     extraction,
     question,
@@ -65,6 +68,22 @@ def test_ragflow_chats_share_their_instruction_alone_though_all_end_with_the_sam
     same = [len(set(words)) == 1 for words in zip(*systems, strict=False)]
     assert same.index(False) == INSTRUCTION
     assert len({" ".join(system[-CITATION_GUIDE:]) for system in systems}) == 1
+
+
+@given(serial=st.integers(0, 100_000))
+def test_a_turn_of_a_conversation_continues_the_turn_before(serial: int) -> None:
+    [job] = WORKLOADS["conversations"].draw(1, seed=0, first=serial)
+    [later] = WORKLOADS["conversations"].draw(1, seed=0, first=serial + CONVERSATIONS)
+    continues = later.messages[: len(job.messages)] == job.messages
+    assert continues == (later.conversation == job.conversation)
+    assert continues == (chat_and_turn(serial)[1] < TURNS - 1)
+
+
+def test_conversations_that_go_on_at_once_share_their_instruction_alone() -> None:
+    jobs = WORKLOADS["conversations"].draw(CONVERSATIONS, seed=0)
+    assert len({job.conversation for job in jobs}) == CONVERSATIONS
+    assert len({job.messages[0]["content"] for job in jobs}) == 1
+    assert len({job.messages[1]["content"].split()[0] for job in jobs}) == CONVERSATIONS
 
 
 def test_ragflow_ingestion_shares_its_guide() -> None:
