@@ -15,9 +15,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult
 
 import orjson
@@ -96,72 +97,54 @@ class Comparison:
 
     async def haproxy(self) -> None:
         """One server alone, then all of them behind the balancer."""
-        with self.server(0) as first:
+        with self.server(0) as first, contextlib.ExitStack() as others:
             await first.wait_ready()
             await self.chats("1 server", first.url, 1)
-            with contextlib.ExitStack() as others:
-                children = [first, *(others.enter_context(self.server(gpu)) for gpu in range(1, self.replicas))]
-                for child in children:
-                    await child.wait_ready()
-                addresses = [child.url for child in children]
-                name = f"{self.replicas} servers, HAProxy"
-                with balancing(addresses, self.out) as url:
-                    await ready(url, self.out / "haproxy.log")
-                    await self.chats(name, url, self.replicas)
-                with balancing(addresses, self.out, affinity=False) as url:
-                    await ready(url, self.out / "haproxy.log")
-                    await self.conversations(f"{name}, fewest requests", url, seed=1)
-                with balancing(addresses, self.out) as url:
-                    await ready(url, self.out / "haproxy.log")
-                    await self.conversations(f"{name}, by conversation", url, seed=2)
+            servers = [first, *(others.enter_context(self.server(gpu)) for gpu in range(1, self.replicas))]
+            for server in servers:
+                await server.wait_ready()
+            name = f"{self.replicas} servers, HAProxy"
+            async with self.balanced(servers) as url:
+                await self.chats(name, url, self.replicas)
+            async with self.balanced(servers, affinity=False) as url:
+                await self.conversations(f"{name}, fewest requests", url, seed=1)
+            async with self.balanced(servers) as url:
+                await self.conversations(f"{name}, by conversation", url, seed=2)
 
     async def ray(self) -> None:
         """One replica, then all of them."""
-        for replicas in (1, self.replicas):
-            with ray_serving(replicas, self.out, self.variables) as (url, log):
-                await ready(url, log, replicas)
-                await self.chats(f"Ray Serve, {replicas} replica{'s'[: replicas - 1]}", url, replicas)
-                if replicas > 1:
-                    await self.conversations("the same, fewest requests", url, seed=3)
-                    await self.conversations("the same, by session", url, seed=4, session_header=SESSION_HEADER)
+        with ray_serving(1, self.out, self.variables) as (url, log):
+            await ready(url, log, 1)
+            await self.chats("Ray Serve, 1 replica", url, 1)
+        name = f"Ray Serve, {self.replicas} replicas"
+        with ray_serving(self.replicas, self.out, self.variables) as (url, log):
+            await ready(url, log, self.replicas)
+            await self.chats(name, url, self.replicas)
+            await self.conversations(f"{name}, fewest requests", url, seed=3)
+            await self.conversations(f"{name}, by session", url, seed=4, session_header=SESSION_HEADER)
 
     def server(self, gpu: int) -> contextlib.AbstractContextManager[Child]:
         """A server that sees this GPU alone."""
         variables = self.variables | {"CUDA_VISIBLE_DEVICES": str(gpu)}
         return serving("server", [], self.out / f"server-{gpu}.log", variables)
 
+    @contextlib.asynccontextmanager
+    async def balanced(self, servers: Sequence[Child], *, affinity: bool = True) -> AsyncIterator[SplitResult]:
+        """The address of the balancer in front of these, once it answers."""
+        with balancing([server.url for server in servers], self.out, affinity=affinity) as url:
+            await ready(url, self.out / "haproxy.log")
+            yield url
+
     async def chats(self, name: str, url: SplitResult, replicas: int) -> None:
         """RAGFlow's chats, with the clients that so many replicas have."""
-        clients = self.clients * replicas
-        settings = Settings(
-            url=url.geturl(),
-            model=await model_at(url),
-            concurrency=(clients,),
-            requests_per_level=(self.rounds * clients,),
-            workload="ragflow-chat",
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-            warm_up=8 * replicas,
-            full_length=True,
-            body={"ignore_eos": True},
-        )
-        await self.measure(name, settings)
+        settings = await full_answers(url, self.clients * replicas, self.rounds * self.clients * replicas)
+        lengths: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "output_tokens": self.output_tokens}
+        await self.measure(name, replace(settings, workload="ragflow-chat", warm_up=8 * replicas, **lengths))
 
     async def conversations(self, name: str, url: SplitResult, seed: int, session_header: str | None = None) -> None:
         """Conversations with all their turns. Another seed has other texts, of which no server has seen anything."""
-        clients = self.clients * self.replicas
-        settings = Settings(
-            url=url.geturl(),
-            model=await model_at(url),
-            concurrency=(clients,),
-            requests_per_level=(TURNS * CONVERSATIONS,),
-            workload="conversations",
-            seed=seed,
-            warm_up=0,
-            full_length=True,
-            body={"ignore_eos": True},
-            session_header=session_header,
-        )
+        settings = await full_answers(url, self.clients * self.replicas, TURNS * CONVERSATIONS)
+        settings = replace(settings, workload="conversations", seed=seed, warm_up=0, session_header=session_header)
         await self.measure(name, settings)
 
     async def measure(self, name: str, settings: Settings) -> None:
@@ -192,10 +175,17 @@ async def replicas_at(url: SplitResult) -> int:
     return len(set(REPLICA.findall((await get(url, "/metrics")).body)))
 
 
-async def model_at(url: SplitResult) -> str:
-    """The name of the model that is served there."""
-    name: str = orjson.loads((await get(url, "/v1/models")).body)["data"][0]["id"]
-    return name
+async def full_answers(url: SplitResult, clients: int, requests: int) -> Settings:
+    """Settings of one level, of answers in full length from the model that is served there."""
+    model = orjson.loads((await get(url, "/v1/models")).body)["data"][0]["id"]
+    return Settings(
+        url.geturl(),
+        model,
+        concurrency=(clients,),
+        requests_per_level=(requests,),
+        full_length=True,
+        body={"ignore_eos": True},
+    )
 
 
 def ratio(figures: LevelFigures, first: LevelFigures) -> float | None:
@@ -226,6 +216,13 @@ def cells(row: Row) -> list[str]:
 PARTS = ("haproxy", "ray")
 
 
+def two_or_more(text: str) -> int:
+    """A whole number from 2 on."""
+    if (found := flags.positive(text)) < 2:
+        raise ValueError(text)
+    return found
+
+
 def parts(text: str) -> tuple[str, ...]:
     """ "haproxy,ray" as names. Raises ValueError for others."""
     found = tuple(text.split(","))
@@ -238,7 +235,7 @@ def parse(arguments: Sequence[str] | None) -> Comparison:
     """Exits with 2 and a sentence for flags that make no sense."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--replicas", type=flags.positive, default=2, help="servers, each on a GPU of its own (2)")
+    add("--replicas", type=two_or_more, default=2, help="servers, each on a GPU of its own (2)")
     add("--clients", type=flags.positive, default=64, help="clients for each server (64)")
     add("--rounds", type=flags.positive, default=4, help="RAGFlow chats for each client (4)")
     default = PARTS if installed() else PARTS[:1]

@@ -45,9 +45,10 @@ def test_there_is_no_ratio_where_answers_are_missing(tmp_path: Path) -> None:
     assert dict(zip(COLUMNS, cells(comparison.rows[1]), strict=True))["ratio"] == "-"
 
 
-def test_parts_that_there_are_not_end_with_2() -> None:
+@pytest.mark.parametrize("flags", [["--parts", "nginx"], ["--replicas", "1"]])
+def test_flags_that_make_no_sense_end_with_2(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse(["--parts", "nginx"])
+        parse(flags)
     assert ended.value.code == 2
 
 

@@ -119,8 +119,8 @@ def test_conversations_with_one_system_prompt_are_spread(three: Address) -> None
 @pytest.mark.deploy
 def test_a_body_that_is_longer_than_the_buffer_arrives_whole(three: Address) -> None:
     with three.http() as client:
-        refused = client.post("/v1/tokenize", content=orjson.dumps({"prompt": "a" * 1_000_000}))
-    assert refused.json()["count"] == 1_000_000
+        answer = client.post("/v1/tokenize", content=orjson.dumps({"prompt": "a" * 1_000_000}))
+    assert answer.json()["count"] == 1_000_000
 
 
 @pytest.mark.deploy
