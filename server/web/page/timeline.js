@@ -2,7 +2,7 @@
 
 import { element } from "./dom.js";
 
-const STEPS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300];
+const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300];
 
 export function drawLanes(target, rows, begun, end) {
 	const whole = Math.max(end - begun, 0.05) * 1.02;
