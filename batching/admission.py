@@ -3,7 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise
 
 from batching.events import Outcome, RowEnded
 from batching.types import Request
@@ -11,15 +12,27 @@ from batching.types import Request
 FEWEST = 16
 """Minimum number of answers for a rate. The first ones may have waited for the device to warm up."""
 
+KEPT = 64
+"""Answers that the pace is computed from; more where the answers of a batch end together."""
+
 MARGIN = 0.8
-"""Fraction of a time limit that the expected wait may take, because answers end in batches, not at an even pace."""
+"""Fraction of a time limit that the expected wait may take where answers end in batches, not at an even pace."""
 
 TOGETHER = 0.001
 """Seconds within which answers count as ending at the same step."""
 
 
+@dataclass(slots=True)
+class End:
+    """Answers that ended together, at `at` busy seconds, when `rows` rows were served."""
+
+    at: float
+    rows: int
+    answers: int = 1
+
+
 class ServiceRate:
-    """The pace of the last 64 answers, on a clock that runs only while there are requests.
+    """The pace of the last `KEPT` answers, on a clock that runs only while there are requests.
 
     It counts row-seconds an answer: time between answers, times the rows that were served together. More rows at once
     answer faster, at most in proportion, so a pace that was measured with few rows refuses nobody whom more rows at
@@ -27,7 +40,7 @@ class ServiceRate:
     """
 
     def __init__(self) -> None:
-        self._ended: deque[tuple[float, int]] = deque(maxlen=64)
+        self._ends: deque[End] = deque()
         self._busy = 0.0
         self._since: float | None = None
 
@@ -45,13 +58,21 @@ class ServiceRate:
         self._busy, self._since = self._clock(), None
 
     def ended(self, event: RowEnded) -> None:
-        if event.outcome is Outcome.ANSWERED:
-            self._ended.append((self._clock(), max(1, event.batch_size)))
+        if event.outcome is not Outcome.ANSWERED:
+            return
+        now, rows = self._clock(), max(1, event.batch_size)
+        if self._ends and now - self._ends[-1].at <= TOGETHER:
+            self._ends[-1].answers += 1
+        else:
+            self._ends.append(End(now, rows))
+        # Not among the kept: the first end, at which time begins, and the second, because the last may not be whole.
+        while sum(end.answers for end in islice(self._ends, 2, None)) >= KEPT:
+            self._ends.popleft()
 
     @property
     def answers(self) -> int:
         """How many answers the pace is computed from."""
-        return len(self._ended)
+        return sum(end.answers for end in self._ends)
 
     def expected(self, requests: int, at_once: int = 1) -> float:
         """Seconds until about `requests` more have been answered; 0 while the pace is unknown.
@@ -59,35 +80,35 @@ class ServiceRate:
         `at_once` of them might be served together, or as many as were in the mean if those are more. Answers of one
         batch end together, so those at the window's first moment say nothing about the time after it.
         """
-        if not self._ended:
+        if len(self._ends) < 2:
             return 0.0
-        first, _ = self._ended[0]
-        later = sum(at - first > TOGETHER for at, _ in self._ended)
-        if not later:
-            return 0.0
+        later = self.answers - self._ends[0].answers
         row_seconds = self._row_seconds()
-        mean = row_seconds / (self._clock() - first)
+        mean = row_seconds / (self._clock() - self._ends[0].at)
         return requests * row_seconds / later / max(at_once, mean)
 
     def _row_seconds(self) -> float:
         """Since the window's first answer. Since the last one as many rows were served as with that."""
-        ends = [*self._ended, (self._clock(), self._ended[-1][1])]
-        return sum((later - earlier) * rows for (earlier, _), (later, rows) in pairwise(ends))
+        ends = [*self._ends, End(self._clock(), self._ends[-1].rows)]
+        return sum((later.at - earlier.at) * later.rows for earlier, later in pairwise(ends))
 
     def seconds_for(self, requests: int) -> float:
         """The same, clamped to 1 to 60: OpenAI's client waits no longer."""
         return min(60.0, max(1.0, self.expected(requests)))
 
 
-def seconds_late(requests: Sequence[Request], ahead: int, running: int, at_once: int, rate: ServiceRate) -> float:
+def seconds_late(
+    requests: Sequence[Request], ahead: int, running: int, at_once: int, rate: ServiceRate, *, joins: bool
+) -> float:
     """By how many seconds these requests would likely miss their time limit; 0 if they would not.
 
     A request with n others ahead of it is answered after about n + 1 intervals between answers (Little's law). `ahead`
     rows wait in front of these, `running` ones are being served, and those that wait might be served `at_once`. If no
     row waits ahead, a request is always accepted, so that an outdated pace refuses nothing; the same holds while there
-    are too few answers for a pace.
+    are too few answers for a pace. Where rows join a running batch (`joins`) answers end at an even pace, and the wait
+    may take all of the limit.
     """
     if not ahead or rate.answers < FEWEST:
         return 0.0
-    limit = MARGIN * min(request.time_limit for request in requests)
+    limit = (1.0 if joins else MARGIN) * min(request.time_limit for request in requests)
     return max(0.0, rate.expected(ahead + running + len(requests), at_once) - limit)

@@ -113,7 +113,7 @@ class Batcher:
             self._observe(Rejected("queue_full"))
             raise QueueFull(self._rate.seconds_for(len(self._queue)))
         ahead, at_once = self._queue.ahead_of(requests[0]), self._at_once(requests)
-        if late := seconds_late(requests, ahead, len(self._running), at_once, self._rate):
+        if late := seconds_late(requests, ahead, len(self._running), at_once, self._rate, joins=self._info.joins):
             self._observe(Rejected("too_busy"))
             raise TooBusy(min(60.0, max(1.0, late)))
         streams = [Stream(request, self._row_ended) for request in requests]

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="auto, cuda, cuda:N, mps or cpu")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="number format of weights and computation; auto: bfloat16 on CUDA, else float32"
+        "auto", description="precision of weights and computation; auto: bfloat16 on CUDA, else float32"
     )
     quantization: Literal["none", "fp8"] = Field(
         "none",

@@ -68,6 +68,7 @@ HEADERS = {
     "RetryAfter": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 0}},
     "Authenticate": {"description": "The authentication scheme.", "schema": {"const": "Bearer"}},
 }
+RESPONSE_ID = "resp_0a1b2c3d4e5f60718293a4b5"
 NAME: JsonObject = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
@@ -248,16 +249,24 @@ def methods_of(path: str, model: str, keyed: bool) -> JsonObject:
 def describe(operation: Operation, model: str, keyed: bool) -> JsonObject:
     """The Operation Object."""
     asks_key = keyed and not operation.open
+    example = RESPONSE_ID if operation.path.startswith("/v1/responses") else model
     operation_object: JsonObject = {
+        "tags": [group_of(operation.path)],
         "summary": operation.summary,
         "description": operation.about,
         "operationId": operation_id(operation),
-        "parameters": [NAME | {"example": model}] if "{name}" in operation.path else None,
+        "parameters": [NAME | {"example": example}] if "{name}" in operation.path else None,
         "requestBody": request_body(operation, model) if operation.takes else None,
         "responses": {str(status): response(operation, status) for status in operation.statuses(asks_key)},
         "security": [{"apiKey": []}] if asks_key else None,
     }
     return {key: value for key, value in operation_object.items() if value}
+
+
+def group_of(path: str) -> str:
+    """The heading in /docs that the operations of a path stand under."""
+    groups = {"/v1/messages": "Anthropic", "/v1/tokenize": "Tokens", "/v1/detokenize": "Tokens", "/v1": "OpenAI"}
+    return next((group for prefix, group in groups.items() if path.startswith(prefix)), "Service")
 
 
 def operation_id(operation: Operation) -> str:

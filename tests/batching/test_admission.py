@@ -30,25 +30,37 @@ def rate(monkeypatch: pytest.MonkeyPatch) -> ServiceRate:
 
 def test_a_request_is_late_by_what_the_pace_says(rate: ServiceRate) -> None:
     limit = [request(time_limit=10.0 / MARGIN)]
-    assert seconds_late(limit, ahead=15, running=4, at_once=1, rate=rate) == 0.0  # the 20th after 10 seconds
-    assert seconds_late(limit, ahead=16, running=4, at_once=1, rate=rate) == pytest.approx(0.5)
-    assert seconds_late(limit * 3, ahead=16, running=4, at_once=1, rate=rate) == pytest.approx(1.5)
+    assert (
+        seconds_late(limit, ahead=15, running=4, at_once=1, rate=rate, joins=False) == 0.0
+    )  # the 20th after 10 seconds
+    assert seconds_late(limit, ahead=16, running=4, at_once=1, rate=rate, joins=False) == pytest.approx(0.5)
+    assert seconds_late(limit * 3, ahead=16, running=4, at_once=1, rate=rate, joins=False) == pytest.approx(1.5)
+
+
+def test_where_rows_join_nobody_is_refused_whom_the_pace_would_answer_in_time(rate: ServiceRate) -> None:
+    limit = [request(time_limit=10.0)]
+    assert (
+        seconds_late(limit, ahead=15, running=4, at_once=1, rate=rate, joins=True) == 0.0
+    )  # the 20th after 10 seconds
+    assert seconds_late(limit, ahead=16, running=4, at_once=1, rate=rate, joins=True) == pytest.approx(0.5)
 
 
 def test_the_shortest_limit_of_several_counts(rate: ServiceRate) -> None:
     several = [request(time_limit=limit / MARGIN) for limit in (100.0, 1.0, 10.0)]
-    assert seconds_late(several, ahead=1, running=0, at_once=1, rate=rate) == pytest.approx(1.0)
+    assert seconds_late(several, ahead=1, running=0, at_once=1, rate=rate, joins=False) == pytest.approx(1.0)
 
 
 def test_where_nobody_waits_everyone_is_let_in(rate: ServiceRate) -> None:
-    assert seconds_late([request(time_limit=0.001)], ahead=0, running=1000, at_once=1, rate=rate) == 0.0
+    assert seconds_late([request(time_limit=0.001)], ahead=0, running=1000, at_once=1, rate=rate, joins=False) == 0.0
 
 
 def test_before_there_is_a_pace_everyone_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     rate = ServiceRate()
     rate.resume()
     for _ in range(FEWEST - 1):
-        assert seconds_late([request(time_limit=0.0)], ahead=1000, running=1000, at_once=1, rate=rate) == 0.0
+        assert (
+            seconds_late([request(time_limit=0.0)], ahead=1000, running=1000, at_once=1, rate=rate, joins=False) == 0.0
+        )
         rate.ended(RowEnded("r", Outcome.ANSWERED, "stop", 1, 1, 0.0, 0.0, 0.0, 1))
 
 
@@ -105,12 +117,13 @@ class Padded:
                 rate.ended(RowEnded("r", Outcome.ANSWERED, "stop", 1, 1, 0.0, 0.0, 0.0, clients))
         asked = [request(time_limit=limit)]
         return [
-            ahead for ahead in range(burst) if seconds_late(asked, ahead, clients, min(ahead + 1, self.capacity), rate)
+            ahead
+            for ahead in range(burst)
+            if seconds_late(asked, ahead, clients, min(ahead + 1, self.capacity), rate, joins=False)
         ]
 
 
-# A pace is known only after the answers of two batches, and it is taken from the last 64.
-servers = st.builds(Padded, alone=st.floats(0.1, 10), each=st.floats(0, 1), capacity=st.integers(1, 63))
+servers = st.builds(Padded, alone=st.floats(0.1, 10), each=st.floats(0, 1), capacity=st.integers(1, 200))
 shares = st.floats(0, 1)
 limits = st.floats(0.1, 300)
 

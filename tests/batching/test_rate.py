@@ -59,6 +59,20 @@ def test_answers_that_end_together_are_counted_over_the_time_between_them(clock:
     assert rate.expected(8) == pytest.approx(4.0)
 
 
+@given(rows=st.integers(1, 256), batches=st.integers(2, 8))
+def test_a_pace_is_known_however_many_answers_end_together(rows: int, batches: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock()
+        patch.setattr(time, "monotonic", clock)
+        rate = ServiceRate()
+        rate.resume()
+        for _ in range(batches):
+            clock.now += 4.0
+            for _ in range(rows):
+                rate.ended(ended())
+        assert rate.expected(rows) == pytest.approx(4.0)
+
+
 def test_only_answers_count(clock: Clock) -> None:
     rate = ServiceRate()
     rate.resume()

@@ -27,7 +27,7 @@ def show(page: Browser, service: Live) -> None:
 
 def send(page: Browser, operation: str) -> None:
     """Open an operation and send its example as it is."""
-    page.all(f"#operations-default-{operation} .opblock-summary-control")[0].click()
+    page.all(f"#operations-OpenAI-{operation} .opblock-summary-control")[0].click()
     page.wait(lambda: len(page.all("button.execute")) == 1, "it can be sent")
     page.all("button.execute")[0].click()
     page.wait(lambda: "Code" in page.texts(ANSWER), "it is answered")
@@ -75,10 +75,27 @@ def test_it_leads_back_to_the_page_where_there_is_one(page: Browser) -> None:
         assert page.texts("header a") == ["openapi.json"]
 
 
-@pytest.mark.parametrize(("size", "scheme"), [(DESK, "light"), (DESK, "dark"), (PHONE, "light")])
-def test_what_is_ours_of_it_is_accessible(page: Browser, size: tuple[int, int], scheme: str) -> None:
+@pytest.mark.parametrize("size", [DESK, PHONE])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everyone_can_use_it(page: Browser, locked: Live, size: tuple[int, int], scheme: str) -> None:
+    page.look(size, scheme)
+    show(page, locked)
+    assert page.js("return document.documentElement.classList.contains('dark-mode')") == (scheme == "dark")
+    assert page.axe() == []
+    for operation in ("responses_one_delete", "chat_completions"):
+        page.all(f"#operations-OpenAI-{operation} .opblock-summary-control")[0].click()
+    page.js("document.querySelector('.json-schema-2020-12-expand-deep-button').click()")
+    page.wait(lambda: len(page.all("button.execute")) == 2, "both can be sent")
+    assert page.axe() == []
+    page.all(".btn.authorize")[0].click()
+    page.wait(lambda: len(page.all(".auth-container input")) == 1, "it asks for the key")
+    assert page.axe() == []
+
+
+def test_operations_open_by_keyboard(page: Browser) -> None:
     with live() as service:
-        page.look(size, scheme)
         show(page, service)
-        assert page.axe("header") == []
-        assert page.js("return document.documentElement.classList.contains('dark-mode')") == (scheme == "dark")
+        page.js("document.querySelector('#operations-OpenAI-models .opblock-summary-control').focus()")
+        page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+        page.wait(lambda: len(page.all("button.execute")) == 1, "it is open")
+        assert page.js("return location.hash") == "#/OpenAI/models"

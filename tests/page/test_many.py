@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -110,12 +111,35 @@ def test_rows_that_join_a_running_batch_are_marked(page: Browser) -> None:
         page.id("ask").click()
         page.wait(lambda: page.texts(".mark") == ["batch 1: 3"], "the first three are in the timeline")
         engine.release(len("row 0") + 1)
-        page.wait(lambda: page.texts(".mark") == ["batch 1: 3", "+1"], "the fourth has joined them")
+        page.wait(lambda: " ".join(page.texts(".mark")).strip() == "batch 1: 3 +1", "the fourth has joined them")
         engine.release(100)
         page.wait(lambda: "4 of 4 answered, one batch" in page.text("#summary"), "all are complete")
         page.all("#shown summary")[0].click()
         assert column(page, 6) == ["1 (3 rows)"] * 4
         assert len(engine.batches) == 1
+
+
+DRAW = """
+const [joined, done] = arguments;
+document.getElementById("shown").hidden = false;
+const rows = joined.map((at, place) => ({
+    place, question: "?", batch: 7, at, queued: 0, started: at, first: at + 1, ended: at + 2,
+}));
+import("/page/timeline.js").then(({ drawLanes }) => {
+    drawLanes(document.getElementById("lanes"), rows, 0, 100);
+    const marks = [...document.querySelectorAll(".mark")];
+    done(marks.map((each) => [each.innerText, each.offsetLeft, each.offsetLeft + each.offsetWidth]));
+}, done);
+"""
+
+
+def test_rows_that_join_soon_after_others_share_a_label(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url, "many")
+        marks = page.driver.execute_async_script(DRAW, [0, 0, 0, 0.5, 50, 51, 51, 90])
+        assert [text for text, _, _ in marks] == ["batch 7: 3 +1", "", "+3", "", "+1"]
+        labels = [(left, right) for text, left, right in marks if text]
+        assert all(right <= left for (_, right), (left, _) in pairwise(labels))
 
 
 def test_stop_cancels_all_of_them(page: Browser) -> None:

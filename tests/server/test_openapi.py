@@ -195,6 +195,19 @@ def test_the_examples_work_and_answers_have_the_described_shape(service: Live, o
         assert_described(operation.gives, answer.json())
 
 
+def test_the_example_of_a_name_is_of_the_kind_that_the_path_takes(service: Live) -> None:
+    def example(path: str, method: str) -> str:
+        return str(DOCUMENT["paths"][path][method]["parameters"][0]["example"])
+
+    def form(identifier: str) -> str:
+        return re.sub("[0-9a-f]", "0", identifier)
+
+    assert service.get(f"/v1/models/{example('/v1/models/{name}', 'get')}").status_code == 200
+    response = service.post(orjson.dumps({"input": "Say hello."}), "/v1/responses").json()
+    for method in ("get", "delete"):
+        assert form(example("/v1/responses/{name}", method)) == form(response["id"])
+
+
 def events(text: str) -> list[Any]:
     """The JSON of each event of a stream, whatever else its frames hold."""
     found = re.findall(r"^data: (.*)$", text, re.MULTILINE)

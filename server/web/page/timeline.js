@@ -2,7 +2,7 @@
 
 import { element } from "./dom.js";
 
-const STEPS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300];
+const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300];
 
 export function drawLanes(target, rows, begun, end) {
 	const whole = Math.max(end - begun, 0.05) * 1.02;
@@ -12,6 +12,7 @@ export function drawLanes(target, rows, begun, end) {
 		...rows.map((row) => lane(row, end, at)),
 		axis(whole, (moment) => at(begun + moment)),
 	);
+	unite([...target.querySelectorAll(".mark")]);
 }
 
 function lane(row, end, at) {
@@ -37,16 +38,29 @@ function who(number, question) {
 // A mark where each batch begins and where rows join it, with how many of these rows do.
 function heads(rows, at) {
 	const track = element("div.track");
-	const groups = Object.groupBy(rows.filter((row) => row.batch).sort((a, b) => a.at - b.at), (row) => row.at);
+	const groups = Map.groupBy(rows.filter((row) => row.batch).sort((a, b) => a.at - b.at), (row) => row.at);
 	let batch;
-	for (const group of Object.values(groups)) {
+	for (const group of groups.values()) {
 		const [first] = group;
-		const mark = element("span.mark", {}, first.batch === batch ? `+${group.length}` : `batch ${first.batch}: ${group.length}`);
+		const joins = first.batch === batch;
+		const mark = element("span.mark", {}, joins ? `+${group.length}` : `batch ${first.batch}: ${group.length}`);
+		mark.joined = joins ? group.length : 0;
 		mark.style.left = at(first.started);
 		track.append(mark);
 		batch = first.batch;
 	}
 	return element("div", { class: "lane heads" }, element("span.who"), track);
+}
+
+// Rows that join where the label before still stands are counted there; a line stays where they join.
+function unite([label, ...marks]) {
+	for (const mark of marks) {
+		if (!mark.joined || mark.offsetLeft > label.offsetLeft + label.offsetWidth) label = mark;
+		else {
+			label.textContent = `${label.textContent.replace(/ ?\+\d+$/, "")} +${(label.joined += mark.joined)}`.trim();
+			mark.textContent = "";
+		}
+	}
 }
 
 function axis(whole, at) {
