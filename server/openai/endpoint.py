@@ -6,7 +6,8 @@ import asyncio
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
@@ -58,7 +59,16 @@ class Endpoint(ABC, Generic[Body, Encoded]):
         service: Service = http.app.state.service
         model = service.ready_model()
         body = await read(http, self.kind)
-        return await until_disconnect(http, self.respond(service, model, body, http.state.caller))
+        return await until_disconnect(http, self._paced(service, model, body, http.state.caller))
+
+    async def _paced(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
+        """A key that floods the service hears of it at a pace that leaves the event loop to other keys."""
+        try:
+            return await self.respond(service, model, body, caller)
+        except ApiError as error:
+            if error.status == 429 and caller.name:
+                await service.refusals.wait(caller.name)
+            raise
 
     async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
         """Handle a request whose body has been read. Raises `ApiError`."""
@@ -107,6 +117,8 @@ class GeneratingEndpoint(Endpoint[Generated, Encoded]):
 
     async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
         name = served_name(model.names, body.model)
+        with refusing():
+            service.batcher.check_room(caller.name)  # a refusal need not be tokenized
         with service.batcher.announce():
             encoded = await self._encoded(service, model, body, caller)
             prompts = await self.prompts(model, body, encoded, caller)
@@ -162,8 +174,15 @@ def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
             "An answer with this many log probabilities would be too large; ask for fewer tokens or choices.",
             "logprobs",
         )
-    try:
+    with refusing():
         return service.batcher.submit_all(rows)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raises `ApiError` in place of the batcher's errors."""
+    try:
+        yield
     except BatchingError as error:
         raise from_batching(error) from None
 
@@ -219,11 +238,10 @@ class Answer(ABC):
 async def collected(answer: Answer) -> Response:
     """The whole answer as one JSON object. Raises `ApiError`."""
     try:
-        async for step in steps(answer.streams):
-            for row, arrived in step:
-                answer.add(row, arrived)
-    except BatchingError as error:
-        raise from_batching(error) from None
+        with refusing():
+            async for step in steps(answer.streams):
+                for row, arrived in step:
+                    answer.add(row, arrived)
     finally:
         answer.cancel()
     return json_response(answer.whole())
