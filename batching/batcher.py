@@ -123,11 +123,6 @@ class Batcher:
         self._queue_changed()
         return streams
 
-    def check_room(self, client: str) -> None:
-        """Raises `QueueFull` if every request of this client would be refused now."""
-        if self.state is State.READY and self._queue.is_full_for(client):
-            self._refuse_full()
-
     def _refuse_full(self) -> Never:
         self._observe(Rejected("queue_full"))
         raise QueueFull(self._rate.seconds_for(len(self._queue)))
@@ -169,8 +164,13 @@ class Batcher:
                 await self._queue.change()  # until a row ends and frees its room
 
     @contextlib.contextmanager
-    def announce(self) -> Iterator[None]:
-        """Inside the context a request is being prepared, and an open batch waits a little for it."""
+    def announce(self, client: str) -> Iterator[None]:
+        """Inside the context a client's request is being prepared, and an open batch waits a little for it.
+
+        Raises `QueueFull` if every request of this client would be refused now, so that none is prepared in vain.
+        """
+        if self.state is State.READY and self._queue.is_full_for(client):
+            self._refuse_full()
         self._announced += 1
         try:
             yield

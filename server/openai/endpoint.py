@@ -6,8 +6,7 @@ import asyncio
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
@@ -65,13 +64,14 @@ class Endpoint(ABC, Generic[Body, Encoded]):
         """A key that floods the service hears of it at a pace that leaves the event loop to other keys."""
         try:
             return await self.respond(service, model, body, caller)
-        except ApiError as error:
-            if error.status == 429 and caller.name:
+        except (ApiError, BatchingError) as error:
+            refusal = from_batching(error) if isinstance(error, BatchingError) else error
+            if refusal.status == 429 and caller.name:
                 await service.refusals.wait(caller.name)
-            raise
+            raise refusal from None
 
     async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
-        """Handle a request whose body has been read. Raises `ApiError`."""
+        """Handle a request whose body has been read. Raises `ApiError` and `BatchingError`."""
         served_name(model.names, body.model)
         return json_response(orjson.dumps(await self._encoded(service, model, body, caller)))
 
@@ -117,9 +117,7 @@ class GeneratingEndpoint(Endpoint[Generated, Encoded]):
 
     async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
         name = served_name(model.names, body.model)
-        with refusing():
-            service.batcher.check_room(caller.name)  # a refusal need not be tokenized
-        with service.batcher.announce():
+        with service.batcher.announce(caller.name):
             encoded = await self._encoded(service, model, body, caller)
             prompts = await self.prompts(model, body, encoded, caller)
             streams = submit(service, requests(model, prompts, caller))
@@ -158,33 +156,23 @@ def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> l
 
 
 def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
-    """Queue the rows of one HTTP request. Raises `ApiError`: 429, 503, or 400 if they could never fit."""
+    """Queue the rows of one HTTP request. Raises `BatchingError`, or `ApiError` 400 if they could never fit."""
     if sum(map(num_prompt_logprobs, rows)) > MAX_PROMPT_LOGPROBS:
         raise bad_request(
             f"An answer can hold at most {MAX_PROMPT_LOGPROBS:,} log probabilities of prompt tokens; ask for fewer "
             "likeliest tokens, prompts or choices, or shorten the prompt.",
             code="too_large",
         )
-    if not service.limits.allow(rows):
-        raise bad_request(
-            "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
-        )
     if sum(map(num_logprobs, rows)) > MAX_LOGPROBS:
         raise bad_request(
             "An answer with this many log probabilities would be too large; ask for fewer tokens or choices.",
             "logprobs",
         )
-    with refusing():
-        return service.batcher.submit_all(rows)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Raises `ApiError` in place of the batcher's errors."""
-    try:
-        yield
-    except BatchingError as error:
-        raise from_batching(error) from None
+    if not service.limits.allow(rows):
+        raise bad_request(
+            "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
+        )
+    return service.batcher.submit_all(rows)
 
 
 def num_prompt_logprobs(row: Request) -> int:
@@ -236,12 +224,11 @@ class Answer(ABC):
 
 
 async def collected(answer: Answer) -> Response:
-    """The whole answer as one JSON object. Raises `ApiError`."""
+    """The whole answer as one JSON object. Raises `BatchingError`."""
     try:
-        with refusing():
-            async for step in steps(answer.streams):
-                for row, arrived in step:
-                    answer.add(row, arrived)
+        async for step in steps(answer.streams):
+            for row, arrived in step:
+                answer.add(row, arrived)
     finally:
         answer.cancel()
     return json_response(answer.whole())
@@ -269,7 +256,7 @@ async def streamed(answer: Answer, patience: float) -> Response:
     """The answer as server-sent events, once the first event is there or `patience` seconds have passed.
 
     The status line waits so that failures in the queue get a status of their own, but no longer than proxies wait for
-    a first byte. Raises `ApiError`.
+    a first byte. Raises `BatchingError`.
     """
     frames = written(answer)
     first = asyncio.ensure_future(anext(frames))
@@ -277,11 +264,9 @@ async def streamed(answer: Answer, patience: float) -> Response:
         if (await asyncio.wait([first], timeout=patience))[0]:
             first.result()
         return AnswerResponse(answer, first, frames, patience)
-    except BaseException as error:
+    except BaseException:
         first.cancel()
         answer.cancel()
-        if isinstance(error, BatchingError):
-            raise from_batching(error) from None
         raise
 
 
