@@ -209,11 +209,12 @@ class EventReader:
             self._thinking_tokens += len(tokens)
             self._recent = (self._recent + tokens)[-len(self._end_of_thought) :]
             return
+        end = self._end_of_thought.encode()
         seen = b"".join(map(self._vocabulary.bytes_of, self._recent))
         for token in tokens:
             self._thinking_tokens += 1
-            seen += self._vocabulary.bytes_of(token)
-            if self._end_of_thought.encode() in seen:
+            seen = seen[-len(end) :] + self._vocabulary.bytes_of(token)
+            if end in seen:
                 return
 
 
