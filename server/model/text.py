@@ -112,10 +112,11 @@ class Text:
         than `MAX_TOKENS`."""
         # Only the batch methods release the GIL, which the worker and the event loop need.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-        if len(encoding) > MAX_TOKENS:
+        count = len(encoding)
+        if count > MAX_TOKENS:
+            del encoding  # freed here, because the error takes this frame to the event loop
             raise bad_request(
-                f"The text has {thousands(len(encoding))} tokens, but at most {thousands(MAX_TOKENS)} can be read; "
-                "shorten it.",
+                f"The text has {thousands(count)} tokens, but at most {thousands(MAX_TOKENS)} can be read; shorten it.",
                 code="context_length_exceeded",
             )
         return tuple(encoding.ids)
