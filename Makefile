@@ -129,7 +129,7 @@ bench: install
 # Each in turn, until so much of its own CPU time is spent; what breaks a law is written to out/fuzz and ends it.
 fuzz: install
 	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[fuzz]'
-	for target in request stop detokenize tools sse schema pattern; do \
+	for target in request stop detokenize words tools sse schema pattern; do \
 		$(BIN)/python -m tests.fuzz $$target --cpu-seconds $(CPU) || exit 1; done
 
 soak: install

@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Never
 
 from batching.admission import ServiceRate, seconds_late
 from batching.engine import Engine
@@ -110,8 +110,7 @@ class Batcher:
             self._observe(Rejected("not_ready"))
             raise NotReady(self.state)
         if not self._queue.has_room(requests):
-            self._observe(Rejected("queue_full"))
-            raise QueueFull(self._rate.seconds_for(len(self._queue)))
+            self._refuse_full()
         ahead, at_once = self._queue.ahead_of(requests[0]), self._at_once(requests)
         if late := seconds_late(requests, ahead, len(self._running), at_once, self._rate, joins=self._info.joins):
             self._observe(Rejected("too_busy"))
@@ -123,6 +122,10 @@ class Batcher:
         self._rate.resume()
         self._queue_changed()
         return streams
+
+    def _refuse_full(self) -> Never:
+        self._observe(Rejected("queue_full"))
+        raise QueueFull(self._rate.seconds_for(len(self._queue)))
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, finish the accepted ones within `seconds`, fail the rest, stop the worker.
@@ -161,8 +164,13 @@ class Batcher:
                 await self._queue.change()  # until a row ends and frees its room
 
     @contextlib.contextmanager
-    def announce(self) -> Iterator[None]:
-        """Inside the context a request is being prepared, and an open batch waits a little for it."""
+    def announce(self, client: str) -> Iterator[None]:
+        """Inside the context a client's request is being prepared, and an open batch waits a little for it.
+
+        Raises `QueueFull` if every request of this client would be refused now, so that none is prepared in vain.
+        """
+        if self.state is State.READY and self._queue.is_full_for(client):
+            self._refuse_full()
         self._announced += 1
         try:
             yield

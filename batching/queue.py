@@ -245,6 +245,13 @@ class RowQueue:
         roomy = self._limits.leaves_room(len(requests), len(own) + len(requests), free)
         return roomy and self._limits.allow([*requests, *own])
 
+    def is_full_for(self, client: str) -> bool:
+        """Whether not even one more row of this client fits in the queue now."""
+        own = len(self._rows.of_client(client)) + 1
+        return own > (self._limits.client_rows or own) or not self._limits.leaves_room(
+            1, own, self._limits.rows - len(self)
+        )
+
     def ahead_of(self, request: Request) -> int:
         """How many rows would be served before this request."""
         return self._rows.ahead_of(request)

@@ -20,7 +20,15 @@ from batching.events import Rejected, State
 from server import replies
 from server.callers import load_keys
 from server.http.errors import ApiError, internal
-from server.http.middleware import BODIES_FULL, ApiKey, BodyBudget, BrowserGuard, RequestId, allowed_hosts
+from server.http.middleware import (
+    BODIES_FULL,
+    AnswerBudget,
+    ApiKey,
+    BodyBudget,
+    BrowserGuard,
+    RequestId,
+    allowed_hosts,
+)
 from server.http.request import CLIENT_CLOSED
 from server.model.served_model import ServedModel, card, served_name
 from server.observe.log import log_refusal
@@ -41,6 +49,9 @@ OPEN_PATHS = frozenset(
     {"/health", "/health/live", "/health/ready", "/metrics", *(route.path for route in [*DOCS, *PAGE])}
 )
 """Paths that need no API key: probes and scrapers seldom have one, and documentation holds nothing secret."""
+
+UNREAD_BYTES = 2**28
+"""Memory for large answers that clients are slow to read."""
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -107,7 +118,11 @@ def routes(*, page: bool = True) -> list[Route]:
 
 def middleware(service: Service) -> list[Middleware]:
     settings = service.settings
-    layers = [Middleware(RequestId), Middleware(BodyBudget, limit=int(settings.max_bodies_mib * 2**20))]
+    layers = [
+        Middleware(RequestId),
+        Middleware(BodyBudget, limit=int(settings.max_bodies_mib * 2**20)),
+        Middleware(AnswerBudget, limit=UNREAD_BYTES),
+    ]
     if settings.cors_origins:
         layers.append(
             Middleware(

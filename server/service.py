@@ -17,6 +17,7 @@ from batching.queue import QueueLimits
 from server.callers import load_keys
 from server.grammar.compiler import Grammars
 from server.http.errors import not_ready
+from server.http.turns import Pace
 from server.model.defaults import Defaults
 from server.model.loader import Loading
 from server.model.served_model import ServedModel
@@ -27,6 +28,10 @@ from server.settings import Settings
 from server.threads import Encoders
 
 logger = logging.getLogger(__name__)
+
+REFUSALS_AT_ONCE, REFUSALS_A_SECOND, REFUSAL_SECONDS = 64, 100.0, 5.0
+"""429s of one key that are answered at once, how many a second after that, and for how long one may wait. Each takes
+about a millisecond of the event loop."""
 
 
 class Loader(Protocol):
@@ -55,6 +60,7 @@ class Service:
         self.settings = settings
         self.max_body_bytes = int(settings.max_body_mib * 2**20)
         self.encoders = Encoders()
+        self.refusals = Pace(REFUSALS_AT_ONCE, REFUSALS_A_SECOND, REFUSAL_SECONDS)
         self.responses = ResponseStore(int(settings.stored_responses_mib * 2**20), settings.stored_responses_s)
         self.stopped = asyncio.Event()
         self.exit_code = 0

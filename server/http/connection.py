@@ -9,7 +9,6 @@ uvicorn accepts connections, runs the lifespan and shuts down.
 import asyncio
 import contextlib
 import re
-import socket
 from functools import partial
 
 import h11
@@ -49,6 +48,9 @@ MOST_HEADERS = 100
 HEAD_SECONDS = 10.0
 """Time limit for the request line and headers, from the connection or the first byte."""
 
+PATIENT_SECONDS = 1.0
+"""Time that every body has before it may have to make room for another connection."""
+
 REST_SECONDS = 5.0
 """Time limit for the rest of a body that was answered before it had fully arrived (nginx's lingering_timeout)."""
 
@@ -57,9 +59,6 @@ LINGERING = 64
 
 WAITING_BYTES = 32_768
 """Bytes of an answer that wait for the client before writing pauses."""
-
-SEND_BYTES = 65_536
-"""Kernel send buffer for a client that does not read: about 300 tokens of a stream. The default reaches megabytes."""
 
 
 HEAD_TOO_LARGE = ApiError(
@@ -77,6 +76,12 @@ TOO_MANY = ApiError(
     headers={"retry-after": "1"},
 )
 
+
+TOO_SLOW = ApiError(
+    408,
+    "All connections were in use, and the body had come the slowest; send the request again.",
+    code="request_timeout",
+)
 
 BLANK_LINE = re.compile(rb"\n\r?\n")
 
@@ -102,13 +107,14 @@ class Lines:
 class Connections:
     """Creates the connections of one server, as uvicorn's `http`, and holds what they share.
 
-    `waiting` has the connections that wait for their client to send something, longest waiting first; `leaving` has
-    those that linger.
+    `waiting` has the connections that wait for their client to send something, longest waiting first; `receiving` has
+    those whose client is sending a body, longest sending first; `leaving` has those that linger.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.limit = settings.max_connections
         self.waiting: dict[Connection, None] = {}
+        self.receiving: dict[Connection, None] = {}
         self.leaving: dict[Connection, None] = {}
         self.reads = Turns(READS_A_TURN)
         self.requests = Turns(REQUESTS_A_TURN)
@@ -127,10 +133,13 @@ class Connections:
 
     def make_room(self, newest: "Connection") -> None:
         """Called when there is one connection too many: closes the one that has waited longest or, if no other waits,
-        refuses the newest."""
+        ends the body that has been coming for longest. If none is slow, the newest is refused."""
         oldest = next(iter(self.waiting))
+        slowest = next(iter(self.receiving), newest)
         if oldest is not newest:
             oldest.close()
+        elif slowest.is_slow:
+            slowest.refuse(TOO_SLOW)
         else:
             newest.refuse(TOO_MANY)
 
@@ -161,6 +170,7 @@ class Connection(asyncio.BufferedProtocol):
         self.exchange: Exchange | None = None
         self._framing = 0  # bytes received since the last request that are not known to be body
         self._body = 0  # body bytes received
+        self._body_begun = self._loop.time()
         self._held_back = False  # a pipelined request waits in the parser
         self._unfinished = False  # the parser has more events, for the next iteration of the loop
         self._resting = False  # other connections read before this one does again
@@ -270,6 +280,7 @@ class Connection(asyncio.BufferedProtocol):
                 if self.exchange is not None:
                     self.exchange.take(event.data)
             case h11.EndOfMessage():
+                self._shared.receiving.pop(self, None)
                 if self.exchange is not None:
                     self.exchange.end()
                 else:
@@ -278,6 +289,11 @@ class Connection(asyncio.BufferedProtocol):
                 self._held_back = event is h11.PAUSED and bool(self._unparsed)
                 return False
         return True
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its body has been coming for a while."""
+        return self in self._shared.receiving and self._loop.time() - self._body_begun > PATIENT_SECONDS
 
     @property
     def _unparsed(self) -> bytes:
@@ -289,6 +305,7 @@ class Connection(asyncio.BufferedProtocol):
         if error := fault_of(request, head):
             return self.refuse(error)
         self._expect(None)
+        self._shared.receiving[self], self._body_begun = None, self._loop.time()
         scope = scope_of(request, self.transport, self._app_state)
         self.exchange = Exchange(self, scope)
         answer = partial(self._answer, self.exchange)
@@ -380,6 +397,7 @@ class Connection(asyncio.BufferedProtocol):
     def _expect(self, seconds: float | None) -> None:
         """Close the connection unless the client sends what is due within `seconds`."""
         self._shared.waiting.pop(self, None)
+        self._shared.receiving.pop(self, None)
         if seconds is not None and not self._leaving:
             self._shared.waiting[self] = None
         if self._deadline is not None:
@@ -460,12 +478,3 @@ def refusal_of(error: h11.RemoteProtocolError) -> ApiError:
             return ApiError(501, "The only supported transfer coding is chunked.")
         case _:
             return ApiError(400, "Malformed HTTP request.", code="malformed_request")
-
-
-def listener(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections have bounded buffers; `::` includes IPv4. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = host == "::" and socket.has_dualstack_ipv6()  # whatever the system's default is
-    listening = socket.create_server((host, port), family=family, dualstack_ipv6=both)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # inherited by accepted sockets
-    return listening

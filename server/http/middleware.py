@@ -1,10 +1,16 @@
-"""What applies to every request: ids, API keys, the body budget, browser checks. Plain ASGI: streams pass through."""
+"""What applies to every request: ids, API keys, budgets of memory, browser checks. Plain ASGI: streams pass through."""
 
+import asyncio
+import logging
 import re
 import secrets
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Container, Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from typing import Any, cast
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -14,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from batching.errors import UNWINDING
 from server.callers import Caller, Keys
 from server.http.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 
 class NativeFault(Exception):
@@ -153,6 +161,69 @@ class BodyPart:
         counted = max(0, self._size - UNCOUNTED_BYTES)
         self._budget.take(counted - self.counted)
         self.counted = counted
+
+
+PATIENT_SECONDS = 1.0
+"""Time that a client has to read its answer, however large, before the answer may have to make room."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unread:
+    """A large answer, or a part of one, that its client has not taken yet. Cancelling its task breaks it off."""
+
+    client: str
+    size: int
+    begun: float
+    task: asyncio.Task[Any]
+
+
+class AnswerBudget:
+    """ASGI middleware that bounds the answers of all requests that clients are slow to read to `limit` bytes.
+
+    Beyond that, the key that has the most loses the one that it has been reading for longest.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+        self._unread: dict[Unread, None] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            size = len(message.get("body", b""))
+            if size > UNCOUNTED_BYTES:
+                with self._counting(scope["state"]["caller"].name, size):
+                    await send(message)
+            else:
+                await send(message)
+
+        await self._app(scope, receive, counted)
+
+    @contextmanager
+    def _counting(self, client: str, size: int) -> Iterator[None]:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())  # the request's own
+        answer = Unread(client, size, time.monotonic(), task)
+        self._unread[answer] = None
+        self._make_room()
+        try:
+            yield
+        finally:
+            self._unread.pop(answer, None)
+
+    def _make_room(self) -> None:
+        held = Counter[str]()
+        for answer in self._unread:
+            held[answer.client] += answer.size
+        before = time.monotonic() - PATIENT_SECONDS
+        slow = [answer for answer in self._unread if answer.begun < before]
+        while held.total() > self._limit and slow:
+            most = max((answer.client for answer in slow), key=lambda client: held[client])
+            broken = next(answer for answer in slow if answer.client == most)
+            logger.info("a client read its answer of %d bytes too slowly when others needed memory", broken.size)
+            held[most] -= broken.size
+            slow.remove(broken)
+            del self._unread[broken]
+            broken.task.cancel()
 
 
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])

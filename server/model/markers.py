@@ -17,7 +17,7 @@ Prompts of `/v1/completions` are raw: every token in them counts.
 
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import TypeVar, cast
 
@@ -25,6 +25,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 BREAK = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
 """Unguessable private-use characters, so that no client's text contains them by chance or on purpose."""
+
+PIECE = 65_536
+"""Characters that are searched at a time: about a millisecond."""
 
 Broken = TypeVar("Broken")
 
@@ -50,13 +53,24 @@ class Markers:
     def _broken(self, value: object) -> object:
         match value:
             case str():
-                return self._pattern.sub(rf"\g<0>{BREAK}", value) + (BREAK if self._begins_at_the_end(value) else "")
+                return "".join(self._pieces(value)) + (BREAK if self._begins_at_the_end(value) else "")
             case list():
                 return [self._broken(item) for item in value]
             case dict():
                 return {self._broken(key): self._broken(item) for key, item in value.items()}
             case _:
                 return value
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The text with a `BREAK` in each marker. Searched a piece at a time, because a search holds the GIL."""
+        for start in range(0, len(text), PIECE):
+            end = start + PIECE
+            for match in self._pattern.finditer(text, start, end + self._longest):
+                if match.start() >= end:
+                    break
+                yield text[start : match.end()] + BREAK
+                start = match.end()
+            yield text[start:end]
 
     def _begins_at_the_end(self, text: str) -> bool:
         tail = text[-self._longest :]

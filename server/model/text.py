@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tokenizers import Tokenizer
 
 from batching.errors import ModelError, explained
+from server.http.errors import bad_request, thousands
 from server.model.markers import Markers, drop_breaks
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.model_format import PART_TAGS, format_of
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 2**20
+"""Tokens of a text, as many as the longest context windows have. Their list is made in one call that holds the GIL for
+about 30 ms."""
 
 
 class TemplateError(Exception):
@@ -103,9 +108,17 @@ class Text:
         return str(rendered)
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
-        """The token ids of a text. `special` adds the model's beginning and end tokens."""
+        """The token ids of a text. `special` adds the model's beginning and end tokens. Raises `ApiError` 400 for more
+        than `MAX_TOKENS`."""
         # Only the batch methods release the GIL, which the worker and the event loop need.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        count = len(encoding)
+        if count > MAX_TOKENS:
+            del encoding  # freed here, because the error takes this frame to the event loop
+            raise bad_request(
+                f"The text has {thousands(count)} tokens, but at most {thousands(MAX_TOKENS)} can be read; shorten it.",
+                code="context_length_exceeded",
+            )
         return tuple(encoding.ids)
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
 """The body of `POST /v1/messages`, and its translation into a chat completion request."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError, model_validator
@@ -83,10 +84,23 @@ class ToolReference(Body):
         return f"The tool {self.tool_name} can be called."
 
 
+class Unseen(Body):
+    """What a tool returned and this model cannot read. It is told so, because every later turn has it, too."""
+
+    type: Literal["image", "document"]
+
+    @property
+    def text(self) -> str:
+        return f"[Here was {'an image' if self.type == 'image' else 'a document'}, which this model cannot see.]"
+
+
 AnyResult = Annotated[
-    Annotated[TextBlock, Tag("text")] | Annotated[ToolReference, Tag("tool_reference")],
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ToolReference, Tag("tool_reference")]
+    | Annotated[Unseen, Tag("image")]
+    | Annotated[Unseen, Tag("document")],
     Discriminator(_kind),
-    _readable("text", "tool_reference"),
+    _readable("text", "tool_reference", "image", "document"),
 ]
 Result = Annotated[
     list[AnyResult],
@@ -106,6 +120,10 @@ class ToolResultBlock(Body):
     @property
     def text(self) -> str:
         return ("Error: " if self.is_error else "") + joined(self.content)
+
+    @property
+    def unseen(self) -> list[str]:
+        return [f"tool_result.{part.type}" for part in self.content if isinstance(part, Unseen)]
 
 
 Block: TypeAlias = TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock
@@ -169,7 +187,7 @@ class Turn(Body):
             yield {"role": self.role, "content": joined(texts)}
 
 
-def joined(blocks: Iterable[TextBlock | ToolReference]) -> str:
+def joined(blocks: Iterable[TextBlock | ToolReference | Unseen]) -> str:
     """Clients write each block as a paragraph of its own."""
     return "\n".join(block.text for block in blocks)
 
@@ -217,6 +235,18 @@ class OutputConfig(Body):
     effort: NoEffect = None
 
 
+class MessageThinking(Thinking):
+    type: Literal["enabled", "disabled", "adaptive", "auto", "between_tools"]  # type: ignore[assignment]
+
+    def as_chat(self, turns: Sequence[Turn]) -> Thinking:
+        """`between_tools`: no thought until a tool has returned something; then as the service does by default."""
+        if self.type != "between_tools":
+            return self
+        news = takewhile(lambda turn: turn.role != "assistant", reversed(turns))
+        told = any(isinstance(block, ToolResultBlock) for turn in news for block in turn.content)
+        return Thinking(type="adaptive" if told else "disabled")
+
+
 class CountRequest(Generation):
     """`POST /v1/messages/count_tokens`. Takes the other fields of a message request, too."""
 
@@ -228,7 +258,7 @@ class CountRequest(Generation):
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     """Tools that Anthropic would run are not offered to the model."""
     tool_choice: Choice | None = None
-    thinking: Thinking | None = None
+    thinking: MessageThinking | None = None
     output_config: OutputConfig | None = None
     stop_sequences: StopList | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=1), Integral] | None = None
@@ -237,7 +267,9 @@ class CountRequest(Generation):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)))
+        tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
+        results = [block for turn in self.messages for block in turn.content if isinstance(block, ToolResultBlock)]
+        return tuple(dict.fromkeys([*tools, *(name for result in results for name in result.unseen)]))
 
     @property
     def prefill(self) -> str | None:
@@ -284,6 +316,8 @@ def as_chat(request: CountRequest) -> ChatRequest:
     }
     if request.prefill:
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
+    if request.thinking:
+        fields["thinking"] = request.thinking.as_chat(request.messages)
     if request.prefill is not None:
         fields["thinking"] = Thinking(type="disabled")
     try:

@@ -25,6 +25,7 @@ from server.openai.requests import ChatRequest
 from server.openai.sampling import sampling, stop_tokens, truncated
 from server.openai.tools import Tool
 from server.output.answer import AnswerReader, StopScanner
+from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
 from server.output.reasoning import ThoughtState
 from server.output.tool_calls import ToolNames
@@ -171,7 +172,7 @@ class EventReader:
         self._vocabulary = text.vocabulary
         self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
-        after = conversation.tokens[-1:] if chat.continue_final_message else ()
+        after = conversation.tokens[-MAX_HELD:] if chat.continue_final_message else ()
         self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
         self._begun = conversation.begun[choice] if conversation.begun else None
         self._message = self._begun.reader if self._begun else reader(text, conversation)
@@ -208,11 +209,12 @@ class EventReader:
             self._thinking_tokens += len(tokens)
             self._recent = (self._recent + tokens)[-len(self._end_of_thought) :]
             return
+        end = self._end_of_thought.encode()
         seen = b"".join(map(self._vocabulary.bytes_of, self._recent))
         for token in tokens:
             self._thinking_tokens += 1
-            seen += self._vocabulary.bytes_of(token)
-            if self._end_of_thought.encode() in seen:
+            seen = seen[-len(end) :] + self._vocabulary.bytes_of(token)
+            if end in seen:
                 return
 
 

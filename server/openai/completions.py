@@ -16,6 +16,7 @@ from server.openai.logprobs import CompletionLogprobs, EncodedLists, completion_
 from server.openai.requests import MAX_CHOICES, CompletionRequest
 from server.openai.sampling import sampling, stop_tokens, truncated
 from server.output.answer import AnswerReader, StopScanner
+from server.output.detokenize import MAX_HELD
 
 MAX_PROMPT_IDS = 262_144
 """Limit on the ids of prompt tokens in one answer: about 2 MB of JSON."""
@@ -163,12 +164,14 @@ class TextChoice:
         self._text = text
         self._echo = Echo(text, prompt, body) if body.echo else None
         self._prompt_top = body.prompt_logprobs
-        self._logprobs = CompletionLogprobs(text, len(prompt.text), as_ids=bool(body.return_tokens_as_token_ids))
+        after = prompt.tokens[-MAX_HELD:]
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self._logprobs = CompletionLogprobs(text, len(prompt.text), after, as_ids=as_ids)
         self._ids: list[int] | None = [] if body.return_token_ids else None
         self._prompt_ids = list(prompt.tokens)
         self._begun = False
         scanner = StopScanner(body.stop or (), inclusive=bool(body.include_stop_str_in_output))
-        self._answer = AnswerReader(stream, text.detokenizer(), scanner, stop_tokens(text, body))
+        self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, body))
         self._said: list[str] = []
         self._encoded = EncodedLists[replies.TextLogprobs]()
         self._prompt = EncodedLists[replies.OfPrompt]()

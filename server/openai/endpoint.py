@@ -58,10 +58,20 @@ class Endpoint(ABC, Generic[Body, Encoded]):
         service: Service = http.app.state.service
         model = service.ready_model()
         body = await read(http, self.kind)
-        return await until_disconnect(http, self.respond(service, model, body, http.state.caller))
+        return await until_disconnect(http, self._paced(service, model, body, http.state.caller))
+
+    async def _paced(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
+        """A key that floods the service hears of it at a pace that leaves the event loop to other keys."""
+        try:
+            return await self.respond(service, model, body, caller)
+        except (ApiError, BatchingError) as error:
+            refusal = from_batching(error) if isinstance(error, BatchingError) else error
+            if refusal.status == 429 and caller.name:
+                await service.refusals.wait(caller.name)
+            raise refusal from None
 
     async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
-        """Handle a request whose body has been read. Raises `ApiError`."""
+        """Handle a request whose body has been read. Raises `ApiError` and `BatchingError`."""
         served_name(model.names, body.model)
         return json_response(orjson.dumps(await self._encoded(service, model, body, caller)))
 
@@ -107,7 +117,7 @@ class GeneratingEndpoint(Endpoint[Generated, Encoded]):
 
     async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
         name = served_name(model.names, body.model)
-        with service.batcher.announce():
+        with service.batcher.announce(caller.name):
             encoded = await self._encoded(service, model, body, caller)
             prompts = await self.prompts(model, body, encoded, caller)
             streams = submit(service, requests(model, prompts, caller))
@@ -146,26 +156,23 @@ def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> l
 
 
 def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
-    """Queue the rows of one HTTP request. Raises `ApiError`: 429, 503, or 400 if they could never fit."""
+    """Queue the rows of one HTTP request. Raises `BatchingError`, or `ApiError` 400 if they could never fit."""
     if sum(map(num_prompt_logprobs, rows)) > MAX_PROMPT_LOGPROBS:
         raise bad_request(
             f"An answer can hold at most {MAX_PROMPT_LOGPROBS:,} log probabilities of prompt tokens; ask for fewer "
             "likeliest tokens, prompts or choices, or shorten the prompt.",
             code="too_large",
         )
-    if not service.limits.allow(rows):
-        raise bad_request(
-            "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
-        )
     if sum(map(num_logprobs, rows)) > MAX_LOGPROBS:
         raise bad_request(
             "An answer with this many log probabilities would be too large; ask for fewer tokens or choices.",
             "logprobs",
         )
-    try:
-        return service.batcher.submit_all(rows)
-    except BatchingError as error:
-        raise from_batching(error) from None
+    if not service.limits.allow(rows):
+        raise bad_request(
+            "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
+        )
+    return service.batcher.submit_all(rows)
 
 
 def num_prompt_logprobs(row: Request) -> int:
@@ -217,13 +224,11 @@ class Answer(ABC):
 
 
 async def collected(answer: Answer) -> Response:
-    """The whole answer as one JSON object. Raises `ApiError`."""
+    """The whole answer as one JSON object. Raises `BatchingError`."""
     try:
         async for step in steps(answer.streams):
             for row, arrived in step:
                 answer.add(row, arrived)
-    except BatchingError as error:
-        raise from_batching(error) from None
     finally:
         answer.cancel()
     return json_response(answer.whole())
@@ -251,7 +256,7 @@ async def streamed(answer: Answer, patience: float) -> Response:
     """The answer as server-sent events, once the first event is there or `patience` seconds have passed.
 
     The status line waits so that failures in the queue get a status of their own, but no longer than proxies wait for
-    a first byte. Raises `ApiError`.
+    a first byte. Raises `BatchingError`.
     """
     frames = written(answer)
     first = asyncio.ensure_future(anext(frames))
@@ -259,11 +264,9 @@ async def streamed(answer: Answer, patience: float) -> Response:
         if (await asyncio.wait([first], timeout=patience))[0]:
             first.result()
         return AnswerResponse(answer, first, frames, patience)
-    except BaseException as error:
+    except BaseException:
         first.cancel()
         answer.cancel()
-        if isinstance(error, BatchingError):
-            raise from_batching(error) from None
         raise
 
 

@@ -54,16 +54,16 @@ class EncodedLists(Generic[Piece]):
 
 
 class CompletionLogprobs:
-    """`logprobs` of one completion, whole or piece by piece. Its text starts at character `offset`.
+    """`logprobs` of one completion, whole or piece by piece. Its text starts at character `offset`, after these tokens.
 
     `as_ids`: tokens are named by their ids.
     """
 
-    def __init__(self, text: Text, offset: int, *, as_ids: bool = False) -> None:
+    def __init__(self, text: Text, offset: int, after: Sequence[int], *, as_ids: bool = False) -> None:
         self._text = text
         self._as_ids = as_ids
         self._offset = offset
-        self._detokenizer = text.detokenizer()
+        self._detokenizer = text.detokenizer(after=after)
 
     def push(self, entries: Sequence[TokenLogprob]) -> replies.TextLogprobs | None:
         """The next tokens; None if there are no entries."""

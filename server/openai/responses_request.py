@@ -202,13 +202,13 @@ AnyTool = Annotated[FlatTool | OtherTool, PlainValidator(_tool, json_schema_inpu
 
 
 class FlatChoice(ChosenFunction):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
 
 
 class FlatAllowed(Body):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"] = "auto"
-    tools: list[FlatChoice]
+    tools: list[FlatChoice | OtherTool]
 
 
 def _choice(value: object) -> object:

@@ -12,6 +12,7 @@ from server.model.served_model import ServedModel
 from server.openai.chat import names_in, render
 from server.openai.endpoint import Endpoint
 from server.openai.messages import Messages, PromptEnd
+from server.openai.parsing import MAX_ITEMS
 from server.openai.prefill import prefill_of
 from server.openai.requests import UNSUPPORTED, ThinkingChoice
 from server.openai.tools import ToolUse
@@ -47,7 +48,7 @@ class TokenizeRequest(RequestBody, ThinkingChoice, ToolUse, PromptEnd):
 class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""
 
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class Tokenize(Endpoint[TokenizeRequest, orjson.Fragment]):

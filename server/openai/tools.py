@@ -109,7 +109,11 @@ def _functions(tools: object) -> object:
 
 class AllowedTools(Body):
     mode: Literal["auto", "required"] = "auto"
-    tools: Annotated[list[NamedChoice], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_functions)]
+    tools: Annotated[
+        list[NamedChoice],
+        Field(max_length=MAX_TOOLS, fail_fast=True),
+        BeforeValidator(_functions, json_schema_input_type=list[NamedChoice | OtherTool]),
+    ]
 
 
 class AllowedChoice(Body):

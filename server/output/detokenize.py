@@ -68,16 +68,22 @@ a `DecodeStream` decodes everything it holds again at every token."""
 
 class Detokenizer:
     """Turns one row's tokens into text, holding back the bytes of an unfinished character. Special tokens are included
-    if `special`. Some vocabularies leave out a text's leading space, unless it continues that of the tokens `after`."""
+    if `special`. Some vocabularies leave out a text's leading space, unless it continues that of the tokens `after`, of
+    which no more than the last character matter."""
 
     def __init__(self, vocabulary: Vocabulary, *, special: bool = False, after: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
         self._special = special
         self._hidden = frozenset[int]() if special else vocabulary.special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stream = DecodeStream(list(after), skip_special_tokens=not special)
+        self._last = [] if vocabulary.byte_level else self._end_of(after)
+        self._stream = DecodeStream(self._last, skip_special_tokens=not special)
         self._held: list[int] = []
-        self._last = list(after)
+
+    def _end_of(self, tokens: Sequence[int]) -> list[int]:
+        """The last of them that are whole characters; none if they end within one."""
+        ends = (list(tokens[-count:]) for count in range(1, min(MAX_HELD, len(tokens) + 1)))
+        return next((end for end in ends if "\ufffd" not in self._vocabulary.decode(end)), [])
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes empty."""
@@ -89,7 +95,11 @@ class Detokenizer:
     def _step(self, token: int) -> str:
         """For vocabularies where a token's text depends on its neighbours."""
         self._held.append(token)
-        text = self._stream.step(self._vocabulary.tokenizer, token)
+        try:
+            text = self._stream.step(self._vocabulary.tokenizer, token)
+        except Exception:  # bytes that form no character have changed how a byte before them is read, which was let out
+            text = b"".join(map(self._vocabulary.bytes_of, self._held)).decode(errors="replace")
+            self._stream = DecodeStream([token], skip_special_tokens=not self._special)
         if text is None and len(self._held) >= MAX_HELD:
             text = self._vocabulary.decode(self._held, special=self._special)
             self._stream = DecodeStream(self._last, skip_special_tokens=not self._special)

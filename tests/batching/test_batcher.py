@@ -1094,7 +1094,7 @@ def test_a_batch_waits_past_its_window_for_requests_that_are_being_prepared(run_
     async def main() -> None:
         engine = ScriptedEngine()
         async with serving(engine, rows=8, window=0.0) as (batcher, _log):
-            with batcher.announce():
+            with batcher.announce(""):
                 first = batcher.submit(request(id="first"))
                 await spin()
                 second = batcher.submit(request(id="second"))

@@ -13,8 +13,10 @@ import pytest
 
 from benchmarks.attackers import LARGE, MIB, body, keys, many, of_schema, with_field
 from benchmarks.mischief import CHAT
-from server.model.text import Text
-from tests.live import BYTES, Live, live, scripted, tokens_of
+from server.http.errors import ApiError
+from server.model.text import MAX_TOKENS, Text
+from server.openai.parsing import MAX_ITEMS
+from tests.live import BYTES, Live, byte_tokenizer, live, scripted, tokens_of
 
 HALF = tokens_of("中")[0]
 """The first byte of a character that never comes to its end."""
@@ -70,11 +72,12 @@ def test_what_is_refused_is_refused_without_holding_anybody_up(what: str, servic
 
 @pytest.mark.parametrize("text", ["id,name,a:b,[x],{y}\n", 'f({"a": [1, 2], "b": "\\\\"});\n'], ids=["a table", "code"])
 def test_a_chat_of_four_megabytes_is_answered_whatever_its_text_has_many_of(text: str) -> None:
-    sent = text * (3_900_000 // len(orjson.dumps(text)))
-    with live(scripted(context_window=2**23, token_budget=2**24)) as service:
-        answer = service.chat(messages=[{"role": "user", "content": sent}], max_tokens=8)
+    times = 3_900_000 // len(orjson.dumps(text))
+    engine, one_token = scripted(context_window=2**23, token_budget=2**24), byte_tokenizer(tags=[text])
+    with live(engine, tokenizer=one_token) as service:
+        answer = service.chat(messages=[{"role": "user", "content": text * times}], max_tokens=8)
     assert answer.status_code == 200
-    assert answer.json()["usage"]["prompt_tokens"] > len(sent)
+    assert answer.json()["usage"]["prompt_tokens"] > times
 
 
 def test_very_many_unknown_fields_are_counted_and_not_all_named(service: Live) -> None:
@@ -85,15 +88,23 @@ def test_very_many_unknown_fields_are_counted_and_not_all_named(service: Live) -
     assert len(answer.headers["x-ignored-fields"]) < 2000
 
 
-@pytest.mark.parametrize("text", ["a" * LARGE, "中" * 300_000, "<|end|>" * 300_000])
+@pytest.mark.parametrize("text", ["a" * MAX_TOKENS, "中" * 300_000, "<|end|>" * 300_000])
 def test_a_long_text_is_tokenized_beside_everybody_else(text: str, service: Live) -> None:
     answer = service.post(orjson.dumps({"prompt": text}), "/tokenize")
     assert answer.status_code == 200
     assert answer.json()["count"] >= 300_000
     strings = service.post(orjson.dumps({"prompt": text, "return_token_strs": True}), "/tokenize")
     assert strings.status_code == 400
-    tokens = answer.json()["tokens"][:900_000]
+    tokens = answer.json()["tokens"][:MAX_ITEMS]
     assert service.post(orjson.dumps({"tokens": tokens}), "/detokenize").status_code == 200
+
+
+def test_a_text_of_more_tokens_than_any_window_is_refused_with_their_number(service: Live) -> None:
+    for path in ("/tokenize", "/v1/completions"):
+        answer = service.post(orjson.dumps({"prompt": "a" * (MAX_TOKENS + 1)}), path)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert "1048.6k" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("text", ["a b ", "word ", "中"])
@@ -107,10 +118,10 @@ def test_the_memory_of_a_long_text_is_bounded(text: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    tokens = Text(BYTES).encode(text * (size // len(text.encode())))
+    with pytest.raises(ApiError, match="tokens"):
+        Text(BYTES).encode(text * (size // len(text.encode())))
     over.set()
     watcher.join()
-    assert len(tokens) > size - 8
     assert max(most) - before < 200 * size
 
 

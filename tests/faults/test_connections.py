@@ -14,7 +14,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from starlette.types import Receive, Scope, Send
 
+import server.app
 import server.http.connection
+import server.http.middleware
 import server.http.request
 from batching.events import Outcome
 from batching.types import Request
@@ -31,6 +33,7 @@ HALVES = [
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
 ]
 HUGE = 10**6
+TOKENIZE = orjson.dumps({"prompt": "a" * 200_000})
 [CONTROL] = tokens_of("\x01")
 
 
@@ -329,3 +332,42 @@ def test_clients_that_do_not_read_cost_bounded_memory() -> None:
         # Of each answer, 4.5 MB in frames of a token, there is what its connection buffers, and tokens not asked for.
         assert process.memory_info().rss - before < 24 * 2**20
         assert service.chat(max_tokens=1).status_code == 200
+
+
+def unread(service: Live, stack: contextlib.ExitStack, key: str) -> socket.socket:
+    """A client that asks for a large answer and reads none of it."""
+    bare = stack.enter_context(narrow(service))
+    bare.sendall(raw_request(TOKENIZE, f"Authorization: Bearer {key}").replace(b"chat/completions", b"tokenize", 1))
+    return bare
+
+
+def test_answers_that_nobody_reads_have_one_budget_and_who_has_the_most_loses_the_oldest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = 3 * 200_000  # a token's id has two or three digits and a comma
+    monkeypatch.setattr(server.app, "UNREAD_BYTES", 6 * size)
+    monkeypatch.setattr(server.http.middleware, "PATIENT_SECONDS", -1)
+    with live(api_keys=("greedy", "modest")) as service, contextlib.ExitStack() as stack:
+        modest = unread(service, stack, "modest")
+        eventually(lambda: len(service.connections) == 1, "it is there")
+        greedy = []
+        for _ in range(12):
+            greedy.append(unread(service, stack, "greedy"))
+            assert greedy[-1].recv(12) == b"HTTP/1.1 200"
+        assert modest.recv(12) == b"HTTP/1.1 200"
+        for kept in (modest, greedy[-1]):
+            whole = json_in(kept)
+            assert whole is not None
+            assert whole["count"] == 200_000
+        broken = [json_in(bare) is None for bare in greedy[:-1]]
+        assert broken == sorted(broken, reverse=True), "the oldest go first"
+        assert 7 <= sum(broken) <= 10
+
+
+def json_in(bare: socket.socket) -> Any:
+    """What is left of an answer; None if it was broken off."""
+    bare.shutdown(socket.SHUT_WR)
+    try:
+        return orjson.loads(read_all(bare).partition(b"\r\n\r\n")[2])
+    except (orjson.JSONDecodeError, ConnectionError):
+        return None

@@ -238,16 +238,46 @@ def test_slow_bodies_of_who_has_no_key_keep_nobody_out() -> None:
         assert service.get("/health/live").status_code == 200
 
 
-def test_slow_bodies_of_a_key_are_all_the_connections_that_there_are() -> None:
+def test_the_body_that_has_been_coming_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.http.connection, "PATIENT_SECONDS", -1)
     with live(max_connections=8, api_keys=("known",)) as service, contextlib.ExitStack() as stack:
         slow = slow_bodies(service, stack, "known")
-        eventually(lambda: sum(one.exchange is not None for one in service.connections) == 8, "all are being read")
+        eventually(lambda: len(receiving(service)) == 8, "all are being read")
+        first = receiving(service)[0].transport.get_extra_info("peername")
+        slow.sort(key=lambda bare: bare.getsockname() != first)
+        assert service.get("/health/live").status_code == 200
+        refused = read_all(slow[0])
+        assert refused.startswith(b"HTTP/1.1 408")
+        assert b"request_timeout" in refused
+        assert answered(slow[1:]) == []
+        for bare in slow[1:]:
+            bare.sendall(CHAT[-1:])
+            assert bare.recv(12) == b"HTTP/1.1 200"
+
+
+def test_bodies_that_have_just_begun_and_whole_ones_make_room_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.http.connection, "PATIENT_SECONDS", PATIENCE)
+    with (
+        live(scripted(stepped=True), max_connections=8, api_keys=("known",)) as service,
+        contextlib.ExitStack() as stack,
+    ):
+        slow = slow_bodies(service, stack, "known")
+        eventually(lambda: len(receiving(service)) == 8, "all are being read")
+        assert read_all(stack.enter_context(service.connect())).startswith(b"HTTP/1.1 503")
+        monkeypatch.setattr(server.http.connection, "PATIENT_SECONDS", -1)
+        for bare in slow:
+            bare.sendall(CHAT[-1:])
+        eventually(lambda: not receiving(service), "all are being answered")
         refused = read_all(stack.enter_context(service.connect()))
         assert refused.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1" in refused
-        slow[0].sendall(CHAT[-1:])
-        assert slow[0].recv(12) == b"HTTP/1.1 200"
-        assert service.get("/health/live").status_code == 200
+        service.engine.release(1000)
+        assert {bare.recv(12) for bare in slow} == {b"HTTP/1.1 200"}
+
+
+def receiving(service: Live) -> list[server.http.connection.Connection]:
+    """The connections that are sent a body, longest first."""
+    return [one for connection in list(service.connections)[:1] for one in connection._shared.receiving]
 
 
 def test_slow_bodies_of_a_key_hold_their_connections_no_longer_than_a_body_may_take(

@@ -38,6 +38,7 @@ from server.output.tool_calls import NAME
 from server.replies import ChatMessage, TextChoice, TextChunkChoice
 from tests.fuzz.schemas import fuzz_pattern, fuzz_schema
 from tests.live import BYTES, END
+from tests.server.test_text import byte_fallback
 
 KINDS: tuple[type[RequestBody], ...] = (
     ChatRequest,
@@ -48,6 +49,9 @@ KINDS: tuple[type[RequestBody], ...] = (
     CountRequest,
 )
 TEXT = Text(BYTES)
+WORDS = byte_fallback()
+LETTERS = frozenset(WORDS.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in b"the")
+"""Bytes that are letters of words; among halves of characters they may be lost, as the tokenizer's own decoder does."""
 PARSERS = (QwenParser, LlamaParser)
 GOOD: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi"}],
@@ -210,6 +214,17 @@ def fuzz_detokenize(data: bytes) -> None:
     assert b"".join(map(TEXT.vocabulary.bytes_of, plain)).decode(errors="replace") == TEXT.decode(plain)
 
 
+def fuzz_words(data: bytes) -> None:
+    """In a vocabulary of words and of bytes, no word is lost or comes twice, whatever bytes are around it."""
+    at = data[0] % len(data) if data else 0
+    detokenizer = Detokenizer(WORDS, after=data[:at])
+    found = "".join(detokenizer.push([token]) for token in data[at:])
+    expected = b"".join(map(WORDS.bytes_of, data[at:])).decode(errors="replace")
+    words = [re.sub("[^the]", "", text) for text in (found, expected)]
+    assert len(found.replace("\ufffd", "")) <= len(expected)
+    assert words[0] == words[1] or set(data[at:]) & LETTERS
+
+
 def fuzz_tools(data: bytes) -> None:
     """In every format a message does not depend on how its text was cut; without a call no character is lost."""
     started, pieces = bool(data[:1] and data[0] & 1), pieces_of(data[1:])
@@ -309,6 +324,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "request": fuzz_request,
     "stop": fuzz_stop,
     "detokenize": fuzz_detokenize,
+    "words": fuzz_words,
     "tools": fuzz_tools,
     "sse": fuzz_sse,
     "schema": fuzz_schema,

@@ -258,6 +258,20 @@ def test_thinking_is_the_switch_and_the_budget_of_chats(thinking: Any, thinks: A
     assert (chat.thinks, chat.budget) == (thinks, budget)
 
 
+@given(st.lists(st.sampled_from(["asked", "told", "noted", "called"]), min_size=1))
+def test_between_tools_thinks_only_where_a_tool_has_just_returned_something(kinds: list[str]) -> None:
+    turns = {
+        "asked": {"role": "user", "content": "a"},
+        "told": {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "b"}]},
+        "noted": {"role": "system", "content": "c"},
+        "called": {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]},
+    }
+    messages = [turns[kind] for kind in ["asked", "called", *kinds, "noted"]]
+    news = kinds[len(kinds) - kinds[::-1].index("called") :] if "called" in kinds else kinds
+    chat = chat_of(messages=messages, thinking={"type": "between_tools"})
+    assert chat.thinks is (None if "told" in news else False)
+
+
 def test_a_thought_ends_at_its_budget() -> None:
     forced = []
 

@@ -8,6 +8,7 @@ import httpx2
 import openai
 import orjson
 import pytest
+from tokenizers import decoders
 
 from batching.events import Outcome
 from batching.types import Request
@@ -16,6 +17,7 @@ from tests.fakes import Script
 from tests.live import BYTES, END, Live, frames, live, says, scripted, tokens_of
 from tests.server.test_app import error_of, remembering
 from tests.server.test_choices import telling
+from tests.server.test_text import SPACES, with_byte_tokens
 
 
 @pytest.fixture
@@ -330,3 +332,17 @@ def test_ids_of_special_tokens_are_a_prompt_like_any_other() -> None:
     with live(scripted("ok")) as service:
         response = complete(service, [END, *tokens_of("x")], echo=True)
     assert said(response, False) == ["<|end|>xok"]
+
+
+@pytest.mark.parametrize("prompt", ["the a", [0, 0, 0]], ids=["text", "ids"])
+@pytest.mark.parametrize("echo", [False, True])
+def test_the_space_between_prompt_and_answer_is_the_answer_s(prompt: str | list[int], echo: bool) -> None:
+    tokenizer = with_byte_tokens(decoders.Sequence(SPACES["stripped"]))
+    [word] = tokenizer.backend_tokenizer.encode("the").ids
+    ids = [word] * 3 if isinstance(prompt, list) else prompt
+    with live(telling(lambda request, position: word), tokenizer=tokenizer) as service:
+        fields = {"prompt": ids, "max_tokens": 2, "logprobs": 0, "echo": echo}
+        [found] = service.post(orjson.dumps(fields), "/v1/completions").json()["choices"]
+    before = "" if not echo else prompt if isinstance(prompt, str) else "the the the"
+    assert found["text"] == before + " the the"
+    assert found["logprobs"]["text_offset"][-2:] == [len(before), len(before) + 4]

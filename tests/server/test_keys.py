@@ -1,22 +1,26 @@
 """Laws of API keys: how they are read, whom they let in, and how those who hold them share the device."""
 
 import functools
+import select
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import server.service
 from batching.types import Request
 from server.callers import Key, KeyFileError, Keys, load_keys
 from server.settings import parse
-from tests.live import Live, eventually, live, scripted
+from tests.live import QUESTION, Live, eventually, live, raw_request, scripted
 from tests.server.test_app import error_of, remembering
 
 SECRET = "sk-do-not-tell"
@@ -277,6 +281,45 @@ def test_a_key_s_limit_of_waiting_requests_is_its_own(pool: ThreadPoolExecutor, 
         service.engine.release(10_000)
         assert all(answer.result().status_code == 200 for answer in [running, *answers])
         assert ask(service, "a").status_code == 200
+
+
+def test_a_refusal_of_a_full_queue_is_not_tokenized(
+    pool: ThreadPoolExecutor, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with live(scripted("ok", stepped=True), api_keys_file=file, max_batch_size=1, key_queue_size=1) as service:
+        running = pool.submit(ask, service, "a", "first")
+        service.wait_running()
+        answers = flood(service, pool, "a1")
+        encoded = Mock(wraps=service.model.text.encode)
+        monkeypatch.setattr(service.model.text, "encode", encoded)
+        for stream in (False, True):
+            error_of(ask(service, "a", stream=stream), 429, "queue_full")
+        assert not encoded.called
+        assert service.sample("microbatch_rejected_requests_total", reason="queue_full") == 2
+        service.engine.release(10_000)
+        assert all(answer.result().status_code == 200 for answer in [running, *answers])
+
+
+def test_refusals_of_a_key_that_floods_wait_and_another_s_do_not(
+    pool: ThreadPoolExecutor, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.service, "REFUSALS_AT_ONCE", 1)
+    monkeypatch.setattr(server.service, "REFUSALS_A_SECOND", 1e-6)
+    monkeypatch.setattr(server.service, "REFUSAL_SECONDS", 1e6)
+    with live(scripted("ok", stepped=True), api_keys_file=file, max_batch_size=1, key_queue_size=1) as service:
+        running = pool.submit(ask, service, "a", "first")
+        service.wait_running()
+        answers = flood(service, pool, "a1", "b1")
+        error_of(ask(service, "a"), 429, "queue_full")
+        with service.connect() as waiting:
+            waiting.sendall(raw_request(orjson.dumps({"messages": QUESTION}), f"Authorization: Bearer {SECRET}-a"))
+            eventually(
+                lambda: service.sample("microbatch_rejected_requests_total", reason="queue_full") == 2, "it is refused"
+            )
+            error_of(ask(service, "b"), 429, "queue_full")
+            assert select.select([waiting], [], [], 0)[0] == []
+        service.engine.release(10_000)
+        assert all(answer.result().status_code == 200 for answer in [running, *answers])
 
 
 def test_a_key_s_limit_of_waiting_tokens_is_its_own(pool: ThreadPoolExecutor, file: Path) -> None:

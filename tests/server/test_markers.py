@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import server.model.markers
 from batching.types import Request
 from server.model.markers import BREAK, Markers
 from server.model.text import Text
@@ -252,11 +253,15 @@ def test_one_marker_inside_another_is_broken_as_well() -> None:
     st.sets(st.text("<|ab>", min_size=2, max_size=5), max_size=5),
     st.text("<|ab> ", max_size=30),
     st.text("<|ab>", max_size=5),
+    st.integers(1, 8),
 )
 def test_no_marker_is_left_whatever_follows_and_nothing_else_is_changed(
-    markers: set[str], text: str, next: str
+    markers: set[str], text: str, next: str, piece: int
 ) -> None:
     broken = Markers(markers).broken(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.model.markers, "PIECE", piece)
+        assert Markers(markers).broken(text) == broken
     assert broken.replace(BREAK, "") == text
     assert not any(marker in broken for marker in markers)
     whole = broken + next

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.http.errors import RETRIED, ApiError
-from server.openai.parsing import MAX_ITEMS, MAX_PARTS, parse, structure
+from server.openai import parsing
+from server.openai.parsing import MAX_BARE_BYTES, MAX_ITEMS, MAX_PARTS, parse, structure
 from server.openai.requests import MAX_STOP_LENGTH, MAX_STOPS, ChatRequest
 from server.output.tool_calls import Turn
 
@@ -164,8 +165,8 @@ def test_what_leaves_no_choice_is_greedy(fields: dict[str, Any], greedy: bool) -
     assert accepted(**fields).greedy is greedy
 
 
-def test_half_a_million_stop_strings_are_refused() -> None:
-    assert refused_field("stop", "[" + ",".join(['"x"'] * 500_000) + "]")["param"] == "stop"
+def test_as_many_stop_strings_as_a_body_holds_are_refused() -> None:
+    assert refused_field("stop", "[" + ",".join(['"x"'] * (MAX_ITEMS // 2)) + "]")["param"] == "stop"
 
 
 def test_one_stop_string_may_come_without_a_list() -> None:
@@ -443,9 +444,12 @@ def test_any_body_is_a_request_or_a_400(body: bytes) -> None:
     refused(body)
 
 
-@given(JSON)
-def test_what_strings_hold_is_no_part_of_a_body(value: Any) -> None:
-    found = structure(orjson.dumps(value))
+@given(JSON, st.integers(1, 40), st.sampled_from([None, orjson.OPT_INDENT_2]))
+def test_what_strings_hold_is_no_part_of_a_body(value: Any, piece: int, option: int | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parsing, "PIECE_BYTES", piece)
+        found = b"".join(structure(orjson.dumps(value, option=option)))
+    assert not re.search(rb'[\s"]', found)
     assert (found.count(b"[") + found.count(b"{"), found.count(b":"), found.count(b",")) == parts(value)
 
 
@@ -463,6 +467,8 @@ def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(part: str) -> N
     for count, code in ((MAX_PARTS // 4, None), (MAX_PARTS + 1, "too_large")):
         assert refused_field("modalities", "[" + ",".join([part] * count) + "]")["code"] == code
     assert refused_field("modalities", "[" + '"",' * MAX_ITEMS + '""]')["code"] == "too_large"
+    for size, code in ((MAX_BARE_BYTES // 5000, None), (MAX_BARE_BYTES // 4000 + 1, "too_large")):
+        assert refused_field("modalities", "[" + ",".join(["9" * 4000] * size) + "]")["code"] == code
 
 
 TEXTS = {

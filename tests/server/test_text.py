@@ -1,5 +1,6 @@
 """Laws of the way from text to tokens and back."""
 
+import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -127,11 +128,33 @@ def bytes_tokens(text: str) -> list[int]:
     return [7 + byte for byte in text.encode()]
 
 
-@given(st.lists(st.integers(1, 6).map(lambda word: [word]) | st.sampled_from("é€😀").map(bytes_tokens)), CUTS)
-def test_text_of_words_and_bytes_survives_being_cut(pieces: list[list[int]], cuts: list[int]) -> None:
-    ids = [token for piece in pieces for token in piece]
-    detokenizer = Detokenizer(byte_fallback())
-    assert "".join(map(detokenizer.push, split(ids, cuts))) == byte_fallback().decode(ids)
+PIECES = st.lists(st.integers(1, 6).map(lambda word: [word]) | st.sampled_from("é€😀").map(bytes_tokens))
+
+
+@given(PIECES, PIECES, CUTS)
+def test_text_of_words_and_bytes_survives_being_cut(
+    before: list[list[int]], pieces: list[list[int]], cuts: list[int]
+) -> None:
+    after, ids = ([token for piece in part for token in piece] for part in (before, pieces))
+    detokenizer = Detokenizer(byte_fallback(), after=after)
+    whole = byte_fallback().decode([2, *after, *ids]) if after else byte_fallback().decode(ids)
+    text_before = byte_fallback().decode([2, *after]) if after else ""
+    assert text_before + "".join(map(detokenizer.push, split(ids, cuts))) == whole
+
+
+WORDS_AND_BYTES = st.lists(
+    st.sampled_from([1, 2, 3, 4, *bytes_tokens("é中A "), *bytes_tokens("é😀")[2:4]]), max_size=12
+)
+
+
+@given(WORDS_AND_BYTES, WORDS_AND_BYTES, CUTS)
+def test_whatever_bytes_are_between_words_each_word_is_there_once(
+    after: list[int], ids: list[int], cuts: list[int]
+) -> None:
+    vocabulary = byte_fallback()
+    found = "".join(map(Detokenizer(vocabulary, after=after).push, split(ids, cuts)))
+    expected = b"".join(map(vocabulary.bytes_of, ids)).decode(errors="replace")
+    assert re.sub("[^the]", "", found) == re.sub("[^the]", "", expected)
 
 
 @pytest.mark.parametrize("vocabulary", [Vocabulary(BYTES.backend_tokenizer), byte_fallback()])
@@ -168,7 +191,7 @@ def test_a_piece_comes_with_the_token_that_completes_it() -> None:
     assert detokenized(tokenizer, [[token] for token in ids]) == ["a", "", "é", "", "", "", "😀"]
 
 
-def with_byte_tokens(decoder: decoders.Decoder) -> Text:
+def with_byte_tokens(decoder: decoders.Decoder) -> PreTrainedTokenizerFast:
     """A vocabulary like SentencePiece's: a few letters, spaces as `▁`, and a token for each byte of all else."""
     letters = ["<unk>", *"▁ahet", "▁t", "▁th", "▁the"]
     vocab = {piece: n for n, piece in enumerate([*letters, *(f"<0x{byte:02X}>" for byte in range(256))])}
@@ -176,7 +199,7 @@ def with_byte_tokens(decoder: decoders.Decoder) -> Text:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoder
-    return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="", eos_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="", eos_token="<unk>")
 
 
 SPACES = {
@@ -187,7 +210,7 @@ SPACES = {
 
 @pytest.mark.parametrize("decoder", SPACES.values(), ids=SPACES)
 def test_tokens_of_bytes_and_of_words_stand_for_their_true_bytes(decoder: list[decoders.Decoder]) -> None:
-    text = with_byte_tokens(decoders.Sequence(decoder))
+    text = Text(with_byte_tokens(decoders.Sequence(decoder)))
 
     @given(st.text(st.sampled_from("the a中é😀<0xE4>\n"), min_size=1).filter(lambda words: words == words.strip()))
     def law(words: str) -> None:
@@ -203,7 +226,7 @@ def test_tokens_of_bytes_and_of_words_stand_for_their_true_bytes(decoder: list[d
 
 
 def test_what_looks_like_a_token_of_a_byte_and_is_none_stands_for_its_text() -> None:
-    text = with_byte_tokens(decoders.Fuse())  # which leaves every piece as it is
+    text = Text(with_byte_tokens(decoders.Fuse()))  # which leaves every piece as it is
     [*_, token] = text.encode("é")
     assert text.vocabulary.bytes_of(token) == b"<0xA9>"
 

@@ -5,6 +5,7 @@ A tiny model of random weights says what its grammar allows, and thinks until it
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import orjson
 import pytest
@@ -14,12 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from batching.engine import Engine
 from batching.packed.engine import PackedEngine
 from batching.padded import PaddedEngine
-from batching.types import Request
+from batching.types import Delta, Finish, Request
 from server.model.text import Text
-from server.openai.chat import encode
+from server.openai.chat import EventReader, encode
+from server.openai.messages import Message
 from server.openai.requests import ChatRequest
 from server.output.reasoning import ThoughtState
-from tests.live import QUESTION, Live, byte_tokenizer, frames, live, scripted
+from tests.live import QUESTION, Live, byte_tokenizer, frames, live, scripted, tokens_of
 from tests.server.test_app import error_of, remembering
 from tests.tiny import tiny_model
 
@@ -163,3 +165,19 @@ def test_an_answer_to_a_prompt_that_has_opened_a_thought_begins_with_it(stream: 
     else:
         said = answer.json()["choices"][0]["message"]
     assert (said["reasoning_content"], said["content"]) == ("hm", "Yes.")
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("pieces", [1, 50])
+def test_the_tokens_of_a_long_thought_are_counted_whatever_comes_at_once(closed: bool, pieces: int) -> None:
+    """A step that has to look at all of a thought for each of its tokens would take minutes."""
+    text = Text(byte_tokenizer(TEMPLATES["always opens"]))
+    chat = ChatRequest(messages=[Message(role="user", content="Hi")], enable_thinking=True)
+    reader = EventReader(Mock(), text, encode(text, chat, thinking=True))
+    thought = tokens_of("a" * 300_000 + "</think>" * closed)
+    tokens = [*thought, *tokens_of("So." * closed)]
+    size = len(tokens) // pieces
+    for start in range(0, len(tokens), size):
+        finish = Finish.LENGTH if start + size >= len(tokens) else None
+        reader.push(Delta(tuple(tokens[start : start + size]), finish, ()))
+    assert reader.thought_tokens == len(thought)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from batching.types import Request
+from server.openai.parsing import MAX_ITEMS
 from tests.live import BYTES, END, QUESTION, Live, byte_tokenizer, live, scripted, tokens_of
 from tests.server.test_app import error_of, remembering
 
@@ -152,7 +153,7 @@ def test_they_have_the_limits_of_every_request() -> None:
     with live() as service:
         error_of(tokenize(service, prompt="x", model="other"), 404, "model_not_found")
         error_of(service.post(b'{"model": "other", "tokens": []}', "/detokenize"), 404, "model_not_found")
-        error_of(detokenize(service, [1] * 1_000_001), 400, None)
+        error_of(detokenize(service, [1] * (MAX_ITEMS + 1)), 400, None)
     with live(ready=False) as service:
         error_of(tokenize(service, prompt="x"), 503, "service_starting")
         error_of(detokenize(service, [1]), 503, "service_starting")

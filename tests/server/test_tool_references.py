@@ -1,4 +1,4 @@
-"""Laws of what Claude Code's search for tools returns: the model reads which tools it found."""
+"""Laws of what Claude Code's tools return beside text: which tools a search found, and images that nobody here sees."""
 
 import orjson
 import pytest
@@ -20,7 +20,22 @@ def test_a_reference_to_a_tool_is_read_by_its_name_beside_text() -> None:
     assert told(text, reference) == "Found:\nThe tool WebFetch can be called."
 
 
-@pytest.mark.parametrize("part", [{"type": "tool_reference"}, {"type": "image"}])
+def test_an_image_that_a_tool_returned_is_told_of_and_named_and_ends_no_session() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [image, {"type": "document"}, image]}
+    body = orjson.dumps({"max_tokens": 1, "messages": [{"role": "user", "content": [result]}]})
+    request = parse(MessageRequest, body)
+    lines = as_chat(request).messages[-1].content.split("\n")
+    assert [word in line for line, word in zip(lines, ("an image", "a document", "an image"), strict=True)] == [
+        True
+    ] * 3
+    assert "iVBOR" not in "".join(lines)
+    assert request.ignored == ("tool_result.image", "tool_result.document")
+    with pytest.raises(ApiError, match=r"tool_result\.image"):
+        parse(MessageRequest, body, refuse_unknown=True)
+
+
+@pytest.mark.parametrize("part", [{"type": "tool_reference"}, {"type": "search_result"}])
 def test_a_result_that_cannot_be_read_is_refused_by_its_place(part: dict[str, str]) -> None:
     with pytest.raises(ApiError) as refused:
         told(part)

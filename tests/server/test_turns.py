@@ -6,7 +6,7 @@ from functools import partial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.turns import Turns
+from server.http.turns import Pace, Turns
 
 
 @given(most=st.integers(1, 5), asked=st.lists(st.integers(0, 12), max_size=8))
@@ -44,3 +44,28 @@ def test_what_a_turn_has_room_for_is_done_at_once() -> None:
 
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         runner.run(run())
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 0.5)), min_size=1, max_size=60),
+    st.integers(1, 5),
+    st.floats(1, 50),
+    st.floats(0, 3),
+)
+def test_a_client_is_held_to_its_pace_and_no_other(
+    calls: list[tuple[str, float]], burst: int, rate: float, longest: float
+) -> None:
+    """`calls`: of whom, and how long after the one before."""
+    shared, alone = Pace(burst, rate, longest), {name: Pace(burst, rate, longest) for name in "ab"}
+    now, let_through = 0.0, list[float]()
+    for client, after in calls:
+        now += after
+        delay = shared.delay(client, now)
+        assert delay == alone[client].delay(client, now)
+        assert 0 <= delay <= longest + 1e-9
+        if client == "a":
+            earlier = len(let_through)
+            let_through.append(now + delay)
+            assert delay < 1e-9 or earlier >= burst, "the first are let through at once"
+            since = [at for at in let_through if at > now + delay - 1]
+            assert delay >= longest - 1e-9 or len(since) <= burst + rate + 1
