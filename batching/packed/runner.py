@@ -16,7 +16,7 @@ class RunningSequence:
     """A row in the packed engine. Worker thread only.
 
     While it runs, `slot` is its sequence slot, its index in the device's state, and `table` its part of the KV cache;
-    while it waits, or after preemption, `table` is None. `order` counts arrivals.
+    while it waits, or after preemption, `table` is None. `order` counts arrivals, `turn` those of its client that wait.
     `tokens` are the prompt and the output tokens that were read back so far. The first `num_prefill_tokens` of them are
     computed in prefill chunks; the keys and values of `num_computed_tokens` are in the cache. `num_unread_outputs` of
     the sampler are on their way, each of one token, or more if some were drafted: at most `max_unread_tokens` in all.
@@ -24,12 +24,13 @@ class RunningSequence:
 
     __slots__ = (
         "max_unread_tokens", "num_computed_tokens", "num_prefill_tokens", "num_unread_outputs", "order", "row", "slot",
-        "table", "tokens",
+        "table", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: Row, order: int) -> None:
         self.row = row
         self.order = order
+        self.turn = 0
         self.slot = -1
         self.table: BlockTable | None = None
         self.num_computed_tokens = 0

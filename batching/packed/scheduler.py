@@ -78,8 +78,13 @@ class Scheduler:
                 self._runner.remove_sequence(sequence)
 
     def _wait(self, rows: Iterable[Row]) -> None:
+        """Clients take turns: one's prompts do not all come before a prompt of another that joins later."""
         for row in rows:
-            self._waiting.append(RunningSequence(row, next(self._arrivals)))
+            sequence = RunningSequence(row, next(self._arrivals))
+            turns = [other.turn for other in self._waiting if other.row.request.client == row.request.client]
+            sequence.turn = turns[-1] + 1 if turns else self._waiting[0].turn if self._waiting else 0
+            later = (place for place, other in enumerate(self._waiting) if other.turn > sequence.turn)
+            self._waiting.insert(next(later, len(self._waiting)), sequence)
             self._pool.touch(row.request.salt, row.request.prompt)
 
     def _iterate(self) -> None:
@@ -237,6 +242,8 @@ class Scheduler:
         computed = youngest.num_computed_tokens if youngest.remaining_prefill else len(youngest.tokens) - 1
         self._free(youngest, youngest.tokens[:computed])
         self._runner.preempt_sequence(youngest)
+        if self._waiting:
+            youngest.turn = self._waiting[0].turn
         self._waiting.appendleft(youngest)
 
     def _keep_prefix(self, sequence: RunningSequence) -> None:

@@ -50,6 +50,7 @@ class Run:
         self.rows = [loose_row(request) for request in requests]
         self.sent: dict[Row, list[int]] = {row: [] for row in self.rows}
         self.logprobs: dict[Row, list[Any]] = {row: [] for row in self.rows}
+        self.finished: list[Row] = []
         self._later = self.rows[first:] if first else []
         self._joining = joining
         self._after = after
@@ -65,6 +66,7 @@ class Run:
         for row, token, _, logprob in tokens:
             self.sent[row].append(token)
             self.logprobs[row] += [logprob] if logprob else []
+            self.finished += [row] if row.over else []
         self._after(self)
 
     @property
@@ -363,3 +365,19 @@ def test_the_demo_models_answers_are_those_of_stock_generate() -> None:
     run = Run(PackedEngine(packed, num_slots=3, token_budget=400, prefill_chunk=16), asked, first=2)
     engine = PaddedEngine(stock, token_budget=4096)
     assert run.answers == [Run(engine, [each]).answers[0] for each in asked]
+
+
+def test_clients_take_turns_at_prefill() -> None:
+    many = [replace(request((n, 5, 6), max_tokens=1), client="many") for n in range(1, 6)]
+    other, third = (replace(request((n, 5, 6), max_tokens=1), client=f"{n}") for n in (7, 8))
+    engine = PackedEngine(tiny_model(), num_slots=1, prefill_chunk=16, prefix_caching=False)
+    ended: list[int] = []
+    run = Run(
+        engine,
+        [*many, other, third, replace(other, prompt=(9, 5, 6))],
+        first=5,
+        joining=lambda: 3 if len(ended) == 2 else 0,
+        after=lambda run: ended.append(0),
+    )
+    order = [next(iter(row.request.prompt)) for row in sorted(run.rows, key=lambda row: run.finished.index(row))]
+    assert order == [1, 2, 3, 7, 8, 4, 9, 5]
