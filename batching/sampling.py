@@ -158,8 +158,28 @@ class Filter:
         return smallest, all_of_k | (total_known & ~kept[:, -1:])
 
 
+class OtherLogprobs:
+    """What is told at each place beside the token itself: how many of the likeliest tokens, and which others."""
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self._numbers = [sampling.top_logprobs or 0 for sampling in samplings]
+        self._ids = [sampling.logprob_token_ids for sampling in samplings]
+        self.most = max(self._numbers)
+        widest = max(map(len, self._ids))
+        self.ids = torch.tensor([[*ids, *[0] * (widest - len(ids))] for ids in self._ids], dtype=torch.int64)
+        """[rows, most ids of any], filled up with token 0."""
+
+    def of(
+        self, row: int, ids: Sequence[int], values: Sequence[float], named: Sequence[float]
+    ) -> tuple[tuple[int, float], ...]:
+        """`ids` and `values` are the likeliest tokens at a place of the row, `named` the values of its `ids`."""
+        number = self._numbers[row]
+        likeliest = dict(zip(ids[:number], values[:number], strict=True))
+        return tuple((likeliest | dict(zip(self._ids[row], named, strict=False))).items())
+
+
 class Logprobs:
-    """Log probabilities of a batch's tokens, and of the likeliest others, for the rows that want them.
+    """Log probabilities of a batch's tokens, and of others, for the rows that want them.
 
     They are the model's own, of its logits before penalties, bias, temperature or any cut: `read` a step's logits
     before they are changed, then `accept_tokens`.
@@ -168,7 +188,8 @@ class Logprobs:
     def __init__(self, rows: list[int], requests: Sequence[Request], device: torch.device) -> None:
         self._places = rows
         self._rows = torch.tensor(rows, device=device)
-        self._wanted = [requests[row].sampling.top_logprobs or 0 for row in rows]
+        self._others = OtherLogprobs([requests[row].sampling for row in rows])
+        self._ids = self._others.ids.to(device)
         self.by_row: dict[int, TokenLogprob] = {}
 
     @classmethod
@@ -185,8 +206,9 @@ class Logprobs:
         """Tokens [all rows] -> `by_row`."""
         chosen = tokens[self._rows]
         own = self._all.gather(-1, chosen[:, None]).squeeze(-1).tolist()
-        values, ids = (found.tolist() for found in self._all.topk(max(self._wanted)))
+        values, ids = (found.tolist() for found in self._all.topk(self._others.most))
+        named = self._all.gather(-1, self._ids).tolist()
         self.by_row = {
-            row: TokenLogprob(token, own[at], tuple(zip(ids[at][:wanted], values[at][:wanted], strict=True)))
-            for at, (row, token, wanted) in enumerate(zip(self._places, chosen.tolist(), self._wanted, strict=True))
+            row: TokenLogprob(token, own[at], self._others.of(at, ids[at], values[at], named[at]))
+            for at, (row, token) in enumerate(zip(self._places, chosen.tolist(), strict=True))
         }

@@ -66,6 +66,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     forced: Forced | None = None
     top_logprobs: int | None = None  # None: no log probabilities; 0: of the sampled token alone
+    logprob_token_ids: tuple[int, ...] = ()  # other tokens whose log probabilities are wanted with them
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
     @property
@@ -131,7 +132,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's log probability, and the likeliest tokens with theirs, likeliest first."""
+    """A token's log probability, and the likeliest tokens with theirs, likeliest first; then those asked for by id."""
 
     token: int
     logprob: float

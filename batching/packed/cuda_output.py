@@ -14,6 +14,7 @@ from torch import Tensor
 from batching.engine import NO_LOGPROBS
 from batching.packed import triton_sampling
 from batching.packed.runner import RunningSequence, Sampled
+from batching.sampling import OtherLogprobs
 from batching.types import TokenLogprob
 
 OUT_DRAFTED, OUT_PROSPECT, OUT_TOKENS = (
@@ -88,32 +89,35 @@ class AsyncOutput:
 class AsyncLogprobs:
     """Log probabilities of one sampler output, on their way to the host; computed as in `sampling.Logprobs`.
 
-    `indices` are those of the sequences that want them, `wanted` how many other tokens, `logits` [sequences x width,
-    vocabulary], `tokens` [sequences, width].
+    `indices` are those of the sequences that want them, `at` the same on the device, `logits` [sequences x width,
+    vocabulary], `tokens` [sequences, width]. `ids` are those of `others`, on the device.
     """
 
-    def __init__(self, indices: list[int], wanted: list[int], at: Tensor, logits: Tensor, tokens: Tensor) -> None:
+    def __init__(
+        self, indices: list[int], others: OtherLogprobs, at: Tensor, ids: Tensor, logits: Tensor, tokens: Tensor
+    ) -> None:
         self._indices = indices
-        self._wanted = wanted
+        self._others = others
         width = tokens.shape[1]
         rows = (at[:, None] * width + torch.arange(width, device=at.device)).flatten()
         logprobs = logits[rows].float().log_softmax(-1)
         own = logprobs.gather(-1, tokens[at].flatten()[:, None].clamp(min=0))[:, 0]
-        values, ids = logprobs.topk(max(wanted))
-        self._copies = [found.to("cpu", non_blocking=True) for found in (own, values, ids)]
+        values, likeliest = logprobs.topk(others.most)
+        named = logprobs.gather(-1, ids.repeat_interleave(width, 0))
+        self._copies = [found.to("cpu", non_blocking=True) for found in (own, values, likeliest, named)]
 
     def read(self, tokens: NDArray[np.int64]) -> dict[int, TokenLogprob]:
         """By place among all tokens that are given, once the output's tokens [sequences, width] are there."""
-        own, values, ids = (copy.tolist() for copy in self._copies)
+        own, values, ids, named = (copy.tolist() for copy in self._copies)
         width = tokens.shape[1]
         given = (tokens >= 0).sum(1)
         before = np.cumsum(given) - given
         return {
             int(before[index]) + place: TokenLogprob(
                 int(tokens[index, place]),
-                own[at * width + place],
-                tuple(zip(ids[at * width + place][:top], values[at * width + place][:top], strict=True)),
+                own[row],
+                self._others.of(at, ids[row], values[row], named[row]),
             )
-            for at, (index, top) in enumerate(zip(self._indices, self._wanted, strict=True))
-            for place in range(int(given[index]))
+            for at, index in enumerate(self._indices)
+            for place, row in enumerate(range(at * width, at * width + int(given[index])))
         }

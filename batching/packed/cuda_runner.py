@@ -30,6 +30,7 @@ from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.runner import RunningSequence
 from batching.packed.sampling_state import SamplingState
 from batching.packed.triton_attention import QUERY_BLOCK
+from batching.sampling import OtherLogprobs
 
 MAX_IN_FLIGHT = 8
 """Sampler outputs that can be unread at a time: at most two an iteration, and two iterations."""
@@ -257,8 +258,10 @@ class CUDARunner:
         indices = [index for index, sequence in enumerate(sequences) if sequence in self._want_logprobs]
         if not indices:
             return None
-        wanted = [sequences[index].row.request.sampling.top_logprobs or 0 for index in indices]
-        return AsyncLogprobs(indices, wanted, self._state.to_device(torch.tensor(indices)), self._out.logits, tokens)
+        others = OtherLogprobs([sequences[index].row.request.sampling for index in indices])
+        at = self._state.to_device(torch.tensor(indices))
+        ids = self._state.to_device(others.ids) if others.ids.numel() else others.ids.to(self._device)
+        return AsyncLogprobs(indices, others, at, ids, self._out.logits, tokens)
 
 
 def fill(

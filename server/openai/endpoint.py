@@ -184,7 +184,7 @@ def num_prompt_logprobs(row: Request) -> int:
 def num_logprobs(row: Request) -> int:
     """Maximum number of log probabilities in a row's answer."""
     top = row.sampling.top_logprobs
-    return 0 if top is None else row.sampling.max_tokens * (1 + top)
+    return 0 if top is None else row.sampling.max_tokens * (1 + top + len(row.sampling.logprob_token_ids))
 
 
 # The answer

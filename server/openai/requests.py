@@ -32,8 +32,16 @@ GREEDY_BELOW = 0.01  # a lower temperature only adds rounding noise to argmax
 
 UNSUPPORTED = (
     frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
-    | frozenset(["logprob_token_ids", "token_ids_logprob"])
-    | frozenset(["structural_tag", "guided_whitespace_pattern", "bad_words", "allowed_token_ids", "use_beam_search"])
+    | frozenset(
+        [
+            "token_ids_logprob",
+            "structural_tag",
+            "guided_whitespace_pattern",
+            "bad_words",
+            "allowed_token_ids",
+            "use_beam_search",
+        ]
+    )
     | frozenset(["mirostat", "typical_p", "logits_processors"])
 )
 """Fields of OpenAI's API and of other servers that would change the answer and are not implemented here."""
@@ -184,6 +192,8 @@ class Generation(RequestBody, Constraints):
     """Lower runs sooner, among requests of the same API key."""
     prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
     """Return each prompt token's log probability and this many likeliest tokens. Cannot be streamed."""
+    logprob_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOP_LOGPROBS, fail_fast=True)] | None = None
+    """With `logprobs`: also return the log probabilities of these tokens, after the likeliest ones."""
     truncate_prompt_tokens: Annotated[int, Field(strict=True, ge=-1), Integral] | None = None
     """Keep only this many tokens from the prompt's end; -1: as many as leave room for the answer."""
     skip_special_tokens: Literal[True] | None = None
@@ -209,6 +219,12 @@ class Generation(RequestBody, Constraints):
     def _prompt_logprobs_not_streamed(self) -> Self:
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("the field prompt_logprobs may not be set when stream is true")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_named_with_logprobs(self) -> Self:
+        if self.logprob_token_ids and self.wanted_logprobs is None:
+            raise ValueError("the field logprob_token_ids may only be set when logprobs is set")
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ def sampling(
     vocab_size = model.info.vocab_size
     _check_ids(body.logit_bias or (), vocab_size, "logit_bias")
     _check_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
+    _check_ids(body.logprob_token_ids or (), vocab_size, "logprob_token_ids")
     defaults = model.defaults
     temperature, top_p = _or(body.temperature, defaults.temperature), _or(body.top_p, defaults.top_p)
     greedy = body.greedy or temperature < GREEDY_BELOW or top_p == 0
@@ -44,6 +45,7 @@ def sampling(
         min_tokens=min(body.min_tokens or 0, wanted),
         logit_bias=tuple((body.logit_bias or {}).items()),
         top_logprobs=body.wanted_logprobs,
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
         prompt_logprobs=body.prompt_logprobs_with(choice),
         forced=forced,
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batching.padded import PaddedEngine
-from batching.sampling import Sampler
+from batching.sampling import Logprobs, OtherLogprobs, Sampler
 from batching.types import Forced, Request, TokenLogprob
 from batching.worker import BatchSteps, NewTokens
 from tests.batching.conftest import loose_row, request
@@ -114,6 +114,45 @@ def test_none_of_the_others_is_told_where_only_the_chosen_one_is_asked_for() -> 
     [found] = noted([request(top_logprobs=0), request(top_logprobs=20)], noise(2, 1, 2, VOCAB))
     assert found[0].top == ()
     assert len(found[1].top) == 20
+
+
+@given(st.lists(ASKING, min_size=1, max_size=4), st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=6), min_size=4))
+def test_named_tokens_come_after_the_likeliest_of_their_row(rows: list[Request], names: list[list[int]]) -> None:
+    logits = noise(7, 2, len(rows), VOCAB)
+    naming = [
+        request((1, 2, 3), **_settings(row) | {"logprob_token_ids": tuple(ids)})
+        for row, ids in zip(rows, names, strict=False)
+    ]
+    for step, plain, found in zip(logits, noted(rows, logits), noted(naming, logits), strict=True):
+        assert set(plain) == set(found)
+        for place, entry in found.items():
+            likeliest = plain[place].top
+            assert entry.token == plain[place].token
+            assert entry.top[: len(likeliest)] == likeliest
+            rest = [token for token in dict.fromkeys(names[place]) if token not in dict(likeliest)]
+            exact = step[place].double().log_softmax(-1).tolist()
+            assert [token for token, _ in entry.top[len(likeliest) :]] == rest
+            assert [value for _, value in entry.top[len(likeliest) :]] == pytest.approx(
+                [exact[token] for token in rest], abs=CLOSE
+            )
+
+
+def test_on_their_way_from_a_gpu_they_are_the_same() -> None:
+    from batching.packed.cuda_output import AsyncLogprobs
+
+    width, logits = 2, noise(5, 3 * 2, VOCAB)
+    tokens = torch.tensor([[3, 4], [5, -1], [6, 7]])
+    asked = [request(top_logprobs=2, logprob_token_ids=(9,)), request(top_logprobs=0, logprob_token_ids=(1, 2, 3))]
+    others = OtherLogprobs([each.sampling for each in asked])
+    output = AsyncLogprobs([0, 1], others, torch.tensor([0, 1]), others.ids, logits, tokens)
+    found = output.read(tokens.numpy())
+    assert set(found) == {0, 1, 2}, "by place among the tokens that are given"
+    for place, (row, at) in enumerate([(0, 0), (0, 1), (1, 0)]):
+        wanted = Logprobs.of([asked[row]], CPU)
+        assert wanted is not None
+        wanted.read(logits[row * width + at][None])
+        wanted.accept_tokens(tokens[row, at][None])
+        assert found[place] == wanted.by_row[0]
 
 
 def test_a_token_that_the_model_rules_out_has_a_probability_of_zero() -> None:

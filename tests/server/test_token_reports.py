@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batching.packed.engine import PackedEngine
 from batching.types import Request
 from server.model.served_model import fingerprint
 from server.openai.completions import MAX_PROMPT_IDS
@@ -15,6 +16,7 @@ from tests.live import BYTES, END, QUESTION, frames, live, says, scripted, setti
 from tests.server.test_app import error_of, remembering
 from tests.server.test_choices import telling
 from tests.server.test_completions import complete, echoing
+from tests.tiny import tiny_model
 
 PROMPT: list[int] = BYTES.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]  # type: ignore[assignment, index, call-overload]
 
@@ -86,6 +88,33 @@ def test_tokens_are_named_by_their_ids_if_asked_for() -> None:
     likeliest = [other["token"] for entry in chat["logprobs"]["content"] for other in entry["top_logprobs"]]
     assert all(name.startswith("token_id:") for name in [*likeliest, *text["logprobs"]["top_logprobs"][1]])
     assert not any("token_id" in entry["token"] for entry in plain["logprobs"]["content"])
+
+
+def test_tokens_named_by_id_have_their_log_probabilities() -> None:
+    engine = PackedEngine(tiny_model(vocab_size=len(BYTES)), num_slots=2)
+    asked: dict[str, Any] = {"logprob_token_ids": [5, 7, 5], "max_tokens": 3, "return_tokens_as_token_ids": True}
+    with live(engine, guarded=False) as service:
+        [chat] = service.chat(logprobs=True, top_logprobs=2, ignore_eos=True, **asked).json()["choices"]
+        [text] = complete(service, "a", logprobs=0, ignore_eos=True, **asked).json()["choices"]
+    for entry in chat["logprobs"]["content"]:
+        names = [other["token"] for other in entry["top_logprobs"]]
+        assert set(names) >= {"token_id:5", "token_id:7"}
+        assert names[2:] == [name for name in ("token_id:5", "token_id:7") if name not in names[:2]]
+    assert [list(others) for others in text["logprobs"]["top_logprobs"]] == [["token_id:5", "token_id:7"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({}, None, "logprob_token_ids may only be set when logprobs is set"),
+        ({"logprobs": True}, "logprob_token_ids", "beyond the model's vocabulary"),
+    ],
+)
+def test_tokens_that_cannot_be_named_are_refused(fields: dict[str, Any], param: str | None, said: str) -> None:
+    with live() as service:
+        error = service.chat(logprob_token_ids=[10**7], **fields).json()["error"]
+    assert said in error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
 
 
 # Endings
