@@ -5,7 +5,17 @@ Lists are `fail_fast`: the first bad item is enough, and a million errors take s
 
 from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 
 class Body(BaseModel):
@@ -20,6 +30,24 @@ class Body(BaseModel):
     @classmethod
     def _null_is_absent(cls, value: object) -> object:
         return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> JsonSchemaValue:
+        """In the document, too, a field that may be left out may be null."""
+        found = handler(core_schema)
+        shape = handler.resolve_ref_schema(found)
+        required = shape.get("required", ())
+        for name, field in shape.get("properties", {}).items():
+            if name not in required and not _may_be_null(field):
+                described = {key: field.pop(key) for key in ("default", "description", "title") if key in field}
+                shape["properties"][name] = {"anyOf": [field, {"type": "null"}]} | described
+        return found
+
+
+def _may_be_null(field: dict[str, Any]) -> bool:
+    """Whether a field's schema says so. One without a type takes anything."""
+    kinds = field.get("anyOf") or field.get("oneOf") or [field]
+    return any(kind.get("type") == "null" or not kind.keys() & {"type", "$ref", "const", "enum"} for kind in kinds)
 
 
 class RequestBody(Body):
