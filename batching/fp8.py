@@ -18,6 +18,9 @@ from batching.errors import ModelError
 from batching.packed import reference
 from batching.packed.reference import BLOCK
 
+ROUTERS = frozenset(["gate", "router"])
+"""Layers that choose experts: a rounded weight could choose another one."""
+
 
 class FP8Linear(nn.Module):
     """`weight` is [outputs, inputs] in FP8, `scales` [outputs / 128, inputs / 128], rounded up, `bias` [outputs].
@@ -85,11 +88,13 @@ def is_stored_in_fp8(config: PreTrainedConfig) -> bool:
 
 
 def round_weights(model: PreTrainedModel) -> None:
-    """Round the weights of all linear layers but the output layer, as far as the form takes them."""
+    """Round the weights of all linear layers but the output layer and routers, as far as the form takes them."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     kept = {id(output), *map(id, _excepted(model))}
     for parent, name, child in _children(model):
-        if type(child) is nn.Linear and id(child) not in kept and child.in_features % BLOCK == 0:
+        if name in ROUTERS or id(child) in kept:
+            continue
+        if type(child) is nn.Linear and child.in_features % BLOCK == 0:
             setattr(parent, name, FP8Linear.rounded(child))
 
 

@@ -90,15 +90,20 @@ def test_padded_batches_give_the_models_own_answers() -> None:
     assert disagreement(PaddedEngine(made, token_budget=1024), made, own) is None
 
 
-def test_all_but_the_output_layer_and_what_the_folder_excludes_is_rounded() -> None:
+def test_all_is_rounded_but_the_output_layer_routers_and_what_the_folder_excludes() -> None:
     made = wide_model()
     made.config.quantization_config = {
         "quant_method": "fp8",
         "modules_to_not_convert": ["model.layers.1.mlp.down_proj"],
     }
+    first_layer(made).gate = nn.Linear(256, 8)
     fp8.round_weights(made)
-    kept = linear_layers(made)
-    assert kept == [made.get_submodule("model.layers.1.mlp.down_proj"), made.get_submodule("lm_head")]
+    excluded = [
+        first_layer(made).gate,
+        made.get_submodule("model.layers.1.mlp.down_proj"),
+        made.get_submodule("lm_head"),
+    ]
+    assert linear_layers(made) == excluded
 
 
 def stored(rounded: FP8Linear, **others: Any) -> StoredLinear:
