@@ -87,6 +87,11 @@ def is_stored_in_fp8(config: PreTrainedConfig) -> bool:
     return _quantization(config).get("quant_method") == "fp8"
 
 
+def has_rounded(model: PreTrainedModel) -> bool:
+    """Whether any of its layers is in FP8."""
+    return any(isinstance(module, FP8Linear) for module in model.modules())
+
+
 def round_weights(model: PreTrainedModel) -> None:
     """Round the weights of all linear layers but the output layer and routers, as far as the form takes them."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]

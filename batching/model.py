@@ -100,7 +100,7 @@ def describe(
     """The description for the layers above. `window` and `budget` are in tokens; a row must fit both."""
     return ModelInfo(
         device=_named(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch.") + (", weights in FP8" if fp8.has_rounded(model) else ""),
         parameters=model.num_parameters(),
         vocab_size=model.config.get_text_config().vocab_size,
         context_window=min(window, budget),

@@ -80,6 +80,7 @@ def test_the_packed_engine_gives_the_models_own_answers(
     own = own_answers(made)
     engine = PackedEngine(made, num_slots=4, token_budget=1024)
     assert isinstance(first_layer(made), layer.FusedLayer) == fused
+    assert engine.info.dtype == "float32, weights in FP8"
     assert disagreement(engine, made, own) is None
 
 
