@@ -214,5 +214,7 @@ async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
 async def on_bug(request: Request, error: Exception) -> Response:
     """Starlette calls this outside all middleware, so the request id header is added here."""
     request_id = request.state.caller.request_id
-    logging.getLogger(__name__).error("a handler failed on request %s", request_id, exc_info=error)
+    logger = logging.getLogger(__name__)
+    # On a thread, because the lines of a traceback are read from files.
+    await asyncio.to_thread(logger.error, "a handler failed on request %s", request_id, exc_info=error)
     return _error(request, dataclasses.replace(internal(), headers={"x-request-id": request_id}))
