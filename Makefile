@@ -1,7 +1,7 @@
 # make run           install what serving needs, then serve a small model on http://127.0.0.1:21010
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local
 #                    serve a model's folder, .gguf file or hub id under a name
-# make test          install what tests need too, then run every test (about 15 minutes on 2 cores)
+# make test          install what tests need too, then run every test (about 17 minutes on 2 cores)
 # make test-quick    run the part of them that takes 2 minutes at most
 # make check         lint, types and tests
 # make browser       install what the tests of the pages need: Chromium and axe-core (Debian, as root)
@@ -78,7 +78,7 @@ run: serving
 
 # Files are spread over two processes: most tests wait for each other's threads, not for cores.
 test: install
-	@echo "every test, about 15 minutes on 2 cores; make test-quick takes 2 at most"
+	@echo "every test, about 17 minutes on 2 cores; make test-quick takes about 2"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Files that start no process, load no model and open no browser, and of these the quick ones.

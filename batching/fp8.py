@@ -131,7 +131,7 @@ def _block_scales(layer: Any) -> Tensor:
 def _excepted(model: PreTrainedModel) -> list[nn.Module]:
     """Modules that the folder's configuration excludes."""
     names = _quantization(model.config).get("modules_to_not_convert") or ()
-    return [module for name, module in model.named_modules() if any(name == each for each in names)]
+    return [module for name, module in model.named_modules() if name in names]
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, Any]:

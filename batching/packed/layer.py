@@ -128,7 +128,8 @@ def _fusable(layer: Any) -> bool:
 
 def _is_plain(part: Any) -> bool:
     """Whether its weight and bias are all there is to it: some quantisers leave the class and replace the method."""
-    whole = type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
+    weight = getattr(part, "weight", None)  # packed ones have another name until they are widened
+    whole = type(part) is nn.Linear and type(weight) is nn.Parameter and weight.is_floating_point()
     return whole and ("forward" not in vars(part) or _is_weight_only(part))
 
 
