@@ -46,13 +46,15 @@ class PassInputs:
 
     def __init__(self, tokens: int, num_slots: int, device: torch.device | str) -> None:
         blocks = num_slots + tokens // QUERY_BLOCK
-        sizes = [tokens, tokens, tokens, blocks + 1, blocks, blocks, num_slots, num_slots, 1]
+        sizes = [tokens, tokens, tokens, 1, blocks + 1, blocks, blocks, num_slots, num_slots, 1]
         self.all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         # By token; those of sequences that decode come first, and are written on the device.
         self.ids, self.positions, self.kv_slots, *rest = torch.split(self.all, sizes)
-        # By block of at most QUERY_BLOCK tokens of a prompt, as `PrefillAttention` has them; by sequence that gets a
-        # token, those that decode first: the index of its last token, and its sequence slot; how many decode.
-        self.cu_seqlens_q, self.block_slots, self.seq_lens, self.last_tokens, self.slots, self.num_decodes = rest
+        # By block of at most QUERY_BLOCK tokens of a prompt, as `PrefillAttention` has them.
+        self.num_blocks, self.cu_seqlens_q, self.block_slots, self.seq_lens, *rest = rest
+        # By sequence that gets a token, those that decode first: the index of its last token, and its sequence slot;
+        # how many decode.
+        self.last_tokens, self.slots, self.num_decodes = rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +175,15 @@ class GraphCapture:
     ) -> Tensor:
         """Logits [wanted, vocabulary] of the tokens at the `wanted` places; else of the `last_tokens`.
 
-        Tokens beyond the end of `cu_seqlens_q` have no effect.
+        Tokens beyond those that decode and those of prompts have no effect.
         """
         decodes = decodes or self._mixed_decode_attention(inputs)
         places = inputs.ids, inputs.positions, inputs.kv_slots
         self._place_decodes(decodes, inputs.num_decodes, *places)
         prefills = PrefillAttention(
-            inputs.cu_seqlens_q.int(), inputs.block_slots.int(), inputs.seq_lens.int(), self._state.block_tables
-        )
+            inputs.num_blocks.int(), inputs.cu_seqlens_q.int(), inputs.block_slots.int(), inputs.seq_lens.int(),
+            self._state.block_tables,
+        )  # fmt: skip
         attend = MixedAttention(prefills, decodes, self._beside)
         return self._logits(*places, attend, inputs.last_tokens if wanted is None else wanted)
 
@@ -206,7 +209,7 @@ class GraphCapture:
     def _mixed_decode_attention(self, inputs: PassInputs) -> DecodeAttention:
         if self._mixed_decodes is None:
             self._mixed_decodes = self._decode_attention(self.out.slots)
-        return self._mixed_decodes.of_first(len(inputs.ids))
+        return self._mixed_decodes.of_first(len(inputs.ids), inputs.num_decodes)
 
     def _decode_attention(self, slots: Tensor, width: int = 1) -> DecodeAttention:
         _, _, kv_heads, _, size = self._kv_cache.shape

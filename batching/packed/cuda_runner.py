@@ -282,9 +282,9 @@ def fill(
         inputs.kv_slots[here] = chunk.kv_slots()[past:]
     inputs.kv_slots[end:] = spare_kv_slot
     blocks = [(block, sequence.slot) for sequence, chunk in chunks for block in chunk.split(QUERY_BLOCK)]
+    inputs.num_blocks[0] = len(blocks)
     cu_seqlens_q = list(accumulate((block.num_tokens for block, _ in blocks), initial=first))
     inputs.cu_seqlens_q[: len(cu_seqlens_q)] = torch.tensor(cu_seqlens_q)
-    inputs.cu_seqlens_q[len(cu_seqlens_q) :] = end
     inputs.block_slots[: len(blocks)] = torch.tensor([slot for _, slot in blocks])
     inputs.seq_lens[: len(blocks)] = torch.tensor([block.seq_len for block, _ in blocks])
     ends = accumulate((chunk.num_tokens for _, chunk in chunks), initial=first)

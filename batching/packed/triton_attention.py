@@ -21,6 +21,12 @@ QUERY_BLOCK = 64
 KEY_BLOCK = BLOCK_SIZE
 """Keys that it reads at a time: a block of the KV cache."""
 
+PARTIAL_BLOCKS = 8
+"""Blocks with fewer queries that have programs of their own: one without work takes as long as reading a few keys."""
+
+DECODES_BESIDE = 32
+"""Decoding sequences in a mixed pass that have programs of their own, for the same reason."""
+
 DECODE_KEY_BLOCK = 32
 """Keys that a program of a decode step reads at a time: a part of a block of the KV cache."""
 
@@ -48,20 +54,32 @@ def _online_softmax(scores, values, highest, weight_sum, value_sums):
 
 @triton.jit
 def _prefill_kernel(
-    q, k_blocks, v_blocks, out, cu_seqlens_q, slots, seq_lens, block_tables, max_blocks, kv_blocks, scale,
+    q, k_blocks, v_blocks, out, num_blocks, cu_seqlens_q, slots, seq_lens, block_tables, max_blocks, kv_blocks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program: one block's queries of one head. The last blocks go first: they have the most keys to read. Keys and
-    # values come by a block of the KV cache, of which each head has `kv_blocks`; where the next one is, is asked for a
-    # turn ahead.
+    # One program: a block's queries of one head, and of more blocks where there are few programs. The last blocks go
+    # first: they have the most keys to read.
     head = tl.program_id(0)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
-    first = tl.load(cu_seqlens_q + block)
-    count = tl.load(cu_seqlens_q + block + 1) - first
-    if count <= 0:
-        return
-    total = tl.load(seq_lens + block)
+    blocks = tl.load(num_blocks).to(tl.int32)
+    for turn in range(tl.program_id(1), blocks, tl.num_programs(1)):
+        block = blocks - 1 - turn
+        first = tl.load(cu_seqlens_q + block)
+        count = tl.load(cu_seqlens_q + block + 1) - first
+        table = block_tables + tl.load(slots + block).to(tl.int64) * max_blocks
+        _attend_block(
+            q, k_blocks, v_blocks, out, first, count, tl.load(seq_lens + block), table, (head // GROUP) * kv_blocks,
+            head, scale * LOG2_E, HEADS, SIZE, BLOCK, QUERY_BLOCK, KEY_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend_block(
+    q, k_blocks, v_blocks, out, first, count, total, table, own_blocks, head, factor,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # The attention of `count` queries of one head, of which the last sees `total` keys. Keys and values come by a block
+    # of the KV cache, of which each head has its own; where the next one is, is asked for a turn ahead.
     before = total - count
     query = tl.arange(0, QUERY_BLOCK)
     at = tl.arange(0, BLOCK)
@@ -69,9 +87,6 @@ def _prefill_kernel(
     mine = ((first + query).to(tl.int64) * HEADS + head)[:, None] * SIZE + at[None, :]
     real = (query < count)[:, None] & (at < SIZE)[None, :]
     queries = tl.load(q + mine, mask=real, other=0.0)
-    own_blocks = (head // GROUP) * kv_blocks
-    table = block_tables + tl.load(slots + block).to(tl.int64) * max_blocks
-    factor = scale * LOG2_E
     highest = tl.full([QUERY_BLOCK], -float("inf"), tl.float32)
     weight_sum = tl.zeros([QUERY_BLOCK], tl.float32)
     value_sums = tl.zeros([QUERY_BLOCK, BLOCK], tl.float32)
@@ -97,11 +112,12 @@ def _prefill_kernel(
 class PrefillAttention:
     """`Attend` for prefill chunks, cut into blocks of at most `QUERY_BLOCK` queries, all in one call.
 
-    `cu_seqlens_q` [blocks + 1], `slots` and `seq_lens` [blocks], int32 on the device and read at each call: where each
-    block's queries begin in the pass, the row of `block_tables` [slots, blocks of the KV cache, int64] that its
-    sequence has, and how many keys its last query sees.
+    `num_blocks` [1], `cu_seqlens_q` [blocks + 1], `slots` and `seq_lens` [blocks], int32 on the device and read at each
+    call: how many blocks there are, where each block's queries begin in the pass, the row of `block_tables` [slots,
+    blocks of the KV cache, int64] that its sequence has, and how many keys its last query sees.
     """
 
+    num_blocks: Tensor
     cu_seqlens_q: Tensor
     slots: Tensor
     seq_lens: Tensor
@@ -116,9 +132,9 @@ class PrefillAttention:
         k_blocks, v_blocks = (
             TensorDescriptor.from_tensor(cache.flatten(0, 1), [KEY_BLOCK, block]) for cache in (k_cache, v_cache)
         )
-        _prefill_kernel[(heads, len(self.slots))](
-            q, k_blocks, v_blocks, out, self.cu_seqlens_q, self.slots, self.seq_lens, self.block_tables,
-            self.block_tables.shape[1], k_cache.shape[1] // KEY_BLOCK, scale,
+        _prefill_kernel[(heads, min(len(self.slots), len(q) // QUERY_BLOCK + PARTIAL_BLOCKS))](
+            q, k_blocks, v_blocks, out, self.num_blocks, self.cu_seqlens_q, self.slots, self.seq_lens,
+            self.block_tables, self.block_tables.shape[1], k_cache.shape[1] // KEY_BLOCK, scale,
             HEADS=heads, GROUP=heads // k_cache.shape[0], SIZE=size, BLOCK=block,
             QUERY_BLOCK=QUERY_BLOCK, KEY_BLOCK=KEY_BLOCK, num_warps=4, num_stages=_stages(q),
         )  # fmt: skip
@@ -168,42 +184,92 @@ def _places(row, sequence, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
 
 @triton.jit
 def _decode_kernel(
-    q, k_cache, v_cache, out, partial, stats, arrived, slots, seq_lens, num_drafted, block_tables, max_blocks,
-    head_stride, scale,
+    q, k_cache, v_cache, out, partial, stats, arrived, num_sequences, slots, seq_lens, num_drafted, block_tables,
+    max_blocks, head_stride, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr, MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    # One program: one sequence, the query heads of one KV head, one split of the keys. COUNTED: `num_sequences` says
+    # how many sequences there are, and programs may have to take more than one.
+    if COUNTED:
+        for sequence in range(tl.program_id(0), tl.load(num_sequences).to(tl.int32), tl.num_programs(0)):
+            _attend_split(
+                q, k_cache, v_cache, out, partial, stats, arrived, sequence, slots, seq_lens, num_drafted, block_tables,
+                max_blocks, head_stride, scale, KV_HEADS, GROUP, WIDTH, SIZE, DOT_ROWS, ROW_BLOCK, BLOCK, KEY_BLOCK,
+                MIN_SPLIT, SPLITS, MERGE_BLOCK, AHEAD, STEP,
+            )  # fmt: skip
+    else:
+        _attend_split(
+            q, k_cache, v_cache, out, partial, stats, arrived, tl.program_id(0), slots, seq_lens, num_drafted,
+            block_tables, max_blocks, head_stride, scale, KV_HEADS, GROUP, WIDTH, SIZE, DOT_ROWS, ROW_BLOCK, BLOCK,
+            KEY_BLOCK, MIN_SPLIT, SPLITS, MERGE_BLOCK, AHEAD, STEP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend_split(
+    q, k_cache, v_cache, out, partial, stats, arrived, sequence, slots, seq_lens, num_drafted, block_tables,
+    max_blocks, head_stride, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr,
     ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr, MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    # One program: one sequence, the query heads of one KV head, one split of the keys. There are at most SPLITS splits,
-    # of MIN_SPLIT keys or more; and WIDTH queries of GROUP heads each, these rows padded to ROW_BLOCK, though a product
-    # needs DOT_ROWS. Those after the first are of the sequence's draft, and each sees a key more than the one before;
-    # the rest have a result without meaning. A sequence without keys has no result. AHEAD: where the next block of the
-    # KV cache is, is asked for a turn ahead. That spares few programs a wait, and takes registers from many. A turn is
-    # of STEP keys, which divide a block.
-    sequence = tl.program_id(0)
+    # There are at most SPLITS splits, of MIN_SPLIT keys or more; and WIDTH queries of GROUP heads each, these rows
+    # padded to ROW_BLOCK, though a product needs DOT_ROWS. Those after the first are of the sequence's draft, and each
+    # sees a key more than the one before; the rest have a result without meaning. Without keys there is no result.
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(seq_lens + sequence)
-    if length == 0:
-        return
-    splits = tl.minimum(tl.cdiv(length, MIN_SPLIT), SPLITS)
+    splits = tl.maximum(tl.minimum(tl.cdiv(length, MIN_SPLIT), SPLITS), 1)
     share = tl.cdiv(tl.cdiv(length, splits), PAGE) * PAGE
     first = split * share
-    if first >= length:
-        return
-    last = tl.minimum(first + share, length)
-    row = tl.arange(0, DOT_ROWS)
-    at = tl.arange(0, BLOCK)
+    if first < length:
+        row = tl.arange(0, DOT_ROWS)
+        at = tl.arange(0, BLOCK)
+        real = (row < GROUP * WIDTH)[:, None] & (at < SIZE)[None, :]
+        pair = sequence * KV_HEADS + kv_head
+        mine = _places(row, sequence, kv_head, KV_HEADS, GROUP, WIDTH)[:, None] * SIZE + at[None, :]
+        drafted = tl.load(num_drafted + sequence) if WIDTH > 1 else 0
+        seen = length - drafted + tl.minimum(row // GROUP, drafted)
+        queries = tl.load(q + mine, mask=real, other=0.0)
+        base = kv_head.to(tl.int64) * head_stride
+        table = block_tables + tl.load(slots + sequence).to(tl.int64) * max_blocks
+        last = tl.minimum(first + share, length)
+        highest, weight_sum, value_sums = _read_split(
+            queries, k_cache, v_cache, base, table, first, last, seen, scale * LOG2_E, at,
+            WIDTH, SIZE, DOT_ROWS, BLOCK, KEY_BLOCK, AHEAD, STEP,
+        )  # fmt: skip
+        num_splits = tl.cdiv(length, share)
+        if num_splits == 1:
+            tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
+        else:
+            kept = (pair * SPLITS + split) * ROW_BLOCK + row
+            tl.store(partial + kept[:, None] * BLOCK + at[None, :], value_sums, mask=(row < ROW_BLOCK)[:, None])
+            tl.store(stats + kept * NUM_STATS + MAX, highest, mask=row < ROW_BLOCK)
+            tl.store(stats + kept * NUM_STATS + SUM, weight_sum, mask=row < ROW_BLOCK)
+            tl.debug_barrier()
+            # The program that arrives last merges all splits.
+            if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == num_splits - 1:
+                tl.debug_barrier()
+                index = tl.arange(0, ROW_BLOCK)
+                result = _merged_splits(
+                    partial, stats, pair, num_splits, at, index, SPLITS, ROW_BLOCK, BLOCK, MERGE_BLOCK
+                ).to(out.dtype.element_ty)
+                target = _places(index, sequence, kv_head, KV_HEADS, GROUP, WIDTH)[:, None] * SIZE + at[None, :]
+                tl.store(out + target, result, mask=(index < GROUP * WIDTH)[:, None] & (at < SIZE)[None, :])
+                tl.store(arrived + pair, 0)
+
+
+@triton.jit
+def _read_split(
+    queries, k_cache, v_cache, base, table, first, last, seen, factor, at,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    # The softmax over keys `first` to `last`, STEP a turn, which divide a block of the KV cache. AHEAD: where the next
+    # block is, is asked for a turn ahead. That spares few programs a wait, and takes registers from many.
     key = tl.arange(0, KEY_BLOCK)
-    inside = at < SIZE
-    real = (row < GROUP * WIDTH)[:, None] & inside[None, :]
-    pair = sequence * KV_HEADS + kv_head
-    mine = _places(row, sequence, kv_head, KV_HEADS, GROUP, WIDTH)[:, None] * SIZE + at[None, :]
-    drafted = tl.load(num_drafted + sequence) if WIDTH > 1 else 0
-    seen = length - drafted + tl.minimum(row // GROUP, drafted)
-    queries = tl.load(q + mine, mask=real, other=0.0)
-    base = kv_head.to(tl.int64) * head_stride
-    table = block_tables + tl.load(slots + sequence).to(tl.int64) * max_blocks
     highest = tl.full([DOT_ROWS], -float("inf"), tl.float32)
     weight_sum = tl.zeros([DOT_ROWS], tl.float32)
     value_sums = tl.zeros([DOT_ROWS, BLOCK], tl.float32)
@@ -219,34 +285,16 @@ def _decode_kernel(
             begin = turn + part * KEY_BLOCK
             there = begin + key < last
             place = base + ((block - page) * PAGE + begin + key)[:, None] * SIZE + at[None, :]
-            wanted = there[:, None] & inside[None, :]
+            wanted = there[:, None] & (at < SIZE)[None, :]
             keys = tl.load(k_cache + place, mask=wanted, other=0.0)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2_E)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
             if WIDTH == 1:
                 scores = tl.where(there[None, :], scores, -float("inf"))
             else:  # a number, because a query may see no key of a split
                 scores = tl.where((begin + key)[None, :] < tl.minimum(seen, last)[:, None], scores, UNSEEN)
             values = tl.load(v_cache + place, mask=wanted, other=0.0)
             highest, weight_sum, value_sums = _online_softmax(scores, values, highest, weight_sum, value_sums)
-    num_splits = tl.cdiv(length, share)
-    if num_splits == 1:
-        tl.store(out + mine, (value_sums / weight_sum[:, None]).to(out.dtype.element_ty), mask=real)
-    else:
-        kept = (pair * SPLITS + split) * ROW_BLOCK + row
-        tl.store(partial + kept[:, None] * BLOCK + at[None, :], value_sums, mask=(row < ROW_BLOCK)[:, None])
-        tl.store(stats + kept * NUM_STATS + MAX, highest, mask=row < ROW_BLOCK)
-        tl.store(stats + kept * NUM_STATS + SUM, weight_sum, mask=row < ROW_BLOCK)
-        tl.debug_barrier()
-        # The program that arrives last merges all splits.
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == num_splits - 1:
-            tl.debug_barrier()
-            index = tl.arange(0, ROW_BLOCK)
-            result = _merged_splits(
-                partial, stats, pair, num_splits, at, index, SPLITS, ROW_BLOCK, BLOCK, MERGE_BLOCK
-            ).to(out.dtype.element_ty)
-            target = _places(index, sequence, kv_head, KV_HEADS, GROUP, WIDTH)[:, None] * SIZE + at[None, :]
-            tl.store(out + target, result, mask=(index < GROUP * WIDTH)[:, None] & inside[None, :])
-            tl.store(arrived + pair, 0)
+    return highest, weight_sum, value_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +303,8 @@ class DecodeAttention:
 
     `slots`, `seq_lens` and `num_drafted` [sequences, int32] are read at each call: the row of `block_tables` [slots,
     blocks of the KV cache, int64] that each sequence has, how many keys, and how many of its queries come after the
-    first, each of which sees a key more; without keys its part of the result is not written. `partial`, `stats` and
-    `arrived` are scratch memory, left as it was found.
+    first, each of which sees a key more; without keys its part of the result is not written. So is `num_sequences` [1],
+    how many there are (None: all). `partial`, `stats` and `arrived` are scratch memory, left as it was found.
     """
 
     slots: Tensor
@@ -269,6 +317,7 @@ class DecodeAttention:
     splits: int
     min_split: int
     width: int
+    num_sequences: Tensor | None = None
 
     @classmethod
     def of(
@@ -306,11 +355,15 @@ class DecodeAttention:
         """All that a call reads or writes beside its arguments."""
         return self.slots, self.seq_lens, self.num_drafted, self.partial, self.stats, self.arrived
 
-    def of_first(self, sequences: int) -> "DecodeAttention":
-        """The same for at most `sequences` of them."""
+    def of_first(self, sequences: int, num_sequences: Tensor) -> "DecodeAttention":
+        """The same for at most `sequences` of them, and at each call for the first `num_sequences` [1]."""
         first = slice(sequences)
         return replace(
-            self, slots=self.slots[first], seq_lens=self.seq_lens[first], num_drafted=self.num_drafted[first]
+            self,
+            slots=self.slots[first],
+            seq_lens=self.seq_lens[first],
+            num_drafted=self.num_drafted[first],
+            num_sequences=num_sequences,
         )
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -320,13 +373,15 @@ class DecodeAttention:
         few = sequences <= 8
         merge_block = max(1, 8192 // (row_block * block))  # sums of splits that fit into a program's registers
         out = torch.empty_like(q) if out is None else out
-        _decode_kernel[(sequences, kv_heads, self.splits)](
-            q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.slots, self.seq_lens,
-            self.num_drafted, self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
+        counted = self.num_sequences is not None
+        programs = min(sequences, DECODES_BESIDE) if counted else sequences
+        _decode_kernel[(programs, kv_heads, self.splits)](
+            q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.num_sequences, self.slots,
+            self.seq_lens, self.num_drafted, self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, WIDTH=self.width, SIZE=size, DOT_ROWS=max(16, row_block),
             ROW_BLOCK=row_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
             SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=few,
-            STEP=DECODE_KEY_BLOCK if few else BLOCK_SIZE, num_warps=2, num_stages=_stages(q),
+            STEP=DECODE_KEY_BLOCK if few else BLOCK_SIZE, COUNTED=counted, num_warps=2, num_stages=_stages(q),
         )  # fmt: skip
         return out
 

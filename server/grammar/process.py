@@ -1,4 +1,4 @@
-"""The process that tries grammars: `python -m server.grammar.process SOCKET EOS < tokenizer.json`.
+"""The process that tries grammars: `python -m server.grammar.process SOCKET EOS SIZE < tokenizer.json`.
 
 It loads the tokenizer once. For each connection that arrives over the socket it forks, and the fork tries one grammar
 under limits enforced by the kernel, because a compiler in native code cannot be interrupted any other way: the fork is
@@ -101,7 +101,10 @@ def tried(plan: Plan, tokens: LLTokenizer) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    loaded = LLTokenizer(sys.stdin.buffer.read().decode(), eos_token=json.loads(sys.argv[2]))
+    written = sys.stdin.buffer.read()
+    if len(written) < int(sys.argv[3]):
+        sys.exit()  # the service ended while it wrote
+    loaded = LLTokenizer(written.decode(), eos_token=json.loads(sys.argv[2]))
     with suppress(OSError):
         os.nice(5)  # generation has priority over new grammars
     main(socket.socket(fileno=int(sys.argv[1])), loaded)

@@ -100,11 +100,20 @@ class Sandbox:
 def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Raises OSError if no process can be started."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    text = tokenizer.encode()
     with ExitStack() as undone:
         ours, theirs = map(undone.enter_context, socket.socketpair())
         process = subprocess.Popen(
             # -P: the working folder may have a package of the same name.
-            [sys.executable, "-P", "-m", "server.grammar.process", str(theirs.fileno()), json.dumps(eos)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "server.grammar.process",
+                str(theirs.fileno()),
+                json.dumps(eos),
+                str(len(text)),
+            ],
             stdin=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": paths},
@@ -114,7 +123,7 @@ def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess
     theirs.close()
     if process.stdin is not None:
         with suppress(BrokenPipeError), process.stdin as pipe:  # if it has already ended, the first request finds out
-            pipe.write(tokenizer.encode())
+            pipe.write(text)
     return ours, process
 
 

@@ -58,15 +58,17 @@ def attention(stages: int) -> Iterator[Case]:
         }
         options = {"num_warps": 4, "num_stages": stages}
         blocks = dict.fromkeys(("k_blocks", "v_blocks"), f"tensordesc<bf16[{triton_attention.KEY_BLOCK},{block}]>")
-        prefill = places | blocks | {"cu_seqlens_q": WHOLE, "kv_blocks": "i32"}
+        prefill = places | blocks | {"num_blocks": WHOLE, "cu_seqlens_q": WHOLE, "kv_blocks": "i32"}
         yield Case(triton_attention._prefill_kernel, prefill, shape, (), options)
         heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "BLOCK": block}
         splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "MIN_SPLIT": 64, "SPLITS": 16, "MERGE_BLOCK": 16}
         options = {"num_warps": 2, "num_stages": stages}
-        for ahead, width in product((True, False), (1, 4)):
+        for ahead, width, counted in ((True, 1, True), (False, 1, True), *product((True, False), (1, 4), (False,))):
             step = triton_attention.DECODE_KEY_BLOCK if ahead else triton_attention.KEY_BLOCK
             shape = heads | splits | {"AHEAD": ahead, "STEP": step, "WIDTH": width, "ROW_BLOCK": 4 * width}
-            yield Case(triton_attention._decode_kernel, decode, shape, ("head_stride",), options)
+            number = {"num_sequences": LONG} if counted else {}
+            constants = shape | {"COUNTED": counted} | ({} if counted else {"num_sequences": None})
+            yield Case(triton_attention._decode_kernel, decode | number, constants, ("head_stride",), options)
 
 
 def layer() -> Iterator[Case]:

@@ -152,19 +152,25 @@ def test_rotate_and_store(kv_heads: int, group: int, size: int, normed: bool) ->
         assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("partial_blocks", [1, 8])  # two programs for each head, or one for each block
 @pytest.mark.parametrize(("group", "size"), [(3, 16), (1, 24)])
-def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(group: int, size: int) -> None:
+def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(
+    group: int, size: int, partial_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kv_heads = 2
     k_cache, v_cache = noise(kv_heads, 384, size), noise(kv_heads, 384, size)
     v_cache[:, 2 * BLOCK_SIZE : 3 * BLOCK_SIZE] = float("nan")  # another row's, whose model went wrong
     tables = [[5, 1, 0], [0, 3, 0], [4, 0, 0]]
     chunks = [Chunk(tables[0], 0, 64), Chunk(tables[0], 64, 41), Chunk(tables[1], 70, 10), Chunk(tables[2], 0, 1)]
-    cu_seqlens_q, slots, seq_lens = (
+    num_blocks, cu_seqlens_q, slots, seq_lens = (
         torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
-        for numbers in ([3, 67, 108, 118, 119, 119, 119], [0, 0, 1, 2, 0, 0], [64, 105, 80, 1, 0, 0])
+        for numbers in ([4], [3, 67, 108, 118, 119, -1, -1], [0, 0, 1, 2, -1, -1], [64, 105, 80, 1, -1, -1])
     )
     q = noise(119, kv_heads * group, size)
-    attend = triton_attention.PrefillAttention(cu_seqlens_q, slots, seq_lens, torch.tensor(tables, device=DEVICE))
+    monkeypatch.setattr(triton_attention, "PARTIAL_BLOCKS", partial_blocks)
+    attend = triton_attention.PrefillAttention(
+        num_blocks, cu_seqlens_q, slots, seq_lens, torch.tensor(tables, device=DEVICE)
+    )
     out = torch.ones_like(q)
     attend(q, k_cache, v_cache, size**-0.5, out)
     wanted = TorchAttention(chunks)(q[3:], k_cache, v_cache, size**-0.5)
@@ -174,7 +180,10 @@ def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(group: int, size: 
 
 @pytest.mark.parametrize("more", [0, 4])
 @pytest.mark.parametrize("min_split", [10, 64, 1000])
-def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(min_split: int, more: int) -> None:
+@pytest.mark.parametrize("beside", [None, 3, 32])  # a program for each, or in a mixed pass, three, or enough
+def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(
+    min_split: int, more: int, beside: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kv_heads, group, size = 2, 3, 16
     k_cache, v_cache = noise(kv_heads, 1024, size), noise(kv_heads, 1024, size)
     blocks = torch.randperm(15)
@@ -184,6 +193,9 @@ def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(mi
     lengths = [1, 250, 321, 65, *[0] * (1 + more)]
     q = noise(5 + more, kv_heads * group, size)
     attend = triton_attention.DecodeAttention.of(slots, tables.to(DEVICE), kv_heads, group, size, min_split)
+    if beside is not None:
+        monkeypatch.setattr(triton_attention, "DECODES_BESIDE", beside)
+        attend = attend.of_first(5 + more, torch.tensor([4], device=DEVICE))
     attend.seq_lens.copy_(torch.tensor(lengths))
     for _ in range(2):  # it leaves its scratch memory as it found it
         found = attend(q, k_cache, v_cache, size**-0.5, torch.ones_like(q))
