@@ -122,16 +122,40 @@ class _SparseBias:
             logits.index_put_(self._index, self._values, accumulate=True)
 
 
+class ForcedRow:
+    """`Sampling.forced` of one row: from some step on its tokens are given, unless it has sampled a certain token."""
+
+    def __init__(self, forced: Forced) -> None:
+        self._forced = forced
+        self._is_waiting = True
+        self._pending: list[int] = []
+        self._num_output_tokens = 0
+
+    @property
+    def next_token(self) -> int | None:
+        """The token that the row must take now, if there is one."""
+        return self._pending[0] if self._pending else None
+
+    def accept_token(self, token: int) -> None:
+        """Take the row's newest token."""
+        self._num_output_tokens += 1
+        forced = self._forced
+        if self._pending:
+            self._pending.pop(0)
+        elif token == forced.unless or (self._num_output_tokens == 1 and forced.first not in (None, token)):
+            self._is_waiting = False
+        elif self._is_waiting and self._num_output_tokens >= forced.after:
+            self._pending = list(forced.tokens)
+            self._is_waiting = False
+
+
 class ForcedTokens:
-    """`Sampling.forced`: from some step on a row's tokens are given, unless it has sampled a certain token itself."""
+    """The rows that have forced tokens."""
 
     def __init__(self, asked: dict[int, Forced], device: torch.device) -> None:
         self._rows = list(asked)
         self._index = torch.tensor(self._rows, device=device)
-        self._forced = list(asked.values())
-        self._waiting = [True] * len(asked)
-        self._pending: list[list[int]] = [[] for _ in asked]
-        self._num_output_tokens = 0
+        self._forced = [ForcedRow(forced) for forced in asked.values()]
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> "ForcedTokens | None":
@@ -139,24 +163,13 @@ class ForcedTokens:
         asked = {row: r.sampling.forced for row, r in enumerate(requests) if r.sampling.forced is not None}
         return cls(asked, device) if asked else None
 
-    def next_token(self, place: int) -> int | None:
-        """The token that the row at `place` must take now, if there is one."""
-        return self._pending[place][0] if self._pending[place] else None
-
     def apply(self, logits: Tensor) -> None:
-        rows = [row for row, given in zip(self._rows, self._pending, strict=True) if given]
-        if rows:
-            logits[rows] = -float("inf")
-            logits[rows, [given[0] for given in self._pending if given]] = 0.0
+        next_tokens = {row: forced.next_token for row, forced in zip(self._rows, self._forced, strict=True)}
+        given = {row: token for row, token in next_tokens.items() if token is not None}
+        if given:
+            logits[list(given)] = -float("inf")
+            logits[list(given), list(given.values())] = 0.0
 
     def accept_tokens(self, tokens: Tensor) -> None:
-        self._num_output_tokens += 1
-        for place, token in enumerate(tokens[self._index].tolist()):
-            asked = self._forced[place]
-            if self._pending[place]:
-                self._pending[place].pop(0)
-            elif token == asked.unless or (self._num_output_tokens == 1 and asked.first not in (None, token)):
-                self._waiting[place] = False
-            elif self._waiting[place] and self._num_output_tokens >= asked.after:
-                self._pending[place] = list(asked.tokens)
-                self._waiting[place] = False
+        for forced, token in zip(self._forced, tokens[self._index].tolist(), strict=True):
+            forced.accept_token(token)

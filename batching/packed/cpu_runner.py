@@ -169,8 +169,8 @@ class CPURunner:
         """Never: every token is known at once."""
         return False
 
-    def accept_token(self, sequence: RunningSequence, token: int) -> None:
-        """Nothing to do: the sampler has its own tokens."""
+    def accept_tokens(self, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> None:
+        """Nothing to do: the samplers have their own tokens."""
 
     def sample(self, sequences: Sequence[RunningSequence]) -> ReadyOutput:
         logits = self.logits.float()

@@ -4,15 +4,13 @@ Worker thread only. Nothing here waits for the device but `read`.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, cycle
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from batching.grammar import GuidedRow
+from batching.grammar import Bitmask, GuidedRow
 from batching.memory import cache_bytes_per_token
 from batching.packed.attention import Chunk
 from batching.packed.cuda_graphs import (
@@ -72,7 +70,7 @@ class CUDARunner:
         self._below_min_tokens: set[RunningSequence] = set()
         self._want_logprobs: set[RunningSequence] = set()
         self._guided: dict[RunningSequence, GuidedRow] = {}
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._bitmask = Bitmask(num_slots, self._vocab_size, self._device)
         self._pinned_outputs = cycle([PinnedOutput(len(self._out.numbers)) for _ in range(MAX_IN_FLIGHT)])
 
     def capture(self, mixed: Sequence[int], decodes: Sequence[int]) -> Iterator[None]:
@@ -132,8 +130,10 @@ class CUDARunner:
     def add_sequence(self, sequence: RunningSequence) -> None:
         request = sequence.row.request
         self._new.append(sequence)
-        if GuidedRow.is_needed(request) and sequence not in self._guided:
-            self._guided[sequence] = GuidedRow(request, self._vocab_size, self._helper)
+        if GuidedRow.is_needed(request):
+            if sequence not in self._guided:  # it is after a preemption
+                self._guided[sequence] = GuidedRow(request, self._vocab_size)
+            self._bitmask.begin(self._guided[sequence], sequence.slot)
         if sequence.num_output_tokens < request.sampling.min_tokens:
             self._below_min_tokens.add(sequence)
         if request.sampling.top_logprobs is not None:
@@ -216,9 +216,12 @@ class CUDARunner:
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
         return bool(self._guided) and any(sequence in self._guided for sequence in sequences)
 
-    def accept_token(self, sequence: RunningSequence, token: int) -> None:
-        if self._guided and sequence in self._guided:
-            self._guided[sequence].accept_token(token)
+    def accept_tokens(self, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> None:
+        if not self._guided:
+            return
+        mine = [(s, token) for s, token in zip(sequences, tokens, strict=True) if s in self._guided]
+        guided = [self._guided[sequence] for sequence, _ in mine]
+        self._bitmask.accept_tokens(guided, [token for _, token in mine], [sequence.slot for sequence, _ in mine])
 
     def sample(self, sequences: Sequence[RunningSequence]) -> AsyncOutput:
         self._restrict(sequences)
@@ -240,12 +243,9 @@ class CUDARunner:
 
     def _restrict(self, sequences: Sequence[RunningSequence]) -> None:
         """Send what only the host knows about the next tokens: which a grammar allows, and whether a row may stop."""
-        if self._guided:
-            guided = [sequence for sequence in sequences if sequence in self._guided]
-            if guided:
-                bitmasks = torch.from_numpy(np.stack([self._guided[sequence].bitmask() for sequence in guided]))
-                slots = self._state.to_device(torch.tensor([sequence.slot for sequence in guided]))
-                self._state.bitmask.index_copy_(0, slots, self._state.to_device(bitmasks))
+        if guided := [sequence.slot for sequence in sequences if sequence in self._guided]:
+            between = slice(min(guided), max(guided) + 1)  # one copy; what it takes along is not read
+            self._state.bitmask[between].copy_(self._bitmask.wait()[between], non_blocking=True)
         if self._below_min_tokens:
             for sequence in self._below_min_tokens.intersection(sequences):
                 if sequence.num_output_tokens >= sequence.row.request.sampling.min_tokens:

@@ -174,8 +174,8 @@ class Runner(Protocol):
         """Whether `sample` needs every earlier token accepted first, for example because a row has a grammar."""
         ...
 
-    def accept_token(self, sequence: RunningSequence, token: int) -> None:
-        """Take the sequence's newest token after it was read back."""
+    def accept_tokens(self, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> None:
+        """Take the sequences' newest tokens after they were read back, in order; those of removed ones are ignored."""
         ...
 
     def sample(self, sequences: Sequence[RunningSequence]) -> SamplerOutput:

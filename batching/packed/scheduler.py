@@ -284,9 +284,9 @@ class Scheduler:
         for sequence, token, is_over in zip(sequences, tokens, over, strict=True):
             if not is_over:
                 sequence.tokens.append(token)
-                self._runner.accept_token(sequence, token)
             elif sequence.table:
                 self._release(sequence, sequence.tokens)
+        self._runner.accept_tokens(sequences, tokens)
         self._decoding = [sequence for sequence in self._decoding if sequence.table]
 
 

@@ -329,7 +329,8 @@ class TokenMatcher:
         self._matcher = matcher
         self._vocab_size = tokens.vocab_size
         self._words = -(-tokens.vocab_size // 32)
-        self._eos = tokens.eos_tokens
+        # The library's signals that the text may end, for which the caller has its own.
+        self._ends = [(token >> 5, ~np.left_shift(np.int32(1), np.int32(token & 31))) for token in tokens.eos_tokens]
 
     def fill(self, allowed: NDArray[np.int32]) -> bool:
         """Never allows tokens that only the tokenizer or only the model has."""
@@ -338,8 +339,8 @@ class TokenMatcher:
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             raise ValueError(_first_line(self._matcher.get_error()))
-        for token in self._eos:  # the library's signal that the text may end; the caller has its own
-            mask[token >> 5] &= ~np.left_shift(np.int32(1), np.int32(token & 31))
+        for word, others in self._ends:
+            mask[word] &= others
         if not fits:
             allowed[:] = mask[: len(allowed)]
         return self._matcher.is_accepting()
