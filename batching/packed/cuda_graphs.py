@@ -108,10 +108,11 @@ def mixed_sizes(prefill_chunk: int, max_prefill_tokens: int) -> list[int]:
 class GraphCapture:
     """Captures forward passes, the largest first, into memory that all share: only one of them runs at a time.
 
-    At most `max_tokens` are sampled at a time, those of drafts included.
+    At most `max_tokens` are sampled at a time, those of drafts included. With `only_run` each pass just runs, once.
     """
 
     def __init__(self, model: PreTrainedModel, kv_cache: Tensor, state: SamplingState, max_tokens: int) -> None:
+        self.only_run = False
         self._model = model
         self._kv_cache = kv_cache
         self._state = state
@@ -222,6 +223,8 @@ class GraphCapture:
             run()  # loading and compilation at first use must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = Graph()
+        if self.only_run:
+            return graph
         with torch.cuda.graph(graph, pool=self._memory_pool, stream=stream):
             run()
         return graph

@@ -28,6 +28,7 @@ from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.runner import RunningSequence
 from batching.packed.sampling_state import SamplingState
 from batching.packed.triton_attention import QUERY_BLOCK
+from batching.packed.triton_compile import compiled_together
 from batching.sampling import OtherLogprobs
 
 MAX_IN_FLIGHT = 8
@@ -89,14 +90,20 @@ class CUDARunner:
             self._wide_graphs.insert(0, self._capture.decode(sequences, width))
             self._sample_graphs.insert(0, self._capture.sample(sequences, width))
             yield
-        self._measure_steps()
+
+    def compile_kernels(self, mixed: Sequence[int], decodes: Sequence[int]) -> None:
+        """All that the same passes launch, at once. The runner is of no use afterwards."""
+        self._capture.only_run = True
+        with compiled_together():
+            for _ in self.capture(mixed, decodes):
+                pass
 
     @property
     def num_wide_graphs(self) -> int:
         """How many decode steps with drafts `capture` captures, in addition to what it is given."""
         return len(self._wide_sizes)
 
-    def _measure_steps(self) -> None:
+    def measure_steps(self) -> None:
         """What a step takes with and without drafts, while no sequence has any keys to read; and reading a key."""
         for wide in self._wide_graphs:
             narrow = smallest(self._decode_graphs, min(wide.size, self.num_slots))

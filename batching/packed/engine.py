@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from batching.engine import Steps
@@ -104,6 +104,8 @@ class PackedEngine:
         most = num_slots * self._max_blocks
         if token_budget is not None or not on_gpu:
             most = min(most, blocks_for(token_budget or max(window, CPU_TOKENS)))
+        if on_gpu:
+            self._compile_kernels(num_slots)
         num_blocks = self._num_blocks(most, gpu_memory_utilization)
         self.runner = self._make_runner(num_slots, num_blocks)
         self.pool = BlockPool(num_blocks, caching=self._prefix_caching)
@@ -162,29 +164,47 @@ class PackedEngine:
 
     def _room_on_gpu(self, gpu_memory_utilization: float) -> int:
         device = self._model.device
-        runner = self._cuda_runner(1, 1)
         with torch.inference_mode():
+            runner = self._cuda_runner(1, 1)
             runner.profile_run(64)  # first calls load kernels, which stay and must not count
             passes = peak_bytes(device, lambda: runner.profile_run(self._max_prefill_tokens))
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         return int(gpu_memory_utilization * total) - (total - free) - passes - GRAPH_BYTES
 
+    def _compile_kernels(self, num_slots: int) -> None:
+        """With a single layer, because all layers launch the same; what others need is compiled at its first use."""
+        base: Any = self._model.base_model
+        layers = getattr(base, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            return
+        base.layers = layers[:1]
+        try:
+            with torch.inference_mode():
+                self._cuda_runner(num_slots, 1).compile_kernels(*self._graph_sizes(num_slots))
+        finally:
+            base.layers = layers
+
     def _make_runner(self, num_slots: int, num_blocks: int) -> Runner:
         if self._model.device.type != "cuda":
             return CPURunner(self._model, self._kv_cache(num_blocks), num_slots, self._max_draft_tokens)
-        from batching.packed.cuda_graphs import decode_sizes, mixed_sizes
-
         runner = self._cuda_runner(num_slots, num_blocks)
-        mixed = mixed_sizes(self._prefill_chunk, self._max_prefill_tokens)
-        decodes = [num_slots] if self._batch_invariant else decode_sizes(num_slots)
+        mixed, decodes = self._graph_sizes(num_slots)
         with torch.inference_mode():
             captured = runner.capture(mixed, decodes)
             shown = sys.stderr.isatty()
             total = len(mixed) + len(decodes) + runner.num_wide_graphs
             for _ in track(captured, "capturing", total, disable=not shown, transient=True):
                 pass
+            runner.measure_steps()
         return runner
+
+    def _graph_sizes(self, num_slots: int) -> tuple[list[int], list[int]]:
+        """The numbers of tokens of mixed passes and of sequences of decode steps that are captured."""
+        from batching.packed.cuda_graphs import decode_sizes, mixed_sizes
+
+        decodes = [num_slots] if self._batch_invariant else decode_sizes(num_slots)
+        return mixed_sizes(self._prefill_chunk, self._max_prefill_tokens), decodes
 
     def _cuda_runner(self, num_slots: int, num_blocks: int) -> "CUDARunner":
         from batching.packed.cuda_runner import CUDARunner

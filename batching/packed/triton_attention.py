@@ -185,10 +185,10 @@ def _places(row, sequence, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
 @triton.jit
 def _decode_kernel(
     q, k_cache, v_cache, out, partial, stats, arrived, num_sequences, slots, seq_lens, num_drafted, block_tables,
-    max_blocks, head_stride, scale,
+    max_blocks, head_stride, scale, min_split,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr,
-    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    SPLITS: tl.constexpr, MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr, COUNTED: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     # One program: one sequence, the query heads of one KV head, one split of the keys. COUNTED: `num_sequences` says
     # how many sequences there are, and programs may have to take more than one.
@@ -196,32 +196,32 @@ def _decode_kernel(
         for sequence in range(tl.program_id(0), tl.load(num_sequences).to(tl.int32), tl.num_programs(0)):
             _attend_split(
                 q, k_cache, v_cache, out, partial, stats, arrived, sequence, slots, seq_lens, num_drafted, block_tables,
-                max_blocks, head_stride, scale, KV_HEADS, GROUP, WIDTH, SIZE, DOT_ROWS, ROW_BLOCK, BLOCK, KEY_BLOCK,
-                MIN_SPLIT, SPLITS, MERGE_BLOCK, AHEAD, STEP,
+                max_blocks, head_stride, scale, min_split, KV_HEADS, GROUP, WIDTH, SIZE, DOT_ROWS, ROW_BLOCK, BLOCK,
+                KEY_BLOCK, SPLITS, MERGE_BLOCK, AHEAD, STEP,
             )  # fmt: skip
     else:
         _attend_split(
             q, k_cache, v_cache, out, partial, stats, arrived, tl.program_id(0), slots, seq_lens, num_drafted,
-            block_tables, max_blocks, head_stride, scale, KV_HEADS, GROUP, WIDTH, SIZE, DOT_ROWS, ROW_BLOCK, BLOCK,
-            KEY_BLOCK, MIN_SPLIT, SPLITS, MERGE_BLOCK, AHEAD, STEP,
+            block_tables, max_blocks, head_stride, scale, min_split, KV_HEADS, GROUP, WIDTH, SIZE, DOT_ROWS, ROW_BLOCK,
+            BLOCK, KEY_BLOCK, SPLITS, MERGE_BLOCK, AHEAD, STEP,
         )  # fmt: skip
 
 
 @triton.jit
 def _attend_split(
     q, k_cache, v_cache, out, partial, stats, arrived, sequence, slots, seq_lens, num_drafted, block_tables,
-    max_blocks, head_stride, scale,
+    max_blocks, head_stride, scale, min_split,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr,
-    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    SPLITS: tl.constexpr, MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    # There are at most SPLITS splits, of MIN_SPLIT keys or more; and WIDTH queries of GROUP heads each, these rows
+    # There are at most SPLITS splits, of `min_split` keys or more; and WIDTH queries of GROUP heads each, these rows
     # padded to ROW_BLOCK, though a product needs DOT_ROWS. Those after the first are of the sequence's draft, and each
     # sees a key more than the one before; the rest have a result without meaning. Without keys there is no result.
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(seq_lens + sequence)
-    splits = tl.maximum(tl.minimum(tl.cdiv(length, MIN_SPLIT), SPLITS), 1)
+    splits = tl.maximum(tl.minimum(tl.cdiv(length, min_split), SPLITS), 1)
     share = tl.cdiv(tl.cdiv(length, splits), PAGE) * PAGE
     first = split * share
     if first < length:
@@ -378,8 +378,8 @@ class DecodeAttention:
         _decode_kernel[(programs, kv_heads, self.splits)](
             q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.num_sequences, self.slots,
             self.seq_lens, self.num_drafted, self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
-            KV_HEADS=kv_heads, GROUP=heads // kv_heads, WIDTH=self.width, SIZE=size, DOT_ROWS=max(16, row_block),
-            ROW_BLOCK=row_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK, MIN_SPLIT=self.min_split,
+            self.min_split, KV_HEADS=kv_heads, GROUP=heads // kv_heads, WIDTH=self.width, SIZE=size,
+            DOT_ROWS=max(16, row_block), ROW_BLOCK=row_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK,
             SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=few,
             STEP=DECODE_KEY_BLOCK if few else BLOCK_SIZE, COUNTED=counted, num_warps=2, num_stages=_stages(q),
         )  # fmt: skip

@@ -45,7 +45,7 @@ class Case:
 def attention(stages: int) -> Iterator[Case]:
     places = {"q": HALF, "out": HALF, "slots": WHOLE, "seq_lens": WHOLE, "block_tables": LONG, "max_blocks": "i32"}
     places |= {"scale": "fp32"}
-    decode = places | {"k_cache": HALF, "v_cache": HALF, "head_stride": "i32"}
+    decode = places | {"k_cache": HALF, "v_cache": HALF, "head_stride": "i32", "min_split": "i32"}
     decode |= {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "num_drafted": WHOLE}
     for size, block in ((128, 128), (96, 128)):
         shape = {
@@ -61,7 +61,7 @@ def attention(stages: int) -> Iterator[Case]:
         prefill = places | blocks | {"num_blocks": WHOLE, "cu_seqlens_q": WHOLE, "kv_blocks": "i32"}
         yield Case(triton_attention._prefill_kernel, prefill, shape, (), options)
         heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "BLOCK": block}
-        splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "MIN_SPLIT": 64, "SPLITS": 16, "MERGE_BLOCK": 16}
+        splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "SPLITS": 16, "MERGE_BLOCK": 16}
         options = {"num_warps": 2, "num_stages": stages}
         for ahead, width, counted in ((True, 1, True), (False, 1, True), *product((True, False), (1, 4), (False,))):
             step = triton_attention.DECODE_KEY_BLOCK if ahead else triton_attention.KEY_BLOCK
