@@ -6,15 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dis import opmap
 from functools import cache
-from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ROOMS = tuple(f"{ROOT / room}/" for room in ("server", "batching"))
-MADE = bytes([opmap["RETURN_GENERATOR"]])
-MAKES = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
+RESUME = bytes([opmap["RESUME"]])
 APART = ("server/watchdog.py", "batching/worker.py")
 """Threads that start here have work of their own, whoever asks."""
 
@@ -61,8 +59,8 @@ def relative(name: str) -> str | None:
 
 @cache
 def start(code: CodeType) -> int:
-    """Where the code is when it is first entered: a coroutine or generator has been made before."""
-    return code.co_code[::2].find(MADE) * 2 + 4 if code.co_flags & MAKES else 0
+    """Where the code is when it is first entered: its cells, and a coroutine or generator, have been made before."""
+    return code.co_code[::2].find(RESUME) * 2
 
 
 def apart(frame: FrameType) -> bool:
