@@ -3,16 +3,19 @@
 Clients send back earlier answers, from this service or another, often with fields of their own.
 """
 
+import json
 import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from server.fields import Body, Flag
-from server.openai.tools import ToolTurn
-from server.output.tool_calls import Turn
+from server.grammar.json_schema import MAX_DEPTH, values
+from server.openai.tools import Name
+from server.output.tool_calls import ShownArguments, ShownCall, Turn
 
 MAX_MESSAGES = 2048
+MAX_CALLS = 4096  # in one turn; more than an answer can make
 THOUGHTS = frozenset(["thinking", "redacted_thinking", "reasoning"])
 """Part types that hold reasoning, which is not content."""
 
@@ -63,10 +66,58 @@ Thought = Annotated[str | None, BeforeValidator(_string_or_none, json_schema_inp
 """Other servers put objects here, which no template reads; they count as null."""
 
 
-class Message(ToolTurn):
+CallId = Annotated[str, Field(strict=True)]
+
+
+def _arguments_text(value: object) -> object:
+    """Arguments as JSON text; some clients send the object itself."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+class CalledFunction(Body):
+    """A function and its arguments as JSON text, or whatever text the model wrote instead."""
+
+    name: Name
+    arguments: Annotated[str, Field(strict=True), BeforeValidator(_arguments_text)] = ""
+
+
+class ToolCall(Body):
+    """A call from an earlier answer. Older clients send no id."""
+
+    id: CallId = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> ShownCall:
+        """The call with its arguments parsed into an object for the template, or as they are if that fails."""
+        function: ShownArguments = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+def _arguments(text: str) -> object:
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+        # Lone surrogates and numbers beyond the range of floats cannot be shown to a model.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return text
+    # Deeper nesting could overflow the template's JSON encoder.
+    shown = isinstance(value, dict) and all(depth <= MAX_DEPTH for depth, _, _ in values(value))
+    return value if shown else text
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not valid JSON")
+
+
+class Message(Body):
     """One turn. Templates may use `name`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    tool_call_id: CallId | None = None
     content: Content = ""
     name: str | None = None
     reasoning_content: Thought = None
@@ -87,6 +138,12 @@ class Message(ToolTurn):
             turn["tool_calls"] = [{"function": call}]
         return turn
 
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message with the role assistant may have tool_calls")
+        return self
+
     @property
     def functions(self) -> list[str]:
         """The functions that the turn calls, or the one whose result it holds."""
@@ -95,7 +152,11 @@ class Message(ToolTurn):
 
     def for_template(self) -> Turn:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        message: Turn = {"role": role, "content": self.content, **self.tool_fields()}
+        message: Turn = {"role": role, "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.role == "tool" and self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
         if self.name:
             message["name"] = self.name
         if self.reasoning_content:
