@@ -95,7 +95,8 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     offered = chat.offered
     names = names_in(text, chat.messages, offered)
     prefill = prefill_of(chat.messages) if chat.continue_final_message else None
-    rendered = render(text, chat.messages, offered, names, thinks, opens_answer=chat.opens_answer, prefill=prefill)
+    opens_answer = chat.add_generation_prompt is not False
+    rendered = render(text, chat.messages, offered, names, thinks, opens_answer=opens_answer, prefill=prefill)
     thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     prediction = text.encode(chat.prediction.text) if chat.prediction else ()
     conversation = Conversation(chat, text.encode(rendered), thought, names, prediction)
@@ -128,7 +129,7 @@ def render(
     opens_answer: bool = True,
     prefill: Prefill | None = None,
 ) -> str:
-    """The rendered text of a conversation. Raises `ApiError` 400."""
+    """The rendered text of a conversation, up to its `prefill` if it has one. Raises `ApiError` 400."""
     turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
     tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
     turns, options = text.format.conversation(turns, tools)
@@ -136,7 +137,7 @@ def render(
         return text.render(
             turns,
             {"enable_thinking": thinks} | options,
-            opens_answer=opens_answer,
+            opens_answer=opens_answer and prefill is None,
             continued=prefill.field if prefill else None,
         )
     except TemplateError as error:

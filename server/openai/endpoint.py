@@ -139,7 +139,7 @@ def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> l
     salt = caller.name if model.settings.prefix_sharing == "key" else ""
     return [
         Request(
-            id=caller.row_id(row),
+            id=f"{caller.request_id}.{row}" if row else caller.request_id,  # the first row has the request's own
             prompt=prompt.tokens,
             sampling=prompt.sampling,
             time_limit=model.settings.request_timeout_s,

@@ -189,10 +189,5 @@ class PromptEnd(Body):
             raise ValueError("the fields continue_final_message and add_generation_prompt may not both be true")
         return self
 
-    @property
-    def opens_answer(self) -> bool:
-        """Whether the prompt ends with the start of a new answer."""
-        return self.add_generation_prompt is not False and not self.continue_final_message
-
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

@@ -90,7 +90,7 @@ def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
         body.offered,
         names,
         model.settings.thinking if body.thinks is None else body.thinks,
-        opens_answer=body.opens_answer,
+        opens_answer=body.add_generation_prompt is not False,
         prefill=prefill_of(body.messages) if body.continue_final_message else None,
     )
     return model.text.encode(rendered, special=bool(body.add_special_tokens))

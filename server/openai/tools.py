@@ -3,6 +3,7 @@
 Definitions are only checked as far as needed to show them to the model; `server/grammar` decides what is enforced.
 """
 
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -180,7 +181,7 @@ class ToolUse(Body):
         """The types of the tools that were skipped, as reported to the client."""
         return tuple(dict.fromkeys(f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)))
 
-    @property
+    @cached_property
     def offered(self) -> tuple[Tool, ...]:
         """The tools that are shown to the model and may be called."""
         match self._choice:
@@ -191,7 +192,7 @@ class ToolUse(Body):
             case _:
                 return self._all
 
-    @property
+    @cached_property
     def demanded(self) -> tuple[Tool, ...]:
         """The tools of which one must be called; empty if a call is optional."""
         if not self._must_call:
