@@ -770,7 +770,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(caplog: pyte
     with live() as service:
         with service.connect() as bare:
             bare.sendall(raw_request(b'{"messages":', length=1000))
-            eventually(lambda: any(each.exchange for each in service.connections), "the request is being read")
+            eventually(lambda: any(each.answering for each in service.connections), "the request is being read")
         eventually(lambda: not service.connections, "the connection is closed")
         assert service.chat().status_code == 200
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
