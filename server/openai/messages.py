@@ -5,14 +5,17 @@ Clients send back earlier answers, from this service or another, often with fiel
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from server.fields import Body, Flag
 from server.grammar.json_schema import MAX_DEPTH, values
-from server.openai.tools import Name
-from server.output.tool_calls import ShownArguments, ShownCall, Turn
+from server.http.errors import bad_request
+from server.model.text import TemplateError, Text
+from server.openai.tools import Name, Tool
+from server.output.tool_calls import ShownArguments, ShownCall, ToolNames, Turn
 
 MAX_MESSAGES = 2048
 MAX_CALLS = 4096  # in one turn; more than an answer can make
@@ -191,3 +194,38 @@ class PromptEnd(Body):
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
+    """The names of all functions that a conversation mentions."""
+    offered = [tool.function.name for tool in tools]
+    called = [name for message in messages for name in message.functions]
+    return ToolNames(offered + called, text.format.tools.carries)
+
+
+def render(
+    text: Text,
+    messages: Sequence[Message],
+    offered: Sequence[Tool],
+    names: ToolNames,
+    thinks: bool,
+    *,
+    opens_answer: bool = True,
+    continued: str | None = None,
+) -> str:
+    """The rendered text of a conversation, up to the end of the last message's field `continued` if there is one.
+
+    Raises `ApiError` 400.
+    """
+    turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
+    tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
+    turns, options = text.format.conversation(turns, tools)
+    try:
+        return text.render(
+            turns,
+            {"enable_thinking": thinks} | options,
+            opens_answer=opens_answer and continued is None,
+            continued=continued,
+        )
+    except TemplateError as error:
+        raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
