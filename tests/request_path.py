@@ -19,7 +19,8 @@ APART = ("server/watchdog.py", "batching/worker.py")
 
 @dataclass
 class RequestPath:
-    """Project files in the order in which functions of theirs were called by threads begun inside `followed`.
+    """Project files in the order in which functions of theirs were called by threads begun inside `followed`, from the
+    first bytes that arrive.
 
     A stay is a run of calls into one file; a call into one that was left before is one more stay. Going on after an
     `await` is no call.
@@ -28,15 +29,17 @@ class RequestPath:
     stays: list[str] = field(default_factory=list)
     before_queue: list[str] = field(default_factory=list)
     entered: set[str] = field(default_factory=set)
+    begun: bool = False
 
     def begin(self) -> None:
         """Forget all so far."""
-        self.stays, self.before_queue, self.entered = [], [], set()
+        self.stays, self.before_queue, self.entered, self.begun = [], [], set(), False
 
     def profile(self, frame: FrameType, event: str, argument: Any) -> None:
         """For `threading.setprofile`."""
         here = project_file(frame)
-        if here is None or event != "call":
+        self.begun = self.begun or frame.f_code.co_qualname == "Connection.buffer_updated"
+        if here is None or event != "call" or not self.begun:
             return
         self.entered.add(here)
         if apart(frame) or frame.f_lasti > start(frame.f_code):

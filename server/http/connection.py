@@ -136,7 +136,7 @@ class Connections:
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One client's connection. At most one request is answered at a time; `exchange` is None until its first byte.
+    """One client's connection. At most one request is answered at a time; `exchange` is None between requests.
 
     Two timers: `_deadline`, for what the client still has to send, runs only while nothing is being answered;
     `_sending` runs while bytes wait for the client, and only acts if the client took none of them.
@@ -161,7 +161,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self.stopping = False  # close after this request's answer
         self._leaving = False  # everything is written, and nothing more is read
-        self._client_ended = False  # the client sends nothing more
+        self.client_ended = False  # the client sends nothing more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is a stream
         self.transport = transport
@@ -211,17 +211,21 @@ class Connection(asyncio.BufferedProtocol):
             self.regulate()
 
     def _feed(self, data: bytes) -> None:
-        """Parse what has arrived. The first byte of a request begins an exchange."""
         if self.exchange is None:
             data = data.lstrip(b"\r\n")  # empty lines between requests are ignored (RFC 9112, section 2.2)
-            if data:
-                self._expect(HEAD_SECONDS)
-                self.exchange = Exchange(self)
-        if self.exchange is not None and not self._leaving and self.exchange.feed(data):
-            self._loop.call_soon(self._feed, b"")  # parses the rest
-        if self.exchange is not None and self.exchange.whole:
-            self._shared.receiving.pop(self, None)
+        if not self._leaving and (self.exchange or data):
+            self._parse(data)
         self.regulate()
+
+    def _parse(self, data: bytes) -> None:
+        """The first byte of a request begins an exchange."""
+        if self.exchange is None:
+            self._expect(HEAD_SECONDS)
+            self.exchange = Exchange(self)
+        if self.exchange.feed(data):
+            self._loop.call_soon(self._feed, b"")  # parses the rest
+        if self.exchange is not None and self.exchange.whole:  # it is None if this was the last of an answered one
+            self._shared.receiving.pop(self, None)
 
     def begun(self, exchange: Exchange, path: str) -> None:
         """Run the exchange: the head of a request for this path has arrived."""
@@ -247,7 +251,7 @@ class Connection(asyncio.BufferedProtocol):
         """The answer is complete: continue with the next request, or close. The rest of an incomplete body comes first:
         this is called again after it."""
         last = exchange.last or self.stopping
-        if self._client_ended or (last and exchange.whole):
+        if self.client_ended or (last and exchange.whole):
             self.transport.close()
         elif last:
             self.leave()
@@ -264,14 +268,14 @@ class Connection(asyncio.BufferedProtocol):
         exchange = None if self._leaving else self.exchange
         enough = exchange is not None and (exchange.behind or len(exchange.body) > BODY_BYTES)
         wanted = not (enough or self._resting)
-        if wanted != self._reading and not self._client_ended and not self.transport.is_closing():
+        if wanted != self._reading and not self.client_ended and not self.transport.is_closing():
             self._reading = wanted
             (self.transport.resume_reading if wanted else self.transport.pause_reading)()
 
     def eof_received(self) -> bool:
         """The client sends nothing more. During a request this counts as a disconnect, as in nginx and Go: whether the
         client still reads is unknown. The handler is notified, and its answer is still sent."""
-        self._client_ended = True
+        self.client_ended = True
         if self.answering is None:
             return False
         self.answering.leave()
