@@ -30,9 +30,10 @@ def parse(kind: type[Checked], body: bytes, *, refuse_unknown: bool = False) -> 
         request = kind.model_validate(fields)
     except ValidationError as error:
         raise explain(error) from None
-    request.note(len(body), unknown + request.skipped)
-    if request.ignored and refuse_unknown:
-        raise unsupported(request.ignored[0])
+    ignored = unknown + request.skipped
+    if ignored and refuse_unknown:
+        raise unsupported(ignored[0])
+    request.note(len(body), ignored)
     return request
 
 
