@@ -19,10 +19,6 @@ class Caller:
     share: float = 1.0
     trace: tuple[tuple[str, str], ...] = ()
 
-    def row_id(self, choice: int) -> str:
-        """The id of one of the request's rows; the first row has the request's own id."""
-        return f"{self.request_id}.{choice}" if choice else self.request_id
-
 
 class KeyFileError(ValueError):
     """The key file cannot be read. The message is one sentence and contains no key."""

@@ -51,7 +51,7 @@ def _may_be_null(field: dict[str, Any]) -> bool:
 
 
 class RequestBody(Body):
-    """A whole request of `size` bytes. `ignored` names unknown top-level fields and everything in `skipped`.
+    """A whole request of `size` bytes. `ignored` names what had no effect: unknown top-level fields, and `skipped`.
 
     `unsupported` are fields that are refused, because they would change the answer if they were honoured.
     """
@@ -64,7 +64,7 @@ class RequestBody(Body):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return self._ignored + self.skipped
+        return self._ignored
 
     @property
     def skipped(self) -> tuple[str, ...]:

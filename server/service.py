@@ -17,7 +17,7 @@ from batching.queue import QueueLimits
 from server.callers import load_keys
 from server.grammar.compiler import Grammars
 from server.http.errors import not_ready
-from server.http.turns import Pace
+from server.http.pace import Pace
 from server.model.defaults import Defaults
 from server.model.loader import Loading
 from server.model.served_model import ServedModel

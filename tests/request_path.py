@@ -6,22 +6,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dis import opmap
 from functools import cache
-from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ROOMS = tuple(f"{ROOT / room}/" for room in ("server", "batching"))
-MADE = bytes([opmap["RETURN_GENERATOR"]])
-MAKES = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
+RESUME = bytes([opmap["RESUME"]])
 APART = ("server/watchdog.py", "batching/worker.py")
 """Threads that start here have work of their own, whoever asks."""
 
 
 @dataclass
 class RequestPath:
-    """Project files in the order in which functions of theirs were called by threads begun inside `followed`.
+    """Project files in the order in which functions of theirs were called by threads begun inside `followed`, from the
+    first bytes that arrive.
 
     A stay is a run of calls into one file; a call into one that was left before is one more stay. Going on after an
     `await` is no call.
@@ -30,15 +29,17 @@ class RequestPath:
     stays: list[str] = field(default_factory=list)
     before_queue: list[str] = field(default_factory=list)
     entered: set[str] = field(default_factory=set)
+    begun: bool = False
 
     def begin(self) -> None:
         """Forget all so far."""
-        self.stays, self.before_queue, self.entered = [], [], set()
+        self.stays, self.before_queue, self.entered, self.begun = [], [], set(), False
 
     def profile(self, frame: FrameType, event: str, argument: Any) -> None:
         """For `threading.setprofile`."""
         here = project_file(frame)
-        if here is None or event != "call":
+        self.begun = self.begun or frame.f_code.co_qualname == "Connection.buffer_updated"
+        if here is None or event != "call" or not self.begun:
             return
         self.entered.add(here)
         if apart(frame) or frame.f_lasti > start(frame.f_code):
@@ -61,8 +62,8 @@ def relative(name: str) -> str | None:
 
 @cache
 def start(code: CodeType) -> int:
-    """Where the code is when it is first entered: a coroutine or generator has been made before."""
-    return code.co_code[::2].find(MADE) * 2 + 4 if code.co_flags & MAKES else 0
+    """Where the code is when it is first entered: its cells, and a coroutine or generator, have been made before."""
+    return code.co_code[::2].find(RESUME) * 2
 
 
 def apart(frame: FrameType) -> bool:

@@ -1,23 +1,19 @@
 """One client's connection: bytes in and out, in bounded amounts and bounded time. Event loop only.
 
-h11 parses: it holds a pipelined request back until the previous one is answered, and bounds heads, chunk headers and
-trailers. uvicorn's faster parser, httptools, does neither, and loses the body of a request with an Upgrade header. h11
-costs a tenth of a millisecond a request and nothing a token: the chunks of a streamed answer do not pass through it.
-uvicorn accepts connections, runs the lifespan and shuts down.
+uvicorn accepts connections, runs the lifespan and shuts down; `Exchange` parses requests and writes their responses.
 """
 
 import asyncio
 import contextlib
-import re
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 
-import h11
 from uvicorn import Config
 from uvicorn.server import ServerState
 
 from server.http.errors import ApiError
-from server.http.exchange import Exchange, reason, scope_of
-from server.http.turns import Turns
+from server.http.exchange import Exchange
 from server.observe.log import log_refusal
 from server.settings import Settings
 
@@ -33,17 +29,8 @@ REQUESTS_A_TURN = 4
 PROBES = frozenset(["/health", "/health/live"])
 """Paths whose requests skip that queue: they ask whether the event loop is alive."""
 
-EVENTS_A_TURN = 128
-"""Parser events handled per event loop iteration: a few milliseconds of work."""
-
-HEAD_BYTES = 16_384
-"""Maximum bytes of the request line and headers (the limit of h11 and Node)."""
-
-LINE_BYTES = 4096
-"""Maximum bytes of an unfinished chunk header or of unfinished trailers."""
-
-MOST_HEADERS = 100
-"""Apache's limit. A short header takes a hundred times its bytes in Python objects."""
+BODY_BYTES = 32_768
+"""Bytes of a body that wait for the application before reading stops."""
 
 HEAD_SECONDS = 10.0
 """Time limit for the request line and headers, from the connection or the first byte."""
@@ -60,14 +47,6 @@ LINGERING = 64
 WAITING_BYTES = 32_768
 """Bytes of an answer that wait for the client before writing pauses."""
 
-
-HEAD_TOO_LARGE = ApiError(
-    431,
-    f"The request headers exceed the limit of {HEAD_BYTES // 1024} KiB or {MOST_HEADERS} headers.",
-    code="headers_too_large",
-)
-
-
 TOO_MANY = ApiError(
     503,
     "Too many connections are open; try again in 1 s.",
@@ -76,32 +55,38 @@ TOO_MANY = ApiError(
     headers={"retry-after": "1"},
 )
 
-
 TOO_SLOW = ApiError(
     408,
     "All connections were in use, and the body had come the slowest; send the request again.",
     code="request_timeout",
 )
 
-BLANK_LINE = re.compile(rb"\n\r?\n")
 
+class Turns:
+    """Calls at most `most` functions per iteration of the loop, in order of arrival."""
 
-class Lines:
-    """Counts the lines of a request head as it arrives, up to the empty line at its end."""
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+        self._later: deque[Callable[[], None]] = deque()
+        self._begun = False
 
-    def __init__(self) -> None:
-        self._count = 0
-        self._last = b""
-        self._ended = False
+    def call(self, loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+        """Call it now if this iteration has room, else in a later one. It must not raise."""
+        self._later.append(work)
+        self._work(loop)
 
-    def add(self, data: bytes) -> int:
-        """The number of lines including those in `data`."""
-        if not self._ended:
-            text = self._last + data
-            end = BLANK_LINE.search(text)
-            self._count += text.count(b"\n", len(self._last), end.start() if end else len(text))
-            self._last, self._ended = text[-2:], end is not None
-        return self._count
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._later and self._left:
+            self._left -= 1
+            self._later.popleft()()
+        if not self._begun:
+            self._begun = True
+            loop.call_soon(self._next, loop)
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._begun, self._left = False, self._most
+        if self._later:
+            self._work(loop)
 
 
 class Connections:
@@ -163,16 +148,10 @@ class Connection(asyncio.BufferedProtocol):
         self._shared = shared
         self._app = config.loaded_app
         self._server = server
-        self._app_state = app_state
+        self.app_state = app_state
         self._loop = asyncio.get_running_loop()
-        self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
-        self._lines = Lines()
         self.exchange: Exchange | None = None
-        self._framing = 0  # bytes received since the last request that are not known to be body
-        self._body = 0  # body bytes received
         self._body_begun = self._loop.time()
-        self._held_back = False  # a pipelined request waits in the parser
-        self._unfinished = False  # the parser has more events, for the next iteration of the loop
         self._resting = False  # other connections read before this one does again
         self._reading = True
         self._deadline: asyncio.TimerHandle | None = None
@@ -205,10 +184,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def shutdown(self) -> None:
         """Close after the current answer. uvicorn calls this when the service stops."""
-        if self.exchange is None:
+        if self.answering is None:
             self.transport.close()
         else:
             self.stopping = True
+
+    @property
+    def answering(self) -> Exchange | None:
+        """The request that is being answered."""
+        return self.exchange if self.exchange is not None and self.exchange.answering else None
 
     # Receiving
 
@@ -219,15 +203,7 @@ class Connection(asyncio.BufferedProtocol):
         data = bytes(self._shared.buffer[:nbytes])
         self._resting = True
         self._shared.reads.call(self._loop, self._rested)
-        if self._parser.their_state is h11.IDLE and not self._framing:
-            data = data.lstrip(b"\r\n")  # empty lines between requests are ignored (RFC 9112, section 2.2)
-            if data:
-                self._expect(HEAD_SECONDS)
-        if data and self._wanted:
-            self._feed(data)
-            self._parse()
-        else:
-            self.regulate()
+        self._feed(data)
 
     def _rested(self) -> None:
         self._resting = False
@@ -235,119 +211,62 @@ class Connection(asyncio.BufferedProtocol):
             self.regulate()
 
     def _feed(self, data: bytes) -> None:
-        if self._parser.their_state is h11.IDLE and self._lines.add(data) > MOST_HEADERS + 1:
-            return self.refuse(HEAD_TOO_LARGE)  # parsing them would take milliseconds
-        self._framing += len(data)
-        self._parser.receive_data(data)
-
-    def _parse(self) -> None:
-        try:
-            self._unfinished = self._take_some()
-            self._check_framing()
-        except h11.RemoteProtocolError as error:
-            self.refuse(refusal_of(error))
+        if self.exchange is None:
+            data = data.lstrip(b"\r\n")  # empty lines between requests are ignored (RFC 9112, section 2.2)
+        if not self._leaving and (self.exchange or data):
+            self._parse(data)
         self.regulate()
 
-    def _take_some(self) -> bool:
-        """Returns whether there is more, to be taken after others had the event loop."""
-        for _ in range(EVENTS_A_TURN):
-            if not (self._wanted and self._take(self._parser.next_event())):
-                return False
-        self._loop.call_soon(self._parse)
-        return True
+    def _parse(self, data: bytes) -> None:
+        """The first byte of a request begins an exchange."""
+        if self.exchange is None:
+            self._expect(HEAD_SECONDS)
+            self.exchange = Exchange(self)
+        if self.exchange.feed(data):
+            self._loop.call_soon(self._feed, b"")  # parses the rest
+        if self.exchange is not None and self.exchange.whole:  # it is None if this was the last of an answered one
+            self._shared.receiving.pop(self, None)
 
-    def _check_framing(self) -> None:
-        if self._parser.their_state is not h11.SEND_BODY:
-            return
-        if len(self._unparsed) > LINE_BYTES:
-            self.refuse(HEAD_TOO_LARGE)
-        elif self._framing > HEAD_BYTES + self._body:
-            self.refuse(ApiError(400, "The body's chunks are smaller than their framing; send larger chunks."))
+    def begun(self, exchange: Exchange, path: str) -> None:
+        """Run the exchange: the head of a request for this path has arrived."""
+        self._expect(None)
+        self._shared.receiving[self], self._body_begun = None, self._loop.time()
+        run = partial(self._run, exchange)
+        if path in PROBES:
+            run()
+        else:
+            self._shared.requests.call(self._loop, run)
 
-    @property
-    def _wanted(self) -> bool:
-        """Whether further input is of use: not after the last request or a refusal."""
-        return not self._leaving and self._parser.their_state is not h11.MUST_CLOSE
-
-    def _take(self, event: object) -> bool:
-        """Returns whether there may be more events."""
-        match event:
-            case h11.Request():
-                self._begin(event)
-            case h11.Data():
-                self._framing -= len(event.data)
-                self._body += len(event.data)
-                if self.exchange is not None:
-                    self.exchange.take(event.data)
-            case h11.EndOfMessage():
-                self._shared.receiving.pop(self, None)
-                if self.exchange is not None:
-                    self.exchange.end()
-                else:
-                    self._next()
-            case _:
-                self._held_back = event is h11.PAUSED and bool(self._unparsed)
-                return False
-        return True
+    def _run(self, exchange: Exchange) -> None:
+        task = self._loop.create_task(exchange.run(self._app))
+        self._server.tasks.add(task)
+        task.add_done_callback(self._server.tasks.discard)
 
     @property
     def is_slow(self) -> bool:
         """Whether its body has been coming for a while."""
         return self in self._shared.receiving and self._loop.time() - self._body_begun > PATIENT_SECONDS
 
-    @property
-    def _unparsed(self) -> bytes:
-        return self._parser.trailing_data[0]
-
-    def _begin(self, request: h11.Request) -> None:
-        unparsed = len(self._unparsed)
-        head, self._framing, self._body = self._framing - unparsed, unparsed, 0
-        if error := fault_of(request, head):
-            return self.refuse(error)
-        self._expect(None)
-        self._shared.receiving[self], self._body_begun = None, self._loop.time()
-        scope = scope_of(request, self.transport, self._app_state)
-        self.exchange = Exchange(self, scope)
-        answer = partial(self._answer, self.exchange)
-        if scope["path"] in PROBES:
-            answer()
-        else:
-            self._shared.requests.call(self._loop, answer)
-
-    def _answer(self, exchange: Exchange) -> None:
-        task = self._loop.create_task(exchange.run(self._app))
-        self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
-
-    def answered(self) -> None:
-        """The exchange is over: continue with the next request, or close."""
-        last, self.exchange = self._parser.our_state is not h11.DONE or self.stopping, None
-        incomplete = self._parser.their_state is h11.SEND_BODY
-        if self.client_ended or (last and not incomplete):
+    def answered(self, exchange: Exchange) -> None:
+        """The answer is complete: continue with the next request, or close. The rest of an incomplete body comes first:
+        this is called again after it."""
+        last = exchange.last or self.stopping
+        if self.client_ended or (last and exchange.whole):
             self.transport.close()
         elif last:
             self.leave()
-        elif incomplete:
+        elif not exchange.whole:
             self._expect(REST_SECONDS)
             self.regulate()
         else:
-            self._next()
-            self._parse()
-
-    def _next(self) -> None:
-        """Start a parser for the next request with the bytes already received."""
-        unparsed = self._unparsed.lstrip(b"\r\n")
-        self._parser, self._lines = h11.Connection(h11.SERVER, HEAD_BYTES), Lines()
-        self._framing, self._held_back = 0, False
-        if unparsed:
-            self._expect(HEAD_SECONDS)
-            self._feed(unparsed)
-        else:
+            self.exchange = None
             self._expect(self._shared.keep_alive_seconds)
+            self._feed(exchange.unparsed)
 
     def regulate(self) -> None:
         """Read unless enough input is waiting. The kernel then slows the client down."""
-        enough = self._held_back or self._unfinished or (self.exchange is not None and self.exchange.full)
+        exchange = None if self._leaving else self.exchange
+        enough = exchange is not None and (exchange.behind or len(exchange.body) > BODY_BYTES)
         wanted = not (enough or self._resting)
         if wanted != self._reading and not self.client_ended and not self.transport.is_closing():
             self._reading = wanted
@@ -357,23 +276,15 @@ class Connection(asyncio.BufferedProtocol):
         """The client sends nothing more. During a request this counts as a disconnect, as in nginx and Go: whether the
         client still reads is unknown. The handler is notified, and its answer is still sent."""
         self.client_ended = True
-        if self.exchange is None:
+        if self.answering is None:
             return False
-        self.exchange.leave()
+        self.answering.leave()
         return True
 
     def refuse(self, error: ApiError) -> None:
         """Send the error for a malformed or oversized request, if still possible, and close."""
         log_refusal("-", "-", error.status, error.code)
-        if self.exchange is not None:
-            self.exchange.lose()
-        if self._parser.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = error.body()
-            headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
-            headers += [("connection", "close"), *error.headers.items()]
-            self.send(h11.Response(status_code=error.status, headers=headers, reason=reason(error.status)))
-            self.send(h11.Data(data=body))
-            self.send(h11.EndOfMessage())
+        if (self.exchange or Exchange(self)).fail(error):
             self.leave()
         else:
             self.transport.close()
@@ -387,7 +298,6 @@ class Connection(asyncio.BufferedProtocol):
         once (RFC 9112, section 9.6)."""
         if not self._leaving and not self.transport.is_closing():
             self._leaving = True
-            self.exchange, self._held_back, self._unfinished = None, False, False
             with contextlib.suppress(OSError):  # the client has just disconnected, which the next read reports
                 self.transport.write_eof()
             self._expect(REST_SECONDS)
@@ -410,14 +320,6 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         return self._server.default_headers
-
-    @property
-    def client_waits(self) -> bool:
-        return self._parser.they_are_waiting_for_100_continue
-
-    def send(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None:
-        """Write h11's bytes for the event. Raises `h11.LocalProtocolError` if it does not fit what was sent before."""
-        self.write(self._parser.send(event))
 
     def write(self, data: bytes) -> None:
         if not data or self.transport.is_closing():
@@ -454,27 +356,3 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.abort()
         elif waiting:
             self._watch_sending()
-
-
-def fault_of(request: h11.Request, head: int) -> ApiError | None:
-    """A fault in a request head of `head` bytes that h11 leaves to its callers, if there is one."""
-    names = [name for name, _ in request.headers]
-    if head > HEAD_BYTES or len(names) > MOST_HEADERS:
-        return HEAD_TOO_LARGE
-    if request.http_version not in (b"1.0", b"1.1"):
-        return ApiError(505, "Only HTTP/1.1 and HTTP/1.0 are supported.")
-    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
-        # A proxy in front might see another end of the body (RFC 9112, section 6.1).
-        return ApiError(400, "The body's length is given in two ways, or in a way that HTTP/1.0 does not have.")
-    return None
-
-
-def refusal_of(error: h11.RemoteProtocolError) -> ApiError:
-    """The error for bytes that h11 rejects."""
-    match error.error_status_hint:
-        case 431:
-            return HEAD_TOO_LARGE
-        case 501:
-            return ApiError(501, "The only supported transfer coding is chunked.")
-        case _:
-            return ApiError(400, "Malformed HTTP request.", code="malformed_request")

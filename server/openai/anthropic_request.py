@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag,
 
 from server.fields import Body, Flag, Integral, NoEffect, Schema, Tokens
 from server.http.errors import bad_request
-from server.openai.messages import MAX_MESSAGES
+from server.openai.messages import MAX_CALLS, MAX_MESSAGES, CallId
 from server.openai.parsing import explain
 from server.openai.requests import UNSUPPORTED, ChatRequest, Generation, StopList, Thinking
-from server.openai.tools import MAX_CALLS, MAX_TOOLS, CallId, Function, Name, OtherTool, Parameters
+from server.openai.tools import MAX_TOOLS, Function, Name, OtherTool, Parameters
 
 Fields: TypeAlias = dict[str, Any]
 """A JSON object that has not been checked yet."""

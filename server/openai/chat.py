@@ -15,15 +15,14 @@ from server import replies
 from server.callers import Caller
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
-from server.model.text import TemplateError, Text
+from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Prompt
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
-from server.openai.messages import Message
-from server.openai.prefill import Begun, Prefill, begun, prefill_of
+from server.openai.messages import names_in, render
+from server.openai.prefill import Begun, begun, prefill_of
 from server.openai.requests import ChatRequest
 from server.openai.sampling import sampling, stop_tokens, truncated
-from server.openai.tools import Tool
 from server.output.answer import AnswerReader, StopScanner
 from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
@@ -95,7 +94,15 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     offered = chat.offered
     names = names_in(text, chat.messages, offered)
     prefill = prefill_of(chat.messages) if chat.continue_final_message else None
-    rendered = render(text, chat.messages, offered, names, thinks, opens_answer=chat.opens_answer, prefill=prefill)
+    rendered = render(
+        text,
+        chat.messages,
+        offered,
+        names,
+        thinks,
+        opens_answer=chat.add_generation_prompt is not False,
+        continued=prefill.field if prefill else None,
+    )
     thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     prediction = text.encode(chat.prediction.text) if chat.prediction else ()
     conversation = Conversation(chat, text.encode(rendered), thought, names, prediction)
@@ -109,38 +116,6 @@ def reader(text: Text, conversation: Conversation) -> MessageReader:
     """A new reader of an answer in this conversation."""
     parser = text.format.tools.parser() if conversation.chat.offered else None
     return MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
-
-
-def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
-    """The names of all functions that a conversation mentions."""
-    offered = [tool.function.name for tool in tools]
-    called = [name for message in messages for name in message.functions]
-    return ToolNames(offered + called, text.format.tools.carries)
-
-
-def render(
-    text: Text,
-    messages: Sequence[Message],
-    offered: Sequence[Tool],
-    names: ToolNames,
-    thinks: bool,
-    *,
-    opens_answer: bool = True,
-    prefill: Prefill | None = None,
-) -> str:
-    """The rendered text of a conversation. Raises `ApiError` 400."""
-    turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
-    tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
-    turns, options = text.format.conversation(turns, tools)
-    try:
-        return text.render(
-            turns,
-            {"enable_thinking": thinks} | options,
-            opens_answer=opens_answer,
-            continued=prefill.field if prefill else None,
-        )
-    except TemplateError as error:
-        raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
 
 
 def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forced | None:

@@ -73,14 +73,12 @@ class Endpoint(ABC, Generic[Body, Encoded]):
     async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
         """Handle a request whose body has been read. Raises `ApiError` and `BatchingError`."""
         served_name(model.names, body.model)
-        return json_response(orjson.dumps(await self._encoded(service, model, body, caller)))
+        encoded = await service.encoders.run(partial(self.encode, model, body), body.size, caller)
+        return json_response(orjson.dumps(encoded))
 
     @abstractmethod
     def encode(self, model: ServedModel, body: Body) -> Encoded:
         """The slow part, templates and tokenizing, on a helper thread. Raises `ApiError` 400."""
-
-    async def _encoded(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Encoded:
-        return await service.encoders.run(partial(self.encode, model, body), body.size, caller)
 
 
 async def read(http: HttpRequest, kind: type[Body]) -> Body:
@@ -118,7 +116,7 @@ class GeneratingEndpoint(Endpoint[Generated, Encoded]):
     async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
         name = served_name(model.names, body.model)
         with service.batcher.announce(caller.name):
-            encoded = await self._encoded(service, model, body, caller)
+            encoded = await service.encoders.run(partial(self.encode, model, body), body.size, caller)
             prompts = await self.prompts(model, body, encoded, caller)
             streams = submit(service, requests(model, prompts, caller))
         answer = self.answer(model, name, body, encoded, streams)
@@ -139,7 +137,7 @@ def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> l
     salt = caller.name if model.settings.prefix_sharing == "key" else ""
     return [
         Request(
-            id=caller.row_id(row),
+            id=f"{caller.request_id}.{row}" if row else caller.request_id,  # the first row has the request's own
             prompt=prompt.tokens,
             sampling=prompt.sampling,
             time_limit=model.settings.request_timeout_s,

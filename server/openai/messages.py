@@ -3,16 +3,22 @@
 Clients send back earlier answers, from this service or another, often with fields of their own.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from server.fields import Body, Flag
-from server.openai.tools import ToolTurn
-from server.output.tool_calls import Turn
+from server.grammar.json_schema import MAX_DEPTH, values
+from server.http.errors import bad_request
+from server.model.text import TemplateError, Text
+from server.openai.tools import Name, Tool
+from server.output.tool_calls import ShownArguments, ShownCall, ToolNames, Turn
 
 MAX_MESSAGES = 2048
+MAX_CALLS = 4096  # in one turn; more than an answer can make
 THOUGHTS = frozenset(["thinking", "redacted_thinking", "reasoning"])
 """Part types that hold reasoning, which is not content."""
 
@@ -63,10 +69,58 @@ Thought = Annotated[str | None, BeforeValidator(_string_or_none, json_schema_inp
 """Other servers put objects here, which no template reads; they count as null."""
 
 
-class Message(ToolTurn):
+CallId = Annotated[str, Field(strict=True)]
+
+
+def _arguments_text(value: object) -> object:
+    """Arguments as JSON text; some clients send the object itself."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+class CalledFunction(Body):
+    """A function and its arguments as JSON text, or whatever text the model wrote instead."""
+
+    name: Name
+    arguments: Annotated[str, Field(strict=True), BeforeValidator(_arguments_text)] = ""
+
+
+class ToolCall(Body):
+    """A call from an earlier answer. Older clients send no id."""
+
+    id: CallId = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> ShownCall:
+        """The call with its arguments parsed into an object for the template, or as they are if that fails."""
+        function: ShownArguments = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+def _arguments(text: str) -> object:
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+        # Lone surrogates and numbers beyond the range of floats cannot be shown to a model.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return text
+    # Deeper nesting could overflow the template's JSON encoder.
+    shown = isinstance(value, dict) and all(depth <= MAX_DEPTH for depth, _, _ in values(value))
+    return value if shown else text
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not valid JSON")
+
+
+class Message(Body):
     """One turn. Templates may use `name`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    tool_call_id: CallId | None = None
     content: Content = ""
     name: str | None = None
     reasoning_content: Thought = None
@@ -87,6 +141,12 @@ class Message(ToolTurn):
             turn["tool_calls"] = [{"function": call}]
         return turn
 
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only a message with the role assistant may have tool_calls")
+        return self
+
     @property
     def functions(self) -> list[str]:
         """The functions that the turn calls, or the one whose result it holds."""
@@ -95,7 +155,11 @@ class Message(ToolTurn):
 
     def for_template(self) -> Turn:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        message: Turn = {"role": role, "content": self.content, **self.tool_fields()}
+        message: Turn = {"role": role, "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.role == "tool" and self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
         if self.name:
             message["name"] = self.name
         if self.reasoning_content:
@@ -128,10 +192,40 @@ class PromptEnd(Body):
             raise ValueError("the fields continue_final_message and add_generation_prompt may not both be true")
         return self
 
-    @property
-    def opens_answer(self) -> bool:
-        """Whether the prompt ends with the start of a new answer."""
-        return self.add_generation_prompt is not False and not self.continue_final_message
-
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
+    """The names of all functions that a conversation mentions."""
+    offered = [tool.function.name for tool in tools]
+    called = [name for message in messages for name in message.functions]
+    return ToolNames(offered + called, text.format.tools.carries)
+
+
+def render(
+    text: Text,
+    messages: Sequence[Message],
+    offered: Sequence[Tool],
+    names: ToolNames,
+    thinks: bool,
+    *,
+    opens_answer: bool = True,
+    continued: str | None = None,
+) -> str:
+    """The rendered text of a conversation, up to the end of the last message's field `continued` if there is one.
+
+    Raises `ApiError` 400.
+    """
+    turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
+    tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
+    turns, options = text.format.conversation(turns, tools)
+    try:
+        return text.render(
+            turns,
+            {"enable_thinking": thinks} | options,
+            opens_answer=opens_answer and continued is None,
+            continued=continued,
+        )
+    except TemplateError as error:
+        raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None

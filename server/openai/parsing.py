@@ -23,16 +23,17 @@ def parse(kind: type[Checked], body: bytes, *, refuse_unknown: bool = False) -> 
     for name in sorted(kind.unsupported):
         if fields.get(name):
             raise unsupported(name)
-    ignored = tuple(key for key, value in fields.items() if key not in kind.model_fields and value is not None)
-    if ignored and refuse_unknown:
-        raise unsupported(ignored[0])
+    unknown = tuple(key for key, value in fields.items() if key not in kind.model_fields and value is not None)
+    if unknown and refuse_unknown:
+        raise unsupported(unknown[0])
     try:
         request = kind.model_validate(fields)
     except ValidationError as error:
         raise explain(error) from None
+    ignored = unknown + request.skipped
+    if ignored and refuse_unknown:
+        raise unsupported(ignored[0])
     request.note(len(body), ignored)
-    if request.ignored and refuse_unknown:
-        raise unsupported(request.ignored[0])
     return request
 
 

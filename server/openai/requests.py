@@ -5,6 +5,7 @@ ignored and named in a response header, and a known field that cannot be honoure
 """
 
 import re
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -28,7 +29,6 @@ MAX_PREDICTED_PARTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_STOP_LENGTH = 256  # characters; every piece of an answer is searched for every stop string
-GREEDY_BELOW = 0.01  # a lower temperature only adds rounding noise to argmax
 
 UNSUPPORTED = (
     frozenset(["audio", "web_search_options", "chat_template", "documents", "suffix", "prompt_embeds"])
@@ -234,12 +234,12 @@ class Generation(RequestBody, Constraints):
             raise ValueError(f"the fields {names} each constrain the answer, so send only one of them")
         return self
 
-    @property
+    @cached_property
     def constraint(self) -> Constraint | None:
         """What the answer must match; None for anything."""
         return next(iter(self._constraints), None)
 
-    @property
+    @cached_property
     def _constraints(self) -> list[Constraint]:
         wanted = getattr(self, "response_format", None)
         return constraints_of(self, wanted) if self.model_fields_set & CONSTRAINING else []
@@ -270,11 +270,6 @@ class Generation(RequestBody, Constraints):
     @property
     def continuous_usage(self) -> bool:
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
-    @property
-    def greedy(self) -> bool:
-        low = self.temperature is not None and self.temperature < GREEDY_BELOW
-        return low or self.top_p == 0 or self.do_sample is False
 
 
 class PredictedPart(Body):

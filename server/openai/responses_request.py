@@ -22,7 +22,7 @@ from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.http.errors import ApiError
 from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
-from server.openai.messages import MAX_MESSAGES, Content, Message
+from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Content, Message
 from server.openai.parsing import explain
 from server.openai.requests import (
     MAX_TOP_LOGPROBS,
@@ -35,8 +35,6 @@ from server.openai.requests import (
 )
 from server.openai.tools import (
     MAX_TOOLS,
-    CalledFunction,
-    CallId,
     ChosenFunction,
     Function,
     OtherTool,

@@ -8,8 +8,11 @@ from batching.types import Forced, Sampling
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
 from server.model.text import Text
-from server.openai.requests import GREEDY_BELOW, Generation
+from server.openai.requests import Generation
 from server.settings import WHOLE_ANSWER, Settings
+
+GREEDY_BELOW = 0.01
+"""A lower temperature only adds rounding noise to argmax."""
 
 Value = TypeVar("Value", int, float)
 
@@ -29,7 +32,7 @@ def sampling(
     _check_ids(body.logprob_token_ids or (), vocab_size, "logprob_token_ids")
     defaults = model.defaults
     temperature, top_p = _or(body.temperature, defaults.temperature), _or(body.top_p, defaults.top_p)
-    greedy = body.greedy or temperature < GREEDY_BELOW or top_p == 0
+    greedy = body.do_sample is False or temperature < GREEDY_BELOW or top_p == 0
     ends = frozenset() if body.ignore_eos else model.stop_token_ids
     return Sampling(
         max_tokens=wanted,

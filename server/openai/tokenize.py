@@ -9,9 +9,8 @@ from server import replies
 from server.fields import Flag, RequestBody, TokenId
 from server.http.errors import bad_request, thousands
 from server.model.served_model import ServedModel
-from server.openai.chat import names_in, render
 from server.openai.endpoint import Endpoint
-from server.openai.messages import Messages, PromptEnd
+from server.openai.messages import Messages, PromptEnd, names_in, render
 from server.openai.parsing import MAX_ITEMS
 from server.openai.prefill import prefill_of
 from server.openai.requests import UNSUPPORTED, ThinkingChoice
@@ -90,8 +89,8 @@ def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
         body.offered,
         names,
         model.settings.thinking if body.thinks is None else body.thinks,
-        opens_answer=body.opens_answer,
-        prefill=prefill_of(body.messages) if body.continue_final_message else None,
+        opens_answer=body.add_generation_prompt is not False,
+        continued=prefill_of(body.messages).field if body.continue_final_message else None,
     )
     return model.text.encode(rendered, special=bool(body.add_special_tokens))
 

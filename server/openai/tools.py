@@ -1,9 +1,9 @@
-"""Types for tools: those a client offers or requires, and the calls in a conversation's history.
+"""Types for tools: those a client offers, and which of them it requires.
 
 Definitions are only checked as far as needed to show them to the model; `server/grammar` decides what is enforced.
 """
 
-import json
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -19,15 +19,13 @@ from pydantic import (
 )
 
 from server.fields import Body, Flag, Schema
-from server.grammar.json_schema import MAX_DEPTH, bound, values
+from server.grammar.json_schema import bound
 from server.grammar.rewrite import tidied
-from server.output.tool_calls import NAME, ShownArguments, ShownCall, ShownFunction, ShownTool, TurnExtras
+from server.output.tool_calls import NAME, ShownFunction, ShownTool
 
 MAX_TOOLS = 128  # as in OpenAI's API
-MAX_CALLS = 4096  # in one turn of the history; more than an answer can make
 
 Name = Annotated[str, Field(strict=True, pattern=NAME)]
-CallId = Annotated[str, Field(strict=True)]
 
 
 def _tools(tools: object) -> object:
@@ -183,7 +181,7 @@ class ToolUse(Body):
         """The types of the tools that were skipped, as reported to the client."""
         return tuple(dict.fromkeys(f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)))
 
-    @property
+    @cached_property
     def offered(self) -> tuple[Tool, ...]:
         """The tools that are shown to the model and may be called."""
         match self._choice:
@@ -194,7 +192,7 @@ class ToolUse(Body):
             case _:
                 return self._all
 
-    @property
+    @cached_property
     def demanded(self) -> tuple[Tool, ...]:
         """The tools of which one must be called; empty if a call is optional."""
         if not self._must_call:
@@ -239,69 +237,3 @@ class ToolUse(Body):
             return self.tool_choice
         named = self.function_call
         return NamedChoice(function=named) if isinstance(named, ChosenFunction) else named
-
-
-def _arguments_text(value: object) -> object:
-    """Arguments as JSON text; some clients send the object itself."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
-
-
-class CalledFunction(Body):
-    """A function and its arguments as JSON text, or whatever text the model wrote instead."""
-
-    name: Name
-    arguments: Annotated[str, Field(strict=True), BeforeValidator(_arguments_text)] = ""
-
-
-class ToolCall(Body):
-    """A call from an earlier answer. Older clients send no id."""
-
-    id: CallId = ""
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-    def for_template(self) -> ShownCall:
-        """The call with its arguments parsed into an object for the template, or as they are if that fails."""
-        function: ShownArguments = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
-        return {"id": self.id, "type": "function", "function": function}
-
-
-def _arguments(text: str) -> object:
-    if not text.strip():
-        return {}
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-        # Lone surrogates and numbers beyond the range of floats cannot be shown to a model.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        return text
-    # Deeper nesting could overflow the template's JSON encoder.
-    shown = isinstance(value, dict) and all(depth <= MAX_DEPTH for depth, _, _ in values(value))
-    return value if shown else text
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not valid JSON")
-
-
-class ToolTurn(Body):
-    """The fields of a message about tools; the message type inherits from this one."""
-
-    role: str
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
-    tool_call_id: CallId | None = None
-
-    @model_validator(mode="after")
-    def _fits_its_role(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("only a message with the role assistant may have tool_calls")
-        return self
-
-    def tool_fields(self) -> TurnExtras:
-        """The template's fields besides role and content."""
-        fields: TurnExtras = {}
-        if self.tool_calls:
-            fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        if self.role == "tool" and self.tool_call_id is not None:
-            fields["tool_call_id"] = self.tool_call_id
-        return fields

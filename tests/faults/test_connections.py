@@ -20,9 +20,9 @@ import server.http.middleware
 import server.http.request
 from batching.events import Outcome
 from batching.types import Request
-from server.http.connection import HEAD_BYTES, Connection
+from server.http.connection import Connection
 from server.http.errors import ApiError
-from server.http.exchange import PIECE_BYTES, Exchange
+from server.http.exchange import HEAD_BYTES, PIECE_BYTES, Exchange
 from tests.live import PATIENCE, QUESTION, Live, eventually, live, raw_request, scripted, tokens_of
 
 CROWD = 1000
@@ -282,11 +282,9 @@ class Paper:
     written: list[bytes] = field(default_factory=list)
     full: bool = False
     default_headers: Any = ()
-    client_waits: bool = False
     stopping: bool = False
-
-    def send(self, event: object) -> None:
-        """Heads and ends are of no interest."""
+    transport: asyncio.BaseTransport = field(default_factory=asyncio.BaseTransport)
+    app_state: dict[str, object] = field(default_factory=dict)
 
     def write(self, data: bytes) -> None:
         self.written.append(data)
@@ -297,7 +295,8 @@ class Paper:
         self.full = False
 
     def regulate(self) -> None: ...
-    def answered(self) -> None: ...
+    def begun(self, exchange: Exchange, path: str) -> None: ...
+    def answered(self, exchange: Exchange) -> None: ...
     def refuse(self, error: ApiError) -> None: ...
     def close(self) -> None: ...
 
@@ -312,9 +311,14 @@ def test_messages_that_are_sent_at_once_are_not_mixed() -> None:
         await asyncio.gather(*map(send, bodies))
         await send({"type": "http.response.body"})
 
-    paper = Paper()
-    asyncio.run(Exchange(paper, {"method": "POST", "http_version": "1.1"}).run(app))
-    chunks = [chunk.split(b"\r\n")[1] for chunk in paper.written]
+    async def main() -> list[bytes]:
+        paper = Paper()
+        exchange = Exchange(paper)
+        exchange.feed(b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await exchange.run(app)
+        return paper.written[1:-1]  # without the head and the end
+
+    chunks = [chunk.split(b"\r\n")[1] for chunk in asyncio.run(main())]
     assert b"".join(chunks) == b"".join(messages)
     assert max(map(len, chunks)) == PIECE_BYTES
 

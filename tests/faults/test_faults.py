@@ -259,7 +259,7 @@ def nothing() -> None:
 
 def in_its_body(service: Live, bare: socket.socket, patch: pytest.MonkeyPatch) -> Undo:
     bare.sendall(raw_request(b'{"messages":', length=1000))
-    eventually(lambda: any(each.exchange for each in service.connections), "the request is being read")
+    eventually(lambda: any(each.answering for each in service.connections), "the request is being read")
     return nothing
 
 

@@ -129,8 +129,8 @@ def test_requests_behind_one_that_waits_are_not_read(new_loop: NewLoop) -> None:
                 bare.sendall(more)
             pytest.fail("all of it was taken")
         assert memory() - before < SLACK
-        [connection] = [one for one in service.connections if one.exchange]
-        assert len(connection._unparsed) < 3 * server.http.connection.READ_BYTES
+        [exchange] = [one.answering for one in service.connections if one.answering]
+        assert len(exchange.unparsed) < 3 * server.http.connection.READ_BYTES
         service.engine.release(100)
         bare.settimeout(PATIENCE)
         assert bare.recv(12) == b"HTTP/1.1 200"
@@ -208,7 +208,7 @@ def test_where_every_connection_is_being_answered_one_more_is_refused(monkeypatc
         busy = [stack.enter_context(service.connect()) for _ in range(8)]
         for bare in busy:
             bare.sendall(raw_request(CHAT))
-        eventually(lambda: sum(one.exchange is not None for one in service.connections) == 8, "all are being answered")
+        eventually(lambda: sum(one.answering is not None for one in service.connections) == 8, "all are being answered")
         refused = [stack.enter_context(service.connect()) for _ in range(2)]
         for bare in refused:
             answer = read_all(bare)
@@ -309,7 +309,7 @@ def test_bodies_of_a_crowd_leave_the_event_loop_to_others(monkeypatch: pytest.Mo
         crowd = [stack.enter_context(service.connect()) for _ in range(20)]
         for bare in crowd:
             bare.sendall(raw_request(LARGE)[:1000])
-        eventually(lambda: sum(one.exchange is not None for one in service.connections) == 20, "all have begun")
+        eventually(lambda: sum(one.answering is not None for one in service.connections) == 20, "all have begun")
         senders = [threading.Thread(target=bare.sendall, args=(raw_request(LARGE)[1000:],)) for bare in crowd]
         for sender in senders:
             sender.start()

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from server.http.connection import HEAD_SECONDS, REST_SECONDS, Connection, Connections
+from server.http.connection import HEAD_SECONDS, REST_SECONDS, TOO_MANY, Connection, Connections
 from tests.live import settings_of
 
 EXAMPLES = int(os.environ.get("TIMERS", "150"))
@@ -475,6 +475,19 @@ def test_an_answer_s_timer_does_not_end_the_request_after_it(size: int) -> None:
     one.wait(31.0)
     assert one.pipe.abort_after is None
     one.finish()
+    one.close()
+
+
+def test_who_is_refused_and_goes_on_sending_gets_no_more_time() -> None:
+    one = OneConnection()
+    one.pipe.on_close = lambda: None  # the model knows of no refusals
+    one.pipe._protocol.refuse(TOO_MANY)
+    for _ in range(2):
+        assert not one.pipe.over
+        one.pipe.client_sends(b"GET / HTTP/1.1\r\n")
+        one.clock.advance(0.6 * REST_SECONDS)
+    assert one.pipe.over
+    assert one.pipe.received.startswith(b"HTTP/1.1 503 ")
     one.close()
 
 

@@ -341,12 +341,24 @@ def test_what_a_request_leaves_open_has_openai_s_defaults_and_a_seed_of_its_own(
     assert min(first.seed, second.seed) >= 0
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 1e-40}, {"top_p": 0}, {"do_sample": False}])
-def test_what_leaves_no_choice_is_a_greedy_row(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("fields", "greedy"),
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": 1e-40}, True),
+        ({"temperature": 0.009}, True),
+        ({"temperature": 0.01}, False),
+        ({"top_p": 0}, True),
+        ({"do_sample": False}, True),
+        ({"do_sample": True}, False),
+        ({}, False),
+    ],
+)
+def test_what_leaves_no_choice_is_a_greedy_row(fields: dict[str, Any], greedy: bool) -> None:
     seen: list[Request] = []
     with live(scripted(remembering(seen))) as service:
         assert service.chat(**fields).status_code == 200
-    assert seen[0].sampling.greedy
+    assert seen[0].sampling.greedy is greedy
 
 
 def test_a_stop_token_that_has_a_text_does_not_show() -> None:
@@ -758,7 +770,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(caplog: pyte
     with live() as service:
         with service.connect() as bare:
             bare.sendall(raw_request(b'{"messages":', length=1000))
-            eventually(lambda: any(each.exchange for each in service.connections), "the request is being read")
+            eventually(lambda: any(each.answering for each in service.connections), "the request is being read")
         eventually(lambda: not service.connections, "the connection is closed")
         assert service.chat().status_code == 200
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

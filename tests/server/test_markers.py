@@ -17,8 +17,7 @@ import server.model.markers
 from batching.types import Request
 from server.model.markers import BREAK, Markers
 from server.model.text import Text
-from server.openai.chat import names_in, render
-from server.openai.messages import Message
+from server.openai.messages import Message, names_in, render
 from server.openai.tools import Tool
 from server.output.model_format import PART_TAGS, tokens_of_turns
 from tests.live import END, byte_tokenizer, live, scripted, tokens_of

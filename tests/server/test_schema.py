@@ -148,23 +148,6 @@ def test_the_newer_name_of_the_length_wins() -> None:
     assert accepted().wanted_tokens is None
 
 
-@pytest.mark.parametrize(
-    ("fields", "greedy"),
-    [
-        ({"temperature": 0}, True),
-        ({"temperature": 1e-40}, True),
-        ({"temperature": 0.009}, True),
-        ({"temperature": 0.01}, False),
-        ({"top_p": 0}, True),
-        ({"do_sample": False}, True),
-        ({"do_sample": True}, False),
-        ({}, False),
-    ],
-)
-def test_what_leaves_no_choice_is_greedy(fields: dict[str, Any], greedy: bool) -> None:
-    assert accepted(**fields).greedy is greedy
-
-
 def test_as_many_stop_strings_as_a_body_holds_are_refused() -> None:
     assert refused_field("stop", "[" + ",".join(['"x"'] * (MAX_ITEMS // 2)) + "]")["param"] == "stop"
 

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from server.grammar.json_schema import MAX_DEPTH, MAX_LENGTH
 from server.http.errors import RETRIED
 from server.model.text import Text
+from server.openai.messages import MAX_CALLS, Message
 from server.openai.parsing import explain
-from server.openai.tools import MAX_CALLS, MAX_TOOLS, ToolTurn, ToolUse
+from server.openai.tools import MAX_TOOLS, ToolUse
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenFormat, QwenParser
@@ -58,7 +59,7 @@ def use(**fields: Any) -> ToolUse:
     return ToolUse.model_validate_json(json.dumps(fields))
 
 
-def refused(type_: type[ToolUse] | type[ToolTurn], body: str) -> str:
+def refused(type_: type[ToolUse] | type[Message], body: str) -> str:
     """The sentence that a body is refused with, which no client takes for a passing trouble."""
     with pytest.raises(ValidationError) as caught:
         type_.model_validate_json(body)
@@ -342,21 +343,21 @@ def call(arguments: object, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_arguments_become_an_object_where_they_are_one(arguments: object, expected: object) -> None:
-    turn = ToolTurn.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call(arguments)]}))
-    assert turn.tool_fields()["tool_calls"] == [call(expected)]
+    turn = Message.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call(arguments)]}))
+    assert turn.for_template()["tool_calls"] == [call(expected)]
 
 
 def test_the_index_that_a_client_sends_back_is_accepted_and_not_shown() -> None:
-    turn = ToolTurn.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call("{}", index=0)]}))
-    assert turn.tool_fields()["tool_calls"] == [call({})]
+    turn = Message.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call("{}", index=0)]}))
+    assert turn.for_template()["tool_calls"] == [call({})]
 
 
 def test_a_tool_message_carries_the_id_of_its_call() -> None:
-    turn = ToolTurn.model_validate_json(json.dumps({"role": "tool", "tool_call_id": "call_1"}))
-    assert turn.tool_fields() == {"tool_call_id": "call_1"}
-    assert ToolTurn(role="assistant", tool_calls=[]).tool_fields() == {}
-    assert ToolTurn(role="tool").tool_fields() == {}
-    assert ToolTurn(role="user", tool_call_id="call_1").tool_fields() == {}
+    turn = Message.model_validate_json(json.dumps({"role": "tool", "tool_call_id": "call_1"}))
+    assert turn.for_template() == {"role": "tool", "content": "", "tool_call_id": "call_1"}
+    assert Message(role="assistant", tool_calls=[]).for_template() == {"role": "assistant", "content": ""}
+    assert Message(role="tool").for_template() == {"role": "tool", "content": ""}
+    assert Message(role="user", tool_call_id="call_1").for_template() == {"role": "user", "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ def test_a_tool_message_carries_the_id_of_its_call() -> None:
     ],
 )
 def test_a_turn_that_cannot_be_is_refused_and_not_repeated(turn: object) -> None:
-    assert SECRET not in refused(ToolTurn, json.dumps(turn))
+    assert SECRET not in refused(Message, json.dumps(turn))
 
 
 # Which text is a call.
@@ -686,9 +687,9 @@ def test_more_than_the_bound_is_content_wherever_it_was_cut() -> None:
 # The real template and tokenizer.
 
 
-def rendered(folder: str, messages: list[dict[str, Any]], **options: Any) -> str:
+def rendered(folder: str, messages: list[Message], **options: Any) -> str:
     text = Text.load(folder)
-    ids = text.encode(text.render(messages, options))
+    ids = text.encode(text.render([message.for_template() for message in messages], options))
     return str(tokenizer(folder).decode(list(ids), skip_special_tokens=False))
 
 
@@ -698,14 +699,9 @@ def tokenizer(folder: str) -> Tokenizer:
 
 def test_definitions_calls_and_results_go_through_the_template(thinking_tokenizer: str) -> None:
     calls = [call('{"city":"Rome"}'), call("oops", id="call_2")]
-    asked = ToolTurn.model_validate_json(json.dumps({"role": "assistant", "tool_calls": calls}))
-    told = ToolTurn(role="tool", tool_call_id="call_1")
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "", **asked.tool_fields()},
-        {"role": "tool", "content": "sunny", **told.tool_fields()},
-        {"role": "tool", "content": "rainy", **told.tool_fields()},
-    ]
+    asked = Message.model_validate_json(json.dumps({"role": "assistant", "tool_calls": calls}))
+    told = [Message(role="tool", content=weather, tool_call_id="call_1") for weather in ("sunny", "rainy")]
+    messages = [Message(role="user", content="Weather?"), asked, *told]
     tools = [offered.for_template() for offered in use(tools=[WEATHER]).offered]
     text = rendered(thinking_tokenizer, messages, tools=tools, enable_thinking=False)
     assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in text
@@ -715,7 +711,7 @@ def test_definitions_calls_and_results_go_through_the_template(thinking_tokenize
 
 
 def test_no_tools_leave_the_prompt_as_it_was(thinking_tokenizer: str) -> None:
-    messages = [{"role": "user", "content": "Hi"}]
+    messages = [Message(role="user", content="Hi")]
     assert rendered(thinking_tokenizer, messages, tools=[]) == rendered(thinking_tokenizer, messages)
 
 

@@ -1,4 +1,4 @@
-"""Laws of work that is spread over turns of the event loop."""
+"""Laws of work that is spread over turns of the event loop and over time."""
 
 import asyncio
 from functools import partial
@@ -6,7 +6,8 @@ from functools import partial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.turns import Pace, Turns
+from server.http.connection import Turns
+from server.http.pace import Pace
 
 
 @given(most=st.integers(1, 5), asked=st.lists(st.integers(0, 12), max_size=8))
