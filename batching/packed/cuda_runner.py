@@ -92,7 +92,7 @@ class CUDARunner:
             yield
 
     def compile_kernels(self, mixed: Sequence[int], decodes: Sequence[int]) -> None:
-        """All that the same passes launch, at once. The runner is of no use afterwards."""
+        """All that the same passes launch, at once. Nothing can be captured afterwards."""
         self._capture.only_run = True
         with compiled_together():
             for _ in self.capture(mixed, decodes):

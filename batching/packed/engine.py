@@ -104,9 +104,7 @@ class PackedEngine:
         most = num_slots * self._max_blocks
         if token_budget is not None or not on_gpu:
             most = min(most, blocks_for(token_budget or max(window, CPU_TOKENS)))
-        if on_gpu:
-            self._compile_kernels(num_slots)
-        num_blocks = self._num_blocks(most, gpu_memory_utilization)
+        num_blocks = self._num_blocks(most, num_slots, gpu_memory_utilization)
         self.runner = self._make_runner(num_slots, num_blocks)
         self.pool = BlockPool(num_blocks, caching=self._prefix_caching)
         capacity = min(num_blocks * BLOCK_SIZE, token_budget or num_slots * window)
@@ -149,11 +147,11 @@ class PackedEngine:
             rows=rows,
         )
 
-    def _num_blocks(self, most: int, gpu_memory_utilization: float) -> int:
+    def _num_blocks(self, most: int, num_slots: int, gpu_memory_utilization: float) -> int:
         """Blocks of the KV cache that fit into memory beside the model and its forward passes, at most `most`."""
         block = BLOCK_SIZE * cache_bytes_per_token(self._model.config, self._model.dtype)
         if self._model.device.type == "cuda":
-            room = self._room_on_gpu(gpu_memory_utilization) - logits_bytes(self._model)
+            room = self._room_on_gpu(num_slots, gpu_memory_utilization) - logits_bytes(self._model)
         else:
             room = int(0.5 * free_bytes(self._model.device))
         num_blocks = min(most, room // block)
@@ -162,17 +160,20 @@ class PackedEngine:
             raise ModelError(f"{left}, too few for a batch")
         return int(num_blocks)
 
-    def _room_on_gpu(self, gpu_memory_utilization: float) -> int:
-        device = self._model.device
-        with torch.inference_mode():
-            runner = self._cuda_runner(1, 1)
-            runner.profile_run(64)  # first calls load kernels, which stay and must not count
-            passes = peak_bytes(device, lambda: runner.profile_run(self._max_prefill_tokens))
+    def _room_on_gpu(self, num_slots: int, gpu_memory_utilization: float) -> int:
+        passes = self._bytes_of_passes(num_slots)
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(self._model.device)
         return int(gpu_memory_utilization * total) - (total - free) - passes - GRAPH_BYTES
 
-    def _compile_kernels(self, num_slots: int) -> None:
+    @torch.inference_mode()
+    def _bytes_of_passes(self, num_slots: int) -> int:
+        runner = self._cuda_runner(num_slots, 1)
+        self._compile_kernels(runner)
+        runner.profile_run(64)  # first calls load kernels, which stay and must not count
+        return peak_bytes(self._model.device, lambda: runner.profile_run(self._max_prefill_tokens))
+
+    def _compile_kernels(self, runner: "CUDARunner") -> None:
         """With a single layer, because all layers launch the same; what others need is compiled at its first use."""
         base: Any = self._model.base_model
         layers = getattr(base, "layers", None)
@@ -180,8 +181,7 @@ class PackedEngine:
             return
         base.layers = layers[:1]
         try:
-            with torch.inference_mode():
-                self._cuda_runner(num_slots, 1).compile_kernels(*self._graph_sizes(num_slots))
+            runner.compile_kernels(*self._graph_sizes(runner.num_slots))
         finally:
             base.layers = layers
 
