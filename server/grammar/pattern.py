@@ -14,7 +14,8 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_synta
 
 from server.grammar.json_schema import MAX_LITERAL, MAX_PATTERN, written_out
 
-LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+# A string may be left open, so that no quote restarts the search: every character is examined once.
+LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)("?)', re.DOTALL)
 
 Kind: TypeAlias = Literal["regex", "choice", "grammar"]
 
@@ -39,7 +40,9 @@ def check(pattern: Pattern) -> None:
             raise PatternError("The regular expression is too long, or repeats too much.")
         case "choice" if any(len(text.encode()) > MAX_LITERAL for text in pattern.texts):
             raise PatternError(f"A choice can have at most {MAX_LITERAL:,} bytes.")
-        case "grammar" if any(len(text.encode()) > MAX_LITERAL for text in LITERAL.findall(pattern.texts[0])):
+        case "grammar" if any(
+            end and len(text.encode()) > MAX_LITERAL for text, end in LITERAL.findall(pattern.texts[0])
+        ):
             raise PatternError(f"A string in the grammar can have at most {MAX_LITERAL:,} bytes.")
 
 
