@@ -44,9 +44,13 @@ class QueueChanged:
     prompt_tokens: int
 
 
+REFUSALS = ("queue_full", "too_busy", "not_ready")
+"""Why the batcher refuses requests."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A request that was not accepted: `queue_full`, `too_busy`, `not_ready`, or a reason of the layer above."""
+    """A request that was not accepted: for one of `REFUSALS`, or a reason of the layer above."""
 
     reason: str
 

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from batching.events import (
+    REFUSALS,
     BatchEnded,
     BatchStarted,
     Event,
@@ -150,7 +151,7 @@ class Metrics:
             self._duration.labels(outcome)
         for finish in Finish:
             self._finished.labels(finish)
-        for reason in ("queue_full", "not_ready", "bad_request"):
+        for reason in (*REFUSALS, "bad_request"):
             self._rejected.labels(reason)
 
     def __call__(self, event: Event) -> None:
