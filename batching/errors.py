@@ -73,8 +73,8 @@ def explained(failure: str) -> Iterator[None]:
         raise ModelError(f"{failure}: {reason}") from error
 
 
-SHORTAGE = ("out of memory", "ALLOC_FAILED")
-"""CUDA errors that go away once memory is free."""
+SHORTAGE = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
+"""What errors say that go away once memory is free: those of CUDA and MPS, cuBLAS, and the CPU's allocator."""
 
 
 def is_sticky(error: BaseException) -> bool:
