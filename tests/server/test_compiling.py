@@ -131,6 +131,21 @@ def test_a_process_that_was_killed_is_replaced(demo: Kit) -> None:
     run(main())
 
 
+def test_a_process_that_is_replaced_leaves_no_descriptor_behind(demo: Kit) -> None:
+    async def main() -> None:
+        sandbox = Sandbox(demo.tokenizer.backend_tokenizer.to_str(), None)
+        sandbox.start()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert sandbox._process is not None
+            sandbox._process.kill()
+            sandbox._process.wait()
+            sandbox.start()
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+    run(main())
+
+
 def test_where_no_process_can_be_started_a_schema_is_not_called_wrong(
     demo: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
