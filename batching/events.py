@@ -91,7 +91,6 @@ class RowStarted:
 class Stepped:
     """One decode step of a batch arrived: `tokens` rows got a token each, `running` rows have not finished."""
 
-    at: float
     tokens: int
     running: int
 
@@ -100,7 +99,6 @@ class Stepped:
 class PromptScored:
     """Log probabilities of `tokens` more prompt tokens of a row arrived; `running` rows have not finished."""
 
-    at: float
     tokens: int
     running: int
 
@@ -109,7 +107,6 @@ class PromptScored:
 class BatchEnded:
     """`memory` is the bytes the device's allocator holds now; `running` rows were handed over since the batch ended."""
 
-    rows: int
     running: int
     duration: float
     memory: int
