@@ -177,14 +177,6 @@ class BatchLimits:
         return max(0, min(len(requests), self.max_rows, self.token_budget // cost))
 
 
-def padded_cost(rows: Iterable[Row]) -> int:
-    """Maximum padded tokens of a batch of these rows: rows x (longest prompt + longest output)."""
-    requests = [row.request for row in rows]
-    longest_prompt = max(len(request.prompt) for request in requests)
-    longest_output = max(request.sampling.max_tokens for request in requests)
-    return len(requests) * (longest_prompt + longest_output)
-
-
 def first_cost(request: Request) -> int:
     """Tokens of memory that a request needs without padding to be let into a batch: its prompt and `FIRST_OUTPUT`."""
     return len(request.prompt) + min(FIRST_OUTPUT, request.sampling.max_tokens)

@@ -196,7 +196,6 @@ def _compiles(pattern: str) -> bool:
 
 ORDER = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 PATTERNS = ("pattern", "patternProperties")
-NOWHERE = r"registry|Pointer|Unresolvable|Anchor"
 CIRCLE = r"circular references[^:]*: (\S+)"
 REASONS = (
     Reason(r"Unimplemented keys: \[([\w\", $]+)\]", "The schema uses keywords that cannot be enforced: {}."),
