@@ -239,10 +239,9 @@ class RowQueue:
 
     def is_full_for(self, client: str) -> bool:
         """Whether not even one more row of this client fits in the queue now."""
-        own = len(self._rows.of_client(client)) + 1
-        return own > (self._limits.client_rows or own) or not self._limits.leaves_room(
-            1, own, self._limits.rows - len(self)
-        )
+        limits, own = self._limits, len(self._rows.of_client(client)) + 1
+        too_many = limits.client_rows is not None and own > limits.client_rows
+        return too_many or not limits.leaves_room(1, own, limits.rows - len(self))
 
     def ahead_of(self, request: Request) -> int:
         """How many rows would be served before this request."""

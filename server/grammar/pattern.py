@@ -99,11 +99,14 @@ RULES = (
     ("already exists", "Two rules of the grammar have names that differ only in case or dashes."),
     ("", "The grammar uses a rule that it does not define."),
 )
+TOO_MUCH = r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is"
+"""What llguidance's errors say about anything that is too complex."""
+
 SENTENCES = (
     (r"look-?around", "The {} uses look-around, which cannot be enforced."),
     (r"unknown name", "The {} uses a rule that it does not define."),
     (r"Unsatisfiable|NoExtension", "No text could match the {}."),
-    (r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is", TOO_COMPLEX),
+    (TOO_MUCH, TOO_COMPLEX),
     (r"", "The {} is malformed."),
 )
 """llguidance's errors and our sentences for them, which repeat nothing that was sent."""

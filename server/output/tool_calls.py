@@ -172,8 +172,8 @@ class ToolNames:
         return next(other for n in count(1) if (other := f"{stem}_{n}") not in self._meant)
 
     def shown(self, name: str) -> str:
-        """The name that the model sees for this function."""
-        return self._shown[name]
+        """The name that the model sees for this function; one that the request does not mention is left as it is."""
+        return self._shown.get(name, name)
 
     def meant(self, name: str) -> str:
         """The function that the model means; a name that it made up is left as it is."""
@@ -183,7 +183,7 @@ class ToolNames:
         """A definition for a template, with the name that the model sees."""
         renamed = tool.copy()
         renamed["function"] = tool["function"].copy()
-        renamed["function"]["name"] = self._known(tool["function"]["name"])
+        renamed["function"]["name"] = self.shown(tool["function"]["name"])
         return renamed
 
     def in_turn(self, turn: Turn) -> Turn:
@@ -191,8 +191,5 @@ class ToolNames:
         if "tool_calls" in turn:
             return {**turn, "tool_calls": [self.in_tool(call) for call in turn["tool_calls"]]}
         if turn["role"] == "tool" and "name" in turn:
-            return {**turn, "name": self._known(turn["name"])}
+            return {**turn, "name": self.shown(turn["name"])}
         return turn
-
-    def _known(self, name: str) -> str:
-        return self._shown.get(name, name)
