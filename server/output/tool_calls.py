@@ -2,7 +2,8 @@
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
@@ -160,16 +161,15 @@ class ToolNames:
 
     def __init__(self, names: Iterable[str], carries: Callable[[str], bool]) -> None:
         given = dict.fromkeys(names)
+        numbers = defaultdict[str, Iterator[int]](lambda: count(1))  # for names with the same stem
         self._shown = {name: name for name in given if carries(name)}
         self._meant = dict(self._shown)
         for name in given:
             if name not in self._shown:
-                self._shown[name] = shown = self._like(name, carries)
+                stem = "".join(char if carries(char) else "_" for char in name[:MAX_STEM])
+                shown = next(other for n in numbers[stem] if (other := f"{stem}_{n}") not in self._meant)
+                self._shown[name] = shown
                 self._meant[shown] = name
-
-    def _like(self, name: str, carries: Callable[[str], bool]) -> str:
-        stem = "".join(char if carries(char) else "_" for char in name[:MAX_STEM])
-        return next(other for n in count(1) if (other := f"{stem}_{n}") not in self._meant)
 
     def shown(self, name: str) -> str:
         """The name that the model sees for this function; one that the request does not mention is left as it is."""
