@@ -69,8 +69,12 @@ def explained(failure: str) -> Iterator[None]:
     except (ModelError, *UNWINDING):
         raise
     except BaseException as error:  # the libraries' errors on bad files have no common base
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(f"{failure}: {reason}") from error
+        raise ModelError(f"{failure}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its type's name if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 SHORTAGE = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")

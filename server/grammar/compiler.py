@@ -29,7 +29,7 @@ from llguidance import LLTokenizer
 
 from server.fields import Schema
 from server.grammar.json_schema import SchemaError, bound
-from server.grammar.pattern import Pattern, PatternError, check
+from server.grammar.pattern import Pattern, check
 from server.grammar.process import STACK
 from server.grammar.sandbox import Sandbox, Unavailable, Written
 from server.grammar.source import START, Part, PartError, Plan, assembled, matcher_of
@@ -275,7 +275,7 @@ def _checked(plan: Plan) -> str:
         for part in plan.parts:
             if isinstance(part, Pattern):
                 check(part)
-    except (SchemaError, PatternError) as error:
+    except SchemaError as error:
         raise _refused(str(error), plan.parts[-1].param) from None
     return plan.key
 

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.fields import Schema
 from server.grammar.json_schema import MALFORMED, SchemaError
-from server.grammar.pattern import TOO_MUCH, Pattern, PatternError, sentence_for, written
+from server.grammar.pattern import TOO_MUCH, Pattern, sentence_for, written
 from server.grammar.rewrite import inline, rewrite, without
 
 LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
@@ -135,7 +135,7 @@ def _body(part: Part | Pattern, schema: Schema) -> str:
         return inline(schema, part.strict)
     try:
         return written(part)
-    except PatternError as error:
+    except SchemaError as error:
         raise PartError(str(error), part.param) from None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import Tokenizer
 
-from batching.errors import ModelError, explained
+from batching.errors import ModelError, explained, first_line
 from server.http.errors import bad_request, thousands
 from server.model.markers import Markers, drop_breaks
 from server.output.detokenize import Detokenizer, Vocabulary
@@ -104,7 +104,7 @@ class Text:
                 **options,
             )
         except (JinjaError, TypeError, ValueError) as error:
-            raise TemplateError(_first_line(error)) from error
+            raise TemplateError(first_line(error)) from error
         return str(rendered)
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
@@ -148,7 +148,3 @@ def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None
         raise ModelError(f"the chat template in {checkpoint} {place}: {error.message}") from error
     except Exception as error:
         logger.debug("the chat template rejects a single user message: %s", error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
