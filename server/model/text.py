@@ -45,7 +45,7 @@ class Text:
         # A tokenizer file may enable both, but clients' text must be encoded completely and unchanged.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocabulary = Vocabulary(self._tokenizer)
+        self.vocabulary = Vocabulary(self._tokenizer, PART_TAGS)
         drop_breaks(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.format = format_of(str(tokenizer.chat_template), added, self.encode)
