@@ -68,10 +68,6 @@ except MemoryError:
     assert subprocess.run([sys.executable, "-c", hog], timeout=WALL_SECONDS).returncode == 7
 
 
-def children_of(pid: int) -> list[Any]:
-    return list(psutil.Process(pid).children(recursive=True))
-
-
 def test_an_endless_compilation_outlives_its_service_by_no_more_than_its_limit(demo: Kit, tmp_path: Path) -> None:
     """Nothing is left even where the process ends without a word, as by a kill."""
     service = """
@@ -159,10 +155,10 @@ def test_where_no_process_can_be_started_a_schema_is_not_called_wrong(
 
 
 def test_processes_end_with_what_they_are_for(demo: Kit) -> None:
-    before = {child.pid for child in children_of(os.getpid())}
+    before = {child.pid for child in psutil.Process().children()}
     grammars = Grammars(demo.tokenizer)
     run(grammars.of(strict({"const": 1})))
-    [started] = [child for child in children_of(os.getpid()) if child.pid not in before]
+    [started] = [child for child in psutil.Process().children() if child.pid not in before]  # a trial is its child
     del grammars
     assert not started.is_running()
 
