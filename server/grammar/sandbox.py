@@ -72,11 +72,13 @@ class Sandbox:
             raise Unavailable(str(error)) from error
         if not reply.startswith(BEGUN):
             raise Unavailable("the process that tries grammars has ended")
-        if reply == BEGUN:
+        try:
+            answer = orjson.loads(reply.removeprefix(BEGUN))
+        except orjson.JSONDecodeError:  # it was stopped before it had answered
             part = plan.parts[-1]
             what = NAMES[part.kind] if isinstance(part, Pattern) else "schema"
-            raise PartError(f"The {what} takes too much time or memory to compile; make it simpler.", part.param)
-        answer = orjson.loads(reply.removeprefix(BEGUN))
+            too_much = f"The {what} takes too much time or memory to compile; make it simpler."
+            raise PartError(too_much, part.param) from None
         if "refused" in answer:
             raise PartError(answer["refused"], answer["param"])
         return Written(answer["source"], answer["memory"])

@@ -18,9 +18,9 @@ from batching.types import TokenBitmask
 from server.fields import Schema
 from server.grammar import sandbox
 from server.grammar.compiler import MAX_TRIALS, Grammars, TokenMatcher
-from server.grammar.process import MEMORY, WALL_SECONDS
+from server.grammar.process import BEGUN, MEMORY, WALL_SECONDS
 from server.grammar.sandbox import ROOT, Sandbox
-from server.grammar.source import Part, Plan
+from server.grammar.source import Part, PartError, Plan
 from server.http.errors import ApiError
 from server.output.reasoning import ThoughtState
 from tests.grammars import ANY_OBJECT, INT, TEXT, Kit, kit_of, refusal, run, strict
@@ -104,6 +104,16 @@ asyncio.run(main())
         process.stdin.write(b"\n")
     assert process.returncode == 0
     eventually(lambda: not sandbox.is_running() and not trial.is_running(), "both have ended")
+
+
+@pytest.mark.parametrize("answer", [b"", b'{"source": "st'])
+def test_a_trial_that_is_stopped_before_it_has_answered_is_a_refusal(answer: bytes) -> None:
+    class Stopped(Sandbox):
+        async def _ask(self, line: bytes) -> bytes:
+            return BEGUN + answer
+
+    with pytest.raises(PartError, match="too much time or memory"):
+        run(Stopped("", None).write(Plan(("start: answer", "answer: a0"), (ANY_OBJECT,))))
 
 
 def test_the_largest_schema_is_within_the_limits(demo: Kit) -> None:
