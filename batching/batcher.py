@@ -277,20 +277,20 @@ class Batcher:
     def on_step(self, tokens: NewTokens, running: int, at: float) -> None:
         for row, token, finish, logprob in tokens:
             row.stream.feed(token, finish, at, logprob)
-        self._observe(Stepped(at, len(tokens), running))
+        self._observe(Stepped(len(tokens), running))
 
     def on_prompt(
-        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int, at: float
+        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int
     ) -> None:
         row.stream.feed_prompt(logprobs, finish)
-        self._observe(PromptScored(at, len(logprobs), running))
+        self._observe(PromptScored(len(logprobs), running))
 
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None:
         for row in rows:
             row.stream.fail(error)
 
-    def on_batch_over(self, rows: int, duration: float, memory: int) -> None:
-        self._observe(BatchEnded(rows, len(self._running), duration, memory))
+    def on_batch_over(self, duration: float, memory: int) -> None:
+        self._observe(BatchEnded(len(self._running), duration, memory))
         if not self._batch_over.done():
             self._batch_over.set_result(None)
 

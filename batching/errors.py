@@ -69,12 +69,16 @@ def explained(failure: str) -> Iterator[None]:
     except (ModelError, *UNWINDING):
         raise
     except BaseException as error:  # the libraries' errors on bad files have no common base
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(f"{failure}: {reason}") from error
+        raise ModelError(f"{failure}: {first_line(error)}") from error
 
 
-SHORTAGE = ("out of memory", "ALLOC_FAILED")
-"""CUDA errors that go away once memory is free."""
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its type's name if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+SHORTAGE = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
+"""What errors say that go away once memory is free: those of CUDA and MPS, cuBLAS, and the CPU's allocator."""
 
 
 def is_sticky(error: BaseException) -> bool:

@@ -44,9 +44,13 @@ class QueueChanged:
     prompt_tokens: int
 
 
+REFUSALS = ("queue_full", "too_busy", "not_ready")
+"""Why the batcher refuses requests."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A request that was not accepted: `queue_full`, `too_busy`, `not_ready`, or a reason of the layer above."""
+    """A request that was not accepted: for one of `REFUSALS`, or a reason of the layer above."""
 
     reason: str
 
@@ -87,7 +91,6 @@ class RowStarted:
 class Stepped:
     """One decode step of a batch arrived: `tokens` rows got a token each, `running` rows have not finished."""
 
-    at: float
     tokens: int
     running: int
 
@@ -96,7 +99,6 @@ class Stepped:
 class PromptScored:
     """Log probabilities of `tokens` more prompt tokens of a row arrived; `running` rows have not finished."""
 
-    at: float
     tokens: int
     running: int
 
@@ -105,7 +107,6 @@ class PromptScored:
 class BatchEnded:
     """`memory` is the bytes the device's allocator holds now; `running` rows were handed over since the batch ended."""
 
-    rows: int
     running: int
     duration: float
     memory: int

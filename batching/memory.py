@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import PreTrainedConfig
 
-from batching.errors import OutOfMemory
+from batching.errors import SHORTAGE, OutOfMemory
 
 SAMPLE_SECONDS = 0.002
 
@@ -77,10 +77,8 @@ def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def is_shortage(error: RuntimeError) -> bool:
-    """Whether the error says that the device is out of memory."""
-    # The CPU's allocator has no exception of its own.
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
+    """Whether the error says that the device is out of memory. Only some allocators have an exception of their own."""
+    return any(words in str(error) for words in SHORTAGE)
 
 
 def out_of_memory(device: torch.device) -> OutOfMemory:

@@ -177,14 +177,6 @@ class BatchLimits:
         return max(0, min(len(requests), self.max_rows, self.token_budget // cost))
 
 
-def padded_cost(rows: Iterable[Row]) -> int:
-    """Maximum padded tokens of a batch of these rows: rows x (longest prompt + longest output)."""
-    requests = [row.request for row in rows]
-    longest_prompt = max(len(request.prompt) for request in requests)
-    longest_output = max(request.sampling.max_tokens for request in requests)
-    return len(requests) * (longest_prompt + longest_output)
-
-
 def first_cost(request: Request) -> int:
     """Tokens of memory that a request needs without padding to be let into a batch: its prompt and `FIRST_OUTPUT`."""
     return len(request.prompt) + min(FIRST_OUTPUT, request.sampling.max_tokens)
@@ -247,10 +239,9 @@ class RowQueue:
 
     def is_full_for(self, client: str) -> bool:
         """Whether not even one more row of this client fits in the queue now."""
-        own = len(self._rows.of_client(client)) + 1
-        return own > (self._limits.client_rows or own) or not self._limits.leaves_room(
-            1, own, self._limits.rows - len(self)
-        )
+        limits, own = self._limits, len(self._rows.of_client(client)) + 1
+        too_many = limits.client_rows is not None and own > limits.client_rows
+        return too_many or not limits.leaves_room(1, own, limits.rows - len(self))
 
     def ahead_of(self, request: Request) -> int:
         """How many rows would be served before this request."""

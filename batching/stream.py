@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -18,54 +19,40 @@ from batching.events import Outcome, RowEnded
 from batching.types import Delta, Finish, PromptLogprob, Request, TokenLogprob
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Row:
     """One request on its way through a batch.
 
     The event loop owns a row until the worker takes it; from then on the worker is its only writer, except for
     `cancelled`, which the event loop may set at any time and the worker reads at the next step.
-
-    `arrived` is in monotonic seconds; `rank` orders a client's rows and `virtual_finish` the queue, `passed_over`
-    counts batches that took a row behind it instead. `num_output_tokens` counts the tokens handed over,
-    `num_prompt_logprobs` the prompt's log probabilities, `num_cached_tokens` those of its tokens whose keys and values
-    came from the prefix cache, `num_shared_tokens` those of them that other running rows hold too, and
-    `num_preemptions` how often the row gave way to older ones. Of `num_drafted_tokens` that speculation guessed,
-    `num_accepted_tokens` were right.
     """
 
-    __slots__ = (
-        "arrived",
-        "cancelled",
-        "num_accepted_tokens",
-        "num_cached_tokens",
-        "num_drafted_tokens",
-        "num_output_tokens",
-        "num_preemptions",
-        "num_prompt_logprobs",
-        "num_shared_tokens",
-        "over",
-        "passed_over",
-        "rank",
-        "request",
-        "stream",
-        "virtual_finish",
-    )
-
-    def __init__(self, request: Request, stream: Stream, arrived: float) -> None:
-        self.request = request
-        self.stream = stream
-        self.arrived = arrived
-        self.passed_over = 0
-        self.num_cached_tokens = 0
-        self.num_shared_tokens = 0
-        self.num_preemptions = 0
-        self.num_drafted_tokens = 0
-        self.num_accepted_tokens = 0
-        self.rank = 0.0
-        self.virtual_finish = 0.0
-        self.num_output_tokens = 0
-        self.num_prompt_logprobs = 0
-        self.over = False
-        self.cancelled = False
+    request: Request
+    stream: Stream
+    arrived: float
+    """In monotonic seconds."""
+    rank: float = 0.0
+    """Orders a client's waiting rows."""
+    virtual_finish: float = 0.0
+    """Orders the queue."""
+    passed_over: int = 0
+    """Batches that took a row behind it instead."""
+    num_output_tokens: int = 0
+    """Tokens handed over."""
+    num_prompt_logprobs: int = 0
+    """Log probabilities of the prompt's tokens handed over."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    num_shared_tokens: int = 0
+    """Those of them that other running rows hold, too."""
+    num_preemptions: int = 0
+    """How often it gave way to older rows."""
+    num_drafted_tokens: int = 0
+    """Tokens that speculation guessed for it."""
+    num_accepted_tokens: int = 0
+    """Those of them that were right."""
+    over: bool = False
+    cancelled: bool = False
 
     def __repr__(self) -> str:
         place = "over" if self.over else f"{self.num_output_tokens} tokens" if self.num_output_tokens else "waiting"

@@ -28,10 +28,10 @@ class Listener(Protocol):
     def on_built(self, info: ModelInfo) -> None: ...
     def on_step(self, tokens: NewTokens, running: int, at: float) -> None: ...
     def on_prompt(
-        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int, at: float
+        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int
     ) -> None: ...
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None: ...
-    def on_batch_over(self, rows: int, duration: float, memory: int) -> None: ...
+    def on_batch_over(self, duration: float, memory: int) -> None: ...
     def on_worker_died(self, error: BaseException) -> None: ...
 
 
@@ -59,34 +59,28 @@ class Worker:
     def finish(self) -> None:
         self._batches.put(None)
 
-    def join(self, timeout: float) -> bool:
-        """Wait for the thread's end; False if it still runs after `timeout` seconds."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
     def _main(self) -> None:
         try:
             engine = self._build()
             self._tell(self._listener.on_built, engine.info)
             while (rows := self._batches.get()) is not None:
                 started = time.monotonic()
-                count = self._run(engine, rows)
-                duration = time.monotonic() - started
-                self._tell(self._listener.on_batch_over, count, duration, engine.memory())
+                self._run(engine, rows)
+                self._tell(self._listener.on_batch_over, time.monotonic() - started, engine.memory())
         except BaseException as error:
             if not isinstance(error, BatchingError):
                 logger.exception("the worker thread died")
             self._tell(self._listener.on_worker_died, error)
 
-    def _run(self, engine: Engine, rows: Sequence[Row]) -> int:
-        """Run one batch. Returns how many rows it had, including those that joined."""
+    def _run(self, engine: Engine, rows: Sequence[Row]) -> None:
+        """Run one batch, with the rows that join it."""
         rows = [row for row in rows if not row.cancelled]
         if not rows:
-            return 0
+            return
         steps = BatchSteps(self._report, rows, self._joining, self._report_prompt)
         try:
             engine.run(rows, steps)
-            return steps.count
+            return
         except OutOfMemory as error:
             shortage = OutOfMemory(*error.args)
         except UNWINDING:
@@ -94,12 +88,11 @@ class Worker:
         except BaseException as error:
             if is_sticky(error):
                 raise  # no further batch can succeed, so the thread and with it the process end
-            logger.exception("a batch of %d rows failed", steps.count)
+            logger.exception("a batch of %d rows failed", len(steps.rows))
             self._fail(steps.rows, EngineError(f"the batch failed with {type(error).__name__}"))
-            return steps.count
+            return
         # Done here, after the caught error is gone, because its traceback holds the batch's allocations.
         self._split(engine, list(steps.rows), shortage)
-        return steps.count
 
     def _joining(self) -> list[Row]:
         """Rows that were given during the running batch."""
@@ -137,7 +130,7 @@ class Worker:
     def _report_prompt(
         self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int
     ) -> None:
-        self._tell(self._listener.on_prompt, row, logprobs, finish, running, time.monotonic())
+        self._tell(self._listener.on_prompt, row, logprobs, finish, running)
 
     def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
         try:
@@ -153,7 +146,7 @@ def no_report(*arguments: object) -> None:
 class BatchSteps:
     """`Steps` of one batch: counts each row's tokens, and sends one report per step and per piece of a prompt.
 
-    `rows` are the batch's unfinished rows, including those that joined; `count` is the number of all its rows so far.
+    `rows` are the batch's unfinished rows, including those that joined.
     """
 
     def __init__(
@@ -164,7 +157,6 @@ class BatchSteps:
         report_prompt: Callable[[Row, Sequence[PromptLogprob | None], Finish | None, int], None] = no_report,
     ) -> None:
         self.rows = dict.fromkeys(rows)
-        self.count = len(rows)
         self._report = report
         self._joining = joining
         self._report_prompt = report_prompt
@@ -174,7 +166,6 @@ class BatchSteps:
         if joined:
             # A row cancelled before its first token is never emitted, and a batch that runs for days must drop it here.
             self.rows = dict.fromkeys(row for row in [*self.rows, *joined] if not (row.over or row.cancelled))
-            self.count += len(joined)
         return joined
 
     def emit(

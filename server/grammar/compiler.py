@@ -29,7 +29,7 @@ from llguidance import LLTokenizer
 
 from server.fields import Schema
 from server.grammar.json_schema import SchemaError, bound
-from server.grammar.pattern import Pattern, PatternError, check
+from server.grammar.pattern import Pattern, check
 from server.grammar.process import STACK
 from server.grammar.sandbox import Sandbox, Unavailable, Written
 from server.grammar.source import START, Part, PartError, Plan, assembled, matcher_of
@@ -39,7 +39,7 @@ from server.output.tool_calls import ToolFormat
 from server.threads import FairSlots, Full
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
@@ -108,31 +108,28 @@ class Grammars:
         tools: Sequence[tuple[str, Schema | None]],
         written: ToolFormat,
         *,
-        named: str | None = None,
         parallel: bool = True,
         otherwise: Part | Pattern | None = None,
         thought: ThoughtState = ThoughtState.UNKNOWN,
         client: str = "",
         param: str = "tools",
     ) -> TokenGrammar:
-        """A grammar of calls of `tools` (name, parameter schema), `written` in the model's format; of a single call if
-        not `parallel`.
+        """A grammar of calls of `tools` (name, schema of an object), `written` in the model's format; of a single call
+        if not `parallel`.
 
-        With `named`: exactly one call of that function. With `otherwise`: calls or what that allows. A tool
-        without parameters takes an empty object. Schemas are read as not strict. Raises `ApiError` 400.
+        With `otherwise`: calls or what that allows. A tool without parameters takes an empty object. Schemas are read
+        as not strict; they came in the field `param`. Raises `ApiError` 400.
         """
-        offered = [(name, schema) for name, schema in tools if named in (None, name)]
-        if not offered:
-            raise bad_request("The field tool_choice names a function that is not defined.", "tool_choice")
         separator = self._literal(written.separator)
-        more = f" ({separator} call){{0,{MAX_CALLS - 1}}}" if parallel and named is None else ""
-        value = f" | a{len(offered)}" if otherwise else ""
+        more = f" ({separator} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
+        value = f" | a{len(tools)}" if otherwise else ""
         rules = [*self._start(thought), f"answer: call{more}{value}"]
-        rules.append("call: " + " | ".join(f"f{n}" for n in range(len(offered))))
-        for n, (name, _) in enumerate(offered):
+        rules.append("call: " + " | ".join(f"f{n}" for n in range(len(tools))))
+        for n, (name, _) in enumerate(tools):
             before, after = map(self._literal, written.around(name))
             rules.append(f"f{n}: {before} a{n} {after}")
-        parts = [Part(_parameters(schema, param), strict=False, param=param) for _, schema in offered]
+        schemas = [NO_ARGUMENTS if schema is None else {"type": "object"} | schema for _, schema in tools]
+        parts = [Part(schema, strict=False, param=param) for schema in schemas]
         return await self.compile(Plan(tuple(rules), (*parts, *([otherwise] if otherwise else []))), client)
 
     def _literal(self, text: str) -> str:
@@ -271,15 +268,6 @@ async def on_a_thread(work: Callable[[], TokenGrammar]) -> TokenGrammar:
     return await answer
 
 
-def _parameters(schema: Schema | None, param: str) -> Schema:
-    """The schema of a tool's arguments, which are always an object."""
-    if schema is None:
-        return NO_ARGUMENTS
-    if schema.get("type", "object") != "object":
-        raise _refused("The parameters of a function must be of type object.", param)
-    return {"type": "object"} | schema
-
-
 def _checked(plan: Plan) -> str:
     """The plan's key, after checking its size. Takes up to 15 ms. Raises `ApiError` 400."""
     try:
@@ -287,7 +275,7 @@ def _checked(plan: Plan) -> str:
         for part in plan.parts:
             if isinstance(part, Pattern):
                 check(part)
-    except (SchemaError, PatternError) as error:
+    except SchemaError as error:
         raise _refused(str(error), plan.parts[-1].param) from None
     return plan.key
 

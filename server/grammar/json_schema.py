@@ -102,7 +102,7 @@ MALFORMED = "The schema is not a valid JSON Schema."
 
 
 class SchemaError(ValueError):
-    """A fault in a schema, as a sentence for the client."""
+    """A fault in a schema or pattern, as a sentence for the client."""
 
 
 def bound(*parts: object) -> None:

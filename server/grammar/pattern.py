@@ -12,9 +12,10 @@ from typing import Literal, TypeAlias
 
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
 
-from server.grammar.json_schema import MAX_LITERAL, MAX_PATTERN, written_out
+from server.grammar.json_schema import MAX_LITERAL, MAX_PATTERN, SchemaError, written_out
 
-LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+# A string may be left open, so that no quote restarts the search: every character is examined once.
+LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)("?)', re.DOTALL)
 
 Kind: TypeAlias = Literal["regex", "choice", "grammar"]
 
@@ -28,23 +29,21 @@ class Pattern:
     param: str
 
 
-class PatternError(ValueError):
-    """A fault in a pattern, as a sentence."""
-
-
 def check(pattern: Pattern) -> None:
-    """Refuse what would make every step slow. Takes linear time. Raises `PatternError`."""
+    """Refuse what would make every step slow. Takes linear time. Raises `SchemaError`."""
     match pattern.kind:
         case "regex" if written_out(pattern.texts[0]) > MAX_PATTERN:
-            raise PatternError("The regular expression is too long, or repeats too much.")
+            raise SchemaError("The regular expression is too long, or repeats too much.")
         case "choice" if any(len(text.encode()) > MAX_LITERAL for text in pattern.texts):
-            raise PatternError(f"A choice can have at most {MAX_LITERAL:,} bytes.")
-        case "grammar" if any(len(text.encode()) > MAX_LITERAL for text in LITERAL.findall(pattern.texts[0])):
-            raise PatternError(f"A string in the grammar can have at most {MAX_LITERAL:,} bytes.")
+            raise SchemaError(f"A choice can have at most {MAX_LITERAL:,} bytes.")
+        case "grammar" if any(
+            end and len(text.encode()) > MAX_LITERAL for text, end in LITERAL.findall(pattern.texts[0])
+        ):
+            raise SchemaError(f"A string in the grammar can have at most {MAX_LITERAL:,} bytes.")
 
 
 def written(pattern: Pattern) -> str:
-    """The pattern as the right side of a Lark rule. Raises `PatternError` if it is a grammar that cannot be read."""
+    """The pattern as the right side of a Lark rule. Raises `SchemaError` if it is a grammar that cannot be read."""
     match pattern.kind:
         case "regex":
             return f"/{_escaped(pattern.texts[0])}/"
@@ -70,11 +69,11 @@ def _lark(grammar: str) -> str:
         return gbnf_to_lark(_spelled(grammar))
     except GbnfToLarkError as error:
         line = grammar.count("\n", 0, error.pos.pos) + 1
-        raise PatternError(f"The grammar is neither Lark nor GBNF, which has an error in line {line}.") from None
+        raise SchemaError(f"The grammar is neither Lark nor GBNF, which has an error in line {line}.") from None
     except RecursionError:
-        raise PatternError(TOO_COMPLEX.format("grammar")) from None
+        raise SchemaError(TOO_COMPLEX.format("grammar")) from None
     except Exception as error:  # the library raises nothing more specific
-        raise PatternError(next(said for words, said in RULES if words in str(error))) from None
+        raise SchemaError(next(said for words, said in RULES if words in str(error))) from None
 
 
 def _spelled(grammar: str) -> str:
@@ -96,11 +95,14 @@ RULES = (
     ("already exists", "Two rules of the grammar have names that differ only in case or dashes."),
     ("", "The grammar uses a rule that it does not define."),
 )
+TOO_MUCH = r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is"
+"""What llguidance's errors say about anything that is too complex."""
+
 SENTENCES = (
     (r"look-?around", "The {} uses look-around, which cannot be enforced."),
     (r"unknown name", "The {} uses a rule that it does not define."),
     (r"Unsatisfiable|NoExtension", "No text could match the {}."),
-    (r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is", TOO_COMPLEX),
+    (TOO_MUCH, TOO_COMPLEX),
     (r"", "The {} is malformed."),
 )
 """llguidance's errors and our sentences for them, which repeat nothing that was sent."""

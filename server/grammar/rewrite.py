@@ -131,6 +131,9 @@ SYNONYMS = {
 }
 """Other languages' names for JSON's types, as tool authors use them."""
 
+TYPE_NAME = re.compile(r"(?P<name>\w+)(?:(?P<array>(?:\[\d*\])+)|\[.*\]|<.*>)?")
+"""Python's `list[int]`, Java's `List<Integer>`, TypeScript's `number[]`."""
+
 
 def tidied(schema: Schema) -> Schema:
     """The schema with the nearest JSON types, with no type for "any", and without null members."""
@@ -159,10 +162,11 @@ def _nearest(kind: object) -> str | list[str | None] | None:
 
 
 def _named(kind: object) -> str | None:
-    match = re.fullmatch(r"(\w+)(?:\[.*\]|<.*>)?", kind.strip().lower()) if isinstance(kind, str) else None
+    match = TYPE_NAME.fullmatch(kind.strip().lower()) if isinstance(kind, str) else None
     if match is None:
         return None
-    return match[1] if match[1] in TYPES else SYNONYMS.get(match[1])
+    name = "array" if match["array"] else match["name"]
+    return name if name in TYPES else SYNONYMS.get(name)
 
 
 def _without_nulls(schema: Schema) -> Schema:

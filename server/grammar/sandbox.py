@@ -10,9 +10,12 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import orjson
 
 from server.grammar.pattern import NAMES, Pattern
 from server.grammar.process import BEGUN, write_plan
@@ -44,15 +47,18 @@ class Sandbox:
         self._starting = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] | None = None
 
     def start(self) -> socket.socket:
         """The socket of the running process. Blocks for tens of milliseconds if it must be started. Thread-safe."""
         with self._starting:
             if (control := self._running()) is not None:
                 return control
-            control, self._process = _spawned(self._tokenizer, self._eos)
-            self._control = control
-            weakref.finalize(self, _end, control, self._process)
+            if self._end is not None:
+                self._end()
+            # The socket first: beside the process that has ended, it does not pass for that of a running one.
+            self._control, self._process = control, process = _spawned(self._tokenizer, self._eos)
+            self._end = weakref.finalize(self, _end, control, process)
             return control
 
     def _running(self) -> socket.socket | None:
@@ -66,11 +72,13 @@ class Sandbox:
             raise Unavailable(str(error)) from error
         if not reply.startswith(BEGUN):
             raise Unavailable("the process that tries grammars has ended")
-        if reply == BEGUN:
+        try:
+            answer = orjson.loads(reply.removeprefix(BEGUN))
+        except orjson.JSONDecodeError:  # it was stopped before it had answered
             part = plan.parts[-1]
             what = NAMES[part.kind] if isinstance(part, Pattern) else "schema"
-            raise PartError(f"The {what} takes too much time or memory to compile; make it simpler.", part.param)
-        answer = json.loads(reply.removeprefix(BEGUN))
+            too_much = f"The {what} takes too much time or memory to compile; make it simpler."
+            raise PartError(too_much, part.param) from None
         if "refused" in answer:
             raise PartError(answer["refused"], answer["param"])
         return Written(answer["source"], answer["memory"])

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from server.fields import Schema
 from server.grammar.json_schema import MALFORMED, SchemaError
-from server.grammar.pattern import Pattern, PatternError, sentence_for, written
+from server.grammar.pattern import TOO_MUCH, Pattern, sentence_for, written
 from server.grammar.rewrite import inline, rewrite, without
 
 LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, max_items_in_row=5000, verbose_errors=False)
@@ -135,7 +135,7 @@ def _body(part: Part | Pattern, schema: Schema) -> str:
         return inline(schema, part.strict)
     try:
         return written(part)
-    except PatternError as error:
+    except SchemaError as error:
         raise PartError(str(error), part.param) from None
 
 
@@ -196,7 +196,6 @@ def _compiles(pattern: str) -> bool:
 
 ORDER = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 PATTERNS = ("pattern", "patternProperties")
-NOWHERE = r"registry|Pointer|Unresolvable|Anchor"
 CIRCLE = r"circular references[^:]*: (\S+)"
 REASONS = (
     Reason(r"Unimplemented keys: \[([\w\", $]+)\]", "The schema uses keywords that cannot be enforced: {}."),
@@ -218,7 +217,7 @@ REASONS = (
     Reason(r"multipleOf", "The schema uses multipleOf with numbers that are too large.", ("multipleOf",)),
     Reason(r"range:", MALFORMED, ORDER),
     Reason(r"if regex is empty", TOO_COMPLEX, ("pattern",)),
-    Reason(r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is", TOO_COMPLEX, ("pattern",)),
+    Reason(TOO_MUCH, TOO_COMPLEX, ("pattern",)),
     Reason(r"", MALFORMED),
 )
 

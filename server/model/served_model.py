@@ -1,7 +1,8 @@
 """The served model: everything known about it once it is loaded, in one immutable object."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 
 from batching.types import ModelInfo
@@ -30,17 +31,21 @@ class ServedModel:
     text: Text
     grammars: Grammars
     defaults: Defaults
-    stop_token_ids: frozenset[int] = field(init=False)
-    """The union of the tokenizer's and the engine's."""
-    names: tuple[str, ...] = field(init=False)
-    """The names that clients may use for it."""
-    fingerprint: str = field(init=False)
-    """OpenAI's `system_fingerprint`: the same as long as answers with a seed are."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", self.settings.served_names)
-        object.__setattr__(self, "fingerprint", fingerprint(self.settings, self.info))
-        object.__setattr__(self, "stop_token_ids", self.text.stop_token_ids | self.info.stop_token_ids)
+    @cached_property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The union of the tokenizer's and the engine's."""
+        return self.text.stop_token_ids | self.info.stop_token_ids
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names that clients may use for it."""
+        return self.settings.served_names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: the same as long as answers with a seed are."""
+        return fingerprint(self.settings, self.info)
 
     @property
     def advertised_window(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import Tokenizer
 
-from batching.errors import ModelError, explained
+from batching.errors import ModelError, explained, first_line
 from server.http.errors import bad_request, thousands
 from server.model.markers import Markers, drop_breaks
 from server.output.detokenize import Detokenizer, Vocabulary
@@ -45,7 +45,7 @@ class Text:
         # A tokenizer file may enable both, but clients' text must be encoded completely and unchanged.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocabulary = Vocabulary(self._tokenizer)
+        self.vocabulary = Vocabulary(self._tokenizer, PART_TAGS)
         drop_breaks(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.format = format_of(str(tokenizer.chat_template), added, self.encode)
@@ -104,7 +104,7 @@ class Text:
                 **options,
             )
         except (JinjaError, TypeError, ValueError) as error:
-            raise TemplateError(_first_line(error)) from error
+            raise TemplateError(first_line(error)) from error
         return str(rendered)
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
@@ -148,7 +148,3 @@ def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None
         raise ModelError(f"the chat template in {checkpoint} {place}: {error.message}") from error
     except Exception as error:
         logger.debug("the chat template rejects a single user message: %s", error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -165,6 +165,7 @@ def percentile(ordered: Sequence[float], share: float) -> float | None:
 TICKS_KEPT = 600  # five minutes
 ROWS_KEPT = 256  # starts and ends of rows
 MOST_LISTENERS = 32
+MOST_OF_A_CLIENT = 8  # so that one API key cannot keep the others out
 MOST_WAITING = 1024
 """Messages that may wait for a slow listener; beyond that its stream ends, and it can reconnect for the history."""
 
@@ -207,7 +208,7 @@ class Listener:
 
 
 class TooManyListeners(Exception):
-    """There are already `MOST_LISTENERS`."""
+    """There are already `MOST_LISTENERS`, or `MOST_OF_A_CLIENT` for this client's rows."""
 
 
 class LiveFeed:
@@ -250,13 +251,17 @@ class LiveFeed:
 
         Raises `TooManyListeners`.
         """
-        if len(self._listeners) == MOST_LISTENERS:
+        if self._is_full_for(client):
             raise TooManyListeners
         return self._frames(client)
 
+    def _is_full_for(self, client: str | None) -> bool:
+        own = sum(listener.client == client for listener in self._listeners)
+        return len(self._listeners) == MOST_LISTENERS or (client is not None and own == MOST_OF_A_CLIENT)
+
     async def _frames(self, client: str | None) -> AsyncIterator[bytes]:
         listener, history = Listener(client, over=self._closed), self.history(client)
-        if len(self._listeners) == MOST_LISTENERS:
+        if self._is_full_for(client):
             return  # others came in since `listen` checked
         self._listeners.add(listener)
         if self._timer is None:

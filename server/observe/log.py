@@ -1,12 +1,11 @@
 """Logging: one line per request when it ends, as text or JSON. Prompts and answers are never logged."""
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
 from typing import Literal
 from urllib.parse import quote
-
-import orjson
 
 from batching.events import Event, Outcome, RowEnded, State, StateChanged
 
@@ -29,7 +28,8 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line).decode()
+        # Not orjson, which refuses lone surrogates, such as bytes of file names. stderr writes them as JSON's escapes.
+        return json.dumps(line, ensure_ascii=False)
 
 
 def configure(format: Literal["text", "json"], level: str) -> None:

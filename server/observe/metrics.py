@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from batching.events import (
+    REFUSALS,
     BatchEnded,
     BatchStarted,
     Event,
@@ -36,26 +37,8 @@ from batching.types import Finish, ModelInfo
 from server.settings import Settings
 
 SECONDS_TO_FIRST = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5),
+    *(0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160),
 )
 SECONDS_PER_TOKEN = (
     *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04),
@@ -74,75 +57,94 @@ class Metrics:
 
     def __init__(self, progress: Progress) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the counters' series, and no dashboard reads them
-        self.registry = registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"microbatch_{name}", text, labels, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"microbatch_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"microbatch_{name}", text, labels, buckets=buckets, registry=registry)
-
-        self._state = gauge("state", "1 for the service's current state, 0 for the others.", "state")
-        self._info = gauge(
-            "build_info", "Always 1; what is running, as labels.", "version", "python", "model", "device", "dtype"
-        )
-        self._queue_depth = gauge("queue_depth", "Requests waiting in the queue.")
-        self._queue_limit = gauge("queue_limit", "Maximum number of requests in the queue.")
-        self._queue_tokens = gauge("queue_prompt_tokens", "Prompt tokens of the requests in the queue.")
-        self._running = gauge("running_rows", "Requests in the running batch.")
-        self._batch_limit = gauge("batch_limit_rows", "Maximum number of requests in a batch.")
-        self._batches = counter("batches", "Batches started.")
-        self._batch_size = histogram("batch_size_rows", "Requests in a batch at its start.", ROWS)
-        self._step_rows = histogram("step_size_rows", "Requests that got a token in one step.", ROWS)
-        self._joined = counter("joined_requests", "Requests that joined a running batch.")
-        self._padding = histogram("batch_padding_ratio", "Share of a batch's prompt positions that is padding.", RATIO)
-        self._window_wait = histogram(
-            "batch_window_wait_seconds", "How long a batch was held open for more rows.", SECONDS_TO_FIRST
-        )
-        self._batch_seconds = histogram(
-            "batch_duration_seconds", "From a batch's start to its last row's end.", SECONDS_WHOLE
-        )
-        self._queue_wait = histogram(
-            "queue_wait_seconds", "From a request's arrival to its batch's start.", SECONDS_TO_FIRST
-        )
-        self._first_token = histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", SECONDS_TO_FIRST
-        )
-        self._per_token = histogram(
-            "time_per_output_token_seconds", "Mean time between an answer's tokens.", SECONDS_PER_TOKEN
-        )
-        self._duration = histogram("request_duration_seconds", "From arrival to the outcome.", SECONDS_WHOLE, "outcome")
-        self._prompt_length = histogram("request_prompt_tokens", "Prompt length of requests that ended.", TOKENS)
-        self._output_length = histogram("request_output_tokens", "Answer length of requests that ended.", TOKENS)
-        self.ignored_fields = counter("ignored_fields", "Unknown request fields that were ignored.")
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose batch started.")
-        self._reused_tokens = counter(
-            "reused_prompt_tokens", "Prompt tokens whose KV was already cached from another request."
-        )
-        self._preemptions = counter(
-            "preemptions", "Times that a request gave up its memory to older ones, to be recomputed later."
-        )
-        self._drafted_tokens = counter("drafted_tokens", "Tokens that speculation guessed.")
-        self._accepted_tokens = counter("accepted_tokens", "Tokens that speculation guessed rightly.")
-        self._scored_tokens = counter("scored_prompt_tokens", "Prompt tokens whose log probabilities were returned.")
-        self._output_tokens = counter("output_tokens", "Tokens generated.")
-        self._finished = counter("finished_requests", "Requests that ended, by finish reason.", "reason")
-        self._cancelled = counter("cancelled_requests", "Requests whose client disconnected before the end.")
-        self._rejected = counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
-        self._memory = gauge("device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process).")
-        self._memory_total = gauge("device_memory_total_bytes", "Memory the device has.")
-        self._tasks = gauge("tasks", "Tasks on the event loop, including the scrape's own.")
-        self.loop_lag = histogram(
-            "loop_lag_seconds", "How long the event loop took to answer the watchdog, 4 times a second.", SECONDS_OF_LAG
-        )
-        self._idle_seconds = gauge("worker_seconds_since_progress", "Seconds since the busy worker last made progress.")
-        self._idle_seconds.set_function(progress.seconds)
+        self.registry = CollectorRegistry()
+        self._define_service(progress)
+        self._define_batches()
+        self._define_requests()
+        self._define_tokens()
         self._show_state(State.STARTING)
         self._start_series()
-        ProcessCollector(registry=registry)
+        ProcessCollector(registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"microbatch_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"microbatch_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"microbatch_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _define_service(self, progress: Progress) -> None:
+        self._state = self._gauge("state", "1 for the service's current state, 0 for the others.", "state")
+        self._info = self._gauge(
+            "build_info", "Always 1; what is running, as labels.", "version", "python", "model", "device", "dtype"
+        )
+        self._memory = self._gauge(
+            "device_memory_bytes", "Memory the device's allocator holds (on a CPU: of the process)."
+        )
+        self._memory_total = self._gauge("device_memory_total_bytes", "Memory the device has.")
+        self._tasks = self._gauge("tasks", "Tasks on the event loop, including the scrape's own.")
+        self.loop_lag = self._histogram(
+            "loop_lag_seconds", "How long the event loop took to answer the watchdog, 4 times a second.", SECONDS_OF_LAG
+        )
+        idle = self._gauge("worker_seconds_since_progress", "Seconds since the busy worker last made progress.")
+        idle.set_function(progress.seconds)
+
+    def _define_batches(self) -> None:
+        self._running = self._gauge("running_rows", "Requests in the running batch.")
+        self._batch_limit = self._gauge("batch_limit_rows", "Maximum number of requests in a batch.")
+        self._batches = self._counter("batches", "Batches started.")
+        self._batch_size = self._histogram("batch_size_rows", "Requests in a batch at its start.", ROWS)
+        self._step_rows = self._histogram("step_size_rows", "Requests that got a token in one step.", ROWS)
+        self._joined = self._counter("joined_requests", "Requests that joined a running batch.")
+        self._padding = self._histogram(
+            "batch_padding_ratio", "Share of a batch's prompt positions that is padding.", RATIO
+        )
+        self._window_wait = self._histogram(
+            "batch_window_wait_seconds", "How long a batch was held open for more rows.", SECONDS_TO_FIRST
+        )
+        self._batch_seconds = self._histogram(
+            "batch_duration_seconds", "From a batch's start to its last row's end.", SECONDS_WHOLE
+        )
+
+    def _define_requests(self) -> None:
+        self._queue_depth = self._gauge("queue_depth", "Requests waiting in the queue.")
+        self._queue_limit = self._gauge("queue_limit", "Maximum number of requests in the queue.")
+        self._queue_tokens = self._gauge("queue_prompt_tokens", "Prompt tokens of the requests in the queue.")
+        self._queue_wait = self._histogram(
+            "queue_wait_seconds", "From a request's arrival to its batch's start.", SECONDS_TO_FIRST
+        )
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", SECONDS_TO_FIRST
+        )
+        self._per_token = self._histogram(
+            "time_per_output_token_seconds", "Mean time between an answer's tokens.", SECONDS_PER_TOKEN
+        )
+        self._duration = self._histogram(
+            "request_duration_seconds", "From arrival to the outcome.", SECONDS_WHOLE, "outcome"
+        )
+        self._finished = self._counter("finished_requests", "Requests that ended, by finish reason.", "reason")
+        self._cancelled = self._counter("cancelled_requests", "Requests whose client disconnected before the end.")
+        self._rejected = self._counter("rejected_requests", "Requests refused before the queue, by reason.", "reason")
+        self._preemptions = self._counter(
+            "preemptions", "Times that a request gave up its memory to older ones, to be recomputed later."
+        )
+        self.ignored_fields = self._counter("ignored_fields", "Unknown request fields that were ignored.")
+
+    def _define_tokens(self) -> None:
+        self._prompt_length = self._histogram("request_prompt_tokens", "Prompt length of requests that ended.", TOKENS)
+        self._output_length = self._histogram("request_output_tokens", "Answer length of requests that ended.", TOKENS)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests whose batch started.")
+        self._reused_tokens = self._counter(
+            "reused_prompt_tokens", "Prompt tokens whose KV was already cached from another request."
+        )
+        self._scored_tokens = self._counter(
+            "scored_prompt_tokens", "Prompt tokens whose log probabilities were returned."
+        )
+        self._output_tokens = self._counter("output_tokens", "Tokens generated.")
+        self._drafted_tokens = self._counter("drafted_tokens", "Tokens that speculation guessed.")
+        self._accepted_tokens = self._counter("accepted_tokens", "Tokens that speculation guessed rightly.")
 
     def _start_series(self) -> None:
         """Start series at zero: a series that starts at 1 hides its first event from rate()."""
@@ -150,7 +152,7 @@ class Metrics:
             self._duration.labels(outcome)
         for finish in Finish:
             self._finished.labels(finish)
-        for reason in ("queue_full", "not_ready", "bad_request"):
+        for reason in (*REFUSALS, "bad_request"):
             self._rejected.labels(reason)
 
     def __call__(self, event: Event) -> None:

@@ -335,10 +335,10 @@ async def grammar_of(
         return await model.grammars.tool_calls(
             [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
             model.text.format.tools,
-            named=names.shown(chat.named) if chat.named else None,
-            parallel=not chat.one_call,
+            parallel=not (chat.one_call or chat.named),
             otherwise=form,
             thought=thought,
             client=client,
+            param="functions" if chat.is_legacy else "tools",
         )
     return await model.grammars.of(form, thought=thought, client=client) if form else None

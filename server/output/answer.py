@@ -50,7 +50,7 @@ class AnswerReader:
     """
 
     def __init__(
-        self, stream: Stream, detokenizer: Detokenizer, scanner: StopScanner, stop_tokens: Collection[int] = ()
+        self, stream: Stream, detokenizer: Detokenizer, scanner: StopScanner, stop_tokens: Collection[int]
     ) -> None:
         self.stop_reason: str | int | None = None
         self._stop_tokens = stop_tokens

@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
@@ -23,14 +23,15 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 class Vocabulary:
     """The tokens of one tokenizer. Thread-safe.
 
-    `byte_level`: a text is the concatenation of its tokens' bytes. `special`: ids that are not part of a text.
+    `byte_level`: a text is the concatenation of its tokens' bytes. `special`: ids that are not part of a text; the
+    `tags` of thoughts and calls are, because some tokenizers flag them, too.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tags: Collection[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.byte_level = isinstance(tokenizer.decoder, ByteLevel)
         added = tokenizer.get_added_tokens_decoder()
-        self.special = frozenset(token for token, entry in added.items() if entry.special)
+        self.special = frozenset(token for token, one in added.items() if one.special and one.content not in tags)
         self._bytes: dict[int, bytes] = {}  # at most one entry a token
 
     def spelling(self, token: int) -> str:
@@ -54,10 +55,10 @@ class Vocabulary:
         # Decoded after another token, because some decoders drop a text's leading space.
         return self.decode([token, token]).removeprefix(alone).encode()
 
-    def decode(self, tokens: list[int], *, special: bool = True) -> str:
-        """The text of ids, with or without special tokens."""
+    def decode(self, tokens: list[int]) -> str:
+        """The text of ids, special tokens included."""
         # Only methods for batches release the GIL.
-        [text] = self.tokenizer.decode_batch([tokens], skip_special_tokens=not special)
+        [text] = self.tokenizer.decode_batch([tokens], skip_special_tokens=False)
         return str(text)
 
 
@@ -73,15 +74,16 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary, *, special: bool = False, after: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
-        self._special = special
         self._hidden = frozenset[int]() if special else vocabulary.special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = [] if vocabulary.byte_level else self._end_of(after)
-        self._stream = DecodeStream(self._last, skip_special_tokens=not special)
+        self._stream = DecodeStream(self._last, skip_special_tokens=False)
         self._held: list[int] = []
 
     def _end_of(self, tokens: Sequence[int]) -> list[int]:
-        """The last of them that are whole characters; none if they end within one."""
+        """The last of them that are whole characters; none if they end within one, or with a token that is no text."""
+        if tokens and tokens[-1] in self._hidden:
+            return []
         ends = (list(tokens[-count:]) for count in range(1, min(MAX_HELD, len(tokens) + 1)))
         return next((end for end in ends if "\ufffd" not in self._vocabulary.decode(end)), [])
 
@@ -99,10 +101,10 @@ class Detokenizer:
             text = self._stream.step(self._vocabulary.tokenizer, token)
         except Exception:  # bytes that form no character have changed how a byte before them is read, which was let out
             text = b"".join(map(self._vocabulary.bytes_of, self._held)).decode(errors="replace")
-            self._stream = DecodeStream([token], skip_special_tokens=not self._special)
+            self._stream = DecodeStream([token], skip_special_tokens=False)
         if text is None and len(self._held) >= MAX_HELD:
-            text = self._vocabulary.decode(self._held, special=self._special)
-            self._stream = DecodeStream(self._last, skip_special_tokens=not self._special)
+            text = self._vocabulary.decode(self._held)
+            self._stream = DecodeStream(self._last, skip_special_tokens=False)
         elif text:
             self._last = [token]
         if text is not None:

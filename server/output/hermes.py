@@ -10,8 +10,7 @@ from typing import Literal
 
 import orjson
 
-from server.output.call_parser import MAX_SPACE, NO_ARGUMENTS, SPACE, CallParser
-from server.output.json_extent import SIGNS_OR_TAG, JsonExtent
+from server.output.call_parser import MAX_SPACE, NO_ARGUMENTS, SIGNS_OR_TAG, SPACE, CallParser, JsonExtent
 from server.output.tool_calls import (
     NAME,
     Content,

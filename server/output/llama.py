@@ -11,8 +11,7 @@ from typing import Literal
 
 import orjson
 
-from server.output.call_parser import MAX_HELD, MAX_SPACE, NO_ARGUMENTS, SPACE, CallParser
-from server.output.json_extent import JsonExtent
+from server.output.call_parser import MAX_HELD, MAX_SPACE, NO_ARGUMENTS, SPACE, CallParser, JsonExtent
 from server.output.tool_calls import (
     NAME,
     Content,

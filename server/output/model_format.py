@@ -7,8 +7,9 @@ and which tokens delimit turns.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from tokenizers import AddedToken
 
@@ -127,7 +128,7 @@ To call one, answer with nothing but a JSON object between tags, and wait for it
 
 def without_tools(messages: Sequence[Turn], tools: Sequence[ShownTool]) -> list[Turn]:
     """The conversation with tools, calls and results as plain text. The tools are added to the system message."""
-    turns = [_in_words(message) for message in messages]
+    turns = list(_in_words(messages))
     if not tools:
         return turns
     how = HOW.format(tools="\n".join(_json(tool["function"]) for tool in tools))
@@ -136,9 +137,17 @@ def without_tools(messages: Sequence[Turn], tools: Sequence[ShownTool]) -> list[
     return [{"role": "system", "content": how}, *turns]
 
 
-def _in_words(message: Turn) -> Turn:
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+def _in_words(messages: Sequence[Turn]) -> Iterator[Turn]:
+    """Results that follow each other are one turn, because some templates want the roles to alternate."""
+    for are_results, group in groupby(messages, lambda message: message["role"] == "tool"):
+        if are_results:
+            results = [f"<tool_response>\n{message['content']}\n</tool_response>" for message in group]
+            yield {"role": "user", "content": "\n".join(results)}
+        else:
+            yield from map(_with_calls, group)
+
+
+def _with_calls(message: Turn) -> Turn:
     plain = message.copy()
     calls = [f"{OPEN}\n{_call(call['function'])}\n{CLOSE}" for call in plain.pop("tool_calls", [])]
     plain["content"] = "\n".join(filter(None, [message["content"], *calls]))

@@ -2,7 +2,8 @@
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
@@ -160,20 +161,19 @@ class ToolNames:
 
     def __init__(self, names: Iterable[str], carries: Callable[[str], bool]) -> None:
         given = dict.fromkeys(names)
+        numbers = defaultdict[str, Iterator[int]](lambda: count(1))  # for names with the same stem
         self._shown = {name: name for name in given if carries(name)}
         self._meant = dict(self._shown)
         for name in given:
             if name not in self._shown:
-                self._shown[name] = shown = self._like(name, carries)
+                stem = "".join(char if carries(char) else "_" for char in name[:MAX_STEM])
+                shown = next(other for n in numbers[stem] if (other := f"{stem}_{n}") not in self._meant)
+                self._shown[name] = shown
                 self._meant[shown] = name
 
-    def _like(self, name: str, carries: Callable[[str], bool]) -> str:
-        stem = "".join(char if carries(char) else "_" for char in name[:MAX_STEM])
-        return next(other for n in count(1) if (other := f"{stem}_{n}") not in self._meant)
-
     def shown(self, name: str) -> str:
-        """The name that the model sees for this function."""
-        return self._shown[name]
+        """The name that the model sees for this function; one that the request does not mention is left as it is."""
+        return self._shown.get(name, name)
 
     def meant(self, name: str) -> str:
         """The function that the model means; a name that it made up is left as it is."""
@@ -183,7 +183,7 @@ class ToolNames:
         """A definition for a template, with the name that the model sees."""
         renamed = tool.copy()
         renamed["function"] = tool["function"].copy()
-        renamed["function"]["name"] = self._known(tool["function"]["name"])
+        renamed["function"]["name"] = self.shown(tool["function"]["name"])
         return renamed
 
     def in_turn(self, turn: Turn) -> Turn:
@@ -191,8 +191,5 @@ class ToolNames:
         if "tool_calls" in turn:
             return {**turn, "tool_calls": [self.in_tool(call) for call in turn["tool_calls"]]}
         if turn["role"] == "tool" and "name" in turn:
-            return {**turn, "name": self._known(turn["name"])}
+            return {**turn, "name": self.shown(turn["name"])}
         return turn
-
-    def _known(self, name: str) -> str:
-        return self._shown.get(name, name)

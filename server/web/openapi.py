@@ -52,15 +52,15 @@ STATUSES = {
     408: "Timed out reading the request body.",
     413: "The body is too large.",
     415: "The body is not JSON.",
-    429: "The queue is full.",
+    429: "Too many requests are waiting.",
     500: "The model or the service failed on this request.",
     503: "The model is loading, or the service is shutting down.",
     504: "The request did not finish within the time limit.",
 }
 RETRIED_AFTER = (429, 503)
-READING = (400, 404, 408, 413, 415, 500, 503)
-"""Errors of any request with a body."""
-QUEUED = (429, 504)
+READING = (400, 404, 408, 413, 415, 429, 500, 503)
+"""Errors of any request with a body. Too many may wait to be read or tokenized, too."""
+QUEUED = (504,)
 """Errors of requests that go through the queue, in addition."""
 
 HEADERS = {

@@ -6,6 +6,7 @@ import torch
 from batching.batcher import Batcher
 from batching.errors import EngineError, is_sticky
 from batching.events import Outcome, State
+from batching.memory import is_shortage
 from batching.progress import Progress
 from tests.batching.conftest import Runner, request
 from tests.batching.test_batcher import serving, start
@@ -17,13 +18,14 @@ STICKY = [
     RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ..."),
     torch.AcceleratorError("unspecified launch failure"),
 ]
-PASSING = [
-    RuntimeError("shapes do not match"),
-    ValueError("scripted"),
+SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
     torch.AcceleratorError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB)."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
 ]
+PASSING = [RuntimeError("shapes do not match"), ValueError("scripted"), *SHORTAGES]
 
 
 @pytest.mark.parametrize("error", STICKY, ids=str)
@@ -34,6 +36,16 @@ def test_an_error_that_the_device_keeps_is_sticky(error: Exception) -> None:
 @pytest.mark.parametrize("error", PASSING, ids=str)
 def test_an_error_that_passes_is_not(error: Exception) -> None:
     assert not is_sticky(error)
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=str)
+def test_an_error_that_asks_for_a_smaller_batch_is_a_shortage(error: RuntimeError) -> None:
+    assert is_shortage(error)
+
+
+@pytest.mark.parametrize("error", [*STICKY, *PASSING[:2]], ids=str)
+def test_another_error_is_not(error: RuntimeError) -> None:
+    assert not is_shortage(error)
 
 
 def test_after_a_sticky_error_nothing_more_is_tried(run_async: Runner) -> None:

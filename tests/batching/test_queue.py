@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.queue import MAX_PASSED_OVER, BatchLimits, QueueLimits, RowQueue, growing_cost, padded_cost, select
+from batching.queue import MAX_PASSED_OVER, BatchLimits, QueueLimits, RowQueue, growing_cost, select
 from batching.stream import Row
 from tests.batching.conftest import Runner, loose_row, request
 
@@ -26,6 +26,13 @@ def rows_of(shapes: Sequence[Shape]) -> list[Row]:
     return [
         loose_row(request(shape.prompt, id=str(place), max_tokens=shape.output)) for place, shape in enumerate(shapes)
     ]
+
+
+def padded_cost(rows: Sequence[Row]) -> int:
+    """Tokens of a padded batch: rows x (longest prompt + longest output)."""
+    requests = [row.request for row in rows]
+    longest_output = max(request.sampling.max_tokens for request in requests)
+    return len(rows) * (max(len(request.prompt) for request in requests) + longest_output)
 
 
 def prompts(*lengths: int) -> list[Row]:
@@ -84,12 +91,6 @@ def test_as_many_are_thought_to_fit_as_are_taken_where_all_are_alike(
 def test_none_is_thought_to_fit_where_nothing_is_left() -> None:
     assert BatchLimits(max_rows=4, token_budget=100).less(4, 150).hold([request()]) == 0
     assert BatchLimits(max_rows=4, token_budget=100).less(3, 150).hold([request()]) == 0
-
-
-@given(st.lists(SHAPES, min_size=1, max_size=20))
-def test_the_cost_of_a_batch_is_rows_times_its_longest_prompt_and_output(shapes: list[Shape]) -> None:
-    longest = max(shape.prompt for shape in shapes) + max(shape.output for shape in shapes)
-    assert padded_cost(rows_of(shapes)) == len(shapes) * longest
 
 
 def test_nothing_is_taken_from_nothing() -> None:

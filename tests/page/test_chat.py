@@ -89,6 +89,18 @@ import("/page/markdown.js").then(({ show }) => done(texts.map((text) => {
 """
 
 
+READ = """
+window.read = "";
+const decode = TextDecoderStream;
+window.TextDecoderStream = function () {
+  const decoder = new decode();
+  const noted = new TransformStream({ transform: (text, out) => { window.read += text; out.enqueue(text); } });
+  return { writable: decoder.writable, readable: decoder.readable.pipeThrough(noted) };
+};
+"""
+"""Notes what the page reads of streams."""
+
+
 def rendered(page: Browser, *texts: str) -> list[dict[str, Any]]:
     """What the page makes of texts of a model: the HTML, the text, the tags and the attributes of each."""
     found = page.driver.execute_async_script(RENDER, texts)
@@ -128,6 +140,17 @@ def test_an_answer_is_shown_as_it_is_written(page: Browser) -> None:
         assert "16 tokens" in facts
         assert "tokens/s" in facts
         assert page.js("return document.activeElement.id") == "question"
+
+
+def test_an_answer_that_is_silent_for_long_is_shown_like_any_other(page: Browser) -> None:
+    with live(scripted("Hello!", stepped=True), first_byte_s=0.02) as service:
+        page.open(service.url)
+        page.driver.execute_script(READ)
+        page.say("Hi")
+        page.wait(lambda: ": ping" in page.js("return window.read"), "a comment keeps the stream open")
+        service.engine.release(100)
+        page.answered()
+        assert page.text(".said") == "Hello!"
 
 
 def test_stop_cancels_the_row_and_keeps_what_was_written(page: Browser) -> None:

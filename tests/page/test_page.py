@@ -119,6 +119,18 @@ def test_it_says_that_the_service_stops_and_that_it_is_gone(page: Browser) -> No
     assert "Server unreachable, retrying" in page.text("#words")
 
 
+def test_the_live_part_says_that_too_many_watch_and_goes_on_when_there_is_a_place(
+    page: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with live() as service:
+        with monkeypatch.context() as full:
+            full.setattr("server.observe.live.MOST_LISTENERS", 0)
+            page.open(service.url, "live")
+            page.wait(lambda: "close another tab" in page.text("#live-note"), "it says why nothing moves")
+        page.wait(lambda: not page.id("live-note").is_displayed(), "its events come")
+        assert all("429" in complaint for complaint in page.complaints())
+
+
 def test_it_survives_a_restart_of_the_server(page: Browser) -> None:
     with half_said(page) as service:
         service.drain()

@@ -1,6 +1,7 @@
 """Laws of the HTTP service, on a live server with an engine that says what a script tells it to."""
 
 import functools
+import json
 import logging
 import operator
 import os
@@ -13,6 +14,8 @@ import httpx2
 import openai
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import server.http.request
@@ -917,6 +920,13 @@ def test_metrics_keep_their_names_types_and_labels() -> None:
         assert family.documentation.endswith(".")
 
 
+def test_a_refusal_has_a_series_before_the_first_one() -> None:
+    with live() as service:
+        samples = service.samples()
+    for reason in ("queue_full", "too_busy", "not_ready", "bad_request"):
+        assert samples["microbatch_rejected_requests_total", (("reason", reason),)] == 0.0
+
+
 def test_every_state_is_shown_and_exactly_one_is_on() -> None:
     with live() as service:
         assert [service.sample("microbatch_state", state=state) for state in State] == [
@@ -1022,6 +1032,15 @@ def test_no_path_can_forge_a_line_of_the_log(path: str, caplog: pytest.LogCaptur
     lines = [record.getMessage() for record in ours(caplog)]
     assert any("status=404" in line for line in lines)
     assert all(line.isprintable() for line in lines)
+
+
+@given(st.text(st.characters() | st.characters(categories=["Cs"])))
+def test_every_message_is_a_line_of_json_that_stderr_can_write(message: str) -> None:
+    record = logging.LogRecord("test", logging.ERROR, __file__, 1, message, None, None)
+    written = JsonFormatter().format(record).encode(errors="backslashreplace")  # as stderr does
+    assert b"\n" not in written
+    read = json.loads(written)["message"]
+    assert read.encode("utf-16", "surrogatepass") == message.encode("utf-16", "surrogatepass")
 
 
 def test_the_log_s_json_form_has_every_fact_as_a_field(caplog: pytest.LogCaptureFixture) -> None:

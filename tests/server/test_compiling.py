@@ -18,9 +18,9 @@ from batching.types import TokenBitmask
 from server.fields import Schema
 from server.grammar import sandbox
 from server.grammar.compiler import MAX_TRIALS, Grammars, TokenMatcher
-from server.grammar.process import MEMORY, WALL_SECONDS
+from server.grammar.process import BEGUN, MEMORY, WALL_SECONDS
 from server.grammar.sandbox import ROOT, Sandbox
-from server.grammar.source import Part, Plan
+from server.grammar.source import Part, PartError, Plan
 from server.http.errors import ApiError
 from server.output.reasoning import ThoughtState
 from tests.grammars import ANY_OBJECT, INT, TEXT, Kit, kit_of, refusal, run, strict
@@ -68,10 +68,6 @@ except MemoryError:
     assert subprocess.run([sys.executable, "-c", hog], timeout=WALL_SECONDS).returncode == 7
 
 
-def children_of(pid: int) -> list[Any]:
-    return list(psutil.Process(pid).children(recursive=True))
-
-
 def test_an_endless_compilation_outlives_its_service_by_no_more_than_its_limit(demo: Kit, tmp_path: Path) -> None:
     """Nothing is left even where the process ends without a word, as by a kill."""
     service = """
@@ -110,6 +106,16 @@ asyncio.run(main())
     eventually(lambda: not sandbox.is_running() and not trial.is_running(), "both have ended")
 
 
+@pytest.mark.parametrize("answer", [b"", b'{"source": "st'])
+def test_a_trial_that_is_stopped_before_it_has_answered_is_a_refusal(answer: bytes) -> None:
+    class Stopped(Sandbox):
+        async def _ask(self, line: bytes) -> bytes:
+            return BEGUN + answer
+
+    with pytest.raises(PartError, match="too much time or memory"):
+        run(Stopped("", None).write(Plan(("start: answer", "answer: a0"), (ANY_OBJECT,))))
+
+
 def test_the_largest_schema_is_within_the_limits(demo: Kit) -> None:
     properties = {f"property number {n}": TEXT | {"description": "x" * 100} for n in range(1000)}
     assert run(Grammars(demo.tokenizer).of(strict({"type": "object", "properties": properties})))
@@ -131,6 +137,21 @@ def test_a_process_that_was_killed_is_replaced(demo: Kit) -> None:
     run(main())
 
 
+def test_a_process_that_is_replaced_leaves_no_descriptor_behind(demo: Kit) -> None:
+    async def main() -> None:
+        sandbox = Sandbox(demo.tokenizer.backend_tokenizer.to_str(), None)
+        sandbox.start()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert sandbox._process is not None
+            sandbox._process.kill()
+            sandbox._process.wait()
+            sandbox.start()
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+    run(main())
+
+
 def test_where_no_process_can_be_started_a_schema_is_not_called_wrong(
     demo: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,10 +165,10 @@ def test_where_no_process_can_be_started_a_schema_is_not_called_wrong(
 
 
 def test_processes_end_with_what_they_are_for(demo: Kit) -> None:
-    before = {child.pid for child in children_of(os.getpid())}
+    before = {child.pid for child in psutil.Process().children()}
     grammars = Grammars(demo.tokenizer)
     run(grammars.of(strict({"const": 1})))
-    [started] = [child for child in children_of(os.getpid()) if child.pid not in before]
+    [started] = [child for child in psutil.Process().children() if child.pid not in before]  # a trial is its child
     del grammars
     assert not started.is_running()
 

@@ -8,9 +8,11 @@ from typing import Any
 import orjson
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batching.packed.engine import PackedEngine
-from server.grammar.pattern import Kind, Pattern, written
+from server.grammar.pattern import LITERAL, Kind, Pattern, written
 from server.grammar.source import Part
 from server.http.errors import ApiError
 from server.openai.constraints import MAX_OFFERED, MAX_TEXT
@@ -277,6 +279,11 @@ def test_what_cannot_be_compiled_is_refused_in_a_sentence(demo: Kit, name: str) 
     assert re.search(words, error.message), error.message
     assert (error.param, error.code) == (kind, "unsupported_schema")
     assert "secret" not in error.message
+
+
+@given(st.text('"\\a'))
+def test_the_search_for_strings_in_a_grammar_reads_each_quote_once(grammar: str) -> None:
+    assert '"' not in LITERAL.sub("", grammar), "a quote that is left would begin another search to the grammar's end"
 
 
 def test_a_regular_expression_is_escaped_where_it_is_not_yet() -> None:

@@ -22,7 +22,16 @@ from batching.events import (
     StateChanged,
     Stepped,
 )
-from server.observe.live import MOST_LISTENERS, MOST_WAITING, ROWS_KEPT, TICKS_KEPT, Listener, LiveFeed
+from server.observe.live import (
+    MOST_LISTENERS,
+    MOST_OF_A_CLIENT,
+    MOST_WAITING,
+    ROWS_KEPT,
+    TICKS_KEPT,
+    Listener,
+    LiveFeed,
+    TooManyListeners,
+)
 from tests.live import LOADING, PATIENCE, Live, eventually, live, scripted
 from tests.server.test_app import babble, error_of
 
@@ -133,7 +142,7 @@ def test_what_is_kept_is_bounded() -> None:
     feed = LiveFeed()
     for number in range(10 * ROWS_KEPT):
         feed(RowStarted(f"r{number}", 0.0, 0.0, 1))
-        feed(Stepped(0.0, 1, 1))
+        feed(Stepped(1, 1))
     history = feed.history()
     assert len(history["rows"]) == ROWS_KEPT
     assert history["rows"][-1]["started"].id == f"r{10 * ROWS_KEPT - 1}"
@@ -165,6 +174,22 @@ def test_there_are_only_so_many() -> None:
             stack.enter_context(listening(service))
         error_of(service.get("/internal/live"), 429, "too_many_listeners")
         assert service.chat().status_code == 200
+
+
+def test_one_client_leaves_places_for_the_others() -> None:
+    async def main() -> None:
+        feed = LiveFeed()
+        open_streams = [feed.listen("a") for _ in range(MOST_OF_A_CLIENT + 1)]
+        first = [await anext(stream, b"") for stream in open_streams]
+        assert [bool(frame) for frame in first] == [True] * MOST_OF_A_CLIENT + [False]
+        with pytest.raises(TooManyListeners):
+            feed.listen("a")
+        others = [feed.listen(client) for client in ("b", None)]
+        assert all([await anext(stream) for stream in others])
+        for stream in (*open_streams, *others):
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    run(main)
 
 
 def test_one_that_does_not_read_is_let_go_and_hurts_nobody() -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -17,7 +17,7 @@ from server.openai.requests import ChatRequest
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.hermes import QwenFormat
 from server.output.llama import TAG, LlamaFormat, LlamaParser
-from server.output.model_format import QWEN, format_of
+from server.output.model_format import QWEN, format_of, without_tools
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ShownCall, Turn
 from tests.live import QUESTION, Live, live
 from tests.llama import TEMPLATE, llama_tokenizer
@@ -409,3 +409,13 @@ def test_what_was_demanded_is_the_answer() -> None:
 
 def test_the_described_format_is_qwens() -> None:
     assert format_of("{{ messages }}", (), lambda text: (0,)).tools is QWEN
+
+
+def test_in_words_the_results_of_parallel_calls_are_one_turn_so_that_roles_alternate() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call | {"id": "a"}, call | {"id": "b"}]}
+    results = [{"role": "tool", "content": text, "tool_call_id": text} for text in ("a", "b")]
+    question = {"role": "user", "content": "?"}
+    turns = without_tools(cast("list[Turn]", [question, asked, *results, {"role": "assistant", "content": "!"}]), [])
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user", "assistant"]
+    assert [turns[2]["content"].count(f"<tool_response>\n{text}\n</tool_response>") for text in ("a", "b")] == [1, 1]

@@ -315,6 +315,12 @@ def test_any_request_gets_an_answer_of_the_document(
     law()
 
 
+@pytest.mark.parametrize("operation", [each for each in OPERATIONS if each.takes], ids=lambda each: each.path)
+def test_any_request_with_a_body_may_have_to_wait_for_others_of_its_key(operation: Operation) -> None:
+    responses = DOCUMENT["paths"][operation.path][operation.method]["responses"]
+    assert "Retry-After" in responses["429"]["headers"]
+
+
 @pytest.mark.parametrize("item", [{"role": "user"}, {"role": "user", "type": "message"}, {"type": "web_search_call"}])
 def test_an_item_that_is_taken_is_of_one_kind_in_the_document(item: dict[str, Any]) -> None:
     fields = {"input": [{"role": "user", "content": "Hi"}, item]}

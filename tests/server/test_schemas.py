@@ -1,7 +1,7 @@
 """Schemas as people and libraries write them: each is answered, and what it can be held to it is held to."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -391,11 +391,15 @@ def offered(parameters: Any) -> Schema:
         ("dict", "object"),
         ("list", "array"),
         ("List[str]", "array"),
+        ("Array<string>", "array"),
+        ("string[]", "array"),
+        ("int[2][3]", "array"),
         ("tuple", "array"),
         ("bool", "boolean"),
         ("None", "null"),
         ("date", "string"),
         (["str", "None"], ["string", "null"]),
+        (["string", "string[]"], ["string", "array"]),
         (["string", None], ["string", "null"]),
         (["int", "integer"], ["integer"]),
     ],
@@ -498,15 +502,37 @@ def test_an_error_names_the_field_that_its_schema_came_in(demo: Kit) -> None:
 def test_a_call_that_is_demanded_comes_before_the_format(
     demo: Kit, choice: str | None, takes_call: bool, takes_format: bool
 ) -> None:
-    chat = ChatRequest.model_validate(
-        {
-            "messages": [{"role": "user", "content": "Hi"}],
-            "tools": [{"type": "function", "function": {"name": "now"}}],
-            "tool_choice": choice,
-            "response_format": {"type": "json_object"},
-        }
+    grammar: Any = run(
+        grammar_of_chat(
+            demo,
+            tools=[{"type": "function", "function": {"name": "now"}}],
+            tool_choice=choice,
+            response_format={"type": "json_object"},
+        )
     )
-    service: Any = SimpleNamespace(grammars=demo.grammars, text=SimpleNamespace(format=SimpleNamespace(tools=QWEN)))
-    grammar: Any = run(grammar_of(service, chat, ToolNames(["now"], lambda name: True), ThoughtState.CLOSED, ""))
     assert demo.accepts(grammar, "{}".join(around("now"))) is takes_call
     assert demo.accepts(grammar, '{"a": 1}') is takes_format
+
+
+def grammar_of_chat(demo: Kit, **fields: Any) -> Coroutine[Any, Any, Any]:
+    chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}]} | fields)
+    service: Any = SimpleNamespace(grammars=demo.grammars, text=SimpleNamespace(format=SimpleNamespace(tools=QWEN)))
+    names = ToolNames([tool.function.name for tool in chat.offered], lambda name: True)
+    return grammar_of(service, chat, names, ThoughtState.CLOSED, "")
+
+
+def test_of_several_functions_only_the_named_one_is_called_and_once(demo: Kit) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("now", "then")]
+    choice = {"type": "function", "function": {"name": "then"}}
+    grammar: Any = run(grammar_of_chat(demo, tools=tools, tool_choice=choice))
+    now, then = ("{}".join(around(name)) for name in ("now", "then"))
+    assert [demo.accepts(grammar, text) for text in (then, now, f"{then}\n{then}")] == [True, False, False]
+
+
+def test_an_error_names_the_field_that_a_function_came_in(demo: Kit) -> None:
+    nothing = {"properties": {"a": {"enum": [1], "type": "null"}}, "required": ["a"]}
+    function = {"name": "f", "parameters": nothing}
+    newer = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    older = {"functions": [function], "function_call": {"name": "f"}}
+    assert refusal(grammar_of_chat(demo, **newer)).param == "tools"
+    assert refusal(grammar_of_chat(demo, **older)).param == "functions"

@@ -225,6 +225,16 @@ def test_tokens_of_bytes_and_of_words_stand_for_their_true_bytes(decoder: list[d
     assert [text.vocabulary.bytes_of(token) for token in text.encode("中")] == [b" ", b"\xe4", b"\xb8", b"\xad"]
 
 
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_tags_of_thoughts_and_calls_are_text_even_where_the_tokenizer_flags_them(byte_level: bool) -> None:
+    made = byte_tokenizer() if byte_level else with_byte_tokens(decoders.Sequence(SPACES["stripped"]))
+    made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<tool_call>", "<|end|>"]})
+    text = Text(made)
+    ids = text.encode("<think>a</think><|end|><tool_call>")
+    shown, all_of_it = (text.detokenizer(special=special).push(ids).replace(" ", "") for special in (False, True))
+    assert (shown, all_of_it) == ("<think>a</think><tool_call>", "<think>a</think><|end|><tool_call>")
+
+
 def test_what_looks_like_a_token_of_a_byte_and_is_none_stands_for_its_text() -> None:
     text = Text(with_byte_tokens(decoders.Fuse()))  # which leaves every piece as it is
     [*_, token] = text.encode("é")

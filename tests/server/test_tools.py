@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -289,6 +290,31 @@ def test_every_name_is_shown_as_one_that_the_format_carries_and_is_found_again(
     assert all(known.shown(name) == name for name in names if carries(name))
     made_up = "".join(shown) + "x"
     assert known.meant(made_up) == made_up
+
+
+def test_names_with_the_same_start_take_work_in_proportion_to_their_number() -> None:
+    def work(names: int) -> int:
+        return lines_in(lambda: ToolNames([f"[{'x' * 60}{n}" for n in range(names)], QwenFormat().carries))
+
+    assert work(400) <= 2.1 * work(200)
+
+
+def lines_in(function: Callable[[], object]) -> int:
+    """How many lines run while this one does, those of a loop each time."""
+    lines = 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return lines
 
 
 def test_a_name_is_the_same_in_definitions_calls_and_results() -> None:

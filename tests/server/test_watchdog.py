@@ -90,7 +90,7 @@ def watched(progress: Progress, lines: list[str]) -> Watched:
 def test_a_worker_without_work_is_not_stuck(progress: Progress, watched: Watched) -> None:
     assert watched.look(10 * watched.looks) == []
     progress(STARTED)
-    progress(BatchEnded(rows=1, running=0, duration=1.0, memory=0))
+    progress(BatchEnded(running=0, duration=1.0, memory=0))
     assert watched.look(10 * watched.looks) == []
 
 
@@ -104,9 +104,9 @@ def test_a_worker_with_work_that_makes_no_progress_is_stuck(progress: Progress, 
 @pytest.mark.parametrize(
     "sign",
     [
-        lambda progress: progress(Stepped(at=0.0, tokens=1, running=1)),
+        lambda progress: progress(Stepped(tokens=1, running=1)),
         lambda progress: progress(STARTED),
-        lambda progress: progress(PromptScored(at=0.0, tokens=256, running=1)),
+        lambda progress: progress(PromptScored(tokens=256, running=1)),
         lambda progress: progress.mark(),
     ],
     ids=["a step", "another batch", "a piece of a prompt", "a layer of a long prompt"],
@@ -127,7 +127,7 @@ def test_a_worker_whose_news_the_loop_cannot_take_is_not_stuck(progress: Progres
     watched.look(watched.looks - 1)
     watched.loop.stands = True
     assert watched.look(watched.looks // 2) == []
-    progress(Stepped(at=0.0, tokens=1, running=1))
+    progress(Stepped(tokens=1, running=1))
     watched.loop.stands = False
     watched.loop.go_on()
     assert watched.look(watched.looks) == []

@@ -74,7 +74,8 @@ export async function* events(response) {
 			const frames = (rest + value).split("\n\n");
 			rest = frames.pop();
 			for (const frame of frames) {
-				const data = frame.replace(/^data: /, "");
+				if (!frame.startsWith("data: ")) continue; // a comment, which keeps the connection open
+				const data = frame.slice("data: ".length);
 				if (data === "[DONE]") return;
 				const event = JSON.parse(data);
 				if (event.error) throw new Refused(response.status, event.error.message);

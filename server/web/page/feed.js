@@ -10,7 +10,7 @@ let offset = Infinity; // from the server's clock to this page's, in seconds
 export const here = () => performance.now() / 1000;
 export const toHere = (at) => at + offset;
 
-// `listener` gets every message, the history first. Returns what ends it.
+// `listener` gets every message, the history first, and says in words why there are none for a while (`lost`). Returns what ends it.
 export function listen(listener) {
 	listeners.add(listener);
 	if (connection) connection.abort(); // so that this one gets the history too
@@ -24,14 +24,16 @@ export function listen(listener) {
 async function connect() {
 	const mine = (connection = new AbortController());
 	let locked = false;
+	let lost = "Server unreachable, retrying.";
 	try {
 		const response = await ask("internal/live", { signal: mine.signal, quiet: true });
 		for await (const message of events(response)) tell(message);
 	} catch (error) {
 		locked = error instanceof Refused && error.status === 401;
+		if (error instanceof Refused) lost = error.message;
 	}
 	if (mine.signal.aborted) return;
-	for (const listener of listeners) listener({ lost: true });
+	for (const listener of listeners) listener({ lost });
 	refresh();
 	if (!locked) setTimeout(() => mine === connection && listeners.size && connect(), 2000);
 }

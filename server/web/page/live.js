@@ -103,7 +103,7 @@ export function look(seen) {
 }
 
 function hear(message) {
-	if (message.lost) return note("live-note", "Server unreachable, retrying.");
+	if (message.lost) return note("live-note", message.lost);
 	if (message.ticks) begin(message);
 	if (message.tick) add(message.tick);
 	if (message.ended) ended = [message, ...ended].slice(0, ROWS);
