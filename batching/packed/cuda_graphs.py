@@ -117,9 +117,10 @@ class GraphCapture:
         self._kv_cache = kv_cache
         self._state = state
         self._memory_pool = torch.cuda.graph_pool_handle()
-        # One of each, because cuBLAS keeps memory for every stream.
+        # One of each, because cuBLAS keeps memory for every stream. Decode attention, which waits for memory, runs
+        # beside prefill attention, which waits for the matrix units.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._first = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         self._num_slots = len(state.int_params) - 1
         slots = torch.full((self._num_slots,), self._num_slots, dtype=torch.int32, device=kv_cache.device)
         logits = torch.zeros(max_tokens, state.counts.shape[1], dtype=kv_cache.dtype, device=kv_cache.device)
@@ -184,7 +185,7 @@ class GraphCapture:
             inputs.num_blocks.int(), inputs.cu_seqlens_q.int(), inputs.block_slots.int(), inputs.seq_lens.int(),
             self._state.block_tables,
         )  # fmt: skip
-        attend = MixedAttention(prefills, decodes, self._first)
+        attend = MixedAttention(prefills, decodes, self._beside)
         return self._logits(*places, attend, inputs.last_tokens if wanted is None else wanted)
 
     def _logits(self, ids: Tensor, positions: Tensor, kv_slots: Tensor, attend: Attend, keep: int | Tensor) -> Tensor:

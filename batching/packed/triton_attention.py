@@ -388,21 +388,19 @@ class DecodeAttention:
 
 @dataclass(frozen=True, slots=True)
 class MixedAttention:
-    """`Attend` for a pass in which sequences decode, whose tokens come first, and prompts are computed.
-
-    `prefills` run on the stream `first`, of high priority: what they leave free as they end, `decodes` take.
-    """
+    """`Attend` for a pass in which sequences decode, whose tokens come first, and prompts are computed, side by side:
+    `decodes` on the stream `beside`."""
 
     prefills: PrefillAttention
     decodes: DecodeAttention
-    first: torch.cuda.Stream
+    beside: torch.cuda.Stream
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
         out = torch.empty_like(q)
         here = torch.cuda.current_stream()
-        self.first.wait_stream(here)
-        with torch.cuda.stream(self.first):
-            self.prefills(q, k_cache, v_cache, scale, out)
-        self.decodes(q, k_cache, v_cache, scale, out)
-        here.wait_stream(self.first)
+        self.beside.wait_stream(here)
+        with torch.cuda.stream(self.beside):
+            self.decodes(q, k_cache, v_cache, scale, out)
+        self.prefills(q, k_cache, v_cache, scale, out)
+        here.wait_stream(self.beside)
         return out
