@@ -1,9 +1,11 @@
 """`python -m tests.fuzz TARGET --cpu-seconds 600`: coverage-guided fuzzing (atheris, which is libFuzzer) of one target.
 
 New inputs are kept in `out/fuzz/TARGET`, between runs too; one that breaks the law is written beside them as crash-*.
+So is one that takes longer than a callback on the event loop may.
 """
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -17,6 +19,8 @@ OUT = HERE.parents[1] / "out" / "fuzz"
 with atheris.instrument_imports(include=["server"]):
     from tests.fuzz.targets import TARGETS
 
+from tests.loop_guard import LIMIT_SECONDS  # noqa: E402
+
 
 class Bounded:
     """Runs a target until so much CPU time is spent, then tells how often it ran and ends the process."""
@@ -29,7 +33,10 @@ class Bounded:
 
     def __call__(self, data: bytes) -> None:
         self._runs += 1
+        started = time.thread_time()
         self._target(data)
+        if (took := time.thread_time() - started) > LIMIT_SECONDS:
+            raise TimeoutError(f"{took * 1000:.0f} ms")
         if (spent := time.process_time()) > self._limit:
             print(f"{self._name}: {self._runs} executions in {spent:.0f} CPU seconds, no failure", flush=True)
             os._exit(0)
@@ -40,6 +47,7 @@ def main() -> None:
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--cpu-seconds", type=float, default=60.0)
     options = parser.parse_args()
+    gc.freeze()  # what is loaded by now would be gone through again and again
     kept = OUT / options.target
     kept.mkdir(parents=True, exist_ok=True)
     flags = [

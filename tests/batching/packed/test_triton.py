@@ -152,8 +152,9 @@ def test_rotate_and_store(kv_heads: int, group: int, size: int, normed: bool) ->
         assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("partial_blocks", [1, 8])  # two programs for each head, or one for each block
-@pytest.mark.parametrize(("group", "size"), [(3, 16), (1, 24)])
+@pytest.mark.parametrize(  # two programs for each head, or one for each block
+    ("group", "size", "partial_blocks"), [(3, 16, 1), (1, 24, 8)]
+)
 def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(
     group: int, size: int, partial_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,9 +179,10 @@ def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(
     assert (out[:3] == 1).all(), "what decodes beside them is not theirs"
 
 
-@pytest.mark.parametrize("more", [0, 4])
-@pytest.mark.parametrize("min_split", [10, 64, 1000])
-@pytest.mark.parametrize("beside", [None, 3, 32])  # a program for each, or in a mixed pass, three, or enough
+@pytest.mark.parametrize(
+    ("min_split", "more", "beside"),  # beside: how many have programs of their own; None: all
+    [(10, 0, None), (64, 4, None), (1000, 0, None), (10, 4, 3), (64, 0, 32), (1000, 4, 1)],
+)
 def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(
     min_split: int, more: int, beside: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
