@@ -1,7 +1,7 @@
 """`python -m tests.fuzz TARGET --cpu-seconds 600`: coverage-guided fuzzing (atheris, which is libFuzzer) of one target.
 
 New inputs are kept in `out/fuzz/TARGET`, between runs too; one that breaks the law is written beside them as crash-*.
-So is one that takes longer than a callback on the event loop may, where that is where it is read.
+So is one that takes longer than a callback on the event loop may, where it is read there.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from tests.loop_guard import LIMIT_SECONDS  # noqa: E402
 ELSEWHERE = {"pattern", "schema"}
 """Targets that compile grammars, which the service does in another process."""
 
+TRACED = 15
+"""Times as long that code takes while the fuzzer follows its branches and comparisons: 11 for a call to a tool."""
+
 
 class Bounded:
     """Runs a target until so much CPU time is spent, then tells how often it ran and ends the process."""
@@ -33,18 +36,24 @@ class Bounded:
         self._name = name
         self._target = TARGETS[name]
         self._limit = cpu_seconds
-        self._longest = math.inf if name in ELSEWHERE else LIMIT_SECONDS
+        self._longest = math.inf if name in ELSEWHERE else TRACED * LIMIT_SECONDS
         self._runs = 0
 
     def __call__(self, data: bytes) -> None:
         self._runs += 1
-        started = time.thread_time()
-        self._target(data)
-        if (took := time.thread_time() - started) > self._longest:
-            raise TimeoutError(f"{took * 1000:.0f} ms")
+        # Once may be slow because of what is new to the fuzzer or of Python's collector.
+        if self._seconds(data) > self._longest:
+            took = min(self._seconds(data) for _ in range(3))
+            if took > self._longest:
+                raise TimeoutError(f"{took * 1000:.0f} ms")
         if (spent := time.process_time()) > self._limit:
             print(f"{self._name}: {self._runs} executions in {spent:.0f} CPU seconds, no failure", flush=True)
             os._exit(0)
+
+    def _seconds(self, data: bytes) -> float:
+        started = time.thread_time()
+        self._target(data)
+        return time.thread_time() - started
 
 
 def main() -> None:
