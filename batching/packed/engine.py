@@ -168,6 +168,7 @@ class PackedEngine:
 
     @torch.inference_mode()
     def _bytes_of_passes(self, num_slots: int) -> int:
+        """What the largest pass takes. Compiles the kernels first, all at once."""
         runner = self._cuda_runner(num_slots, 1)
         self._compile_kernels(runner)
         runner.profile_run(64)  # first calls load kernels, which stay and must not count
