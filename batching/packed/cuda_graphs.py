@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 from batching.packed import triton_sampling
 from batching.packed.attention import Attend, AttentionMetadata
 from batching.packed.sampling_state import SamplingState
-from batching.packed.triton_attention import QUERY_BLOCK, DecodeAttention, MixedAttention, PrefillAttention
+from batching.packed.triton_attention import (
+    BLOCK_COLUMNS,
+    QUERY_BLOCK,
+    DecodeAttention,
+    MixedAttention,
+    PrefillAttention,
+)
 
 Graph = torch.cuda.CUDAGraph
 
@@ -46,12 +52,13 @@ class PassInputs:
 
     def __init__(self, tokens: int, num_slots: int, device: torch.device | str) -> None:
         blocks = num_slots + tokens // QUERY_BLOCK
-        sizes = [tokens, tokens, tokens, 1, blocks + 1, blocks, blocks, num_slots, num_slots, 1]
+        sizes = [tokens, tokens, tokens, 1, blocks * BLOCK_COLUMNS.value, num_slots, num_slots, 1]
         self.all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         # By token; those of sequences that decode come first, and are written on the device.
         self.ids, self.positions, self.kv_slots, *rest = torch.split(self.all, sizes)
         # By block of at most QUERY_BLOCK tokens of a prompt, as `PrefillAttention` has them.
-        self.num_blocks, self.cu_seqlens_q, self.block_slots, self.seq_lens, *rest = rest
+        self.num_blocks, columns, *rest = rest
+        self.blocks = columns.view(blocks, BLOCK_COLUMNS.value)
         # By sequence that gets a token, those that decode first: the index of its last token, and its sequence slot;
         # how many decode.
         self.last_tokens, self.slots, self.num_decodes = rest
@@ -181,10 +188,7 @@ class GraphCapture:
         decodes = decodes or self._mixed_decode_attention(inputs)
         places = inputs.ids, inputs.positions, inputs.kv_slots
         self._place_decodes(decodes, inputs.num_decodes, *places)
-        prefills = PrefillAttention(
-            inputs.num_blocks.int(), inputs.cu_seqlens_q.int(), inputs.block_slots.int(), inputs.seq_lens.int(),
-            self._state.block_tables,
-        )  # fmt: skip
+        prefills = PrefillAttention(inputs.num_blocks.int(), inputs.blocks.int(), self._state.block_tables)
         attend = MixedAttention(prefills, decodes, self._beside)
         return self._logits(*places, attend, inputs.last_tokens if wanted is None else wanted)
 

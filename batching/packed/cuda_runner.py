@@ -289,11 +289,10 @@ def fill(
         inputs.kv_slots[here] = chunk.kv_slots()[past:]
     inputs.kv_slots[end:] = spare_kv_slot
     blocks = [(block, sequence.slot) for sequence, chunk in chunks for block in chunk.split(QUERY_BLOCK)]
+    starts = accumulate((block.num_tokens for block, _ in blocks), initial=first)
+    columns = [(b.seq_len, start, b.num_tokens, slot) for (b, slot), start in zip(blocks, starts, strict=False)]
     inputs.num_blocks[0] = len(blocks)
-    cu_seqlens_q = list(accumulate((block.num_tokens for block, _ in blocks), initial=first))
-    inputs.cu_seqlens_q[: len(cu_seqlens_q)] = torch.tensor(cu_seqlens_q)
-    inputs.block_slots[: len(blocks)] = torch.tensor([slot for _, slot in blocks])
-    inputs.seq_lens[: len(blocks)] = torch.tensor([block.seq_len for block, _ in blocks])
+    inputs.blocks[: len(blocks)] = torch.tensor(sorted(columns, reverse=True))
     ends = accumulate((chunk.num_tokens for _, chunk in chunks), initial=first)
     next(ends)
     sampled = [(index, sequence.slot) for index, sequence in enumerate(decoding)]

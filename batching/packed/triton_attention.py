@@ -33,6 +33,10 @@ DECODE_KEY_BLOCK = 32
 PAGE = tl.constexpr(BLOCK_SIZE)
 """KV slots in a block of the KV cache."""
 
+SEQ_LEN, FIRST, COUNT, SLOT, BLOCK_COLUMNS = (tl.constexpr(column) for column in range(5))
+"""Columns of a block of queries: how many keys its last query sees, where in the pass its queries begin, how many there
+are, and the row of the block tables that their sequence has."""
+
 MAX, SUM, NUM_STATS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Columns of a split's softmax statistics: the largest score, and the sum of weights relative to it."""
 
@@ -54,22 +58,18 @@ def _online_softmax(scores, values, highest, weight_sum, value_sums):
 
 @triton.jit
 def _prefill_kernel(
-    q, k_blocks, v_blocks, out, num_blocks, cu_seqlens_q, slots, seq_lens, block_tables, max_blocks, kv_blocks, scale,
+    q, k_blocks, v_blocks, out, num_blocks, blocks, block_tables, max_blocks, kv_blocks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program: a block's queries of one head, and of more blocks where there are few programs. The last blocks go
-    # first: they have the most keys to read.
+    # One program: a block's queries of one head, and of more blocks where there are few programs.
     head = tl.program_id(0)
-    blocks = tl.load(num_blocks).to(tl.int32)
-    for turn in range(tl.program_id(1), blocks, tl.num_programs(1)):
-        block = blocks - 1 - turn
-        first = tl.load(cu_seqlens_q + block)
-        count = tl.load(cu_seqlens_q + block + 1) - first
-        table = block_tables + tl.load(slots + block).to(tl.int64) * max_blocks
+    for block in range(tl.program_id(1), tl.load(num_blocks).to(tl.int32), tl.num_programs(1)):
+        mine = blocks + block * BLOCK_COLUMNS
+        table = block_tables + tl.load(mine + SLOT).to(tl.int64) * max_blocks
         _attend_block(
-            q, k_blocks, v_blocks, out, first, count, tl.load(seq_lens + block), table, (head // GROUP) * kv_blocks,
-            head, scale * LOG2_E, HEADS, SIZE, BLOCK, QUERY_BLOCK, KEY_BLOCK,
+            q, k_blocks, v_blocks, out, tl.load(mine + FIRST), tl.load(mine + COUNT), tl.load(mine + SEQ_LEN), table,
+            (head // GROUP) * kv_blocks, head, scale * LOG2_E, HEADS, SIZE, BLOCK, QUERY_BLOCK, KEY_BLOCK,
         )  # fmt: skip
 
 
@@ -112,15 +112,13 @@ def _attend_block(
 class PrefillAttention:
     """`Attend` for prefill chunks, cut into blocks of at most `QUERY_BLOCK` queries, all in one call.
 
-    `num_blocks` [1], `cu_seqlens_q` [blocks + 1], `slots` and `seq_lens` [blocks], int32 on the device and read at each
-    call: how many blocks there are, where each block's queries begin in the pass, the row of `block_tables` [slots,
-    blocks of the KV cache, int64] that its sequence has, and how many keys its last query sees.
+    `num_blocks` [1] and `blocks` [most, BLOCK_COLUMNS], int32 on the device, are read at each call: how many blocks
+    there are, and each one's columns. They are computed in this order, so those with the most keys should come first:
+    a long one that begins last keeps the device waiting. `block_tables` is [slots, blocks of the KV cache, int64].
     """
 
     num_blocks: Tensor
-    cu_seqlens_q: Tensor
-    slots: Tensor
-    seq_lens: Tensor
+    blocks: Tensor
     block_tables: Tensor
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -132,9 +130,9 @@ class PrefillAttention:
         k_blocks, v_blocks = (
             TensorDescriptor.from_tensor(cache.flatten(0, 1), [KEY_BLOCK, block]) for cache in (k_cache, v_cache)
         )
-        _prefill_kernel[(heads, min(len(self.slots), len(q) // QUERY_BLOCK + PARTIAL_BLOCKS))](
-            q, k_blocks, v_blocks, out, self.num_blocks, self.cu_seqlens_q, self.slots, self.seq_lens,
-            self.block_tables, self.block_tables.shape[1], k_cache.shape[1] // KEY_BLOCK, scale,
+        _prefill_kernel[(heads, min(len(self.blocks), len(q) // QUERY_BLOCK + PARTIAL_BLOCKS))](
+            q, k_blocks, v_blocks, out, self.num_blocks, self.blocks, self.block_tables, self.block_tables.shape[1],
+            k_cache.shape[1] // KEY_BLOCK, scale,
             HEADS=heads, GROUP=heads // k_cache.shape[0], SIZE=size, BLOCK=block,
             QUERY_BLOCK=QUERY_BLOCK, KEY_BLOCK=KEY_BLOCK, num_warps=4, num_stages=_stages(q),
         )  # fmt: skip

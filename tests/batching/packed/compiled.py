@@ -43,10 +43,10 @@ class Case:
 
 
 def attention(stages: int) -> Iterator[Case]:
-    places = {"q": HALF, "out": HALF, "slots": WHOLE, "seq_lens": WHOLE, "block_tables": LONG, "max_blocks": "i32"}
-    places |= {"scale": "fp32"}
+    places = {"q": HALF, "out": HALF, "block_tables": LONG, "max_blocks": "i32", "scale": "fp32"}
     decode = places | {"k_cache": HALF, "v_cache": HALF, "head_stride": "i32", "min_split": "i32"}
-    decode |= {"partial": SINGLE, "stats": SINGLE, "arrived": WHOLE, "num_drafted": WHOLE}
+    decode |= dict.fromkeys(("slots", "seq_lens", "num_drafted", "arrived"), WHOLE)
+    decode |= {"partial": SINGLE, "stats": SINGLE}
     for size, block in ((128, 128), (96, 128)):
         shape = {
             "HEADS": 32,
@@ -58,7 +58,7 @@ def attention(stages: int) -> Iterator[Case]:
         }
         options = {"num_warps": 4, "num_stages": stages}
         blocks = dict.fromkeys(("k_blocks", "v_blocks"), f"tensordesc<bf16[{triton_attention.KEY_BLOCK},{block}]>")
-        prefill = places | blocks | {"num_blocks": WHOLE, "cu_seqlens_q": WHOLE, "kv_blocks": "i32"}
+        prefill = places | blocks | {"num_blocks": WHOLE, "blocks": WHOLE, "kv_blocks": "i32"}
         yield Case(triton_attention._prefill_kernel, prefill, shape, (), options)
         heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "BLOCK": block}
         splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "SPLITS": 16, "MERGE_BLOCK": 16}

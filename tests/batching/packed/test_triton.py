@@ -163,15 +163,12 @@ def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(
     v_cache[:, 2 * BLOCK_SIZE : 3 * BLOCK_SIZE] = float("nan")  # another row's, whose model went wrong
     tables = [[5, 1, 0], [0, 3, 0], [4, 0, 0]]
     chunks = [Chunk(tables[0], 0, 64), Chunk(tables[0], 64, 41), Chunk(tables[1], 70, 10), Chunk(tables[2], 0, 1)]
-    num_blocks, cu_seqlens_q, slots, seq_lens = (
-        torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
-        for numbers in ([4], [3, 67, 108, 118, 119, -1, -1], [0, 0, 1, 2, -1, -1], [64, 105, 80, 1, -1, -1])
-    )
+    unused = [-1] * 4
+    columns = [[105, 67, 41, 0], [80, 108, 10, 1], [64, 3, 64, 0], [1, 118, 1, 2], unused, unused]
+    num_blocks, blocks = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([4], columns))
     q = noise(119, kv_heads * group, size)
     monkeypatch.setattr(triton_attention, "PARTIAL_BLOCKS", partial_blocks)
-    attend = triton_attention.PrefillAttention(
-        num_blocks, cu_seqlens_q, slots, seq_lens, torch.tensor(tables, device=DEVICE)
-    )
+    attend = triton_attention.PrefillAttention(num_blocks, blocks, torch.tensor(tables, device=DEVICE))
     out = torch.ones_like(q)
     attend(q, k_cache, v_cache, size**-0.5, out)
     wanted = TorchAttention(chunks)(q[3:], k_cache, v_cache, size**-0.5)
