@@ -189,7 +189,8 @@ def _decode_kernel(
     MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     # One program: one sequence, the query heads of one KV head, one split of the keys. COUNTED: `num_sequences` says
-    # how many sequences there are, and programs may have to take more than one.
+    # how many sequences there are, and programs may have to take more than one. Not else: a loop, even of one turn,
+    # costs a step of a single sequence a tenth of its attention.
     if COUNTED:
         for sequence in range(tl.program_id(0), tl.load(num_sequences).to(tl.int32), tl.num_programs(0)):
             _attend_split(
