@@ -114,7 +114,7 @@ class Stream:
     @property
     def has_news(self) -> bool:
         """Whether there is a delta to take, or the row is over."""
-        return bool(self._tokens or self._prompt_logprobs) or self.over
+        return bool(self._tokens or self._prompt_logprobs or self._finish)
 
     def take(self) -> Delta | None:
         """All tokens that came since the last time; None once the row is over and all were taken.
@@ -236,11 +236,13 @@ class Stream:
 
 async def with_deltas(streams: Collection[Stream]) -> list[Stream]:
     """Those of `streams` that have a delta to take or are over, as soon as one is."""
-    if any(stream._prompt_logprobs for stream in streams):
-        await asyncio.sleep(0)  # many pieces may be there already, and each takes the reader milliseconds
     while not (found := [stream for stream in streams if stream.has_news]):
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for stream in streams:
             stream._waiter = waiter
         await waiter
+    for stream in found:
+        if stream._prompt_logprobs:
+            await asyncio.sleep(0)  # many pieces may be there already, and each takes the reader milliseconds
+            break
     return found

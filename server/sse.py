@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from starlette.types import Message, Send
+from starlette.types import Send
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -19,8 +19,8 @@ def event(json: bytes) -> bytes:
 
 
 class Pinged:
-    """Sends a stream's ASGI messages and a comment after every `patience` seconds of silence, so that proxies keep the
-    stream open."""
+    """Sends a stream's frames and a comment after every `patience` seconds of silence, so that proxies keep the stream
+    open."""
 
     def __init__(self, send: Send, patience: float) -> None:
         self._send = send
@@ -28,9 +28,9 @@ class Pinged:
         self._sent_at = time.monotonic()
         self._sending = False  # or waiting for the client to read
 
-    async def send(self, message: Message) -> None:
+    async def send(self, frames: bytes) -> None:
         self._sending = True
-        await self._send(message)
+        await self._send({"type": "http.response.body", "body": frames, "more_body": True})
         self._sending = False
         self._sent_at = time.monotonic()
 
@@ -41,4 +41,4 @@ class Pinged:
             if self._sending:
                 self._sent_at = time.monotonic()
             elif time.monotonic() >= self._sent_at + self._patience:
-                await self.send({"type": "http.response.body", "body": PING, "more_body": True})
+                await self.send(PING)

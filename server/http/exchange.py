@@ -250,12 +250,15 @@ class Exchange:
         return {"type": "http.request", "body": body, "more_body": not self.whole}
 
     async def _send_message(self, message: Message) -> None:
-        async with self._turn:
-            if message["type"] == "http.response.start":
-                if await self._has_room():
-                    self._start(message["status"], message.get("headers", []))
-            else:
-                await self._send_body(message.get("body", b""), more=message.get("more_body", False))
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if message["type"] == "http.response.start":
+            if await self._has_room():
+                self._start(message["status"], message.get("headers", []))
+        elif len(body) <= PIECE_BYTES and not (self._wire.full or self._lost or self._turn.locked()):
+            self._continue(body, more=more)  # nothing to wait for
+        else:
+            async with self._turn:
+                await self._send_body(body, more=more)
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         """In pieces, between which others have the event loop: transports copy what the kernel does not take."""

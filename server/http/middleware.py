@@ -48,13 +48,13 @@ class RequestId:
         request_id = wanted if REQUEST_ID.fullmatch(wanted) else secrets.token_hex(8)
         scope.setdefault("state", {})["caller"] = Caller(request_id, trace=trace_of(headers))
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 added = MutableHeaders(scope=message)
                 added["x-request-id"] = request_id
                 if ignored := scope["state"].get("ignored"):
                     added["x-ignored-fields"] = ignored
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
@@ -189,15 +189,15 @@ class AnswerBudget:
         self._unread: dict[Unread, None] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
-            size = len(message.get("body", b""))
-            if size > UNCOUNTED_BYTES:
-                with self._counting(scope["state"]["caller"].name, size):
-                    await send(message)
-            else:
+        async def counted(message: Message, size: int) -> None:
+            with self._counting(scope["state"]["caller"].name, size):
                 await send(message)
 
-        await self._app(scope, receive, counted)
+        def send_counted(message: Message) -> Awaitable[None]:
+            size = len(message.get("body", b""))
+            return counted(message, size) if size > UNCOUNTED_BYTES else send(message)
+
+        await self._app(scope, receive, send_counted)
 
     @contextmanager
     def _counting(self, client: str, size: int) -> Iterator[None]:

@@ -151,22 +151,23 @@ class EventReader:
         self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
         self._begun = conversation.begun[choice] if conversation.begun else None
         self._message = self._begun.reader if self._begun else reader(text, conversation)
+        self._thinks = self._message.thinking
 
     def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
         """Events and, if the answer has ended, its finish reason."""
-        thinking = self._message.thinking
         text, finish = self._answer.push(arrived)
         events = self._message.push(text)
         if self._begun:
             events[:0] = self._begun.take()
-        if thinking:
+        if self._thinks:
+            self._thinks = self._message.thinking
             self._count(arrived.tokens)
         if finish:
             events += self._message.flush()
         if self._one_call and (end := end_of_first_call(events)) is not None:
             self._stream.stop()
             events, finish = events[:end], "stop"
-        return self._begun.rest(events) if self._begun else events, self._message.finish(finish)
+        return self._begun.rest(events) if self._begun else events, finish and self._message.finish(finish)
 
     @property
     def stop_reason(self) -> str | int | None:
@@ -180,7 +181,7 @@ class EventReader:
 
     def _count(self, tokens: tuple[int, ...]) -> None:
         """One step's tokens can hold both the end of a thought and what follows it."""
-        if self._message.thinking:
+        if self._thinks:
             self._thinking_tokens += len(tokens)
             self._recent = (self._recent + tokens)[-len(self._end_of_thought) :]
             return

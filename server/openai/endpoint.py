@@ -282,19 +282,11 @@ class AnswerResponse(StreamingResponse):
     def __init__(
         self, answer: Answer, first: asyncio.Future[bytes], rest: AsyncIterator[bytes], patience: float
     ) -> None:
-        super().__init__(self._frames(first, rest), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+        super().__init__(rest, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
         self._answer = answer
         self._first = first
+        self._rest = rest
         self._patience = patience
-
-    async def _frames(self, first: asyncio.Future[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Sends an error after the status line as the last frame."""
-        try:
-            yield await first
-            async for frames in rest:
-                yield frames
-        except BatchingError as error:
-            yield self._answer.failed(from_batching(error))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -304,12 +296,19 @@ class AnswerResponse(StreamingResponse):
             self._answer.cancel()
 
     async def stream_response(self, send: Send) -> None:
+        """Sends an error after the status line as the last frame."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         pinged = sse.Pinged(send, self._patience)
         pings = asyncio.create_task(pinged.ping())
         try:
-            await super().stream_response(pinged.send)
+            await pinged.send(await self._first)
+            async for frames in self._rest:
+                await pinged.send(frames)
+        except BatchingError as error:
+            await pinged.send(self._answer.failed(from_batching(error)))
         finally:
             pings.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def json_response(content: bytes) -> Response:

@@ -34,14 +34,15 @@ class EncodedLists(Generic[Piece]):
     """The lists of a whole answer's `logprobs`, encoded as they grow, because they can reach megabytes."""
 
     def __init__(self) -> None:
-        self._lists: dict[str, list[bytes]] = {}
+        self._lists: dict[str, list[bytes]] = {}  # each part of a list, and what separates it from the next
         self._rest: dict[str, object] = {}
 
     def add(self, piece: Piece | None) -> None:
         """Append the lists of the next `chat_logprobs` or `CompletionLogprobs.push`, none of which is empty."""
         for key, value in piece.items() if piece else ():
             if isinstance(value, list):
-                self._lists.setdefault(key, []).append(orjson.dumps(value)[1:-1])
+                parts = self._lists.setdefault(key, [])
+                parts += [b"," if parts else b"[", orjson.dumps(value)[1:-1]]
             else:
                 self._rest[key] = value
 
@@ -49,7 +50,7 @@ class EncodedLists(Generic[Piece]):
         """Everything as one piece for orjson; its lists are already JSON. None if nothing was added."""
         if not self._lists:
             return None
-        lists = {key: orjson.Fragment(b"[" + b",".join(parts) + b"]") for key, parts in self._lists.items()}
+        lists = {key: orjson.Fragment(b"".join([*parts, b"]"])) for key, parts in self._lists.items()}
         return cast(Piece, lists | self._rest)
 
 

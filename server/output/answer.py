@@ -60,13 +60,15 @@ class AnswerReader:
 
     def push(self, arrived: Delta) -> tuple[str, Ending | None]:
         """The text that these tokens complete, possibly empty, and the answer's ending if it has ended."""
-        text, stopped = self._scanner.push(self._detokenizer.push(_visible(arrived)))
+        tokens = arrived.tokens if arrived.finish is None else _visible(arrived)
+        text, stopped = self._scanner.push(self._detokenizer.push(tokens))
         if stopped:
             self.stop_reason = self._scanner.found
             self._stream.stop()
             return text, "stop"
-        if arrived.finish is not None:
-            text += self._scanner.flush()
+        if arrived.finish is None:
+            return text, None
+        text += self._scanner.flush()
         if arrived.finish is Finish.STOP and arrived.tokens[-1] in self._stop_tokens:
             self.stop_reason = arrived.tokens[-1]
         return text, ENDINGS.get(arrived.finish)

@@ -75,7 +75,7 @@ class Detokenizer:
     def __init__(self, vocabulary: Vocabulary, *, special: bool = False, after: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
         self._hidden = frozenset[int]() if special else vocabulary.special
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = b""  # of an unfinished character
         self._last = [] if vocabulary.byte_level else self._end_of(after)
         self._stream = DecodeStream(self._last, skip_special_tokens=False)
         self._held: list[int] = []
@@ -90,9 +90,12 @@ class Detokenizer:
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes empty."""
         visible = [token for token in tokens if token not in self._hidden]
-        if self._vocabulary.byte_level:
-            return self._bytes.decode(b"".join(map(self._vocabulary.bytes_of, visible)))
-        return "".join(map(self._step, visible))
+        if not self._vocabulary.byte_level:
+            return "".join(map(self._step, visible))
+        data = b"".join([self._rest, *map(self._vocabulary.bytes_of, visible)])
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[used:]
+        return text
 
     def _step(self, token: int) -> str:
         """For vocabularies where a token's text depends on its neighbours."""

@@ -112,10 +112,10 @@ def fold(events: Iterable[Event]) -> replies.ChatMessage:
 def delta(event: Event) -> replies.Delta | None:
     """The delta of an event in a streamed chunk; None for events that are not shown."""
     match event:
-        case Reasoning():
-            return {"reasoning_content": event.text}
         case Content():
             return {"content": event.text}
+        case Reasoning():
+            return {"reasoning_content": event.text}
         case CallStarted():
             return {"tool_calls": [_call(event, "")]}
         case CallArguments():

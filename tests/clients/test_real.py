@@ -4,7 +4,6 @@ import threading
 from itertools import count
 
 import pytest
-from starlette.types import Message
 
 from batching.events import Rejected
 from server.sse import PING, Pinged
@@ -41,9 +40,9 @@ def test_a_client_reads_over_the_comments_of_a_stream_that_is_silent_for_long(
     client.needed()
     send, pinged, pings = Pinged.send, threading.Event(), count()
 
-    async def noting(stream: Pinged, message: Message) -> None:
-        await send(stream, message)
-        if message.get("body") == PING:
+    async def noting(stream: Pinged, frames: bytes) -> None:
+        await send(stream, frames)
+        if frames == PING:
             next(pings)
             pinged.set()
 
