@@ -111,8 +111,7 @@ class Batcher:
             raise NotReady(self.state)
         if not self._queue.has_room(requests):
             self._refuse_full()
-        ahead, at_once = self._queue.ahead_of(requests[0]), self._at_once(requests)
-        if late := seconds_late(requests, ahead, len(self._running), at_once, self._rate, joins=self._info.joins):
+        if (ahead := self._queue.ahead_of(requests[0])) and (late := self._seconds_late(requests, ahead)):
             self._observe(Rejected("too_busy"))
             raise TooBusy(min(60.0, max(1.0, late)))
         streams = [Stream(request, self._row_ended) for request in requests]
@@ -222,6 +221,10 @@ class Batcher:
             prompt_tokens=sum(len(row.request.prompt) for row in rows),
             queue_waits=tuple(now - row.arrived for row in rows),
         )
+
+    def _seconds_late(self, requests: Sequence[Request], ahead: int) -> float:
+        at_once = self._at_once(requests)
+        return seconds_late(requests, ahead, len(self._running), at_once, self._rate, joins=self._info.joins)
 
     def _at_once(self, requests: Sequence[Request]) -> int:
         """How many of the waiting rows and these might be served together, in the running batch if rows can join it."""

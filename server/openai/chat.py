@@ -103,9 +103,10 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
         opens_answer=chat.add_generation_prompt is not False,
         continued=prefill.field if prefill else None,
     )
-    thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
+    tokens = text.encode(rendered)
     prediction = text.encode(chat.prediction.text) if chat.prediction else ()
-    conversation = Conversation(chat, text.encode(rendered), thought, names, prediction)
+    thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
+    conversation = Conversation(chat, tokens, thought, names, prediction)
     if prefill is None:
         return conversation
     new_reader, echo = partial(reader, text, conversation), bool(chat.echo)

@@ -217,9 +217,9 @@ def render(
 
     Raises `ApiError` 400.
     """
-    turns = [text.as_text(names.in_turn(message.for_template())) for message in messages]
-    tools = text.as_data([names.in_tool(tool.for_template()) for tool in offered])
-    turns, options = text.format.conversation(turns, tools)
+    shown = [names.in_turn(message.for_template()) for message in messages]
+    tools = [names.in_tool(tool.for_template()) for tool in offered]
+    turns, options = text.format.conversation(text.as_text(shown), text.as_data(tools))
     try:
         return text.render(
             turns,

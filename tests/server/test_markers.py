@@ -13,10 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import server.model.markers
+import server.model.text
 from batching.types import Request
-from server.model.markers import BREAK, Markers
-from server.model.text import Text
+from server.model.text import BREAK, Markers, Text
 from server.openai.messages import Message, names_in, render
 from server.openai.tools import Tool
 from server.output.model_format import PART_TAGS, tokens_of_turns
@@ -259,7 +258,7 @@ def test_no_marker_is_left_whatever_follows_and_nothing_else_is_changed(
 ) -> None:
     broken = Markers(markers).broken(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.model.markers, "PIECE", piece)
+        patch.setattr(server.model.text, "PIECE", piece)
         assert Markers(markers).broken(text) == broken
     assert broken.replace(BREAK, "") == text
     assert not any(marker in broken for marker in markers)
