@@ -26,7 +26,7 @@ from server.settings import parse
 from tests.live import BYTES, END, QUESTION, byte_tokenizer, tokens_of
 
 LETTERS = st.text("ab\n", max_size=20)
-STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4)
+STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4) | st.text("ab", min_size=5, max_size=15), max_size=4)
 CUTS = st.lists(st.integers(0, 20))
 
 
