@@ -171,7 +171,7 @@ async def serve(settings: Settings, loader: Loader, progress: Progress) -> int:
 
     config = uvicorn.Config(
         create_app(service, metrics, when_ready),
-        http=Connections(settings),  # type: ignore[arg-type]  # called like a class
+        http=Connections(settings, service.observe),  # type: ignore[arg-type]  # called like a class
         ws="none",
         log_config=None,
         access_log=False,

@@ -21,7 +21,6 @@ from server import replies
 from server.callers import load_keys
 from server.http.errors import ApiError, internal
 from server.http.middleware import (
-    BODIES_FULL,
     AnswerBudget,
     ApiKey,
     BodyBudget,
@@ -183,8 +182,8 @@ def _json(
 
 
 async def on_api_error(request: Request, error: ApiError) -> Response:
-    if error.status < 429 or error.code == BODIES_FULL:
-        request.app.state.service.observe(Rejected(error.code or "bad_request"))
+    if error.reason:
+        request.app.state.service.observe(Rejected(error.reason))
     if error.refusal:
         log_refusal(request.state.caller.request_id, request.scope["path"], error.status, error.code)
     return _error(request, error)

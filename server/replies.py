@@ -24,6 +24,16 @@ Seconds: TypeAlias = Annotated[int, Field(description="Seconds since 1970.")]
 Logprob: TypeAlias = Annotated[float, Field(description="Natural logarithm; -9999 stands for a probability of zero.")]
 
 
+BUSY = (
+    "tokenizer_busy",
+    "compiler_busy",
+    "too_many_listeners",
+    "service_bodies_full",
+    "service_connections_full",
+)
+"""Why requests are refused with a 429 or 503 above the batcher, which has reasons of its own."""
+
+
 class ErrorDetails(TypedDict):
     message: str
     """One sentence for humans."""

@@ -103,4 +103,4 @@ class Encoders:
                 return await to_thread.run_sync(work, limiter=self._threads)
         except Full:
             message = "Too many requests of this key are being processed; try again in a few seconds."
-            raise ApiError(429, message, "rate_limit_error", "queue_full", headers={"retry-after": "2"}) from None
+            raise ApiError(429, message, "rate_limit_error", "tokenizer_busy", headers={"retry-after": "2"}) from None

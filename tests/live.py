@@ -295,7 +295,7 @@ def live(
     service = Service(settings_of(**settings), loader, progress, [metrics, log_event, events.append])
     app = create_app(service, metrics, lambda model: metrics.model(model.info, model.settings, "0"))
     with contextlib.closing(listener("127.0.0.1", listen_on)) as bound:
-        http: Any = Connections(service.settings)
+        http: Any = Connections(service.settings, service.observe)
         config = uvicorn.Config(
             app, http=http, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5
         )

@@ -12,6 +12,7 @@ from functools import partial
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from batching.events import Observer, Rejected
 from server.http.errors import ApiError
 from server.http.exchange import Exchange
 from server.observe.log import log_refusal
@@ -96,7 +97,8 @@ class Connections:
     those whose client is sending a body, longest sending first; `leaving` has those that linger.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, observe: Observer = lambda event: None) -> None:
+        self.observe = observe
         self.limit = settings.max_connections
         self.waiting: dict[Connection, None] = {}
         self.receiving: dict[Connection, None] = {}
@@ -284,6 +286,8 @@ class Connection(asyncio.BufferedProtocol):
     def refuse(self, error: ApiError) -> None:
         """Send the error for a malformed or oversized request, if still possible, and close."""
         log_refusal("-", "-", error.status, error.code)
+        if error.reason:
+            self._shared.observe(Rejected(error.reason))
         if (self.exchange or Exchange(self)).fail(error):
             self.leave()
         else:

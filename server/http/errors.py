@@ -23,7 +23,7 @@ from batching.errors import (
     QueueFull,
     TooBusy,
 )
-from server.replies import Error, ErrorDetails
+from server.replies import BUSY, Error, ErrorDetails
 
 RETRIED = re.compile(r"429|500|502|503|504|rate.?limit|server|time.?out|too many|retry|unavailable", re.IGNORECASE)
 
@@ -46,7 +46,15 @@ class ApiError(Exception):
     @property
     def refusal(self) -> bool:
         """Whether the request was refused before the queue. An accepted request is logged when its row ends."""
-        return self.status < 500 or (self.code or "").startswith("service_")
+        return self.status < 500 or self.code in BUSY or (self.code or "").startswith("service_")
+
+    @property
+    def reason(self) -> str | None:
+        """The reason to count a refusal by; None for an accepted request, and for what is counted where it is refused:
+        by the batcher, or while the model is not ready."""
+        if self.code in BUSY:
+            return self.code
+        return (self.code or "bad_request") if self.status < 500 and self.status != 429 else None
 
     def body(self) -> bytes:
         """The JSON body."""

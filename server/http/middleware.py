@@ -117,8 +117,6 @@ def secrets_in(headers: Mapping[bytes, bytes]) -> Iterator[bytes]:
         yield headers[b"x-api-key"].strip()
 
 
-BODIES_FULL = "service_bodies_full"
-
 UNCOUNTED_BYTES = 65_536
 """Bytes of each body that are not counted, so that ordinary requests are read whatever others send."""
 
@@ -143,7 +141,7 @@ class BodyBudget:
         """Raises `ApiError` 503 if less than that is left."""
         if self._taken + size > self._limit:
             message = "Too many large request bodies are in flight; try again in 1 s."
-            raise ApiError(503, message, "server_error", BODIES_FULL, headers={"retry-after": "1"})
+            raise ApiError(503, message, "server_error", "service_bodies_full", headers={"retry-after": "1"})
         self._taken += size
 
 

@@ -1,10 +1,12 @@
 """Laws of the HTTP service, on a live server with an engine that says what a script tells it to."""
 
+import contextlib
 import functools
 import json
 import logging
 import operator
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,12 +20,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+import server.grammar.compiler
 import server.http.request
+import server.observe.live
+import server.threads
 from batching.errors import ModelError, OutOfMemory
-from batching.events import Outcome, State
+from batching.events import REFUSALS, Outcome, State
 from batching.types import Request
 from server.http.errors import RETRIED
 from server.observe.log import JsonFormatter
+from server.replies import BUSY
 from tests.fakes import Script
 from tests.live import (
     BYTES,
@@ -923,8 +929,50 @@ def test_metrics_keep_their_names_types_and_labels() -> None:
 def test_a_refusal_has_a_series_before_the_first_one() -> None:
     with live() as service:
         samples = service.samples()
-    for reason in ("queue_full", "too_busy", "not_ready", "bad_request"):
+    for reason in (*REFUSALS, *BUSY, "bad_request"):
         assert samples["microbatch_rejected_requests_total", (("reason", reason),)] == 0.0
+
+
+def test_each_reason_of_a_429_or_503_has_its_series() -> None:
+    made = re.compile(r'ApiError\(\s*(?:429|503),[^()]*?"(?:rate_limit|server)_error",\s*"(\w+)"')
+    codes = {code for file in Path("server").rglob("*.py") for code in made.findall(file.read_text())}
+    of_accepted_requests = {"stopping"}
+    assert codes == {*BUSY, "queue_full", "too_busy"} | of_accepted_requests
+
+
+@pytest.mark.parametrize("code", BUSY)
+def test_each_refusal_of_a_busy_server_is_counted_once_and_logged(
+    code: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = raw_request(orjson.dumps({"messages": QUESTION}))
+    monkeypatch.setattr(server.threads, "WAITING", 0 if code == "tokenizer_busy" else 1)
+    monkeypatch.setattr(server.grammar.compiler, "MAX_WAITING", 0)
+    monkeypatch.setattr(server.observe.live, "MOST_LISTENERS", 0)
+    with caplog.at_level(logging.INFO), live(scripted(stepped=True), max_connections=4, max_bodies_mib=0.5) as service:
+        with contextlib.ExitStack() as stack:
+            match code:
+                case "too_many_listeners":
+                    refused = service.get("/internal/live")
+                case "service_bodies_full":
+                    refused = service.chat(messages=QUESTION * 50_000)
+                case "service_connections_full":
+                    for _ in range(4):
+                        stack.enter_context(service.connect()).sendall(chat)
+                    service.wait_running(4)
+                    refused = service.chat()
+                    service.engine.release(1000)
+                case _:
+                    refused = service.chat(response_format={"type": "json_object"})
+        assert refused.status_code in (429, 503)
+        assert refused.json()["error"]["code"] == code
+        eventually(lambda: service.get("/health").status_code == 200, "it has room for others")
+        counted = {
+            labels: value
+            for (name, labels), value in service.samples().items()
+            if name == "microbatch_rejected_requests_total" and value
+        }
+    assert counted == {(("reason", code),): 1.0}
+    assert sum("refused" in line and code in line for line in caplog.messages) == 1
 
 
 def test_every_state_is_shown_and_exactly_one_is_on() -> None:
