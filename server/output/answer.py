@@ -1,7 +1,7 @@
 """The text of one row's answer as it arrives, for streamed and plain responses alike."""
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 
 from batching.stream import Stream
 from batching.types import Delta, Finish
@@ -12,35 +12,13 @@ ENDINGS: dict[Finish | None, Ending] = {Finish.STOP: "stop", Finish.LENGTH: "len
 """The endings that a client sees. A row with any other ending is not read to its end."""
 
 
-@lru_cache(maxsize=256)
-def failures(stop: str) -> tuple[int, ...]:
-    """For each prefix of `stop`, by its last character: the length of the longest shorter one that it ends with (the
-    failure function of Knuth, Morris and Pratt 1977)."""
-    found, length = [0] * len(stop), 0
-    for at in range(1, len(stop)):
-        length = found[at] = advanced(stop, found, length, stop[at])
-    return tuple(found)
-
-
-def advanced(stop: str, fails: Sequence[int], length: int, text: str) -> int:
-    """The length of the longest prefix of `stop` that a text ends with, once `text` is added to it: it was `length`
-    before. Takes time in proportion to `text`, which must not complete the stop string."""
-    if len(text) >= len(stop):
-        length, text = 0, text[len(text) - len(stop) + 1 :]
-    if not length and stop[0] not in text:
-        return 0
-    for char in text:
-        while length and stop[length] != char:
-            length = fails[length - 1]
-        length += stop[length] == char
-    return length
-
-
 class StopScanner:
     """Finds the first stop string in text that arrives in pieces, and holds back anything that may begin one."""
 
     def __init__(self, stops: Sequence[str], *, inclusive: bool = False) -> None:
-        self._begun = dict.fromkeys((stop for stop in stops if stop), 0)  # how much of each the text ends with
+        self._stops = sorted(filter(None, stops))
+        self._firsts = {stop[0] for stop in self._stops}
+        self._longest = max(map(len, self._stops), default=0)
         self._inclusive = inclusive
         self._held = ""
         self.found: str | None = None  # the stop string that ended the text
@@ -48,20 +26,32 @@ class StopScanner:
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that is safe to send, and whether a stop string was found. The text then ends before the stop string, or
         after it if `inclusive`."""
-        if not self._begun:
+        if not self._stops:
             return piece, False
         text = self._held + piece
         # The match that is complete first, so that the result does not depend on how the text was split.
-        matches = [(at + len(stop), at, stop) for stop in self._begun if (at := text.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
-            self._held, self._begun = "", dict.fromkeys(self._begun, 0)
+            self._held = ""
             end, start, self.found = min(matches)
             return text[: end if self._inclusive else start], True
-        for stop, length in self._begun.items():
-            self._begun[stop] = advanced(stop, failures(stop), length, piece)
-        keep = max(self._begun.values())
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        safe = self._begun(text)
+        self._held = text[safe:]
+        return text[:safe], False
+
+    def _begun(self, text: str) -> int:
+        """Where the first stop string starts that `text` may be the beginning of; its length if there is none.
+
+        What cannot begin one is released for good, so no character is ruled out twice, however the text is split.
+        """
+        for at in range(max(0, len(text) + 1 - self._longest), len(text)):
+            if text[at] in self._firsts:
+                end = text[at:]
+                # In alphabetical order, those that begin with `end` are the first that do not come before it.
+                next_one = bisect_left(self._stops, end)
+                if next_one < len(self._stops) and self._stops[next_one].startswith(end):
+                    return at
+        return len(text)
 
     def flush(self) -> str:
         """The text held back for a stop string that never came."""

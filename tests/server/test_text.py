@@ -1,9 +1,11 @@
 """Laws of the way from text to tokens and back."""
 
 import re
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import pytest
@@ -85,6 +87,31 @@ def test_no_stop_string_nor_the_start_of_one_gets_out(text: str, cuts: list[int]
         # Held back is what may yet become a stop string, and not one character more.
         starts = [stop[:n] for stop in stops for n in range(1, len(stop)) if seen.endswith(stop[:n])]
         assert seen.removeprefix(out) == max(starts, key=len, default="")
+
+
+def test_a_character_costs_the_same_however_many_and_long_the_stop_strings_are() -> None:
+    """Calls are counted. The text is held back for the first stop string, and almost begins the others everywhere."""
+
+    def calls(length: int, count: int) -> int:
+        stops = ["a" * (length - 1) + "b", *("b" + "a" * (length - 2 - n) + "c" for n in range(count - 1))]
+        scanner, counted = StopScanner(stops), 0
+
+        def count_call(frame: FrameType, event: str, called: object) -> None:
+            nonlocal counted
+            counted += event in ("call", "c_call")
+
+        text = "a" * length * 2
+        sys.setprofile(count_call)
+        try:
+            for char in text:
+                scanner.push(char)
+        finally:
+            sys.setprofile(None)
+        return counted // len(text)
+
+    few = calls(length=8, count=1)
+    assert calls(length=256, count=1) <= few + 1
+    assert calls(length=256, count=16) <= few + 1 + 15, "one search for each"
 
 
 def test_without_stop_strings_everything_passes_at_once() -> None:
