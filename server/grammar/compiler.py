@@ -34,6 +34,7 @@ from server.grammar.process import STACK
 from server.grammar.sandbox import Sandbox, Unavailable, Written
 from server.grammar.source import START, Part, PartError, Plan, assembled, matcher_of
 from server.http.errors import ApiError, bad_request
+from server.output.prefix_tree import any_of
 from server.output.reasoning import THINK, ThinkTags, ThoughtState
 from server.output.tool_calls import ToolFormat
 from server.threads import FairSlots, Full
@@ -76,6 +77,7 @@ class Grammars:
         source = tokenizer.backend_tokenizer.to_str()
         self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
         self._added = tokenizer.get_added_vocab()
+        self._marks = re.compile(f"({any_of(self._added)})" if self._added else r"(?!)")
         self._thinking = thinking
         self._time_limit = time_limit
         self._sandbox = Sandbox(source, tokenizer.eos_token_id)
@@ -134,9 +136,8 @@ class Grammars:
 
     def _literal(self, text: str) -> str:
         """Text as part of a grammar; added tokens in it are matched as tokens."""
-        marks = sorted((mark for mark in self._added if mark in text), key=len, reverse=True)
-        pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]
-        return " ".join(f"<[{self._added[p]}]>" if p in self._added else json.dumps(p) for p in pieces if p)
+        pieces = filter(None, self._marks.split(text))
+        return " ".join(f"<[{self._added[p]}]>" if p in self._added else json.dumps(p) for p in pieces)
 
     def _start(self, state: ThoughtState) -> tuple[str, ...]:
         """Rules for what precedes the answer: the rest of a thought, or an optional thought."""

@@ -19,6 +19,7 @@ from batching.errors import ModelError, explained, first_line
 from server.http.errors import bad_request, thousands
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.model_format import PART_TAGS, format_of
+from server.output.prefix_tree import any_of
 from server.output.tool_calls import ShownTool, Turn
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Markers:
         self._first = {text[0] for text in texts}
         groups = groupby(sorted(texts), key=lambda text: text[0])
         # Matches only the first character, by look-ahead, because one marker may start inside another.
-        found = [f"{re.escape(first)}(?={_any_of([text[1:] for text in group])})" for first, group in groups]
+        found = [f"{re.escape(first)}(?={any_of([text[1:] for text in group])})" for first, group in groups]
         self._pattern = re.compile("|".join(found) or r"(?!)")
 
     def broken(self, value: Broken) -> Broken:
@@ -107,15 +108,6 @@ class Markers:
     def _begins_at_the_end(self, text: str) -> bool:
         tail = text[-self._longest :]
         return not self._first.isdisjoint(tail) and any(tail[at:] in self._starts for at in range(len(tail)))
-
-
-def _any_of(texts: Collection[str]) -> str:
-    """A pattern for any of these texts, as a prefix tree, so that each character is examined once."""
-    if "" in texts:
-        return ""  # the shortest text is enough
-    groups = groupby(sorted(texts), key=lambda text: text[0])
-    found = [re.escape(first) + _any_of([text[1:] for text in group]) for first, group in groups]
-    return found[0] if len(found) == 1 else f"(?:{'|'.join(found)})"
 
 
 def drop_breaks(tokenizer: Tokenizer) -> None:

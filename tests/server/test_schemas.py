@@ -1,7 +1,7 @@
 """Schemas as people and libraries write them: each is answered, and what it can be held to it is held to."""
 
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter
 
 from server.fields import Schema
-from server.grammar.compiler import TokenGrammar
+from server.grammar.compiler import Grammars, TokenGrammar
 from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, SchemaError, bound, written_out
 from server.grammar.rewrite import closed, tidied
 from server.grammar.source import Part
@@ -305,6 +305,23 @@ def test_what_cannot_be_held_to_is_left_to_the_model_unless_strict(demo: Kit, na
         assert demo.accepts(run(demo.grammars.of(strict(schema))), good)
     else:
         assert refusal(demo.grammars.of(strict(schema))).code == "unsupported_schema"
+
+
+def test_added_tokens_are_gone_through_once_per_model_not_per_tool(demo: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(dict[str, int]):
+        times = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.times += 1
+            return super().__iter__()
+
+    added = Counted(demo.tokenizer.get_added_vocab())
+    monkeypatch.setattr(demo.tokenizer, "get_added_vocab", lambda: added)
+    grammars = Grammars(demo.tokenizer)
+    before = added.times
+    assert before > 0
+    assert run(grammars.tool_calls([(f"tool_{n}", None) for n in range(100)], QWEN))
+    assert added.times == before
 
 
 def test_what_is_left_out_of_one_schema_is_kept_in_the_others(demo: Kit) -> None:

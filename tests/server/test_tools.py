@@ -24,6 +24,7 @@ from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenFormat, QwenParser
 from server.output.model_format import FORMATS
+from server.output.prefix_tree import any_of
 from server.output.tool_calls import (
     NAME,
     CallArguments,
@@ -754,3 +755,14 @@ def test_tags_survive_decoding(thinking_tokenizer: str) -> None:
     pieces = [detokenizer.push([token]) for token in encoded.ids]
     assert "".join(pieces) == text
     assert read([piece for piece in pieces if piece])[-1] == ["f", '{"city": "Köln 🌧"}', True]
+
+
+# Patterns of many texts
+
+
+@given(st.lists(st.text("ab<", max_size=5), min_size=1), st.text("ab<", max_size=30))
+def test_a_prefix_tree_finds_what_a_list_with_the_longest_first_finds(texts: list[str], text: str) -> None:
+    listed = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    assert [found.span() for found in re.finditer(any_of(texts), text)] == [
+        found.span() for found in re.finditer(listed, text)
+    ]
