@@ -20,6 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -83,7 +84,7 @@ class Grammars:
         self._sandbox = Sandbox(source, tokenizer.eos_token_id)
         self._trials = FairSlots(SLOTS, MAX_TRIALS)
         self._compilers = FairSlots(SLOTS, MAX_WAITING)
-        self._trying: dict[tuple[str, str], asyncio.Task[Written]] = {}
+        self._trying: dict[tuple[str, str], Trial] = {}
         self._known = Known(known_bytes)
         self._held_bytes = held_bytes
         self._held: WeakKeyDictionary[TokenGrammar, tuple[str, int]] = WeakKeyDictionary()
@@ -167,19 +168,22 @@ class Grammars:
         return grammar
 
     async def _tried(self, plan: Plan, key: str, client: str) -> Written:
-        """The result of trying the plan, which is done once however many of the client's requests wait for it."""
-        task = self._trying.get((client, key))
-        if task is None:
+        """The result of trying the plan, which is done once however many of the client's requests wait for it, and no
+        longer than one does."""
+        place = client, key
+        trial = self._trying.get(place)
+        if trial is None:
             # A task of its own, because the first request may be cancelled.
-            task = asyncio.create_task(self._try(plan, key, client))
-            self._trying[client, key] = task
-            task.add_done_callback(partial(self._trial_done, (client, key)))
-        return await asyncio.shield(task)
-
-    def _trial_done(self, place: tuple[str, str], task: asyncio.Task[Written]) -> None:
-        del self._trying[place]
-        if not task.cancelled():
-            task.exception()  # marks it as retrieved; requests that still wait get it, too
+            trial = self._trying[place] = Trial(asyncio.create_task(self._try(plan, key, client)))
+            trial.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # marks it as retrieved
+        trial.waiting += 1
+        try:
+            return await asyncio.shield(trial.task)
+        finally:
+            trial.waiting -= 1
+            if not trial.waiting:
+                del self._trying[place]  # at once: who comes now must not wait for what has been cancelled
+                trial.task.cancel()
 
     async def _try(self, plan: Plan, key: str, client: str) -> Written:
         schemas = [part.schema for part in plan.parts if isinstance(part, Part) and part.schema in HARMLESS]
@@ -214,6 +218,14 @@ class Grammars:
         everyones = sum(size for _, size in held)
         if memory and (mine + memory > SHARE * self._held_bytes or everyones + memory > self._held_bytes):
             raise _busy()
+
+
+@dataclass
+class Trial:
+    """A trial and the number of requests that wait for it."""
+
+    task: asyncio.Task[Written]
+    waiting: int = 0
 
 
 class Known:

@@ -2,8 +2,8 @@
 
 It loads the tokenizer once. For each connection that arrives over the socket it forks, and the fork tries one grammar
 under limits enforced by the kernel, because a compiler in native code cannot be interrupted any other way: the fork is
-killed when it exceeds its CPU time, memory or wall time. Only the compiler is loaded here, and the forking process has
-no other threads.
+killed when it exceeds its CPU time, memory or wall time, or when nobody waits for its answer any more. Only the
+compiler is loaded here, and the forking process has no other threads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import resource
+import selectors
 import signal
 import socket
 import sys
@@ -39,17 +40,47 @@ BEGUN = b"+"
 
 
 def main(control: socket.socket, tokens: LLTokenizer) -> None:
-    """Fork for each connection until the service closes the other end of the socket."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks are reaped automatically
+    """Fork for each connection until the service closes the other end of the socket.
+
+    With a connection comes a pipe. The service closes its end once it has the answer or nobody waits for it any more;
+    only then is the fork reaped, so that its number cannot be another process's when it is killed.
+    """
     gc.freeze()  # so that collections in a fork do not copy shared pages
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not message:
-            return
-        with suppress(OSError):  # not enough memory to fork: the connection is closed without an answer
-            if not os.fork():
-                _answer(socket.socket(fileno=descriptors[0]), tokens)
-        os.close(descriptors[0])
+    forks: dict[int, int] = {}
+    with selectors.PollSelector() as ready:
+        ready.register(control, selectors.EVENT_READ)
+        while True:
+            for pipe in [key.fd for key, _ in ready.select()]:
+                if pipe in forks:
+                    ready.unregister(pipe)
+                    _end(pipe, forks.pop(pipe))
+                    continue
+                message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+                if not message:
+                    return
+                connection, pipe = descriptors
+                if fork := _fork(connection, tokens):
+                    forks[pipe] = fork
+                    ready.register(pipe, selectors.EVENT_READ)
+                else:
+                    os.close(pipe)
+
+
+def _fork(connection: int, tokens: LLTokenizer) -> int:
+    """Its process number; 0 if there is not enough memory to fork. The connection is then closed without an answer."""
+    try:
+        if not (fork := os.fork()):
+            _answer(socket.socket(fileno=connection), tokens)
+    except OSError:
+        fork = 0
+    os.close(connection)
+    return fork
+
+
+def _end(pipe: int, fork: int) -> None:
+    os.close(pipe)
+    os.kill(fork, signal.SIGKILL)
+    os.waitpid(fork, 0)
 
 
 def _answer(connection: socket.socket, tokens: LLTokenizer) -> None:

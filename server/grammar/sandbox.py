@@ -87,22 +87,28 @@ class Sandbox:
         control = self._running()
         if control is None:
             control = await asyncio.to_thread(self.start)
-        ours, theirs = socket.socketpair()
-        try:
-            socket.send_fds(control, [b"+"], [theirs.fileno()])
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        loop = asyncio.get_running_loop()
-        ours.setblocking(False)
-        reply = bytearray()
-        with ours, suppress(ConnectionError):  # a closed connection just yields less
-            await loop.sock_sendall(ours, line)
-            while piece := await loop.sock_recv(ours, 2**16):
-                reply += piece
+        with ExitStack() as held:
+            ours = _sent(control, held)
+            loop = asyncio.get_running_loop()
+            reply = bytearray()
+            with suppress(ConnectionError):  # a closed connection just yields less
+                await loop.sock_sendall(ours, line)
+                while piece := await loop.sock_recv(ours, 2**16):
+                    reply += piece
         return bytes(reply)
+
+
+def _sent(control: socket.socket, held: ExitStack) -> socket.socket:
+    """A connection to a new trial, which lasts as long as what is `held`. Raises OSError."""
+    with ExitStack() as sent:
+        ours, theirs = socket.socketpair()
+        held.enter_context(ours).setblocking(False)
+        sent.enter_context(theirs)
+        end, pipe = os.pipe()
+        held.callback(os.close, pipe)
+        sent.callback(os.close, end)
+        socket.send_fds(control, [b"+"], [theirs.fileno(), end])
+    return ours
 
 
 def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess.Popen[bytes]]:

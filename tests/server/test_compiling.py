@@ -36,6 +36,15 @@ def demo() -> Kit:
     return kit_of("demo")
 
 
+async def only_trial(grammars: Grammars) -> psutil.Process:
+    """The process of the one trial that is going on, once it is."""
+    assert grammars._sandbox._process is not None
+    process = psutil.Process(grammars._sandbox._process.pid)
+    await asyncio.to_thread(eventually, lambda: len(process.children()) == 1, "a grammar is being tried")
+    [trial] = process.children()
+    return trial
+
+
 # Limits
 
 
@@ -44,9 +53,12 @@ def test_an_endless_compilation_ends_as_a_refusal_and_delays_no_other_client(dem
         grammars = Grammars(demo.tokenizer)
         await grammars.of(strict({"const": "ready"}))
         attack = asyncio.create_task(grammars.of(strict(ENDLESS), client="a"))
+        trial = await only_trial(grammars)
+        trial.suspend()  # however long the others take, it is still there
         for n in range(20):
             await grammars.of(strict({"const": n}), client="b")
         assert not attack.done()
+        trial.resume()
         with pytest.raises(ApiError, match="too much time or memory") as caught:
             await attack
         assert (caught.value.status, caught.value.param) == (400, "response_format")
@@ -273,6 +285,55 @@ def test_a_client_that_leaves_leaves_nothing_behind(demo: Kit) -> None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         assert await grammars.of(strict({"const": "after"}))
+        assert not grammars._trying
+
+    run(main())
+
+
+def test_a_trial_ends_with_the_last_that_waits_for_it(demo: Kit) -> None:
+    """A process that is stopped reaches no limit of its own."""
+
+    async def main() -> None:
+        grammars = Grammars(demo.tokenizer)
+        await grammars.of(strict({"const": "ready"}))
+        first, second = (asyncio.create_task(grammars.of(strict(ENDLESS), client="a")) for _ in range(2))
+        trial = await only_trial(grammars)
+        trial.suspend()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert trial.is_running()
+        assert not second.done()
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        await asyncio.to_thread(eventually, lambda: not trial.is_running(), "the trial has ended")
+        assert await grammars.of(strict({"const": "after"}), client="a"), "its client's turn is free"
+
+    run(main())
+
+
+def test_who_asks_for_what_was_just_given_up_is_answered(demo: Kit) -> None:
+    class Held(Counting):
+        begun, released = asyncio.Event(), asyncio.Event()
+
+        async def write(self, plan: Plan) -> sandbox.Written:
+            self.begun.set()
+            await self.released.wait()
+            return await super().write(plan)
+
+    async def main() -> None:
+        grammars = Grammars(demo.tokenizer)
+        grammars._sandbox = held = Held(demo.tokenizer.backend_tokenizer.to_str(), demo.tokenizer.eos_token_id)
+        gone = asyncio.create_task(grammars.of(strict({"const": 1})))
+        await held.begun.wait()
+        gone.cancel()
+        others = []
+        for _ in range(8):  # before, while and after the trial is given up
+            others.append(asyncio.create_task(grammars.of(strict({"const": 1}))))
+            await asyncio.sleep(0)
+        assert gone.cancelled()
+        held.released.set()
+        assert all(await asyncio.gather(*others))
+        assert held.tried == 1, "what was given up never ended"
         assert not grammars._trying
 
     run(main())
