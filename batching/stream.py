@@ -83,12 +83,16 @@ class Row:
         return Finish.LENGTH if self.over else None
 
 
+MOST_TOKENS = 512
+"""Tokens of one delta: what a reader makes of them keeps the event loop for a few milliseconds at most."""
+
+
 class Stream:
     """Tokens of one request. Leaving its `async with` block early cancels the row.
 
-    Iterating yields `Delta`s, each with all tokens that came since the last one, so a slow reader gets fewer and
-    larger deltas and the buffer never holds more than `max_tokens`; but log probabilities of the prompt in the pieces
-    that they came in. Raises the row's error: `DeadlineExceeded`, `Drained` or an `EngineError`.
+    Iterating yields `Delta`s, each with all tokens that came since the last one, up to `MOST_TOKENS`, so a slow reader
+    gets fewer and larger deltas and the buffer never holds more than `max_tokens`; but log probabilities of the prompt
+    in the pieces that they came in. Raises the row's error: `DeadlineExceeded`, `Drained` or an `EngineError`.
     """
 
     def __init__(self, request: Request, ended: Callable[[Row, RowEnded], None]) -> None:
@@ -117,7 +121,7 @@ class Stream:
         return bool(self._tokens or self._prompt_logprobs or self._finish)
 
     def take(self) -> Delta | None:
-        """All tokens that came since the last time; None once the row is over and all were taken.
+        """All tokens that came since the last time, up to `MOST_TOKENS`; None once the row is over and all were taken.
 
         For a stream that `with_deltas` returned. Raises the row's error after the tokens that came before it.
         """
@@ -126,6 +130,8 @@ class Stream:
             piece = self._prompt_logprobs.popleft()
             last = not (self._tokens or self._prompt_logprobs)
             return Delta((), finish if last else None, (), piece)
+        if len(self._tokens) > MOST_TOKENS:
+            return self._first_tokens()
         if self._tokens:
             delta = Delta(tuple(self._tokens), finish, tuple(self._logprobs))
             self._tokens, self._logprobs = [], []
@@ -133,6 +139,11 @@ class Stream:
         if self._error is not None:
             raise self._error
         return None
+
+    def _first_tokens(self) -> Delta:
+        delta = Delta(tuple(self._tokens[:MOST_TOKENS]), None, tuple(self._logprobs[:MOST_TOKENS]))
+        del self._tokens[:MOST_TOKENS], self._logprobs[:MOST_TOKENS]
+        return delta
 
     def started(self, at: float, batch_size: int) -> None:
         """The row was handed to the worker, which runs `batch_size` rows with it."""
@@ -175,6 +186,10 @@ class Stream:
     def stop(self) -> None:
         """The reader has all it needs (a stop string): the row is answered and needs no more steps."""
         self._stop(Finish.STOP, Outcome.ANSWERED)
+
+    def discard(self) -> None:
+        """Drop the tokens that were not taken."""
+        self._tokens, self._logprobs = [], []
 
     def _expire(self) -> None:
         self._error = DeadlineExceeded("the request's time limit passed")
@@ -242,7 +257,7 @@ async def with_deltas(streams: Collection[Stream]) -> list[Stream]:
             stream._waiter = waiter
         await waiter
     for stream in found:
-        if stream._prompt_logprobs:
-            await asyncio.sleep(0)  # many pieces may be there already, and each takes the reader milliseconds
+        if stream._prompt_logprobs or len(stream._tokens) > MOST_TOKENS:
+            await asyncio.sleep(0)  # much may be there already, and each piece takes the reader milliseconds
             break
     return found

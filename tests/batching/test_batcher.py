@@ -41,7 +41,7 @@ from batching.events import (
     Stepped,
 )
 from batching.queue import QueueLimits
-from batching.stream import Row, Stream, with_deltas
+from batching.stream import MOST_TOKENS, Row, Stream, with_deltas
 from batching.types import Delta, Finish
 from tests.batching.conftest import PATIENCE, Runner, all_tokens, request, skip
 from tests.fakes import INFO, SCORED, ScriptedEngine, prompt_logprob
@@ -302,6 +302,46 @@ def test_a_slow_reader_gets_several_tokens_at_once(run_async: Runner) -> None:
             engine.release(2)
             await log.count(Stepped, 5)
             assert await anext(stream) == Delta((4, 5), Finish.LENGTH)
+
+    run_async(main)
+
+
+def test_what_waits_for_a_slow_reader_comes_in_pieces_between_which_others_get_a_turn(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True)
+        async with serving(engine) as (batcher, log):
+            count = 3 * MOST_TOKENS + 1
+            stream = batcher.submit(request(max_tokens=count))
+            engine.release(count)
+            await log.count(Stepped, count)
+            turns: list[int] = []
+            deltas: list[Delta] = []
+            for piece in range(4):
+                asyncio.get_running_loop().call_soon(turns.append, piece)
+                deltas.append(await anext(stream))
+                assert turns == list(range(min(piece + 1, 3))), "the last piece is no longer than any"
+            assert [len(delta.tokens) for delta in deltas] == [MOST_TOKENS] * 3 + [1]
+            assert [token for delta in deltas for token in delta.tokens] == list(range(1, count + 1))
+            assert [delta.finish for delta in deltas] == [None] * 3 + [Finish.LENGTH]
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+
+    run_async(main)
+
+
+def test_a_reader_that_has_all_it_needs_gets_nothing_that_still_waits(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True)
+        async with serving(engine) as (batcher, log):
+            count = 2 * MOST_TOKENS
+            stream = batcher.submit(request(max_tokens=count))
+            engine.release(count)
+            await log.count(Stepped, count)
+            assert len((await anext(stream)).tokens) == MOST_TOKENS
+            stream.stop()
+            stream.discard()
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
 
     run_async(main)
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 
+import batching.stream
 from batching.types import Request
 from server.model.text import Text
 from server.openai.chat import encode
@@ -189,6 +190,18 @@ def test_any_response_is_answered_when_it_comes_back(speaking: tuple[Ask, Speake
         ask("responses", input=[question, *answer["output"], *results, question], tools=tools)
 
     law()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_generated_after_an_answer_s_end_is_not_in_it(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is ahead of the reader, which takes a token at a time."""
+    monkeypatch.setattr(batching.stream, "MOST_TOKENS", 1)
+    call = one("{}")
+    with live(scripted("So" + call * 20 + "END" * 20), default_max_tokens=2000) as service:
+        for fields, calls in (({"parallel_tool_calls": False}, 1), ({"stop": ["ENDE"]}, 20)):
+            reply = service.chat(stream=stream, tools=TOOLS, **fields)
+            message = folded(frames(reply)[:-1]) if stream else as_it_came(reply.json())
+            assert (message["content"], len(message["tool_calls"])) == ("So", calls)
 
 
 @pytest.mark.parametrize(
