@@ -766,3 +766,8 @@ def test_a_prefix_tree_finds_what_a_list_with_the_longest_first_finds(texts: lis
     assert [found.span() for found in re.finditer(any_of(texts), text)] == [
         found.span() for found in re.finditer(listed, text)
     ]
+
+
+def test_a_prefix_tree_is_no_deeper_for_long_texts() -> None:
+    texts = ["x" * 5_000, "x" * 4_000 + "y"]
+    assert all(re.fullmatch(any_of(texts), text) for text in texts)
