@@ -54,7 +54,7 @@ STATUSES = {
     415: "The body is not JSON.",
     429: "Too many requests are waiting.",
     500: "The model or the service failed on this request.",
-    503: "The model is loading, or the service is shutting down.",
+    503: "The model is loading, the service is shutting down, or too much is in flight.",
     504: "The request did not finish within the time limit.",
 }
 RETRIED_AFTER = (429, 503)
