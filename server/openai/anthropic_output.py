@@ -174,7 +174,7 @@ class MessageAnswer(Answer):
     def add(self, row: int, arrived: Delta) -> None:
         self._push(arrived)
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         for _ in self._blocks.end():
             pass
         return orjson.dumps(self._message(self._blocks.json(), self._end()))

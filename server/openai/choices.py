@@ -1,5 +1,6 @@
 """The JSON of answers that consist of choices (chat completions and completions), whole or in chunks."""
 
+import asyncio
 import secrets
 import time
 from abc import abstractmethod
@@ -73,8 +74,12 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
     def add(self, row: int, arrived: Delta) -> None:
         self._choices[row].add(arrived)
 
-    def whole(self) -> bytes:
-        return orjson.dumps(self.completion([choice.whole() for choice in self._choices], usage(self.streams)))
+    async def whole(self) -> bytes:
+        choices = []
+        for choice in self._choices:
+            choices.append(choice.whole())
+            await asyncio.sleep(0)  # a message of many calls takes a millisecond
+        return orjson.dumps(self.completion(choices, usage(self.streams)))
 
     def frames(self, step: Step) -> bytes:
         """Includes the usage so far if the request asked for it."""

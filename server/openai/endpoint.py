@@ -201,7 +201,7 @@ class Answer(ABC):
         """Add tokens of a collected answer."""
 
     @abstractmethod
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """The JSON of a collected answer, after its last token was added."""
 
     @abstractmethod
@@ -229,7 +229,7 @@ async def collected(answer: Answer) -> Response:
                 answer.add(row, arrived)
     finally:
         answer.cancel()
-    return json_response(answer.whole())
+    return json_response(await answer.whole())
 
 
 async def steps(streams: Iterable[Stream]) -> AsyncIterator[list[tuple[int, Delta]]]:

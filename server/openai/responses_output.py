@@ -295,7 +295,7 @@ class ResponseAnswer(Answer):
         for _ in self._changes(arrived):
             pass
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         for _ in self._end():
             pass
         return orjson.dumps(self._ended())
