@@ -184,12 +184,10 @@ class Stream:
         self._stop(Finish.CANCELLED, Outcome.CANCELLED)
 
     def stop(self) -> None:
-        """The reader has all it needs (a stop string): the row is answered and needs no more steps."""
-        self._stop(Finish.STOP, Outcome.ANSWERED)
-
-    def discard(self) -> None:
-        """Drop the tokens that were not taken."""
+        """The reader has all it needs (a stop string): the row is answered and needs no more steps. Tokens that were
+        not taken are dropped."""
         self._tokens, self._logprobs = [], []
+        self._stop(Finish.STOP, Outcome.ANSWERED)
 
     def _expire(self) -> None:
         self._error = DeadlineExceeded("the request's time limit passed")

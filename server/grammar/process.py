@@ -70,7 +70,7 @@ def _fork(connection: int, tokens: LLTokenizer) -> int:
     """Its process number; 0 if there is not enough memory to fork. The connection is then closed without an answer."""
     try:
         if not (fork := os.fork()):
-            _answer(socket.socket(fileno=connection), tokens)
+            _answer(connection, tokens)
     except OSError:
         fork = 0
     os.close(connection)
@@ -83,15 +83,16 @@ def _end(pipe: int, fork: int) -> None:
     os.waitpid(fork, 0)
 
 
-def _answer(connection: socket.socket, tokens: LLTokenizer) -> None:
-    """Try the plan from the connection, send the result, and exit."""
+def _answer(connection: int, tokens: LLTokenizer) -> None:
+    """Try the plan from the connection, send the result, and exit, whatever happens."""
     try:
         _be_limited()
-        connection.sendall(BEGUN)
-        with connection.makefile("rb") as lines:
+        service = socket.socket(fileno=connection)
+        service.sendall(BEGUN)
+        with service.makefile("rb") as lines:
             plan = read_plan(lines.readline())
         threading.stack_size(STACK)
-        thread = threading.Thread(target=lambda: connection.sendall(json.dumps(tried(plan, tokens)).encode()))
+        thread = threading.Thread(target=lambda: service.sendall(json.dumps(tried(plan, tokens)).encode()))
         thread.start()
         thread.join()
     finally:

@@ -167,7 +167,6 @@ class EventReader:
             events += self._message.flush()
         if self._one_call and (end := end_of_first_call(events)) is not None:
             self._stream.stop()
-            self._stream.discard()
             events, finish = events[:end], "stop"
         return self._begun.rest(events) if self._begun else events, finish and self._message.finish(finish)
 

@@ -81,7 +81,6 @@ class AnswerReader:
         if stopped:
             self.stop_reason = self._scanner.found
             self._stream.stop()
-            self._stream.discard()
             return text, "stop"
         if arrived.finish is None:
             return text, None

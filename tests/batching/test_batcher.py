@@ -339,7 +339,6 @@ def test_a_reader_that_has_all_it_needs_gets_nothing_that_still_waits(run_async:
             await log.count(Stepped, count)
             assert len((await anext(stream)).tokens) == MOST_TOKENS
             stream.stop()
-            stream.discard()
             with pytest.raises(StopAsyncIteration):
                 await anext(stream)
 
@@ -542,9 +541,9 @@ def test_ending_a_stream_that_is_over_changes_nothing(run_async: Runner) -> None
             stream = batcher.submit(request())
             await log.count(RowEnded, 1)
             stream.cancel()
-            stream.stop()
             stream.fail(EngineError("late"))
             assert await anext(stream) == Delta((1, 2, 3, 4, 5, 6, 7, 8), Finish.LENGTH)
+            stream.stop()
             assert log.outcomes() == {"r": Outcome.ANSWERED}
 
     run_async(main)
