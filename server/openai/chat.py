@@ -93,7 +93,7 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     thinks = thinking if chat.thinks is None else chat.thinks
     offered = chat.offered
     names = names_in(text, chat.messages, offered)
-    prefill = prefill_of(chat.messages) if chat.continue_final_message else None
+    prefill = prefill_of(chat.messages, chat.n or 1) if chat.continue_final_message else None
     rendered = render(
         text,
         chat.messages,

@@ -13,7 +13,8 @@ from server.output.model_format import ModelFormat
 from server.output.reasoning import ThoughtState
 from server.output.tool_calls import Content
 
-MAX_PREFILL = 2**14  # characters; they are parsed once for each choice
+MAX_PREFILL = 2**15
+"""Characters of all choices together: each of them parses the prefill, and may send the calls that it began."""
 
 Field: TypeAlias = Literal["content", "reasoning_content"]
 
@@ -34,7 +35,7 @@ class Prefill:
         return ThoughtState.OPENED if opened or self.field == "reasoning_content" else ThoughtState.CLOSED
 
 
-def prefill_of(messages: Sequence[Message]) -> Prefill:
+def prefill_of(messages: Sequence[Message], choices: int = 1) -> Prefill:
     """A message that has reasoning and no content yet is continued in its reasoning. Raises `ApiError` 400."""
     last = messages[-1]
     if last.role != "assistant" or last.tool_calls:
@@ -44,9 +45,10 @@ def prefill_of(messages: Sequence[Message]) -> Prefill:
         )
     thinks = last.reasoning_content and not last.content
     prefill = Prefill("reasoning_content", last.reasoning_content or "") if thinks else Prefill("content", last.content)
-    if len(prefill.text) > MAX_PREFILL:
+    if len(prefill.text) * choices > MAX_PREFILL:
         raise bad_request(
-            f"A message to be continued can have at most {MAX_PREFILL:,} characters; shorten the last message.",
+            f"A message to be continued can have at most {MAX_PREFILL:,} characters, divided by the number of choices; "
+            "shorten the last message.",
             "continue_final_message",
         )
     return prefill

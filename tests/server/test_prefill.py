@@ -250,6 +250,11 @@ def test_a_budget_is_for_what_the_model_adds_to_a_thought() -> None:
             {"continue_final_message": True},
             "continue_final_message",
         ),
+        (
+            [*QUESTION, {"role": "assistant", "content": "x" * (MAX_PREFILL // 4 + 1)}],
+            {"continue_final_message": True, "n": 4},
+            "continue_final_message",
+        ),
         ([*QUESTION, {"role": "assistant", "reasoning_content": "x"}], {"continue_final_message": True}, "messages"),
         (BEGUN, {"continue_final_message": True, "add_generation_prompt": True}, None),
         (BEGUN, {"echo": True}, None),
@@ -267,10 +272,14 @@ def test_other_ways_to_ask_have_no_message_to_continue() -> None:
             assert error_of(answer, 400, "unsupported_field")["param"] == "continue_final_message"
 
 
-def test_the_longest_prefill_keeps_no_one_waiting() -> None:
-    pieces = ["x" * MAX_PREFILL, "<tool_call>" * (MAX_PREFILL // 11), CALL * (MAX_PREFILL // len(CALL))]
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choices", [1, 16])
+def test_the_longest_prefill_keeps_no_one_waiting(choices: int, stream: bool) -> None:
+    longest = MAX_PREFILL // choices
+    pieces = ["x" * longest, "<tool_call>" * (longest // 11), CALL * (longest // len(CALL))]
     with live(scripted("!", context_window=10**6, token_budget=10**8), tokenizer=shows_thoughts()) as service:
         for piece in pieces:
             turn = {"role": "assistant", "content": piece}
-            answer = service.chat(messages=[*QUESTION, turn], continue_final_message=True, tools=[TOOL], n=16)
+            fields = {"continue_final_message": True, "tools": [TOOL], "n": choices, "stream": stream}
+            answer = service.chat(messages=[*QUESTION, turn], **fields)
             assert answer.status_code == 200, answer.text
