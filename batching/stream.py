@@ -107,6 +107,8 @@ class Stream:
         self._queue_wait: float | None = None
         self._ttft: float | None = None
         self._batch_size = 0
+        self.has_news = False
+        """Whether there is a delta to take, or the row is over."""
         self.row = Row(request, self, arrived=time.monotonic())
         self._deadline = self._loop.call_later(request.time_limit, self._expire)
         self.output_tokens = 0
@@ -114,11 +116,6 @@ class Stream:
     @property
     def over(self) -> bool:
         return self._finish is not None
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is a delta to take, or the row is over."""
-        return bool(self._tokens or self._prompt_logprobs or self._finish)
 
     def take(self) -> Delta | None:
         """All tokens that came since the last time, up to `MOST_TOKENS`; None once the row is over and all were taken.
@@ -129,12 +126,13 @@ class Stream:
         if self._prompt_logprobs:
             piece = self._prompt_logprobs.popleft()
             last = not (self._tokens or self._prompt_logprobs)
+            self.has_news = not last or self.over
             return Delta((), finish if last else None, (), piece)
         if len(self._tokens) > MOST_TOKENS:
             return self._first_tokens()
         if self._tokens:
             delta = Delta(tuple(self._tokens), finish, tuple(self._logprobs))
-            self._tokens, self._logprobs = [], []
+            self._tokens, self._logprobs, self.has_news = [], [], self._finish is not None
             return delta
         if self._error is not None:
             raise self._error
@@ -225,6 +223,7 @@ class Stream:
         )
 
     def _wake(self) -> None:
+        self.has_news = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

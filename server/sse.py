@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from starlette.types import Send
 
@@ -20,18 +21,20 @@ def event(json: bytes) -> bytes:
 
 class Pinged:
     """Sends a stream's frames and a comment after every `patience` seconds of silence, so that proxies keep the stream
-    open."""
+    open. `write` sends what can be sent at once, and returns whether that was possible."""
 
-    def __init__(self, send: Send, patience: float) -> None:
+    def __init__(self, send: Send, write: Callable[[bytes], bool], patience: float) -> None:
         self._send = send
+        self._write = write
         self._patience = patience
         self._sent_at = time.monotonic()
         self._sending = False  # or waiting for the client to read
 
     async def send(self, frames: bytes) -> None:
-        self._sending = True
-        await self._send({"type": "http.response.body", "body": frames, "more_body": True})
-        self._sending = False
+        if not self._write(frames):
+            self._sending = True
+            await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+            self._sending = False
         self._sent_at = time.monotonic()
 
     async def ping(self) -> None:

@@ -30,16 +30,21 @@ class RequestPath:
     before_queue: list[str] = field(default_factory=list)
     entered: set[str] = field(default_factory=set)
     begun: bool = False
+    over: bool = False
 
     def begin(self) -> None:
         """Forget all so far."""
         self.stays, self.before_queue, self.entered, self.begun = [], [], set(), False
 
+    def end(self) -> None:
+        """Note nothing more: how a service ends is not a request's path."""
+        self.over = True
+
     def profile(self, frame: FrameType, event: str, argument: Any) -> None:
         """For `threading.setprofile`."""
         here = project_file(frame)
         self.begun = self.begun or frame.f_code.co_qualname == "Connection.buffer_updated"
-        if here is None or event != "call" or not self.begun:
+        if here is None or event != "call" or not self.begun or self.over:
             return
         self.entered.add(here)
         if apart(frame) or frame.f_lasti > start(frame.f_code):

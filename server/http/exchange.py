@@ -43,6 +43,10 @@ HEAD_TOO_LARGE = ApiError(
 
 BLANK_LINE = re.compile(rb"\n\r?\n")
 
+WRITE = "microbatch.write"
+"""The ASGI extension by which an application sends a piece of a started answer past all middleware, for they look at
+the starts and at large pieces of answers alone: `Exchange.write`."""
+
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -183,6 +187,7 @@ class Exchange:
         if error := fault_of(request, head):
             return self._wire.refuse(error)
         self._scope = scope_of(request, self._wire.transport, self._wire.app_state)
+        self._scope["extensions"] = {WRITE: self.write}
         self.answering = True
         self._wire.begun(self, self._scope["path"])
 
@@ -254,11 +259,21 @@ class Exchange:
         if message["type"] == "http.response.start":
             if await self._has_room():
                 self._start(message["status"], message.get("headers", []))
-        elif len(body) <= PIECE_BYTES and not (self._wire.full or self._lost or self._turn.locked()):
-            self._continue(body, more=more)  # nothing to wait for
+        elif self._flows(body):
+            self._continue(body, more=more)
         else:
             async with self._turn:
                 await self._send_body(body, more=more)
+
+    def write(self, body: bytes) -> bool:
+        """Send a piece of the answer, which is not the last one, if it can be sent at once. Returns whether it was."""
+        if flows := self._flows(body):
+            self._continue(body, more=True)
+        return flows
+
+    def _flows(self, body: bytes) -> bool:
+        """Whether there is nothing to wait for."""
+        return len(body) <= PIECE_BYTES and not (self._wire.full or self._lost or self._turn.locked())
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         """In pieces, between which others have the event loop: transports copy what the kernel does not take."""

@@ -251,8 +251,8 @@ class ChatChoice:
         self._ids: list[int] | None = [] if body.return_token_ids else None
         self._begun = False
         self._events: list[Event] = []
-        self._logprobs = EncodedLists[replies.ChatLogprobs]()
-        self._prompt_logprobs = EncodedLists[replies.OfPrompt]()
+        self._logprobs = EncodedLists[replies.ChatLogprobs]() if body.logprobs else None
+        self._prompt_logprobs = EncodedLists[replies.OfPrompt]() if body.prompt_logprobs is not None else None
         self._finish: replies.FinishReason
 
     def add(self, arrived: Delta) -> None:
@@ -262,20 +262,21 @@ class ChatChoice:
             self._finish = finish
         if self._ids is not None:
             self._ids += arrived.tokens
-        self._logprobs.add(chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids))
-        if arrived.prompt_logprobs:
+        if self._logprobs:
+            self._logprobs.add(chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids))
+        if self._prompt_logprobs and arrived.prompt_logprobs:
             self._prompt_logprobs.add(prompt_logprobs(self._text, arrived.prompt_logprobs))
 
     def of_prompt(self) -> replies.OfPrompt:
         """The prompt's fields, which stand beside the choices."""
-        return self._prompt_logprobs.whole() or {}
+        return (self._prompt_logprobs.whole() if self._prompt_logprobs else None) or {}
 
     def whole(self) -> replies.ChatChoice:
         message = fold(self._events)
         choice: replies.ChatChoice = {
             "index": self._index,
             "message": as_legacy(message) if self._legacy else message,
-            "logprobs": self._logprobs.whole(),
+            "logprobs": self._logprobs.whole() if self._logprobs else None,
             "finish_reason": self._reason(self._finish),
             "stop_reason": self._reader.stop_reason,
         }
@@ -287,7 +288,7 @@ class ChatChoice:
         """The first has only the role. The finish reason shares a chunk with the last text, if both came in this step:
         RAGFlow picks the language of its notice about a cut answer by the text in that chunk."""
         events, finish = self._reader.push(arrived)
-        logprobs = chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids)
+        logprobs = chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids) if arrived.logprobs else None
         deltas = [change for event in events if (change := delta(event)) is not None]
         if not deltas and (logprobs or (self._ids is not None and arrived.tokens)):
             deltas = [{"content": ""}]

@@ -23,6 +23,7 @@ from server import sse
 from server.callers import Caller
 from server.fields import RequestBody
 from server.http.errors import ApiError, bad_request, from_batching
+from server.http.exchange import WRITE
 from server.http.request import check_content_type, read_body, until_disconnect
 from server.model.served_model import ServedModel, served_name
 from server.openai.parsing import parse
@@ -289,6 +290,7 @@ class AnswerResponse(StreamingResponse):
         self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._write = scope["extensions"][WRITE]
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -298,7 +300,7 @@ class AnswerResponse(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         """Sends an error after the status line as the last frame."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pinged = sse.Pinged(send, self._patience)
+        pinged = sse.Pinged(send, self._write, self._patience)
         pings = asyncio.create_task(pinged.ping())
         try:
             await pinged.send(await self._first)

@@ -2,7 +2,8 @@
 
 import codecs
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
@@ -32,20 +33,14 @@ class Vocabulary:
         self.byte_level = isinstance(tokenizer.decoder, ByteLevel)
         added = tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token for token, one in added.items() if one.special and one.content not in tags)
-        self._bytes: dict[int, bytes] = {}  # at most one entry a token
+        self.bytes_of: Callable[[int], bytes] = cache(self._bytes_of)  # at most one entry a token
+        """A token's bytes, which may be part of a character."""
 
     def spelling(self, token: int) -> str:
         """The token as the vocabulary has it, such as `Ġthe`; empty for ids that it lacks."""
         return self.tokenizer.id_to_token(token) or ""
 
-    def bytes_of(self, token: int) -> bytes:
-        """A token's bytes, which may be part of a character."""
-        known = self._bytes.get(token)
-        if known is None:
-            known = self._bytes[token] = self._look_up(token)
-        return known
-
-    def _look_up(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> bytes:
         piece = self.spelling(token)
         if self.byte_level and all(char in BYTES for char in piece):
             return bytes(BYTES[char] for char in piece)
