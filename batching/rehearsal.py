@@ -10,6 +10,7 @@ from random import Random
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from batching.engine import NO_LOGPROBS, Engine
@@ -60,7 +61,8 @@ def _own_answer(model: PreTrainedModel, prompt: Sequence[int]) -> Answer:
 
 def _logprobs(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """[tokens, vocabulary], in float32."""
-    logits: Tensor = model(torch.tensor([ids], device=model.device), use_cache=False).logits
+    with sdpa_kernel(SDPBackend.MATH):  # to load kernels of fused attention takes half a second
+        logits: Tensor = model(torch.tensor([ids], device=model.device), use_cache=False).logits
     return logits[0].float().log_softmax(-1)
 
 

@@ -23,8 +23,20 @@ NAME = "packed"
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tokens of a forward pass whose logits are wanted: their `places` [wanted], and how they attend by themselves.
+
+    Of all others the last layer has to compute the keys and values alone.
+    """
+
+    places: Tensor
+    attend: Attend
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """One forward pass: the `kv_slots` [tokens] of `kv_cache` that its keys and values go to, and how tokens attend.
+    """One forward pass: the `kv_slots` [tokens] of `kv_cache` that its keys and values go to, how tokens attend, and
+    whose logits are wanted (None: all).
 
     `kv_cache` is [layers, 2, KV heads, KV slots, head size], keys first.
     """
@@ -32,6 +44,7 @@ class AttentionMetadata:
     kv_cache: Tensor
     kv_slots: Tensor
     attend: Attend
+    wanted: Wanted | None = None
 
 
 def packed_attention(
@@ -94,6 +107,8 @@ class TorchAttention:
         self._chunks = chunks
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+        if not self._chunks:
+            return q
         parts = torch.split(q, [chunk.num_tokens for chunk in self._chunks])
         pairs = zip(self._chunks, parts, strict=True)
         return torch.cat([self._one(chunk, part, k_cache, v_cache, scale) for chunk, part in pairs])

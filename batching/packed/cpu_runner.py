@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from batching.packed.attention import AttentionMetadata, Chunk, TorchAttention
+from batching.packed.attention import AttentionMetadata, Chunk, TorchAttention, Wanted
 from batching.packed.kv_cache import BLOCK_SIZE
+from batching.packed.layer import logits_of
 from batching.packed.runner import RunningSequence, Sampled
 from batching.packed.speculation import History, StepCost, num_matching, preface
 from batching.sampling import Sampler
@@ -100,7 +101,7 @@ class CPURunner:
         best = dict.fromkeys(sizes, float("inf"))
         for size in sizes * 3:
             began = time.perf_counter()
-            self._forward([0] * size, [Chunk([spare], 0, size)], range(size))
+            self._forward([0] * size, [Chunk([spare], 0, size)])
             best[size] = min(best[size], time.perf_counter() - began)
         return StepCost(best[1], max(0.0, best[sizes[1]] - best[1]) / max_draft_tokens)
 
@@ -132,13 +133,7 @@ class CPURunner:
             Chunk(sequence.blocks, self._states[sequence].num_tokens - 1, 1 + len(draft))
             for sequence, draft in self._drafts.items()
         ]
-        ends = accumulate((chunk.num_tokens for _, chunk in chunks), initial=sum(step.num_tokens for step in steps))
-        wanted = [*range(next(ends))]
-        wanted += [
-            end - 1
-            for end, (sequence, chunk) in zip(ends, chunks, strict=True)
-            if sequence.remaining_prefill == chunk.num_tokens
-        ]
+        wanted = wanted_of(steps, chunks) if chunks else None
         self.logits = self._forward(ids, steps + [chunk for _, chunk in chunks], wanted)
 
     def _draft(self, sequence: RunningSequence, num_rows: int, limit: int) -> list[int]:
@@ -150,20 +145,14 @@ class CPURunner:
 
     def prompt_logits(self, sequence: RunningSequence, chunk: Chunk) -> Tensor:
         ids = sequence.tokens[chunk.num_computed_tokens : chunk.seq_len]
-        return self._forward(ids, [chunk], range(chunk.num_tokens))
+        return self._forward(ids, [chunk])
 
-    def _forward(self, ids: Sequence[int], chunks: list[Chunk], wanted: Sequence[int]) -> Tensor:
-        """Logits of the tokens at the `wanted` places."""
+    def _forward(self, ids: Sequence[int], chunks: list[Chunk], wanted: Wanted | None = None) -> Tensor:
+        """Logits of the `wanted` tokens (None: of all)."""
         positions = torch.cat([torch.arange(chunk.num_computed_tokens, chunk.seq_len) for chunk in chunks])
         kv_slots = torch.cat([chunk.kv_slots()[chunk.num_computed_tokens :] for chunk in chunks])
-        logits: Tensor = self._model(
-            input_ids=torch.tensor([ids]),
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.int64),
-            attention_metadata=AttentionMetadata(self._kv_cache, kv_slots, TorchAttention(chunks)),
-        ).logits[0]
-        return logits
+        metadata = AttentionMetadata(self._kv_cache, kv_slots, TorchAttention(chunks), wanted)
+        return logits_of(self._model, torch.tensor(ids), positions, metadata)
 
     def needs_host_sync(self, sequences: Sequence[RunningSequence]) -> bool:
         """Never: every token is known at once."""
@@ -199,3 +188,17 @@ class CPURunner:
         sequence.row.num_drafted_tokens += len(draft)
         sequence.row.num_accepted_tokens += len(tokens) - 1
         return found
+
+
+def wanted_of(steps: Sequence[Chunk], chunks: Sequence[tuple[RunningSequence, Chunk]]) -> Wanted:
+    """All tokens of decode steps, which come first in the pass, and the last one of each prompt that ends with it."""
+    first = sum(step.num_tokens for step in steps)
+    ends = accumulate((chunk.num_tokens for _, chunk in chunks), initial=first)
+    next(ends)
+    last = [
+        (end - 1, Chunk(chunk.blocks, chunk.seq_len - 1, 1))
+        for end, (sequence, chunk) in zip(ends, chunks, strict=True)
+        if sequence.remaining_prefill == chunk.num_tokens
+    ]
+    places = torch.tensor([*range(first), *(place for place, _ in last)], dtype=torch.int64)
+    return Wanted(places, TorchAttention([*steps, *(chunk for _, chunk in last)]))

@@ -8,7 +8,7 @@ would each have to get the interpreter back from the event loop first.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from batching.packed import triton_sampling
-from batching.packed.attention import Attend, AttentionMetadata
+from batching.packed.attention import Attend, AttentionMetadata, Wanted
+from batching.packed.layer import logits_of
 from batching.packed.sampling_state import SamplingState
 from batching.packed.triton_attention import (
     BLOCK_COLUMNS,
@@ -52,7 +53,7 @@ class PassInputs:
 
     def __init__(self, tokens: int, num_slots: int, device: torch.device | str) -> None:
         blocks = num_slots + tokens // QUERY_BLOCK
-        sizes = [tokens, tokens, tokens, 1, blocks * BLOCK_COLUMNS.value, num_slots, num_slots, 1]
+        sizes = [tokens, tokens, tokens, 1, blocks * BLOCK_COLUMNS.value, num_slots, num_slots, 1, 1]
         self.all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         # By token; those of sequences that decode come first, and are written on the device.
         self.ids, self.positions, self.kv_slots, *rest = torch.split(self.all, sizes)
@@ -60,8 +61,8 @@ class PassInputs:
         self.num_blocks, columns, *rest = rest
         self.blocks = columns.view(blocks, BLOCK_COLUMNS.value)
         # By sequence that gets a token, those that decode first: the index of its last token, and its sequence slot;
-        # how many decode.
-        self.last_tokens, self.slots, self.num_decodes = rest
+        # how many decode, and how many there are.
+        self.last_tokens, self.slots, self.num_decodes, self.num_sequences = rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class GraphCapture:
 
         def run() -> None:
             self._place_decodes(attend, num_decodes, ids, positions, kv_slots)
-            self.out.logits[:tokens].copy_(self._logits(ids, positions, kv_slots, attend, 0))
+            self.out.logits[:tokens].copy_(self._logits(ids, positions, kv_slots, attend))
 
         kept = ids, positions, kv_slots, num_decodes, *attend.tensors
         return DecodeGraph(sequences, width, self._graph(run), kept)
@@ -179,9 +180,9 @@ class GraphCapture:
         return MixedGraph(tokens, self._graph(run), inputs)
 
     def mixed_logits(
-        self, inputs: PassInputs, decodes: DecodeAttention | None = None, wanted: Tensor | None = None
+        self, inputs: PassInputs, decodes: DecodeAttention | None = None, *, of_all: bool = False
     ) -> Tensor:
-        """Logits [wanted, vocabulary] of the tokens at the `wanted` places; else of the `last_tokens`.
+        """Logits [tokens, vocabulary] of the `last_tokens`, or `of_all`.
 
         Tokens beyond those that decode and those of prompts have no effect.
         """
@@ -190,17 +191,17 @@ class GraphCapture:
         self._place_decodes(decodes, inputs.num_decodes, *places)
         prefills = PrefillAttention(inputs.num_blocks.int(), inputs.blocks.int(), self._state.block_tables)
         attend = MixedAttention(prefills, decodes, self._beside)
-        return self._logits(*places, attend, inputs.last_tokens if wanted is None else wanted)
+        return self._logits(*places, attend, None if of_all else self._last_tokens(inputs, decodes))
 
-    def _logits(self, ids: Tensor, positions: Tensor, kv_slots: Tensor, attend: Attend, keep: int | Tensor) -> Tensor:
-        logits: Tensor = self._model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=keep,
-            attention_metadata=AttentionMetadata(self._kv_cache, kv_slots, attend),
-        ).logits
-        return logits[0]
+    def _last_tokens(self, inputs: PassInputs, decodes: DecodeAttention) -> Wanted:
+        """The last token of each sequence, which attends as one that decodes."""
+        seq_lens = (inputs.positions[inputs.last_tokens] + 1).int()
+        return Wanted(inputs.last_tokens, replace(decodes, seq_lens=seq_lens, num_sequences=inputs.num_sequences))
+
+    def _logits(
+        self, ids: Tensor, positions: Tensor, kv_slots: Tensor, attend: Attend, wanted: Wanted | None = None
+    ) -> Tensor:
+        return logits_of(self._model, ids, positions, AttentionMetadata(self._kv_cache, kv_slots, attend, wanted))
 
     def _place_decodes(
         self, attend: DecodeAttention, num_decodes: Tensor, ids: Tensor, positions: Tensor, kv_slots: Tensor

@@ -185,7 +185,7 @@ class CUDARunner:
         on_host, inputs = (PassInputs(chunk.num_tokens, self.num_slots, place) for place in ("cpu", self._device))
         self._fill(on_host, [], [(sequence, chunk)])
         inputs.all.copy_(on_host.all.pin_memory(), non_blocking=True)
-        return self._capture.mixed_logits(inputs, wanted=torch.arange(chunk.num_tokens, device=self._device))
+        return self._capture.mixed_logits(inputs, of_all=True)
 
     def _send(self, sequences: Sequence[RunningSequence]) -> None:
         """What the device does not know yet: the state of new sequences, and the blocks that these have got."""
@@ -304,4 +304,4 @@ def fill(
     inputs.last_tokens[: len(sampled)] = torch.tensor([last for last, _ in sampled], dtype=torch.int64)
     inputs.slots[: len(sampled)] = torch.tensor([slot for _, slot in sampled], dtype=torch.int64)
     inputs.slots[len(sampled) :] = spare_slot
-    inputs.num_decodes[0] = first
+    inputs.num_decodes[0], inputs.num_sequences[0] = first, len(sampled)

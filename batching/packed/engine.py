@@ -175,12 +175,12 @@ class PackedEngine:
         return peak_bytes(self._model.device, lambda: runner.profile_run(self._max_prefill_tokens))
 
     def _compile_kernels(self, runner: "CUDARunner") -> None:
-        """With a single layer, because all layers launch the same; what others need is compiled at its first use."""
+        """With two layers, because all but the last launch the same; what others need is compiled at its first use."""
         base: Any = self._model.base_model
         layers = getattr(base, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             return
-        base.layers = layers[:1]
+        base.layers = layers[:1] + layers[1:][-1:]
         try:
             runner.compile_kernels(*self._graph_sizes(runner.num_slots))
         finally:

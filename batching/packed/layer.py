@@ -23,8 +23,9 @@ FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLa
 class FusedLayer(nn.Module):
     """`ops` is the module `triton_layer` or `reference` of this package."""
 
-    def __init__(self, layer: Any, ops: Any) -> None:
+    def __init__(self, layer: Any, ops: Any, *, is_last: bool = False) -> None:
         super().__init__()
+        self._is_last = is_last
         attention, mlp = layer.self_attn, layer.mlp
         self._ops = ops
         self._layer_index = int(attention.layer_idx)
@@ -47,19 +48,22 @@ class FusedLayer(nn.Module):
         attention_metadata: AttentionMetadata,
         **_: Any,
     ) -> Tensor:
-        """hidden [1, tokens, size], overwritten -> the same."""
+        """hidden [1, tokens, size], overwritten -> the same; of the last layer only the wanted tokens."""
         residual = hidden[0]
-        metadata = attention_metadata
+        metadata, attend = attention_metadata, attention_metadata.attend
         k_cache, v_cache = metadata.kv_cache[self._layer_index]
         cos, sin = position_embeddings
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm, self._eps)
         qkv = self.qkv.product(self.qkv.norm(residual, self.input_norm, self._eps))
         q = self._ops.rotate_and_store(qkv, cos[0], sin[0], norms, metadata.kv_slots, k_cache, v_cache)
-        attended = metadata.attend(q, k_cache, v_cache, self._scale)
+        if self._is_last and metadata.wanted:
+            places, attend = metadata.wanted.places, metadata.wanted.attend
+            residual, q = residual[places], q[places]
+        attended = attend(q, k_cache, v_cache, self._scale)
         self.o.add_product(residual, attended.flatten(1))
         x = self.gate_up.norm(residual, self.post_attention_norm, self._eps)
         self.down.add_product(residual, self.gate_up.gated_product(x))
-        return hidden
+        return residual[None]
 
 
 class Projection(nn.Module):
@@ -152,9 +156,25 @@ def fuse(model: PreTrainedModel, ops: Any) -> bool:
     layers: Any = getattr(model.base_model, "layers", ())
     if not layers or not all(map(_fusable, layers)):
         return False
-    for index in range(len(layers)):
-        layers[index] = FusedLayer(layers[index], ops)  # one at a time: the weights are in memory twice for a moment
+    last = len(layers) - 1
+    for index in range(len(layers)):  # one at a time: the weights are in memory twice for a moment
+        layers[index] = FusedLayer(layers[index], ops, is_last=index == last)
     return True
+
+
+def logits_of(model: PreTrainedModel, ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+    """Logits [wanted tokens, vocabulary] of a forward pass over the `ids` [tokens] at these `positions`."""
+    layers: Any = getattr(model.base_model, "layers", ())
+    only_wanted = bool(layers) and isinstance(layers[-1], FusedLayer)
+    keep = 0 if metadata.wanted is None or only_wanted else metadata.wanted.places
+    found: Tensor = model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=keep,  # 0: of all that the last layer returns
+        attention_metadata=metadata,
+    ).logits
+    return found[0]
 
 
 def _silu_types() -> tuple[type, ...]:

@@ -75,8 +75,7 @@ def test_it_leads_back_to_the_page_where_there_is_one(page: Browser) -> None:
         assert page.texts("header a") == ["openapi.json"]
 
 
-@pytest.mark.parametrize("size", [DESK, PHONE])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("size", "scheme"), [(DESK, "light"), (PHONE, "dark")])
 def test_everyone_can_use_it(page: Browser, locked: Live, size: tuple[int, int], scheme: str) -> None:
     page.look(size, scheme)
     show(page, locked)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import MistralConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from batching.checkpoint import locate
 from batching.errors import ModelError, OutOfMemory
 from batching.model import load
-from batching.packed import layer
+from batching.packed import layer, reference
 from batching.packed.attention import Chunk
 from batching.packed.engine import PackedEngine, unsupported
 from batching.packed.kv_cache import BLOCK_SIZE
@@ -100,6 +101,22 @@ def test_every_row_is_as_it_is_alone(kind: str, fused: bool, monkeypatch: pytest
         run = Run(engine, mixed, first=3, joining=lambda: dice.randint(0, 2))
         assert run.answers == alone(kind, mixed)
     assert any(row.num_cached_tokens for row in run.rows)
+
+
+def test_of_a_prompt_the_last_layer_computes_only_the_token_that_is_sampled_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = PackedEngine(tiny_model(), prefill_chunk=8)
+    tokens: list[int] = []
+    gated_product = reference.gated_product
+
+    def noting(x: Tensor, pair: Tensor, bias: Tensor | None) -> Tensor:
+        tokens.append(len(x))
+        return gated_product(x, pair, bias)
+
+    monkeypatch.setattr(reference, "gated_product", noting)
+    Run(engine, [request(tuple(range(20)), max_tokens=1)])
+    assert tokens == [8, 0, 8, 0, 4, 1]  # by layers, for each of three chunks
 
 
 @cache
