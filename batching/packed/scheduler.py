@@ -131,10 +131,10 @@ class Scheduler:
             self._keep_prefix(sequence)
         complete = [sequence for sequence, _ in chunks if not sequence.remaining_prefill]
         self._prefilling = [sequence for sequence in self._prefilling if sequence.remaining_prefill]
+        self._decoding += complete
         launched = self._sample([*decoding, *complete])
         if self._gap_limit:
             self._gap_limit.launched(sum(chunk.num_tokens for _, chunk in chunks), has_output=launched > 0)
-        self._decoding += complete
         return launched
 
     def _sample(self, sequences: Sequence[RunningSequence]) -> int:
@@ -222,11 +222,11 @@ class Scheduler:
             return None
         self._waiting.popleft()
         sequence.start(self._free_slots.pop(), started.table, started.num_cached_tokens)
-        if not sequence.num_output_tokens:
+        if not sequence.row.num_preemptions:  # afterwards the cache has what it computed itself
             sequence.row.num_cached_tokens = started.num_cached_tokens
             sequence.row.num_shared_tokens = started.num_shared_tokens
-        self._runner.add_sequence(sequence)
         self._prefilling.append(sequence)
+        self._runner.add_sequence(sequence)
         return sequence
 
     def _make_room(self) -> None:

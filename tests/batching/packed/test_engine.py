@@ -327,6 +327,50 @@ def test_after_a_failed_batch_the_next_one_is_served(
     assert Run(engine, asked).answers == wanted
 
 
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("method", ["add_sequence", "forward", "prompt_logits", "sample", "accept_tokens"])
+def test_wherever_a_batch_fails_the_runner_keeps_none_of_its_rows(
+    method: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=4, token_budget=500, prefill_chunk=32)
+    asked = [replace(r, sampling=replace(r.sampling, prompt_logprobs=0)) for r in long_requests(random.Random(1), 3)]
+    kept: set[RunningSequence] = set()
+    runner: Any = engine.runner
+    add, remove, failing, count = runner.add_sequence, runner.remove_sequence, getattr(runner, method), [0]
+
+    def fails(*arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] == call:
+            raise Broken
+        return failing(*arguments)
+
+    def added(sequence: RunningSequence) -> None:
+        kept.add(sequence)
+        (fails if method == "add_sequence" else add)(sequence)
+
+    def removed(sequence: RunningSequence) -> None:
+        kept.discard(sequence)
+        remove(sequence)
+
+    monkeypatch.setattr(runner, method, fails)
+    monkeypatch.setattr(runner, "add_sequence", added)
+    monkeypatch.setattr(runner, "remove_sequence", removed)
+    with pytest.raises(Broken):
+        Run(engine, asked)
+    assert not kept
+    assert engine.pool.num_free == engine.pool.num_blocks
+    assert Run(engine, asked).answers == alone("qwen3", asked)
+
+
+def test_what_a_row_computed_itself_before_it_gave_way_is_not_counted_as_cached() -> None:
+    engine = PackedEngine(tiny_model(), num_slots=2, token_budget=6 * BLOCK_SIZE, prefill_chunk=16)
+    # The second has all that is left when the first needs another block.
+    asked = [request(BLOCK_SIZE - 10, max_tokens=20), request((7, *range(5 * BLOCK_SIZE - 11)), max_tokens=10)]
+    run = Run(engine, asked)
+    assert [row.num_preemptions for row in run.rows] == [0, 1]
+    assert [row.num_cached_tokens for row in run.rows] == [0, 0]
+
+
 def test_a_prefix_is_reused_only_within_its_salt() -> None:
     engine = PackedEngine(tiny_model(), num_slots=1, token_budget=1000)
     prompt = tuple(range(2 * BLOCK_SIZE + 5))
