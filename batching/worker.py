@@ -179,7 +179,7 @@ class BatchSteps:
                 new_tokens.append((row, token, row.push(token), logprobs.get(place)))
             if row.over:
                 self.rows.pop(row, None)
-        self._report(new_tokens, len(self.rows))
+        self._report(new_tokens, self._num_running)
         return [row.over for row in rows]
 
     def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
@@ -188,7 +188,12 @@ class BatchSteps:
             row.over = True
         elif fresh:
             finish = row.push_prompt(len(fresh))
-            self._report_prompt(row, fresh, finish, len(self.rows) - row.over)
+            self._report_prompt(row, fresh, finish, self._num_running)
         if row.over:
             self.rows.pop(row, None)
         return row.over
+
+    @property
+    def _num_running(self) -> int:
+        """Without rows that were cancelled, whose end the engine may not report."""
+        return sum(not (row.over or row.cancelled) for row in self.rows)

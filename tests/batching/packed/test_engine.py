@@ -52,6 +52,7 @@ class Run:
         self.sent: dict[Row, list[int]] = {row: [] for row in self.rows}
         self.logprobs: dict[Row, list[Any]] = {row: [] for row in self.rows}
         self.finished: list[Row] = []
+        self.running: list[int] = []
         self._later = self.rows[first:] if first else []
         self._joining = joining
         self._after = after
@@ -68,6 +69,7 @@ class Run:
             self.sent[row].append(token)
             self.logprobs[row] += [logprob] if logprob else []
             self.finished += [row] if row.over else []
+        self.running.append(running)
         self._after(self)
 
     @property
@@ -213,6 +215,16 @@ def test_rows_that_leave_do_not_change_those_that_stay() -> None:
         assert sent == wanted[: len(sent)]
         assert number in leaving or sent == wanted
     assert all(row.over for row in run.rows)
+
+
+def test_rows_that_left_do_not_count_as_running() -> None:
+    engine = PackedEngine(tiny_model(), num_slots=3, token_budget=500, max_draft_tokens=0)
+
+    def leave(run: Run) -> None:
+        run.rows[0].cancelled = len(run.running) >= 2
+
+    run = Run(engine, [request((number,), max_tokens=4) for number in range(3)], after=leave)
+    assert run.running == [3, 3, 2, 0]
 
 
 def test_log_probabilities_go_with_their_tokens() -> None:
