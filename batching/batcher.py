@@ -280,7 +280,7 @@ class Batcher:
     def on_step(self, tokens: NewTokens, running: int, at: float) -> None:
         for row, token, finish, logprob in tokens:
             row.stream.feed(token, finish, at, logprob)
-        self._observe(Stepped(len(tokens), running))
+        self._observe(Stepped(len(tokens), running, rows=len({row for row, *_ in tokens})))
 
     def on_prompt(
         self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int

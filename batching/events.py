@@ -89,10 +89,11 @@ class RowStarted:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One decode step of a batch arrived: `tokens` rows got a token each, `running` rows have not finished."""
+    """Tokens of a batch arrived: `tokens` for `rows` of its rows, of which `running` have not finished."""
 
     tokens: int
     running: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)

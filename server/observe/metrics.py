@@ -159,10 +159,10 @@ class Metrics:
     def __call__(self, event: Event) -> None:
         """Handle one event."""
         match event:
-            case Stepped(tokens=tokens, running=running):
+            case Stepped(tokens=tokens, running=running, rows=rows):
                 self._output_tokens.inc(tokens)
                 self._running.set(running)
-                self._step_rows.observe(tokens)
+                self._step_rows.observe(rows)
             case PromptScored(tokens=tokens, running=running):
                 self._scored_tokens.inc(tokens)
                 self._running.set(running)

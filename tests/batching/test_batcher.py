@@ -1055,6 +1055,25 @@ def test_a_batch_is_told_with_its_counts(run_async: Runner) -> None:
     run_async(main)
 
 
+class Drafting(ScriptedEngine):
+    """Gives every row two tokens a step, as speculation may."""
+
+    def run(self, rows: Sequence[Row], steps: Steps) -> None:
+        while not all(row.over for row in rows):
+            steps.emit([row for row in rows for _ in range(2)], [1, 2] * len(rows))
+
+
+def test_rows_that_get_several_tokens_in_a_step_are_counted_once(run_async: Runner) -> None:
+    async def main() -> None:
+        async with serving(Drafting(), rows=2, window=NEVER) as (batcher, log):
+            streams = [batcher.submit(request(id="a", max_tokens=2)), batcher.submit(request(id="b", max_tokens=4))]
+            await asyncio.gather(*map(all_tokens, streams))
+            await log.count(BatchEnded, 1)
+            assert log.of(Stepped) == [Stepped(4, running=1, rows=2), Stepped(2, running=0, rows=1)]
+
+    run_async(main)
+
+
 def test_a_request_that_never_ran_has_no_waits_to_tell(run_async: Runner) -> None:
     async def main() -> None:
         async with serving(ScriptedEngine(), rows=2, window=NEVER) as (batcher, log):

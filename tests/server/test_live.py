@@ -142,7 +142,7 @@ def test_what_is_kept_is_bounded() -> None:
     feed = LiveFeed()
     for number in range(10 * ROWS_KEPT):
         feed(RowStarted(f"r{number}", 0.0, 0.0, 1))
-        feed(Stepped(1, 1))
+        feed(Stepped(1, 1, 1))
     history = feed.history()
     assert len(history["rows"]) == ROWS_KEPT
     assert history["rows"][-1]["started"].id == f"r{10 * ROWS_KEPT - 1}"

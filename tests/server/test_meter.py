@@ -47,7 +47,7 @@ def column(ticks: list[Tick], name: str) -> list[Any]:
 
 def test_a_tick_has_the_most_rows_there_were_and_goes_on_with_the_last() -> None:
     queue = [(0.1, QueueChanged(5, 50)), (0.2, QueueChanged(0, 0))]
-    ticks = run(*queue, (0.2, started(5)), (0.7, Stepped(5, 2)), (1.2, BatchEnded(0, 1.0, 77)), until=2.1)
+    ticks = run(*queue, (0.2, started(5)), (0.7, Stepped(5, 2, 5)), (1.2, BatchEnded(0, 1.0, 77)), until=2.1)
     assert column(ticks, "at") == [0.5, 1.0, 1.5, 2.0]
     assert column(ticks, "queued") == [5, 0, 0, 0]
     assert column(ticks, "running") == [5, 5, 2, 0]
@@ -55,7 +55,7 @@ def test_a_tick_has_the_most_rows_there_were_and_goes_on_with_the_last() -> None
 
 
 def test_a_tick_counts_tokens_and_batches_of_its_own_half_second() -> None:
-    steps = [(0.1, Stepped(3, 3)), (0.4, Stepped(2, 2)), (0.6, Stepped(1, 1))]
+    steps = [(0.1, Stepped(3, 3, 3)), (0.4, Stepped(2, 2, 2)), (0.6, Stepped(1, 1, 1))]
     ticks = run((0.05, started(3, 10, 16)), *steps, (0.6, started(1, 4, 4)), until=1.0)
     assert column(ticks, "tokens") == [5, 1]
     assert column(ticks, "batches") == [1, 1]
@@ -65,7 +65,7 @@ def test_a_tick_counts_tokens_and_batches_of_its_own_half_second() -> None:
 
 def test_rows_that_join_a_batch_run_with_it_and_need_no_padding() -> None:
     joined, over = RowsJoined(2, 5, 10, (0.0, 0.0)), BatchEnded(2, 1.0, 77)
-    ticks = run((0.1, started(3, 10, 16)), (0.2, joined), (0.3, Stepped(5, 5)), (0.6, over), until=1.5)
+    ticks = run((0.1, started(3, 10, 16)), (0.2, joined), (0.3, Stepped(5, 5, 5)), (0.6, over), until=1.5)
     assert column(ticks, "running") == [5, 5, 2]
     assert [(tick.batches, tick.batch_rows) for tick in ticks] == [(1, 3), (0, 0), (0, 0)]
     assert (ticks[0].prompt_tokens, ticks[0].padded_tokens) == (20, 26)
@@ -81,7 +81,7 @@ def test_times_to_first_token_are_of_answers_that_ended_lately() -> None:
 
 
 def test_after_a_long_silence_only_the_last_ticks_are_made() -> None:
-    ticks = run((0.1, Stepped(1, 1)), until=10_000.0, most=4)
+    ticks = run((0.1, Stepped(1, 1, 1)), until=10_000.0, most=4)
     assert column(ticks, "at") == [9998.5, 9999.0, 9999.5, 10_000.0]
     assert column(ticks, "tokens") == [0, 0, 0, 0]
 
@@ -91,7 +91,7 @@ def test_no_token_is_lost_or_counted_twice(steps: list[tuple[float, int]], silen
     now, events = 0.0, []
     for wait, tokens in steps:
         now += wait
-        events.append((now, Stepped(tokens, 1)))
+        events.append((now, Stepped(tokens, 1, 1)))
     ticks = run(*events, until=now + silence + PERIOD)
     assert sum(column(ticks, "tokens")) == sum(tokens for _, tokens in steps)
     assert column(ticks, "at") == pytest.approx([PERIOD * (n + 1) for n in range(len(ticks))])

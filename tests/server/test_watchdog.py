@@ -104,7 +104,7 @@ def test_a_worker_with_work_that_makes_no_progress_is_stuck(progress: Progress, 
 @pytest.mark.parametrize(
     "sign",
     [
-        lambda progress: progress(Stepped(tokens=1, running=1)),
+        lambda progress: progress(Stepped(tokens=1, running=1, rows=1)),
         lambda progress: progress(STARTED),
         lambda progress: progress(PromptScored(tokens=256, running=1)),
         lambda progress: progress.mark(),
@@ -127,7 +127,7 @@ def test_a_worker_whose_news_the_loop_cannot_take_is_not_stuck(progress: Progres
     watched.look(watched.looks - 1)
     watched.loop.stands = True
     assert watched.look(watched.looks // 2) == []
-    progress(Stepped(tokens=1, running=1))
+    progress(Stepped(tokens=1, running=1, rows=1))
     watched.loop.stands = False
     watched.loop.go_on()
     assert watched.look(watched.looks) == []
