@@ -71,10 +71,11 @@ class Penalties:
 class LogitBias:
     """`logit_bias`; and `min_tokens`, which masks a row's stop tokens until it has that many tokens.
 
-    Both change single logits: rows, tokens and values, three flat tensors each.
+    Both change single logits: rows, tokens and values, three flat tensors each. Stop tokens that only the tokenizer has
+    need no mask.
     """
 
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+    def __init__(self, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
         self._num_output_tokens = 0
         self._logit_bias = _SparseBias(
             [(row, token, bias) for row, r in enumerate(requests) for token, bias in r.sampling.logit_bias], device
@@ -84,6 +85,7 @@ class LogitBias:
             for row, r in enumerate(requests)
             if r.sampling.min_tokens
             for token in sorted(r.sampling.stop_token_ids)
+            if 0 <= token < vocab_size
         ]
         self._device = device
         self._barred_stops = self._barred_at(0)
@@ -92,7 +94,7 @@ class LogitBias:
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> "LogitBias | None":
         """The biases of a batch, or None if no row has any."""
         wanted = any(request.sampling.logit_bias or request.sampling.min_tokens for request in requests)
-        return cls(requests, device) if wanted else None
+        return cls(requests, vocab_size, device) if wanted else None
 
     def apply(self, logits: Tensor) -> None:
         self._logit_bias.add_to(logits)

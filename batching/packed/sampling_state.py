@@ -90,8 +90,10 @@ class SamplingState:
     def set_bias(self, sequence: RunningSequence, *, may_stop: bool) -> None:
         """Write a sequence's `logit_bias` and, until it `may_stop`, mask its stop tokens."""
         sampling = sequence.row.request.sampling
-        values = dict(sampling.logit_bias) | dict.fromkeys(() if may_stop else sampling.stop_token_ids, -float("inf"))
         bias = self.bias[sequence.slot].zero_()
+        # Stop tokens that only the tokenizer has need no mask.
+        masked = () if may_stop else [token for token in sampling.stop_token_ids if 0 <= token < len(bias)]
+        values = dict(sampling.logit_bias) | dict.fromkeys(masked, -float("inf"))
         if values:
             tokens, added = torch.tensor(list(values)), torch.tensor(list(values.values()))
             bias.index_copy_(0, self.to_device(tokens), self.to_device(added))

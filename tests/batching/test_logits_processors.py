@@ -152,6 +152,13 @@ def test_no_bias_brings_a_stop_token_in_before_the_least_length() -> None:
     assert [token == STOP for token in tokens] == [False] * 3 + [True] * (STEPS - 3)
 
 
+@pytest.mark.parametrize("stop", [-1, VOCAB, 10 * VOCAB])
+def test_a_stop_token_that_the_model_lacks_masks_nothing(stop: int) -> None:
+    wanted = preferring(VOCAB - 1)
+    row = request(min_tokens=3, stop_token_ids=frozenset({STOP, stop}))
+    assert draw([row], wanted) == [[VOCAB - 1] * STEPS]
+
+
 def test_a_token_that_is_impossible_stays_so_whatever_is_added() -> None:
     logits = noise(3, 1, VOCAB)
     logits[0, STOP] = OFF
