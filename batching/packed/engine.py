@@ -49,6 +49,9 @@ CPU_PREFILL_CHUNK = 128
 CPU_TOKENS = 65_536
 """Tokens of the KV cache on a CPU, if the window is not larger: it shares its memory with everything else."""
 
+FEWEST_TOKENS = 256
+"""Of the KV cache, unless the window or the budget has fewer: less memory than for these is too little to serve."""
+
 GPU_ROWS = 256
 """Rows that run at a time on a GPU: what memory holds is the limit of longer ones."""
 
@@ -155,7 +158,7 @@ class PackedEngine:
         else:
             room = int(0.5 * free_bytes(self._model.device))
         num_blocks = min(most, room // block)
-        if num_blocks * BLOCK_SIZE < 256:
+        if num_blocks < min(most, blocks_for(FEWEST_TOKENS)):
             left = f"only {room / 2**20:.0f} MiB are left for the KV cache beside the model"
             raise ModelError(f"{left}, too few for a batch")
         return int(num_blocks)

@@ -424,9 +424,20 @@ def test_it_runs_as_many_rows_as_asked_for_or_as_suit_the_device() -> None:
     assert PackedEngine(tiny_model(), token_budget=500).info.max_rows == DEFAULT_ROWS
 
 
-def test_there_must_be_room_for_a_kv_cache() -> None:
+@pytest.mark.parametrize("limits", [{}, {"num_slots": 1, "context_window": 16}])
+def test_there_must_be_room_for_a_kv_cache(limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batching.packed.engine.free_bytes", lambda device: 1000)
     with pytest.raises(ModelError, match="too few for a batch"):
-        PackedEngine(tiny_model(), num_slots=1, token_budget=100)
+        PackedEngine(tiny_model(), **limits)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"num_slots": 1, "context_window": 16}, {"num_slots": 2, "context_window": 64}, {"token_budget": 16}]
+)
+def test_a_window_or_budget_may_be_as_small_as_it_likes(limits: dict[str, Any]) -> None:
+    engine = PackedEngine(tiny_model(), **limits)
+    asked = [request((number, 2, 3), max_tokens=engine.info.context_window - 3) for number in range(3)]
+    assert Run(engine, asked).answers == alone("qwen3", asked)
 
 
 @pytest.mark.model
