@@ -13,7 +13,7 @@ from itertools import count
 from batching.engine import Steps
 from batching.packed.attention import Chunk
 from batching.packed.gap_limit import GapLimit
-from batching.packed.kv_cache import BlockPool
+from batching.packed.kv_cache import BlockPool, blocks_for
 from batching.packed.runner import Runner, RunningSequence, SamplerOutput
 from batching.scoring import PIECE, prompt_logprobs
 from batching.stream import Row
@@ -31,7 +31,7 @@ class Scheduler:
     prefill than decode, larger passes serve many sooner and delay few, so each takes an eighth of what waits; and a
     lone prompt has passes of up to `max_prefill_tokens`. A `gap_limit` decides instead while rows decode. With
     `one_prompt_a_pass` no prompt shares a pass with another sequence, so that what is computed for it does not depend
-    on other rows.
+    on other rows; and nobody is preempted, because a prefill of output tokens may round otherwise than decode steps.
 
     A row starts with the blocks that its tokens need and gets more as it grows. When none are left, the youngest is
     preempted: its tokens are kept, and recomputed once there is room. Its next token is the same, because sampling
@@ -212,7 +212,7 @@ class Scheduler:
         if not self._waiting:
             return None
         sequence = self._waiting[0]
-        spare = (len(self._prefilling) + len(self._decoding)) // ROWS_PER_SPARE_BLOCK
+        spare = self._spare_blocks(sequence)
         started = None
         if self._free_slots:
             sharing = not sequence.row.wants_prompt_logprobs  # the cache has no logits to reuse
@@ -228,6 +228,14 @@ class Scheduler:
         self._prefilling.append(sequence)
         self._runner.add_sequence(sequence)
         return sequence
+
+    def _spare_blocks(self, starting: RunningSequence) -> int:
+        """How many blocks must be left once this sequence has those for its tokens."""
+        running = [*self._prefilling, *self._decoding]
+        if not self._one_prompt_a_pass:
+            return len(running) // ROWS_PER_SPARE_BLOCK
+        held = blocks_for(len(starting.tokens)) + sum(len(sequence.blocks) for sequence in running)
+        return sum(blocks_for(sequence.row.request.total_tokens) for sequence in [starting, *running]) - held
 
     def _make_room(self) -> None:
         """Preempt the youngest sequence, unless rows that have finished meanwhile leave room."""

@@ -199,6 +199,16 @@ def test_rows_give_way_when_blocks_run_out_and_the_oldest_does_not() -> None:
     assert run.rows[0].num_preemptions == 0
 
 
+@pytest.mark.parametrize("works_beside_host", [False, True])
+def test_a_row_whose_answer_must_not_depend_on_others_never_gives_way(works_beside_host: bool) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=8, token_budget=6 * BLOCK_SIZE, batch_invariant=True)
+    engine.runner.works_beside_host = works_beside_host
+    asked = [*growing_requests(), *(request((number, 2, 3), max_tokens=150) for number in range(5))]
+    run = Run(engine, asked, first=4)
+    assert run.answers == [what_it_is_alone(each) for each in asked]
+    assert not any(row.num_preemptions for row in run.rows)
+
+
 def test_rows_that_leave_do_not_change_those_that_stay() -> None:
     engine = PackedEngine(tiny_model(), num_slots=4, token_budget=500, prefill_chunk=32)
     dice = random.Random(3)
