@@ -78,12 +78,22 @@ class SequenceState:
 
 class CPURunner:
     """`kv_cache` is laid out as in `AttentionMetadata`; its last block belongs to no row. At most `max_draft_tokens`
-    are drafted for a sequence in a step."""
+    are drafted for a sequence in a step. If `one_by_one`, each sequence has a forward pass of its own, because products
+    of more rows are rounded differently."""
 
     works_beside_host = False
 
-    def __init__(self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int, max_draft_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kv_cache: Tensor,
+        num_slots: int,
+        max_draft_tokens: int = 0,
+        *,
+        one_by_one: bool = False,
+    ) -> None:
         self.num_slots = num_slots
+        self._one_by_one = one_by_one
         self._model = model
         self._kv_cache = kv_cache
         self._vocab_size = model.config.get_text_config().vocab_size
@@ -149,6 +159,8 @@ class CPURunner:
 
     def _forward(self, ids: Sequence[int], chunks: list[Chunk], wanted: Wanted | None = None) -> Tensor:
         """Logits of the `wanted` tokens (None: of all)."""
+        if self._one_by_one and len(chunks) > 1:  # decode steps: a prompt is alone in its pass
+            return torch.cat([self._forward([token], [step]) for token, step in zip(ids, chunks, strict=True)])
         positions = torch.cat([torch.arange(chunk.num_computed_tokens, chunk.seq_len) for chunk in chunks])
         kv_slots = torch.cat([chunk.kv_slots()[chunk.num_computed_tokens :] for chunk in chunks])
         metadata = AttentionMetadata(self._kv_cache, kv_slots, TorchAttention(chunks), wanted)

@@ -191,7 +191,8 @@ class PackedEngine:
 
     def _make_runner(self, num_slots: int, num_blocks: int) -> Runner:
         if self._model.device.type != "cuda":
-            return CPURunner(self._model, self._kv_cache(num_blocks), num_slots, self._max_draft_tokens)
+            cache, drafts = self._kv_cache(num_blocks), self._max_draft_tokens
+            return CPURunner(self._model, cache, num_slots, drafts, one_by_one=self._batch_invariant)
         runner = self._cuda_runner(num_slots, num_blocks)
         mixed, decodes = self._graph_sizes(num_slots)
         with torch.inference_mode():

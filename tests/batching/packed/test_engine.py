@@ -209,6 +209,14 @@ def test_a_row_whose_answer_must_not_depend_on_others_never_gives_way(works_besi
     assert not any(row.num_preemptions for row in run.rows)
 
 
+def test_an_answer_that_must_not_depend_on_others_is_the_same_to_the_last_bit() -> None:
+    engine = PackedEngine(tiny_model(hidden_size=256), num_slots=8, token_budget=2000, batch_invariant=True)
+    dice = random.Random(4)
+    asked = [replace(r, sampling=replace(r.sampling, top_logprobs=2)) for r in map(some_request, [dice] * 8)]
+    together = Run(engine, asked, first=3)
+    assert list(together.logprobs.values()) == [next(iter(Run(engine, [r]).logprobs.values())) for r in asked]
+
+
 def test_rows_that_leave_do_not_change_those_that_stay() -> None:
     engine = PackedEngine(tiny_model(), num_slots=4, token_budget=500, prefill_chunk=32)
     dice = random.Random(3)
