@@ -127,7 +127,8 @@ def _check_folder(folder: Path, load_format: LoadFormat) -> None:
     if load_format != "dummy" and not weights:
         raise ModelError(f"there are no weights (*.safetensors) in {folder}")
     for file in [config, *folder.glob("tokenizer*")]:
-        _beginning(file)
+        if not file.is_dir():
+            _beginning(file)
     if load_format != "dummy":
         for file in weights:
             _check_weights(file)

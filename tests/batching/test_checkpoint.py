@@ -114,6 +114,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+def test_folders_beside_the_files_are_none_of_its_business(folder: Path, cache: Path) -> None:
+    (folder / "tokenizer_before_training").mkdir()
+    assert locate(str(folder), "auto", cache) == str(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "more.safetensors"])
 def test_a_pointer_in_place_of_a_file_is_told(name: str, folder: Path, cache: Path) -> None:
     assert locate(str(folder), "auto", cache) == str(folder)
