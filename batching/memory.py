@@ -17,18 +17,23 @@ from batching.errors import SHORTAGE, OutOfMemory
 
 SAMPLE_SECONDS = 0.002
 
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: on CUDA the driver's free memory and torch's cache."""
+    """Bytes that can still be allocated: on CUDA the driver's free memory and torch's cache.
+
+    On the CPU the smallest of what the machine and this process's control groups have left.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return int(psutil.virtual_memory().available)
+    return max(0, min([int(psutil.virtual_memory().available), *(limit - used for limit, used in _cgroup_limits())]))
 
 
 def used_bytes(device: torch.device) -> int:
@@ -41,12 +46,12 @@ def used_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Total bytes of the device."""
+    """Total bytes of the device; on the CPU no more than its control groups allow."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return int(psutil.virtual_memory().total)
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _cgroup_limits())])
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
@@ -86,6 +91,30 @@ def out_of_memory(device: torch.device) -> OutOfMemory:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return OutOfMemory(f"{device} ran out of memory")
+
+
+def _cgroup_limits() -> list[tuple[int, int]]:
+    """The limit of each control group that this process is in, and how many bytes of it are used.
+
+    A container, or a service with `MemoryMax`, is killed at its limit, whatever the machine has. Version 2 only; pages
+    of files that were not read lately do not count as used, because the kernel drops those first.
+    """
+    lines = _OWN_CGROUP.read_text().splitlines() if _OWN_CGROUP.exists() else []
+    own = _CGROUPS.joinpath(*(line.removeprefix("0::/") for line in lines if line.startswith("0::/")))
+    groups = [group for group in (own, *own.parents) if group.is_relative_to(_CGROUPS)]
+    return [found for group in groups if (found := _cgroup_limit(group)) is not None]
+
+
+def _cgroup_limit(group: Path) -> tuple[int, int] | None:
+    """None without one, as in the topmost group."""
+    try:
+        limit, used, stat = ((group / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+    except OSError:
+        return None
+    if limit.strip() == "max":
+        return None
+    counts = dict(line.split() for line in stat.splitlines())
+    return int(limit), int(used) - int(counts.get("inactive_file", 0))
 
 
 def _cuda_peak(device: torch.device, run: Callable[[], object]) -> int:

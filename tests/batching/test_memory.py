@@ -1,6 +1,7 @@
 import gc
 import mmap
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil  # type: ignore[import-untyped]
@@ -41,6 +42,45 @@ def test_free_and_used_bytes_of_the_cpu_are_within_the_machine() -> None:
     total = psutil.virtual_memory().total
     assert 0 < free_bytes(CPU) < total
     assert 0 < used_bytes(CPU) < total
+
+
+def control_group(folder: Path, limit: str, used: int, inactive: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\nactive_file 7\n")
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "total", "free"),
+    [
+        ("0::/\n", {"": ("8388608", 3 * MIB, MIB)}, 8 * MIB, 6 * MIB),
+        ("1:name=systemd:/x\n0::/a/b\n", {"a/b": ("max", 0, 0), "a": ("9437184", MIB, 0)}, 9 * MIB, 8 * MIB),
+        ("0::/a/b\n", {"a/b": ("4194304", MIB, 0), "a": ("9437184", 8 * MIB, 0)}, 4 * MIB, MIB),
+        ("0::/a\n", {"a": ("4194304", 5 * MIB, 0)}, 4 * MIB, 0),
+    ],
+)
+def test_a_control_group_s_limit_is_a_limit(
+    own: str,
+    groups: dict[str, tuple[str, int, int]],
+    total: int,
+    free: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, numbers in groups.items():
+        control_group(tmp_path / "groups" / name, *numbers)
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    assert (total_bytes(CPU), free_bytes(CPU)) == (total, free)
+
+
+def test_without_control_groups_the_machine_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "none")
+    assert total_bytes(CPU) == psutil.virtual_memory().total
+    assert free_bytes(CPU) > 0
 
 
 def test_used_bytes_counts_what_is_held() -> None:
