@@ -77,9 +77,10 @@ run: serving
 	$(BIN)/python -m server --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(if $(NAME),--name '$(NAME)') $(ARGS)
 
 # Files are spread over two processes: most tests wait for each other's threads, not for cores.
+# By default xdist leaves files with few tests to the end, which here take longest, so that one worker waits for them.
 test: install
 	@echo "every test, about 17 minutes on 2 cores; make test-quick takes about 2"
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Files that start no process, load no model and open no browser, and of these the quick ones.
 QUICK := tests/test_architecture.py tests/benchmarks/test_{quotes,summary,workloads}.py \
