@@ -1,7 +1,7 @@
 # make run           install what serving needs, then serve a small model on http://127.0.0.1:21010
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local
 #                    serve a model's folder, .gguf file or hub id under a name
-# make test          install what tests need too, then run every test (about 17 minutes on 2 cores)
+# make test          install what tests need too, then run every test (about 20 minutes on 2 cores)
 # make test-quick    run the part of them that takes 2 minutes at most
 # make check         lint, types and tests
 # make browser       install what the tests of the pages need: Chromium and axe-core (Debian, as root)
@@ -79,7 +79,7 @@ run: serving
 # Files are spread over two processes: most tests wait for each other's threads, not for cores.
 # By default xdist leaves files with few tests to the end, which here take longest, so that one worker waits for them.
 test: install
-	@echo "every test, about 17 minutes on 2 cores; make test-quick takes about 2"
+	@echo "every test, about 20 minutes on 2 cores; make test-quick takes about 2"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Files that start no process, load no model and open no browser, and of these the quick ones.
@@ -113,7 +113,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Tests of the page are skipped without these, and fail where CI=true.
 browser:
