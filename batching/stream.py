@@ -84,15 +84,20 @@ class Row:
 
 
 MOST_TOKENS = 512
-"""Tokens of one delta: what a reader makes of them keeps the event loop for a few milliseconds at most."""
+"""Tokens of one delta, and log probabilities beside them: what a reader makes of it keeps the event loop for a few
+milliseconds at most."""
+
+FEW = 16
+"""Rows that have no more than this part of that are read together."""
 
 
 class Stream:
     """Tokens of one request. Leaving its `async with` block early cancels the row.
 
-    Iterating yields `Delta`s, each with all tokens that came since the last one, up to `MOST_TOKENS`, so a slow reader
-    gets fewer and larger deltas and the buffer never holds more than `max_tokens`; but log probabilities of the prompt
-    in the pieces that they came in. Raises the row's error: `DeadlineExceeded`, `Drained` or an `EngineError`.
+    Iterating yields `Delta`s, each with all tokens that came since the last one, up to `MOST_TOKENS` or as many fewer
+    as have log probabilities beside them, so a slow reader gets fewer and larger deltas and the buffer never holds more
+    than `max_tokens`; but log probabilities of the prompt in the pieces that they came in. Raises the row's error:
+    `DeadlineExceeded`, `Drained` or an `EngineError`.
     """
 
     def __init__(self, request: Request, ended: Callable[[Row, RowEnded], None]) -> None:
@@ -109,6 +114,9 @@ class Stream:
         self._batch_size = 0
         self.has_news = False
         """Whether there is a delta to take, or the row is over."""
+        asked = request.sampling
+        beside = 0 if asked.top_logprobs is None else asked.top_logprobs + len(asked.logprob_token_ids)
+        self._most = max(1, MOST_TOKENS // (1 + beside))
         self.row = Row(request, self, arrived=time.monotonic())
         self._deadline = self._loop.call_later(request.time_limit, self._expire)
         self.output_tokens = 0
@@ -118,7 +126,7 @@ class Stream:
         return self._finish is not None
 
     def take(self) -> Delta | None:
-        """All tokens that came since the last time, up to `MOST_TOKENS`; None once the row is over and all were taken.
+        """All tokens that came since the last time, up to the most; None once the row is over and all were taken.
 
         For a stream that `with_deltas` returned. Raises the row's error after the tokens that came before it.
         """
@@ -128,7 +136,7 @@ class Stream:
             last = not (self._tokens or self._prompt_logprobs)
             self.has_news = not last or self.over
             return Delta((), finish if last else None, (), piece)
-        if len(self._tokens) > MOST_TOKENS:
+        if len(self._tokens) > self._most:
             return self._first_tokens()
         if self._tokens:
             delta = Delta(tuple(self._tokens), finish, tuple(self._logprobs))
@@ -139,8 +147,9 @@ class Stream:
         return None
 
     def _first_tokens(self) -> Delta:
-        delta = Delta(tuple(self._tokens[:MOST_TOKENS]), None, tuple(self._logprobs[:MOST_TOKENS]))
-        del self._tokens[:MOST_TOKENS], self._logprobs[:MOST_TOKENS]
+        most = self._most
+        delta = Delta(tuple(self._tokens[:most]), None, tuple(self._logprobs[:most]))
+        del self._tokens[:most], self._logprobs[:most]
         return delta
 
     def started(self, at: float, batch_size: int) -> None:
@@ -247,14 +256,14 @@ class Stream:
 
 
 async def with_deltas(streams: Collection[Stream]) -> list[Stream]:
-    """Those of `streams` that have a delta to take or are over, as soon as one is."""
+    """Those of `streams` that have a delta to take or are over, as soon as one is; one alone if much waits in it."""
     while not (found := [stream for stream in streams if stream.has_news]):
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for stream in streams:
             stream._waiter = waiter
         await waiter
     for stream in found:
-        if stream._prompt_logprobs or len(stream._tokens) > MOST_TOKENS:
+        if stream._prompt_logprobs or len(stream._tokens) > stream._most // FEW + 1:
             await asyncio.sleep(0)  # much may be there already, and each piece takes the reader milliseconds
-            break
+            return [stream]
     return found

@@ -329,6 +329,43 @@ def test_what_waits_for_a_slow_reader_comes_in_pieces_between_which_others_get_a
     run_async(main)
 
 
+@pytest.mark.parametrize(("top", "named"), [(0, ()), (3, ()), (20, (7,))])
+def test_a_delta_has_fewer_tokens_the_more_log_probabilities_are_beside_each(
+    run_async: Runner, top: int, named: tuple[int, ...]
+) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True)
+        async with serving(engine) as (batcher, log):
+            stream = batcher.submit(request(max_tokens=MOST_TOKENS, top_logprobs=top, logprob_token_ids=named))
+            engine.release(MOST_TOKENS)
+            await log.count(Stepped, MOST_TOKENS)
+            deltas = [delta async for delta in stream]
+            assert max(len(delta.tokens) for delta in deltas) == MOST_TOKENS // (1 + top + len(named))
+            assert [token for delta in deltas for token in delta.tokens] == list(range(1, MOST_TOKENS + 1))
+
+    run_async(main)
+
+
+def test_rows_of_which_much_waits_are_read_one_by_one_with_turns_for_others_between(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True)
+        async with serving(engine, rows=3, window=NEVER) as (batcher, log):
+            streams = [batcher.submit(request(id=id, max_tokens=MOST_TOKENS)) for id in "abc"]
+            engine.release(MOST_TOKENS)
+            await log.count(Stepped, MOST_TOKENS)
+            turns: list[str] = []
+            for place, stream in enumerate(streams):
+                asyncio.get_running_loop().call_soon(turns.append, stream.row.request.id)
+                assert await with_deltas(streams[place:]) == [stream]
+                assert turns[-1] == stream.row.request.id
+                delta = stream.take()
+                assert delta is not None
+                assert len(delta.tokens) == MOST_TOKENS
+                assert stream.take() is None
+
+    run_async(main)
+
+
 def test_a_reader_that_has_all_it_needs_gets_nothing_that_still_waits(run_async: Runner) -> None:
     async def main() -> None:
         engine = ScriptedEngine(stepped=True)
