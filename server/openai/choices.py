@@ -111,10 +111,11 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
 def usage(streams: Sequence[Stream]) -> replies.Usage:
     """Token counts of an answer. A prompt shared by several choices is counted once, as OpenAI does.
 
-    `cached_tokens`: prompt tokens whose KV was already cached from other requests. If the client predicted the answer,
-    there are also the tokens that speculation guessed from prompt and prediction, rightly or wrongly.
+    `cached_tokens`: prompt tokens whose KV was already cached from other requests; a prompt's later choices find that
+    of the first, too. If the client predicted the answer, there are also the tokens that speculation guessed from
+    prompt and prediction, rightly or wrongly.
     """
-    prompts = {id(row.request.prompt): row for row in (stream.row for stream in streams)}
+    prompts = {id(row.request.prompt): row for row in (stream.row for stream in reversed(streams))}
     prompt = sum(len(row.request.prompt) for row in prompts.values())
     output = sum(stream.output_tokens for stream in streams)
     counts: replies.Usage = {

@@ -79,6 +79,13 @@ def test_choices_of_one_prompt_count_what_was_cached_once(service: Live) -> None
     assert usage["prompt_tokens_details"] == {"cached_tokens": prompt // BLOCK_SIZE * BLOCK_SIZE}
 
 
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", chat), ("/v1/completions", completion)])
+def test_what_choices_find_of_the_first_one_s_prompt_is_not_told_as_cached(service: Live, path: str, body: Any) -> None:
+    usage = service.post(orjson.dumps(body("One?") | {"n": 4}), path).json()["usage"]
+    assert usage["completion_tokens"] == 4 * 3
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
 def test_a_predicted_answer_is_the_same_and_its_guesses_are_counted(
     service: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
