@@ -48,7 +48,7 @@ Fields: TypeAlias = dict[str, Any]
 CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort"}
 """Chat request fields and their names in this API."""
 
-TOKEN_REPORTS = TokenReports.model_fields.keys() | {"logprob_token_ids"}
+TOKEN_REPORTS = TokenReports.model_fields.keys() | {"logprob_token_ids", "prompt_logprobs"}
 """Fields about choices, of which a response has none."""
 
 ABOUT_THE_ITEM = frozenset(["type", "id", "call_id", "name", "status"])

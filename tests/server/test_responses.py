@@ -417,6 +417,13 @@ def test_what_is_skipped_can_be_refused(fields: Json, param: str) -> None:
     assert (error["param"], error["code"]) == (param, "unsupported_field")
 
 
+@pytest.mark.parametrize("field", ["prompt_logprobs", "logprob_token_ids", "return_token_ids"])
+def test_reports_that_a_response_has_no_place_for_are_refused(field: str) -> None:
+    with live() as service:
+        error = refusal(service, 400, input="Hi", **{field: [1] if field == "logprob_token_ids" else 1})
+    assert (error["param"], error["code"]) == (field, "unsupported_field")
+
+
 def test_fields_without_effect_are_accepted() -> None:
     fields: Json = {
         "include": ["reasoning.encrypted_content", "web_search_call.action.sources"],
