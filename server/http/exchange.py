@@ -44,8 +44,8 @@ HEAD_TOO_LARGE = ApiError(
 BLANK_LINE = re.compile(rb"\n\r?\n")
 
 WRITE = "microbatch.write"
-"""The ASGI extension by which an application sends a piece of a started answer past all middleware, for they look at
-the starts and at large pieces of answers alone: `Exchange.write`."""
+"""The ASGI extension by which an application sends a piece of a started answer past all middleware, which looks at the
+starts and at large pieces of answers alone: `Exchange.write`."""
 
 Headers = list[tuple[bytes, bytes]]
 

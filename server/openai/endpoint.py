@@ -290,7 +290,8 @@ class AnswerResponse(StreamingResponse):
         self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._write = scope["extensions"][WRITE]
+        # Other servers, such as Ray's, have no such extension.
+        self._write = (scope.get("extensions") or {}).get(WRITE, lambda frames: False)
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -42,6 +42,18 @@ def test_a_silent_stream_has_its_status_and_comments_and_then_the_same_answer(pa
     assert "Hello!" in said(found)
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_needs_no_extension_of_the_server(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = orjson.dumps(BODIES[path] | {"stream": True})
+    with live() as service:
+        usual = service.post(body, path)
+        monkeypatch.setattr("server.http.exchange.WRITE", "another server's")
+        other = service.post(body, path)
+    assert (usual.status_code, other.status_code) == (200, 200)
+    assert said(other.text.split("\n\n")) == said(usual.text.split("\n\n"))
+    assert "Hello!" in said(other.text.split("\n\n"))
+
+
 def hold(release: threading.Event) -> None:
     assert release.wait(PATIENCE)
 
