@@ -948,7 +948,10 @@ def test_each_refusal_of_a_busy_server_is_counted_once_and_logged(
     monkeypatch.setattr(server.threads, "WAITING", 0 if code == "tokenizer_busy" else 1)
     monkeypatch.setattr(server.grammar.compiler, "MAX_WAITING", 0)
     monkeypatch.setattr(server.observe.live, "MOST_LISTENERS", 0)
-    with caplog.at_level(logging.INFO), live(scripted(stepped=True), max_connections=4, max_bodies_mib=0.5) as service:
+    # A batch waits until it is full, so that all connections have a request in it.
+    batches: dict[str, Any] = {"max_batch_size": 4, "batch_window_ms": 10_000.0}
+    engine = scripted(stepped=True)
+    with caplog.at_level(logging.INFO), live(engine, max_connections=4, max_bodies_mib=0.5, **batches) as service:
         with contextlib.ExitStack() as stack:
             match code:
                 case "too_many_listeners":
