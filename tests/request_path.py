@@ -13,8 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ROOMS = tuple(f"{ROOT / room}/" for room in ("server", "batching"))
 RESUME = bytes([opmap["RESUME"]])
-APART = ("server/watchdog.py", "batching/worker.py")
-"""Threads that start here have work of their own, whoever asks."""
+WATCHDOG = "server/watchdog.py"
+APART = (WATCHDOG, "batching/worker.py")
+"""Threads that start here have work of their own, whoever asks; the worker's is also a request's."""
 
 
 @dataclass
@@ -28,7 +29,7 @@ class RequestPath:
 
     stays: list[str] = field(default_factory=list)
     before_queue: list[str] = field(default_factory=list)
-    entered: set[str] = field(default_factory=set)
+    entered: set[str] = field(default_factory=set)  # the watchdog's thread, which looks now and then, aside
     begun: bool = False
     over: bool = False
 
@@ -46,8 +47,9 @@ class RequestPath:
         self.begun = self.begun or frame.f_code.co_qualname == "Connection.buffer_updated"
         if here is None or event != "call" or not self.begun or self.over:
             return
-        self.entered.add(here)
-        if apart(frame) or frame.f_lasti > start(frame.f_code):
+        if not begun_in(frame, WATCHDOG):
+            self.entered.add(here)
+        if begun_in(frame, *APART) or frame.f_lasti > start(frame.f_code):
             return
         if not self.stays or self.stays[-1] != here:
             self.stays.append(here)
@@ -71,9 +73,10 @@ def start(code: CodeType) -> int:
     return code.co_code[::2].find(RESUME) * 2
 
 
-def apart(frame: FrameType) -> bool:
+def begun_in(frame: FrameType, *files: str) -> bool:
+    """Whether the frame or one that called it is in one of the files."""
     while frame is not None:
-        if project_file(frame) in APART:
+        if project_file(frame) in files:
             return True
         frame = frame.f_back  # type: ignore[assignment]  # the loop ends there
     return False

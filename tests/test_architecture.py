@@ -38,4 +38,4 @@ def test_a_request_reaches_the_queue_in_few_stays_of_few_files(path: RequestPath
 
 def test_a_streamed_chat_enters_few_files(path: RequestPath) -> None:
     assert "server/openai/endpoint.py" in path.entered
-    assert len(path.entered) <= MOST_FILES, sorted(path.entered)
+    assert len(path.entered) <= MOST_FILES, "\n".join(sorted(path.entered))
