@@ -14,9 +14,10 @@ HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 """The second header stops nginx from buffering events."""
 
 
-def event(json: bytes) -> bytes:
-    """One event. `json` contains no line breaks, because JSON text escapes them."""
-    return b"data: " + json + b"\n\n"
+def event(json: bytes, name: str = "") -> bytes:
+    """One event, with a name or without. `json` contains no line breaks, because JSON text escapes them."""
+    named = f"event: {name}\n".encode() if name else b""
+    return b"%bdata: %b\n\n" % (named, json)
 
 
 class Pinged:

@@ -13,6 +13,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+import anyio._backends._asyncio  # noqa: F401  # which anyio would do at its first use, on the loop
+
 from server.watchdog import stack_of
 
 FRAMES = 8

@@ -183,9 +183,9 @@ class MessageAnswer(Answer):
         [(_, arrived)] = step
         return framed([*self._opening(), *self._push(arrived)])
 
-    def last(self) -> bytes:
+    def last(self) -> list[bytes]:
         end: replies.MessageDelta = {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
-        return framed([*self._opening(), *self._blocks.end(), end, {"type": "message_stop"}])
+        return [framed([*self._opening(), *self._blocks.end(), end, {"type": "message_stop"}])]
 
     def failed(self, error: ApiError) -> bytes:
         return framed([error_of(error, self.streams[0].row.request.id)])
@@ -233,4 +233,4 @@ class MessageAnswer(Answer):
 
 def framed(events: Iterable[replies.MessageEvent]) -> bytes:
     """Events as frames. Each event's type is sent twice, in the frame and in the JSON."""
-    return b"".join(b"event: " + event["type"].encode() + b"\n" + sse.event(orjson.dumps(event)) for event in events)
+    return b"".join(sse.event(orjson.dumps(event), event["type"]) for event in events)

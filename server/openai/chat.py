@@ -25,7 +25,7 @@ from server.openai.requests import ChatRequest
 from server.openai.sampling import sampling, stop_tokens, truncated
 from server.output.answer import AnswerReader, StopScanner
 from server.output.detokenize import MAX_HELD
-from server.output.message import Event, MessageReader, as_legacy, delta, end_of_first_call, fold
+from server.output.message import Event, MessageReader, as_legacy, complete_call, delta, end_of_first_call, fold
 from server.output.reasoning import ThoughtState
 from server.output.tool_calls import ToolNames
 
@@ -150,6 +150,7 @@ class EventReader:
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
         after = conversation.tokens[-MAX_HELD:] if chat.continue_final_message else ()
         self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
+        self._called = False  # whether there was a complete call
         self._begun = conversation.begun[choice] if conversation.begun else None
         self._message = self._begun.reader if self._begun else reader(text, conversation)
         self._thinks = self._message.thinking
@@ -168,7 +169,15 @@ class EventReader:
         if self._one_call and (end := end_of_first_call(events)) is not None:
             self._stream.stop()
             events, finish = events[:end], "stop"
-        return self._begun.rest(events) if self._begun else events, finish and self._message.finish(finish)
+        self._called = self._called or complete_call(events)
+        if self._begun:
+            events = self._begun.rest(events)
+        return events, "tool_calls" if self._called and finish == "stop" else finish
+
+    @property
+    def held(self) -> int:
+        """Bytes of the tokens so far whose text is held back, such as a part of a tag, or was cut off."""
+        return self._answer.held + self._message.held
 
     @property
     def stop_reason(self) -> str | int | None:

@@ -95,13 +95,13 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
             self._extra = b""
         return b"".join(frames)
 
-    def last(self) -> bytes:
+    def last(self) -> list[bytes]:
         """Usage has an event of its own, without choices: clients add up the counts of events with choices."""
         if not self._usage:
-            return sse.DONE
+            return [sse.DONE]
         counts = self.empty_chunk()
         counts["usage"] = usage(self.streams)
-        return sse.event(orjson.dumps(counts)) + sse.DONE
+        return [sse.event(orjson.dumps(counts)) + sse.DONE]
 
     def failed(self, error: ApiError) -> bytes:
         """Sends no `[DONE]`, because the answer is incomplete."""

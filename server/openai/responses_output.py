@@ -3,15 +3,16 @@
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from typing import ClassVar, Literal, TypeAlias
 
 import orjson
 
 from batching.stream import Stream
-from batching.types import Delta
+from batching.types import Delta, Finish
 from server import sse
 from server.http.errors import ApiError
 from server.model.text import Text
@@ -33,8 +34,8 @@ Kind: TypeAlias = Literal[
 class Item(ABC):
     """One output item. It is opened once, grows by pieces of text, and is closed once.
 
-    `opened`, `grown` and `closed` return the events for that, built from the item's current state, with the next of
-    `numbers`.
+    `opened`, `grown` and `closed` return the events for that, each built when it is requested, from the item's state
+    then and with the next of `numbers`.
     """
 
     prefix: ClassVar[str]
@@ -58,13 +59,13 @@ class Item(ABC):
     def json(self) -> replies.OutputItem: ...
 
     @abstractmethod
-    def grown(self, text: str) -> list[replies.ResponseEvent]: ...
+    def grown(self, text: str) -> Iterable[replies.ResponseEvent]: ...
 
-    def opened(self) -> list[replies.ResponseEvent]:
-        return [self._whole("response.output_item.added")]
+    def opened(self) -> Iterable[replies.ResponseEvent]:
+        yield self._whole("response.output_item.added")
 
-    def closed(self) -> list[replies.ResponseEvent]:
-        return [self._whole("response.output_item.done")]
+    def closed(self) -> Iterable[replies.ResponseEvent]:
+        yield self._whole("response.output_item.done")
 
     def _whole(self, kind: Literal["response.output_item.added", "response.output_item.done"]) -> replies.ResponseEvent:
         return {
@@ -87,11 +88,14 @@ class TextItem(Item):
     @abstractmethod
     def done(self) -> replies.TextDone | replies.ReasoningDone: ...
 
-    def opened(self) -> list[replies.ResponseEvent]:
-        return [*super().opened(), self._part("response.content_part.added")]
+    def opened(self) -> Iterable[replies.ResponseEvent]:
+        yield from super().opened()
+        yield self._part("response.content_part.added")
 
-    def closed(self) -> list[replies.ResponseEvent]:
-        return [self.done(), self._part("response.content_part.done"), *super().closed()]
+    def closed(self) -> Iterable[replies.ResponseEvent]:
+        yield self.done()
+        yield self._part("response.content_part.done")
+        yield from super().closed()
 
     def _part(self, kind: Literal["response.content_part.added", "response.content_part.done"]) -> replies.PartChanged:
         return {"type": kind, **self._of_part(), "part": self.part()}
@@ -110,8 +114,8 @@ class Thought(TextItem):
     def part(self) -> replies.ReasoningText:
         return {"type": "reasoning_text", "text": self.text}
 
-    def grown(self, text: str) -> list[replies.ResponseEvent]:
-        return [{"type": "response.reasoning_text.delta", **self._of_part(), "delta": text}]
+    def grown(self, text: str) -> Iterable[replies.ResponseEvent]:
+        yield {"type": "response.reasoning_text.delta", **self._of_part(), "delta": text}
 
     def done(self) -> replies.ReasoningDone:
         return {"type": "response.reasoning_text.done", **self._of_part(), "text": self.text}
@@ -126,30 +130,40 @@ class Said(TextItem):
         super().__init__(place, numbers)
         self._logprobs: list[bytes] = []
         self._new: Sequence[bytes] = ()  # those of the latest text
+        self._listed: orjson.Fragment | None = None  # all of them, which the end of a stream has four times
 
     def add(self, text: str, logprobs: Sequence[bytes] = ()) -> None:
         super().add(text, logprobs)
         self._new = logprobs
         self._logprobs += logprobs
+        self._listed = None
+
+    def _all_logprobs(self) -> orjson.Fragment:
+        self._listed = self._listed or listed(self._logprobs)
+        return self._listed
 
     def json(self) -> replies.OutputMessage:
         content = [] if self.status == "in_progress" else [self.part()]
         return {"id": self._id, "type": "message", "status": self.status, "role": "assistant", "content": content}
 
     def part(self) -> replies.OutputText:
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": listed(self._logprobs)}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self._all_logprobs()}
 
-    def grown(self, text: str) -> list[replies.ResponseEvent]:
+    def grown(self, text: str) -> Iterable[replies.ResponseEvent]:
         logprobs = listed(self._new)
-        return [{"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": logprobs}]
+        yield {"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": logprobs}
 
     def done(self) -> replies.TextDone:
-        logprobs = listed(self._logprobs)
+        logprobs = self._all_logprobs()
         return {"type": "response.output_text.done", **self._of_part(), "text": self.text, "logprobs": logprobs}
 
 
-def listed(encoded: Iterable[bytes]) -> orjson.Fragment:
-    return orjson.Fragment(b"[" + b",".join(encoded) + b"]")
+def listed(encoded: Sequence[bytes]) -> orjson.Fragment:
+    """One list of all these, copied once."""
+    parts = list(encoded) or [b""]
+    parts[0] = b"[" + parts[0]
+    parts[-1] += b"]"
+    return orjson.Fragment(b",".join(parts))
 
 
 class Call(Item):
@@ -171,15 +185,15 @@ class Call(Item):
             "arguments": self.text,
         }
 
-    def grown(self, text: str) -> list[replies.ResponseEvent]:
-        return [{"type": "response.function_call_arguments.delta", **self._of_item(), "delta": text}]
+    def grown(self, text: str) -> Iterable[replies.ResponseEvent]:
+        yield {"type": "response.function_call_arguments.delta", **self._of_item(), "delta": text}
 
-    def closed(self) -> list[replies.ResponseEvent]:
-        kind: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
-        return [{"type": kind, **self._of_item(), "arguments": self.text}, *super().closed()]
+    def closed(self) -> Iterable[replies.ResponseEvent]:
+        yield {"type": "response.function_call_arguments.done", **self._of_item(), "arguments": self.text}
+        yield from super().closed()
 
 
-Change: TypeAlias = Callable[[], list[replies.ResponseEvent]]
+Change: TypeAlias = Callable[[], Iterable[replies.ResponseEvent]]
 """A change to an output: builds the stream's events for it, and is only called if there is a stream."""
 
 
@@ -261,32 +275,32 @@ class ResponseAnswer(Answer):
         self._head = head
         self._keep = keep
         self._output = Output()
-        self._told: list[tuple[int, bytes]] = []  # log probabilities of tokens whose text has not come yet
+        self._waiting: list[tuple[int, bytes]] = []  # log probabilities of tokens whose text has not come yet
         self._finish: FinishReason | None = None
         self._begun = False
 
     def _changes(self, arrived: Delta) -> Iterator[Change]:
         for delta in one_by_one(arrived) if arrived.logprobs else [arrived]:
-            self._told += told(self._text, delta)
+            self._waiting += told(self._text, delta)
             events, self._finish = self._reader.push(delta)
+            tokens = self._shown(events) if self._waiting and events else deque()
             for event in events:
-                yield from self._output.push(event, self._logprobs_of(event))
+                yield from self._output.push(event, covering(tokens, event))
             if self._finish:
                 return
 
-    def _logprobs_of(self, event: Event) -> list[bytes]:
-        """Those of an event that is content: of as few of the tokens so far as cover its text.
-
-        The others are of tags around a thought or a call, or of a stop string, which comes last.
-        """
-        tokens, self._told = self._told, []
-        if not isinstance(event, Content):
-            return []
-        spare = sum(size for size, _ in tokens) - len(event.text.encode())
-        end = -1 if isinstance(self._reader.stop_reason, str) else 0
-        while tokens and tokens[end][0] <= spare:
-            spare -= tokens.pop(end)[0]
-        return [encoded for _, encoded in tokens]
+    def _shown(self, events: Sequence[Event]) -> deque[tuple[int, bytes]]:
+        """The waiting tokens of these events' content. Those whose text is held back go on waiting, and those before
+        the content, of tags around a thought or a call, are dropped."""
+        tokens, self._waiting = deque(self._waiting), []
+        held = self._reader.held
+        while tokens and tokens[-1][0] <= held:
+            held -= tokens[-1][0]
+            self._waiting.insert(0, tokens.pop())
+        spare = sum(size for size, _ in tokens) - held - sum(map(content_bytes, events))
+        while tokens and tokens[0][0] <= spare:
+            spare -= tokens.popleft()[0]
+        return tokens
 
     def _end(self) -> Iterator[Change]:
         return self._output.end(cut=self._finish == "length")
@@ -304,11 +318,12 @@ class ResponseAnswer(Answer):
         [(_, arrived)] = step
         return framed([*self._opening(), *built(self._changes(arrived))])
 
-    def last(self) -> bytes:
-        events = [*self._opening(), *built(self._end())]
+    def last(self) -> Iterator[bytes]:
+        for event in chain(self._opening(), built(self._end())):
+            yield framed([event])
         response = self._ended()
         kind: Kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
-        return framed([*events, self._changed(kind, response)])
+        yield framed([self._changed(kind, response)])
 
     def failed(self, error: ApiError) -> bytes:
         for _ in self._output.end(cut=True):
@@ -365,15 +380,29 @@ def one_by_one(arrived: Delta) -> Iterator[Delta]:
 
 
 def told(text: Text, arrived: Delta) -> list[tuple[int, bytes]]:
-    """Of each token the number of its bytes and its log probability as JSON."""
-    found = chat_logprobs(text, arrived.logprobs)
+    """Of each token but one that stopped the model the number of its bytes and its log probability as JSON."""
+    found = chat_logprobs(text, arrived.logprobs) if arrived.finish is not Finish.STOP else None
     return [(len(entry["bytes"]), orjson.dumps(entry)) for entry in found["content"]] if found else []
 
 
-def built(changes: Iterable[Change]) -> list[replies.ResponseEvent]:
-    return [event for change in changes for event in change()]
+def content_bytes(event: Event) -> int:
+    return len(event.text.encode()) if isinstance(event, Content) else 0
+
+
+def covering(tokens: deque[tuple[int, bytes]], event: Event) -> list[bytes]:
+    """Takes the log probabilities of as few of the tokens as cover an event's content."""
+    found, size = [], content_bytes(event)
+    while tokens and size > 0:
+        covered, encoded = tokens.popleft()
+        size -= covered
+        found.append(encoded)
+    return found
+
+
+def built(changes: Iterable[Change]) -> Iterator[replies.ResponseEvent]:
+    return (event for change in changes for event in change())
 
 
 def framed(events: Iterable[replies.ResponseEvent]) -> bytes:
     """Events as frames. Each event's type is sent twice, in the frame and in the JSON."""
-    return b"".join(b"event: " + event["type"].encode() + b"\n" + sse.event(orjson.dumps(event)) for event in events)
+    return b"".join(sse.event(orjson.dumps(event), event["type"]) for event in events)

@@ -23,6 +23,11 @@ class StopScanner:
         self._held = ""
         self.found: str | None = None  # the stop string that ended the text
 
+    @property
+    def held(self) -> int:
+        """Bytes of text held back: what may begin a stop string, or the one that ended the text and what follows it."""
+        return len(self._held.encode())
+
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that is safe to send, and whether a stop string was found. The text then ends before the stop string, or
         after it if `inclusive`."""
@@ -32,9 +37,10 @@ class StopScanner:
         # The match that is complete first, so that the result does not depend on how the text was split.
         matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
-            self._held = ""
             end, start, self.found = min(matches)
-            return text[: end if self._inclusive else start], True
+            safe = end if self._inclusive else start
+            self._held = text[safe:]
+            return text[:safe], True
         safe = self._begun(text)
         self._held = text[safe:]
         return text[:safe], False
@@ -73,6 +79,11 @@ class AnswerReader:
         self._stream = stream
         self._detokenizer = detokenizer
         self._scanner = scanner
+
+    @property
+    def held(self) -> int:
+        """Bytes of the tokens so far that are in no text yet."""
+        return self._detokenizer.held + self._scanner.held
 
     def push(self, arrived: Delta) -> tuple[str, Ending | None]:
         """The text that these tokens complete, possibly empty, and the answer's ending if it has ended."""

@@ -35,6 +35,10 @@ class CallParser(ABC):
         self._announced = False  # the current call
         self._state: Callable[[str, int], int]
 
+    @property
+    def held(self) -> int:
+        return len(self._held.getvalue().encode())
+
     def push(self, text: str) -> tuple[ToolEvent, ...]:
         """The events completed by this piece of text."""
         at = 0

@@ -82,6 +82,11 @@ class Detokenizer:
         ends = (list(tokens[-count:]) for count in range(1, min(MAX_HELD, len(tokens) + 1)))
         return next((end for end in ends if "\ufffd" not in self._vocabulary.decode(end)), [])
 
+    @property
+    def held(self) -> int:
+        """Bytes of the unfinished character."""
+        return len(self._rest) + sum(len(self._vocabulary.bytes_of(token)) for token in self._held)
+
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete, often a word, sometimes empty."""
         visible = [token for token in tokens if token not in self._hidden]

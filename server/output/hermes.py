@@ -63,6 +63,10 @@ class QwenParser(CallParser):
         self._arguments: str | None = None
         self._announced = False
 
+    @property
+    def held(self) -> int:
+        return super().held + len((self._space + self._carry).encode())
+
     def push(self, text: str) -> tuple[ToolEvent, ...]:
         """The events completed by this piece of text."""
         text, self._carry = self._carry + text, ""

@@ -36,7 +36,6 @@ class MessageReader:
         self._reasoning = reasoning
         self._tools = tools
         self._names = names
-        self._called = False
 
     @property
     def thinking(self) -> bool:
@@ -48,6 +47,11 @@ class MessageReader:
         """Whether there was any reasoning."""
         return self._reasoning is not None and self._reasoning.thought
 
+    @property
+    def held(self) -> int:
+        """Bytes of text that are held back."""
+        return sum(part.held for part in (self._reasoning, self._tools) if part is not None)
+
     def push(self, text: str) -> list[Event]:
         """The events completed by this piece of text, often one, sometimes none."""
         return self._read([("content", text)] if self._reasoning is None else self._reasoning.push(text))
@@ -55,11 +59,7 @@ class MessageReader:
     def flush(self) -> list[Event]:
         """The events that are only certain at the end of the answer."""
         events = self._read([] if self._reasoning is None else self._reasoning.flush())
-        return events if self._tools is None else events + self._noted(self._tools.flush())
-
-    def finish(self, reason: replies.Ending | None) -> replies.FinishReason | None:
-        """The answer's `finish_reason`: `tool_calls` if the model stopped after a complete call."""
-        return "tool_calls" if self._called and reason == "stop" else reason
+        return events if self._tools is None else events + list(map(self._meant, self._tools.flush()))
 
     def _read(self, parts: Iterable[Part]) -> list[Event]:
         events: list[Event] = []
@@ -67,14 +67,10 @@ class MessageReader:
             if kind == "reasoning":
                 events.append(Reasoning(text))
             elif self._tools is not None:
-                events += self._noted(self._tools.push(text))
+                events += map(self._meant, self._tools.push(text))
             elif text:
                 events.append(Content(text))
         return events
-
-    def _noted(self, events: Sequence[ToolEvent]) -> list[Event]:
-        self._called = self._called or any(isinstance(event, CallEnded) for event in events)
-        return [self._meant(event) for event in events]
 
     def _meant(self, event: ToolEvent) -> ToolEvent:
         if self._names is None or not isinstance(event, CallStarted):
@@ -122,6 +118,11 @@ def delta(event: Event) -> replies.Delta | None:
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
         case CallEnded():
             return None
+
+
+def complete_call(events: Iterable[Event]) -> bool:
+    """Whether a call is complete among these."""
+    return any(isinstance(event, CallEnded) for event in events)
 
 
 def end_of_first_call(events: Sequence[Event]) -> int | None:

@@ -67,6 +67,11 @@ class ReasoningSplitter:
         """Whether all further text is content."""
         return self._stage in ("gap", "content")
 
+    @property
+    def held(self) -> int:
+        """Bytes of text held back for a tag."""
+        return len(self._held.encode())
+
     def push(self, text: str) -> list[Part]:
         """The non-empty parts completed by this piece of text: reasoning, content, or both."""
         text, self._held = self._held + text, ""

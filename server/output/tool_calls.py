@@ -97,6 +97,11 @@ ToolEvent: TypeAlias = Content | CallStarted | CallArguments | CallEnded
 class ToolParser(Protocol):
     """Parses one answer. Apart from the size of fragments, the result does not depend on how the text was split."""
 
+    @property
+    def held(self) -> int:
+        """Bytes of text held back, of which nothing may be an event yet."""
+        ...
+
     def push(self, text: str) -> tuple[ToolEvent, ...]: ...
     def flush(self) -> tuple[ToolEvent, ...]: ...
 

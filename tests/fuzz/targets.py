@@ -257,7 +257,7 @@ def fuzz_sse(data: bytes) -> None:
     texts = pieces_of(data)
     choice = Told(texts)
     answer = TextAnswer("model", "fp_0", [], [choice], CompletionRequest(prompt=["Hi"]))
-    *chunks, done = _events(answer.frames([(0, Delta((), None, ()))]) + answer.last())
+    *chunks, done = _events(answer.frames([(0, Delta((), None, ()))]) + b"".join(answer.last()))
     assert done == ("message", "[DONE]")
     assert [orjson.loads(payload)["choices"] for _, payload in chunks] == [[chunk] for chunk in choice.told]
     typed: list[ResponseEvent] = [

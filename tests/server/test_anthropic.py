@@ -324,6 +324,13 @@ def test_tokens_are_counted_as_a_request_has_them(talk: Any) -> None:
         assert counted.input_tokens == create(client, **asks | {"messages": messages}).usage.input_tokens
 
 
+def test_many_short_messages_do_not_keep_the_event_loop(talk: Any) -> None:
+    """They take the longest of all bodies to check for their size."""
+    service, _, _ = talk
+    turns = [{"role": "user", "content": ""}] * 2046
+    assert post(service, messages=[*turns, asked(("", "Yes.", []))]).status_code == 200
+
+
 # An answer that the client begins
 
 

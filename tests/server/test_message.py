@@ -4,23 +4,32 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
+from unittest.mock import Mock
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 
+from batching.types import Delta, Finish
+from server.model.text import Text
+from server.openai.chat import EventReader, encode
+from server.openai.parsing import parse
+from server.openai.requests import ChatRequest
 from server.output.hermes import QwenParser
-from server.output.message import Event, MessageReader, Reasoning, delta, fold
+from server.output.message import Event, MessageReader, Reasoning, complete_call, delta, fold
 from server.output.reasoning import ReasoningSplitter
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
-from server.replies import Ending
+from tests.live import BYTES, END, QUESTION, tokens_of
+from tests.server.test_calls import function
 from tests.server.test_text import split
 from tests.server.test_tools import CALLS, CUTS, TEXTS, one
 
 THOUGHTS = st.sampled_from(
     ["", "<think>", "<think>\na\n</think>\n\n", "<think>\n\n</think>\n\n", "a\n</think>\n", "<th"]
 )
+TEXT = Text(BYTES)
 ANSWERS = st.tuples(THOUGHTS, TEXTS | CALLS).map("".join)
 
 
@@ -32,11 +41,11 @@ def reader(thinks: bool = True, tools: bool = True, started: bool = False) -> Me
     )
 
 
-def read(pieces: list[str], **options: bool) -> tuple[list[Event], str | None]:
-    """The events of an answer in pieces, and its `finish_reason` if the model stopped."""
+def read(pieces: list[str], **options: bool) -> tuple[list[Event], bool]:
+    """The events of an answer in pieces, and whether a call is complete among them."""
     message = reader(**options)
     events = [event for piece in pieces for event in message.push(piece)] + message.flush()
-    return events, message.finish("stop")
+    return events, complete_call(events)
 
 
 def merged(deltas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -60,10 +69,10 @@ def merged(deltas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def test_a_message_does_not_depend_on_how_its_text_was_cut(
     text: str, cuts: list[int], thinks: bool, tools: bool, started: bool
 ) -> None:
-    whole, finish = read([text], thinks=thinks, tools=tools, started=started)
+    whole, called = read([text], thinks=thinks, tools=tools, started=started)
     for pieces in (split(text, cuts), list(text)):
         events, other = read(pieces, thinks=thinks, tools=tools, started=started)
-        assert (fold(events), other) == (fold(whole), finish)
+        assert (fold(events), other) == (fold(whole), called)
 
 
 @given(ANSWERS, CUTS)
@@ -89,13 +98,13 @@ def test_content_is_null_only_in_place_of_calls(text: str, cuts: list[int]) -> N
 
 @given(ANSWERS, CUTS)
 def test_without_splitter_and_parser_all_text_is_content(text: str, cuts: list[int]) -> None:
-    events, finish = read(split(text, cuts), thinks=False, tools=False)
+    events, called = read(split(text, cuts), thinks=False, tools=False)
     assert fold(events) == {"role": "assistant", "content": text, "refusal": None}
-    assert finish == "stop"
+    assert not called
 
 
 def test_a_whole_answer() -> None:
-    events, finish = read([f'<think>\nhm\n</think>\n\nLook:\n{one("{}")}\n{one("""{"a": 1}""")}'])
+    events, called = read([f'<think>\nhm\n</think>\n\nLook:\n{one("{}")}\n{one("""{"a": 1}""")}'])
     assert fold(events) == {
         "role": "assistant",
         "content": "Look:",
@@ -106,7 +115,7 @@ def test_a_whole_answer() -> None:
             {"index": 1, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
         ],
     }
-    assert finish == "tool_calls"
+    assert called
 
 
 def test_calls_alone_have_no_content_not_even_white_space() -> None:
@@ -120,30 +129,38 @@ def test_an_empty_answer_has_empty_content() -> None:
 
 
 def test_a_call_in_a_thought_is_a_thought() -> None:
-    events, finish = read([f"<think>{one('{}')}</think>No."])
+    events, called = read([f"<think>{one('{}')}</think>No."])
     thought = one("{}")
     assert fold(events) == {"role": "assistant", "content": "No.", "refusal": None, "reasoning_content": thought}
-    assert finish == "stop"
+    assert not called
+
+
+BROKEN = one('{"a": 1}')[: -len("}}\n</tool_call>")]
 
 
 @pytest.mark.parametrize(
-    ("text", "reason", "expected"),
+    ("said", "one_call", "end", "expected"),
     [
-        (one("{}"), "stop", "tool_calls"),
-        (one("{}"), "length", "length"),
-        (one("{}"), None, None),
-        (one("{}")[:-16], "stop", "stop"),
-        (one("{}") + one("{}")[:-16], "stop", "tool_calls"),
-        ("Hi", "stop", "stop"),
+        (one("{}"), False, Finish.STOP, "tool_calls"),
+        (one("{}"), False, Finish.LENGTH, "length"),
+        (one("{}"), True, Finish.LENGTH, "tool_calls"),  # the rest is not waited for
+        (BROKEN, False, Finish.STOP, "stop"),
+        (one("{}") + BROKEN, False, Finish.STOP, "tool_calls"),
+        (BROKEN + "</tool_call>" + one("{}"), False, Finish.STOP, "tool_calls"),
+        (BROKEN + "</tool_call>" + one("{}"), True, Finish.STOP, "stop"),
+        ("Hi", False, Finish.STOP, "stop"),
     ],
 )
-def test_the_reason_is_calls_only_when_the_model_stopped_after_a_complete_one(
-    text: str, reason: Ending | None, expected: str | None
+@given(cuts=CUTS)
+def test_the_reason_is_calls_only_when_a_complete_one_is_returned(
+    said: str, one_call: bool, end: Finish, expected: str, cuts: list[int]
 ) -> None:
-    message = reader()
-    message.push(text)
-    message.flush()
-    assert message.finish(reason) == expected
+    fields = {"messages": QUESTION, "tools": [function("f")], "parallel_tool_calls": not one_call}
+    events = EventReader(Mock(), TEXT, encode(TEXT, parse(ChatRequest, orjson.dumps(fields)), thinking=False))
+    deltas = [Delta(tuple(tokens_of(piece)), None, ()) for piece in split(said, cuts)]
+    last = Delta((END,), end, ()) if end is Finish.STOP else Delta((), end, ())
+    reasons = (events.push(delta)[1] for delta in [*deltas, last])
+    assert next(filter(None, reasons)) == expected
 
 
 def test_deltas() -> None:

@@ -1,24 +1,25 @@
 """Responses that are kept, continued, shown and deleted; their log probabilities; and prompts that are counted."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
 import openai
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batching.types import Request
 from server.openai.responses import MAX_LOGPROBS
 from server.openai.responses_replies import Deleted, Response, ResponseEvent
 from server.response_store import OVERHEAD, ResponseStore, StoredResponse
-from tests.live import BYTES, QUESTION, Live, byte_tokenizer, eventually, live, scripted, tokens_of
+from tests.live import BYTES, END, QUESTION, Live, byte_tokenizer, eventually, live, scripted, tokens_of
 from tests.server.test_app import error_of, remembering
 from tests.server.test_choices import telling
 from tests.server.test_openapi import assert_described, events
-from tests.server.test_prefill import TAGS, TEMPLATES
+from tests.server.test_prefill import CALL, TAGS, TEMPLATES
 
 KEPT: dict[str, Any] = {"stored_responses_mib": 1.0}
 SEARCH = {"type": "function", "name": "f", "parameters": {"type": "object"}}
@@ -225,6 +226,50 @@ def test_the_text_s_log_probabilities_are_those_of_its_tokens(said: str, top: in
     )
     for event in found:
         assert_described(ResponseEvent, event)
+
+
+PIECES = ["a", "aa", "b", "é", " ", "\n", "<", "<think>", "</think>", "<tool_call>", "</tool_call>", CALL]
+STOPS = ["aab", "a\n", "é a", "<b", "</s>"]
+
+
+@pytest.fixture(scope="module")
+def talk() -> Iterator[tuple[Live, list[int]]]:
+    """A service, and the tokens that it answers with, one at a time."""
+    said = [END]
+    tokenizer = byte_tokenizer(TEMPLATES["shows thoughts"], TAGS)
+    with live(telling(lambda request, position: said[min(position, len(said) - 1)]), tokenizer=tokenizer) as service:
+        yield service, said
+
+
+@given(
+    said=st.lists(st.sampled_from(PIECES), max_size=8).map("".join),
+    stop=st.lists(st.sampled_from(STOPS), max_size=2, unique=True),
+    ended=st.booleans(),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(said="aaab", stop=["aab"], ended=True)
+@example(said="aa", stop=["aab"], ended=False)
+@example(said="a <a", stop=[], ended=True)
+def test_a_message_has_the_log_probabilities_of_its_tokens_however_long_its_text_was_held_back(
+    talk: Any, said: str, stop: list[str], ended: bool
+) -> None:
+    service, answer = talk
+    answer[:] = [*tokens_of(said), END]
+    asked: dict[str, Any] = {"stop": stop, "tools": [SEARCH], "include": ["message.output_text.logprobs"]}
+    length = 500 if ended else max(1, len(tokens_of(said)))
+    found = events(respond(service, stream=True, max_output_tokens=length, **asked).text)
+    for kind in ("response.output_text.delta", "response.output_text.done"):
+        for event in (event for event in found if event["type"] == kind):
+            text = event["delta" if "delta" in event else "text"]
+            assert b"".join(bytes(entry["bytes"]) for entry in event["logprobs"]).decode() == text
+
+
+def test_the_end_of_a_stream_with_the_most_log_probabilities_does_not_keep_the_event_loop() -> None:
+    length = MAX_LOGPROBS // 21
+    limits: dict[str, Any] = {"max_output_tokens": length, "default_max_tokens": 16, "stored_responses_mib": 32.0}
+    with live(telling("a" * length), **limits) as service:
+        found = events(respond(service, stream=True, top_logprobs=20, max_output_tokens=length).text)
+    assert len(found[-1]["response"]["output"][0]["content"][0]["logprobs"]) == length
 
 
 def test_without_being_asked_for_there_are_none() -> None:
