@@ -1,6 +1,7 @@
 """The body of `POST /v1/responses`, and its translation into a chat completion request."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -395,4 +396,5 @@ def renamed(error: ApiError) -> ApiError:
     """An error about a chat request, with the field's name in this API."""
     name = (error.param or "").split(".")[0]
     message = error.message.replace("response_format", CHAT_FIELDS["response_format"])
+    message = re.sub(r"^messages(?=[.:])", CHAT_FIELDS["messages"], message)
     return replace(error, message=message, param=CHAT_FIELDS.get(name, error.param))

@@ -133,7 +133,9 @@ def test_a_chain_has_no_more_turns_than_a_conversation_may_have() -> None:
     with live(scripted("Hi", context_window=10**6, token_budget=10**7), **KEPT) as service:
         first = respond(service, input=turns).json()
         answer = respond(service, input=turns[:2], previous_response_id=first["id"])
-        assert error_of(answer, 400, None)["param"] == "input"
+        error = error_of(answer, 400, None)
+        assert error["param"] == "input"
+        assert error["message"].startswith("input: ")
 
 
 # Showing and deleting
