@@ -72,6 +72,8 @@ class AsyncOutput:
 
     def read(self) -> Sampled:
         results = self._pinned.wait(len(self.sequences), self.max_tokens)
+        if not self.sequences:
+            return Sampled((), ())
         self._prospect.value = results[:, OUT_PROSPECT].mean() * PROSPECT_UNIT
         tokens = results[:, OUT_TOKENS:]
         given = tokens >= 0

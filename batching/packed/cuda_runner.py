@@ -231,10 +231,13 @@ class CUDARunner:
         self._bitmask.accept_tokens(guided, [token for _, token in mine], [sequence.slot for sequence, _ in mine])
 
     def sample(self, sequences: Sequence[RunningSequence]) -> AsyncOutput:
+        pinned = next(self._pinned_outputs)
+        if not sequences:
+            pinned.record()
+            return AsyncOutput(sequences, self._width, pinned, None, self._prospect)
         self._restrict(sequences)
         self._sample_graph(len(sequences), self._width).run.replay()
         results = self._out.results(len(sequences), self._width)
-        pinned = next(self._pinned_outputs)
         pinned.copy(results)
         logprobs = self._logprobs(sequences, results[:, OUT_TOKENS:]) if self._want_logprobs else None
         pinned.record()

@@ -19,22 +19,16 @@ class GapLimit:
         self._clock = clock
         self._step: float | None = None
         self._per_token: float | None = None
-        self._unread = 0  # prompt tokens of passes that gave no output
-        self._in_flight: deque[int] = deque()  # prompt tokens of passes whose output is not read yet, with those before
+        self._in_flight: deque[int] = deque()  # prompt tokens of passes whose output is not read yet
         self._read_at = clock()
 
     def begin(self) -> None:
         """A batch begins: the time since the last one is no pass's."""
-        self._unread = 0
         self._in_flight.clear()
         self._read_at = self._clock()
 
-    def launched(self, num_prompt_tokens: int, *, has_output: bool) -> None:
-        """A pass was launched. One without output has no rows that wait for a token."""
-        self._unread += num_prompt_tokens
-        if has_output:
-            self._in_flight.append(self._unread)
-            self._unread = 0
+    def launched(self, num_prompt_tokens: int) -> None:
+        self._in_flight.append(num_prompt_tokens)
 
     def read(self) -> None:
         """The oldest output was read, as soon as it was there."""

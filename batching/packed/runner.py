@@ -180,5 +180,6 @@ class Runner(Protocol):
 
     def sample(self, sequences: Sequence[RunningSequence]) -> SamplerOutput:
         """Sample the next token of each sequence of the last forward pass, with its own parameters; and those that
-        follow it, as far as it was drafted."""
+        follow it, as far as it was drafted. Without sequences the output has no tokens, and is read once that pass has
+        ended."""
         ...

@@ -122,7 +122,11 @@ class Scheduler:
         chunks: Sequence[tuple[RunningSequence, Chunk]],
         num_draft_tokens: int = 0,
     ) -> int:
-        """Launch a forward pass and sampling for its sequences. Returns the number of sampler outputs this gives."""
+        """Launch a forward pass and sampling for its sequences. Returns the number of sampler outputs this gives.
+
+        A pass in which no prompt is completed has one, too: it is waited for as others are, so that a prompt of many
+        passes is not launched as a whole, for whose end everybody else would have to wait.
+        """
         if not decoding and not chunks:
             return 0
         self._runner.forward(decoding, chunks, num_draft_tokens)
@@ -132,21 +136,18 @@ class Scheduler:
         complete = [sequence for sequence, _ in chunks if not sequence.remaining_prefill]
         self._prefilling = [sequence for sequence in self._prefilling if sequence.remaining_prefill]
         self._decoding += complete
-        launched = self._sample([*decoding, *complete])
+        self._sample([*decoding, *complete])
         if self._gap_limit:
-            self._gap_limit.launched(sum(chunk.num_tokens for _, chunk in chunks), has_output=launched > 0)
-        return launched
+            self._gap_limit.launched(sum(chunk.num_tokens for _, chunk in chunks))
+        return 1
 
-    def _sample(self, sequences: Sequence[RunningSequence]) -> int:
-        if not sequences:
-            return 0
+    def _sample(self, sequences: Sequence[RunningSequence]) -> None:
         if self._runner.needs_host_sync(sequences):
             self._deliver(len(self._in_flight))
         output = self._runner.sample(sequences)
         self._in_flight.append(output)
         for sequence in sequences:
             sequence.launched(output.max_tokens)
-        return 1
 
     # Choosing what to compute
 

@@ -19,9 +19,10 @@ from batching.errors import ModelError, OutOfMemory
 from batching.model import load
 from batching.packed import layer, reference
 from batching.packed.attention import Chunk
+from batching.packed.cpu_runner import CPURunner, ReadyOutput
 from batching.packed.engine import PackedEngine, unsupported
 from batching.packed.kv_cache import BLOCK_SIZE
-from batching.packed.runner import RunningSequence
+from batching.packed.runner import RunningSequence, Sampled
 from batching.padded import PaddedEngine
 from batching.stream import Row
 from batching.types import DEFAULT_ROWS, Request
@@ -119,6 +120,36 @@ def test_of_a_prompt_the_last_layer_computes_only_the_token_that_is_sampled_from
     monkeypatch.setattr(reference, "gated_product", noting)
     Run(engine, [request(tuple(range(20)), max_tokens=1)])
     assert tokens == [8, 0, 8, 0, 4, 1]  # by layers, for each of three chunks
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_of_a_long_prompt_no_more_than_two_passes_are_launched_ahead(
+    batch_invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that comes meanwhile waits for those, a cancelled one leaves after them."""
+    engine = PackedEngine(tiny_model(), num_slots=4, prefill_chunk=16, batch_invariant=batch_invariant)
+    engine.runner.works_beside_host = True
+    ahead: list[int] = []
+    launched = read = 0
+    forward, read_output = CPURunner.forward, ReadyOutput.read
+
+    def counting_forward(*arguments: Any) -> None:
+        nonlocal launched
+        launched += 1
+        ahead.append(launched - read)
+        forward(*arguments)
+
+    def counting_read(output: ReadyOutput) -> Sampled:
+        nonlocal read
+        read += 1
+        return read_output(output)
+
+    monkeypatch.setattr(CPURunner, "forward", counting_forward)
+    monkeypatch.setattr(ReadyOutput, "read", counting_read)
+    asked = [request(tuple(range(160)), max_tokens=3)]
+    assert Run(engine, asked).answers == alone("qwen3", asked)
+    assert launched == read > 10
+    assert max(ahead) == 2
 
 
 @cache

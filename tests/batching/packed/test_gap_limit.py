@@ -45,7 +45,7 @@ def test_passes_keep_to_the_limit_once_their_cost_is_known(
     gaps: list[float] = []
     for asked in passes:
         tokens = gap.room(100_000, 8) if asked is None else asked
-        gap.launched(tokens, has_output=True)
+        gap.launched(tokens)
         launched.append(tokens)
         if len(launched) >= in_flight:
             clock.now += step + launched[len(gaps)] * per_token
@@ -57,22 +57,12 @@ def test_passes_keep_to_the_limit_once_their_cost_is_known(
     assert launched[-1] >= min(100_000, 0.9 * fitting) - 1
 
 
-def test_passes_without_output_count_for_the_next_that_has_one() -> None:
-    clock = Clock()
-    gap = GapLimit(0.1, clock)
-    gap.launched(100, has_output=False)
-    gap.launched(100, has_output=True)
-    clock.now = 0.2
-    gap.read()
-    assert gap.room(1000, 1) == pytest.approx(100, abs=1)
-
-
 def test_the_time_between_batches_is_no_pass() -> None:
     clock = Clock()
     gap = GapLimit(0.1, clock)
     clock.now = 1000.0
     gap.begin()
-    gap.launched(100, has_output=True)
+    gap.launched(100)
     clock.now += 0.1
     gap.read()
     assert gap.room(1000, 1) == pytest.approx(100, abs=1)
