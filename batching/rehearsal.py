@@ -84,8 +84,13 @@ def disagreement(engine: Engine, model: PreTrainedModel, own: Sequence[Answer]) 
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    """That of the coarsest numbers among the weights: quantised ones round what they are multiplied with, too."""
-    return max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in {each.dtype for each in model.parameters()})
+    """That of the coarsest numbers among the weights: quantised ones round what they are multiplied with, too, and so
+    do layers that quantise their inputs, whatever their weights are kept as."""
+    schemes = (getattr(each, "quantization_scheme", None) for each in model.modules())
+    dtypes = {each.dtype for each in model.parameters()}
+    if any(getattr(scheme, "input_activations", None) for scheme in schemes):
+        dtypes.add(torch.int8)
+    return max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
 
 
 def _errors(given: Answer, own: Answer) -> list[float]:
