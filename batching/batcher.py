@@ -157,9 +157,9 @@ class Batcher:
             if rows:
                 self._batch_over = asyncio.get_running_loop().create_future()
                 self._worker.give(rows)
-            if not self._info.joins:
-                await self._batch_over  # the next batch fills meanwhile
-            elif not rows and self._queue:
+                if not self._info.joins:
+                    await self._batch_over  # the next batch fills meanwhile
+            elif self._queue:
                 await self._queue.change()  # until a row ends and frees its room
 
     @contextlib.contextmanager

@@ -204,6 +204,21 @@ def test_a_window_whose_only_row_left_is_closed_without_a_batch(run_async: Runne
     run_async(main)
 
 
+def test_a_first_window_that_all_rows_leave_does_not_stop_the_batches(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with serving(engine, rows=2, window=NEVER) as (batcher, _):
+            gone = batcher.submit(request(id="gone"))
+            await spin()
+            gone.cancel()
+            await spin()
+            streams = [batcher.submit(request(id=id)) for id in "ab"]
+            await asyncio.gather(*map(all_tokens, streams))
+        assert engine.batches == [["a", "b"]]
+
+    run_async(main)
+
+
 def test_the_next_batch_fills_while_one_runs_and_waits_for_no_window(run_async: Runner) -> None:
     async def main() -> None:
         engine = ScriptedEngine(stepped=True)
