@@ -288,6 +288,8 @@ def live(
     """
     engine = engine or scripted()
     made = cast(ScriptedEngine, engine)  # a test with another one does not look at it
+    if isinstance(engine, ScriptedEngine):
+        engine.info = replace(engine.info, vocab_size=max(engine.info.vocab_size, len(tokenizer)))
     loader = ScriptedLoader(engine, tokenizer=tokenizer, sampling=defaults or Defaults())
     events: list[Event] = []
     progress = Progress()

@@ -58,6 +58,14 @@ class ServedModel:
         answer = min(self.settings.default_max_tokens or WHOLE_ANSWER, self.settings.max_output_tokens)
         return max(window // 2, int(0.9 * (window - RAGFLOW_GUIDE - answer)))
 
+    def check_prompt(self, tokens: Sequence[int], param: str) -> None:
+        """Raises `ApiError` 400 for a prompt that would fail its batch: one of no tokens, or with one that only the
+        tokenizer has."""
+        if not tokens:
+            raise bad_request("A prompt must have at least one token.", param)
+        if max(tokens) >= self.info.vocab_size:
+            raise bad_request("The prompt has a token id beyond the model's vocabulary.", param)
+
     def room(self, prompt_tokens: int, param: str, *, least: int = 1) -> int:
         """Number of tokens that can follow the prompt; `param` is the prompt's field.
 

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 
 import orjson
 
@@ -52,9 +53,10 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
 
     def encode(self, model: ServedModel, body: Generated) -> Conversation:
         conversation = encode(model.text, self.as_chat(body), model.settings.thinking)
-        if conversation.chat.truncate_prompt_tokens is None:
-            return conversation
-        return replace(conversation, tokens=truncated(model, conversation.chat, conversation.tokens))
+        model.check_prompt(conversation.tokens, "messages")
+        known = takewhile(lambda token: token < model.info.vocab_size, conversation.prediction)
+        tokens = truncated(model, conversation.chat, conversation.tokens)
+        return replace(conversation, tokens=tokens, prediction=tuple(known))
 
     async def prompts(
         self, model: ServedModel, body: Generated, encoded: Conversation, caller: Caller

@@ -78,10 +78,8 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
     def encode(self, model: ServedModel, body: CompletionRequest) -> list[Echoed]:
         text = model.text
         prompts = [text.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in body.prompt]
-        if not all(prompts):
-            raise bad_request("A prompt must have at least one token.", "prompt")
-        if any(max(prompt) >= model.info.vocab_size for prompt in prompts):
-            raise bad_request("A token id is beyond the model's vocabulary.", "prompt")
+        for tokens in prompts:
+            model.check_prompt(tokens, "prompt")
         if not body.echo:
             return [Echoed(truncated(model, body, tokens)) for tokens in prompts]
         pairs = zip(body.prompt, prompts, strict=True)
