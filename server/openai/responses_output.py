@@ -383,8 +383,11 @@ def one_by_one(arrived: Delta) -> Iterator[Delta]:
 
 
 def told(text: Text, arrived: Delta) -> list[SizedLogprob]:
-    """Those of all tokens but one that stopped the model."""
-    found = chat_logprobs(text, arrived.logprobs) if arrived.finish is not Finish.STOP else None
+    """Those of all tokens but special ones, which the text leaves out, and one that stopped the model."""
+    if arrived.finish is Finish.STOP:
+        return []
+    shown = [entry for entry in arrived.logprobs if entry.token not in text.vocabulary.special]
+    found = chat_logprobs(text, shown)
     return [(len(entry["bytes"]), orjson.dumps(entry)) for entry in found["content"]] if found else []
 
 

@@ -266,6 +266,15 @@ def test_a_message_has_the_log_probabilities_of_its_tokens_however_long_its_text
             assert b"".join(bytes(entry["bytes"]) for entry in event["logprobs"]).decode() == text
 
 
+def test_a_special_token_that_the_text_leaves_out_takes_no_other_token_s_place(talk: Any) -> None:
+    service, answer = talk
+    answer[:] = [*tokens_of("ab"), END, *tokens_of("cd"), END]
+    asked: dict[str, Any] = {"stop": "bX", "ignore_eos": True, "include": ["message.output_text.logprobs"]}
+    part = respond(service, max_output_tokens=6, **asked).json()["output"][0]["content"][0]
+    assert part["text"] == "abcd"
+    assert [bytes(entry["bytes"]) for entry in part["logprobs"]] == [b"a", b"b", b"c", b"d"]
+
+
 def test_the_end_of_a_stream_with_the_most_log_probabilities_does_not_keep_the_event_loop() -> None:
     length = MAX_LOGPROBS // 21
     limits: dict[str, Any] = {"max_output_tokens": length, "default_max_tokens": 16, "stored_responses_mib": 32.0}
