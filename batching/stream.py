@@ -190,11 +190,13 @@ class Stream:
         """The client left: nobody reads this any more."""
         self._stop(Finish.CANCELLED, Outcome.CANCELLED)
 
-    def stop(self) -> None:
+    def stop(self, unread: int = 0) -> None:
         """The reader has all it needs (a stop string): the row is answered and needs no more steps. Tokens that were
-        not taken are dropped."""
-        self._tokens, self._logprobs = [], []
+        not taken, and the last `unread` of those that were, are no part of the answer. `RowEnded` counts them, because
+        they were generated."""
         self._stop(Finish.STOP, Outcome.ANSWERED)
+        self.output_tokens -= unread + len(self._tokens)
+        self._tokens, self._logprobs = [], []
 
     def _expire(self) -> None:
         self._error = DeadlineExceeded("the request's time limit passed")

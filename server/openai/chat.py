@@ -165,7 +165,7 @@ class EventReader:
             events[:0] = self._begun.take()
         if self._thinks:
             self._thinks = self._message.thinking
-            self._count(arrived.tokens)
+            self._count(self.latest.tokens)
         if finish:
             events += self._message.flush()
         if self._one_call and (end := end_of_first_call(events)) is not None:
@@ -175,6 +175,11 @@ class EventReader:
         if self._begun:
             events = self._begun.rest(events)
         return events, "tool_calls" if self._called and finish == "stop" else finish
+
+    @property
+    def latest(self) -> Delta:
+        """What was pushed last, without tokens after a stop string."""
+        return self._answer.latest
 
     @property
     def held(self) -> int:
@@ -268,6 +273,7 @@ class ChatChoice:
 
     def add(self, arrived: Delta) -> None:
         events, finish = self._reader.push(arrived)
+        arrived = self._reader.latest
         self._events += events
         if finish:
             self._finish = finish
@@ -299,6 +305,7 @@ class ChatChoice:
         """The first has only the role. The finish reason shares a chunk with the last text, if both came in this step:
         RAGFlow picks the language of its notice about a cut answer by the text in that chunk."""
         events, finish = self._reader.push(arrived)
+        arrived = self._reader.latest
         logprobs = chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids) if arrived.logprobs else None
         deltas = [change for event in events if (change := delta(event)) is not None]
         if not deltas and (logprobs or (self._ids is not None and arrived.tokens)):

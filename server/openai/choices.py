@@ -83,13 +83,11 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
 
     def frames(self, step: Step) -> bytes:
         """Includes the usage so far if the request asked for it."""
+        chunks = [orjson.dumps(chunk) for row, arrived in step for chunk in self._choices[row].chunks(arrived)]
         end = b"]}\n\n"
         if self._usage_always:
             end = b'],"usage":' + orjson.dumps(usage(self.streams)) + b"}\n\n"
-        start = self._chunk_start
-        frames = [
-            start + orjson.dumps(chunk) + end for row, arrived in step for chunk in self._choices[row].chunks(arrived)
-        ]
+        frames = [self._chunk_start + chunk + end for chunk in chunks]
         if frames and self._extra:
             frames[0] = frames[0].removesuffix(b"}\n\n") + b"," + self._extra.removeprefix(b"{") + b"\n\n"
             self._extra = b""

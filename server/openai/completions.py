@@ -182,17 +182,18 @@ class TextChoice:
             if text or logprobs:
                 yield text, logprobs, None
         text, finish = self._answer.push(arrived)
-        if text or arrived.logprobs or finish:
-            yield text, self._logprobs.push(arrived.logprobs), finish
+        logprobs = self._answer.latest.logprobs
+        if text or logprobs or finish:
+            yield text, self._logprobs.push(logprobs), finish
 
     def add(self, arrived: Delta) -> None:
-        if self._ids is not None:
-            self._ids += arrived.tokens
         for text, logprobs, finish in self._read(arrived):
             self._said.append(text)
             self._encoded.add(logprobs)
             if finish:
                 self._finish = finish
+        if self._ids is not None:
+            self._ids += self._answer.latest.tokens
         if self._prompt_top is not None and arrived.prompt_logprobs:
             self._prompt.add(prompt_logprobs(self._text, arrived.prompt_logprobs, self._prompt_top))
 
@@ -217,7 +218,7 @@ class TextChoice:
             read = [("", None, None)]  # tokens of a character that is not complete yet
         chunks = [self._chunk(*each) for each in read]
         if self._ids is not None and chunks:
-            chunks[-1]["token_ids"] = list(arrived.tokens)
+            chunks[-1]["token_ids"] = list(self._answer.latest.tokens)
             if not self._begun:
                 chunks[0]["prompt_token_ids"] = self._prompt_ids
                 self._begun = True

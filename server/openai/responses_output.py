@@ -283,13 +283,15 @@ class ResponseAnswer(Answer):
         self._begun = False
 
     def _changes(self, arrived: Delta) -> Iterator[Change]:
-        for delta in one_by_one(arrived) if arrived.logprobs else [arrived]:
+        deltas = one_by_one(arrived) if arrived.logprobs else [arrived]
+        for left, delta in zip(range(len(deltas) - 1, -1, -1), deltas, strict=True):
             self._waiting += told(self._text, delta)
             events, self._finish = self._reader.push(delta)
             tokens = self._shown(events) if self._waiting and events else deque[SizedLogprob]()
             for event in events:
                 yield from self._output.push(event, covering(tokens, event))
             if self._finish:
+                self.streams[0].stop(unread=left)
                 return
 
     def _shown(self, events: Sequence[Event]) -> deque[SizedLogprob]:
@@ -375,11 +377,11 @@ class ResponseAnswer(Answer):
         }
 
 
-def one_by_one(arrived: Delta) -> Iterator[Delta]:
+def one_by_one(arrived: Delta) -> list[Delta]:
     """The same tokens, each in a delta of its own, so that its log probability finds the text that it completes."""
     last = len(arrived.tokens) - 1
-    for n, (token, logprob) in enumerate(zip(arrived.tokens, arrived.logprobs, strict=True)):
-        yield Delta((token,), arrived.finish if n == last else None, (logprob,))
+    pairs = enumerate(zip(arrived.tokens, arrived.logprobs, strict=True))
+    return [Delta((token,), arrived.finish if n == last else None, (logprob,)) for n, (token, logprob) in pairs]
 
 
 def told(text: Text, arrived: Delta) -> list[SizedLogprob]:

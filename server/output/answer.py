@@ -24,6 +24,11 @@ class StopScanner:
         self.found: str | None = None  # the stop string that ended the text
 
     @property
+    def is_idle(self) -> bool:
+        """Whether there are no stop strings to find."""
+        return not self._stops
+
+    @property
     def held(self) -> int:
         """Bytes of text held back: what may begin a stop string, or the one that ended the text and what follows it."""
         return len(self._held.encode())
@@ -68,13 +73,15 @@ class StopScanner:
 class AnswerReader:
     """Turns a stream's tokens into text. A stop string ends the answer and its row.
 
-    `stop_reason`: the stop string that ended it, or the one of `stop_tokens` that did.
+    `stop_reason`: the stop string that ended it, or the one of `stop_tokens` that did. `latest`: what was pushed last,
+    without tokens after a stop string.
     """
 
     def __init__(
         self, stream: Stream, detokenizer: Detokenizer, scanner: StopScanner, stop_tokens: Collection[int]
     ) -> None:
         self.stop_reason: str | int | None = None
+        self.latest = Delta(())
         self._stop_tokens = stop_tokens
         self._stream = stream
         self._detokenizer = detokenizer
@@ -87,11 +94,13 @@ class AnswerReader:
 
     def push(self, arrived: Delta) -> tuple[str, Ending | None]:
         """The text that these tokens complete, possibly empty, and the answer's ending if it has ended."""
+        self.latest = arrived
         tokens = arrived.tokens if arrived.finish is None else _visible(arrived)
-        text, stopped = self._scanner.push(self._detokenizer.push(tokens))
-        if stopped:
+        text, read = self._read(tokens)
+        if self._scanner.found is not None:
             self.stop_reason = self._scanner.found
-            self._stream.stop()
+            self.latest = arrived._replace(tokens=arrived.tokens[:read], logprobs=arrived.logprobs[:read])
+            self._stream.stop(unread=len(arrived.tokens) - read)
             return text, "stop"
         if arrived.finish is None:
             return text, None
@@ -99,6 +108,18 @@ class AnswerReader:
         if arrived.finish is Finish.STOP and arrived.tokens[-1] in self._stop_tokens:
             self.stop_reason = arrived.tokens[-1]
         return text, ENDINGS.get(arrived.finish)
+
+    def _read(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """The text of the tokens up to a stop string, and how many they are. One at a time, because those that arrive
+        together after a stop string are no part of the answer."""
+        texts = []
+        pieces = [tokens] if self._scanner.is_idle else [tokens[at : at + 1] for at in range(len(tokens))]
+        for count, piece in enumerate(pieces, 1):
+            text, stopped = self._scanner.push(self._detokenizer.push(piece))
+            texts.append(text)
+            if stopped:
+                return "".join(texts), count
+        return "".join(texts), len(tokens)
 
 
 def _visible(arrived: Delta) -> tuple[int, ...]:

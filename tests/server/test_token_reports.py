@@ -39,13 +39,12 @@ def test_a_chat_s_ids_are_those_of_its_prompt_and_of_every_token(said: str, logp
     with live(telling(said)) as service:
         whole = service.chat(**asked).json()
         chunks = frames(service.chat(stream=True, **asked))[:-1]
-    wanted = [*tokens_of(said), END]
+    before, stop, _ = said.partition("</s>")
+    wanted = tokens_of(before + stop) if stop else [*tokens_of(said), END]
     assert whole["prompt_token_ids"] == chunks[0]["prompt_token_ids"] == PROMPT
     assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
     for index in range(2):
-        for found in (whole["choices"][index]["token_ids"], ids_of(choices_of(chunks, index))):
-            assert found == wanted[: len(found)]
-            assert len(found) == len(wanted) or "</s>" in str(BYTES.decode(found))
+        assert whole["choices"][index]["token_ids"] == ids_of(choices_of(chunks, index)) == wanted
 
 
 @pytest.mark.parametrize("fields", [{}, {"echo": True}, {"echo": True, "logprobs": 1}, {"logprobs": 0}])
@@ -59,6 +58,30 @@ def test_a_completion_s_ids_stand_in_each_choice(fields: dict[str, Any]) -> None
         assert whole[index]["prompt_token_ids"] == first["prompt_token_ids"] == prompt
         assert not any("prompt_token_ids" in choice for choice in others)
         assert whole[index]["token_ids"] == ids_of([first, *others]) == [*tokens_of("re:"), *prompt, END]
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_tokens_after_a_stop_string_are_no_part_of_the_answer_however_many_arrive_with_it(inclusive: bool) -> None:
+    asked: dict[str, Any] = {"stop": ["</s>"], "include_stop_str_in_output": inclusive, "logprobs": 0}
+    usage: dict[str, Any] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    with live(telling("ab</s>cd")) as service:
+        text = complete(service, **asked).json()
+        chat = service.chat(**asked | {"logprobs": True}).json()
+        *chunks, _ = frames(complete(service, stream=True, **asked, **usage))
+        response = service.post(
+            orjson.dumps({"input": "Hi", "stop": "</s>", "include": ["message.output_text.logprobs"]}), "/v1/responses"
+        ).json()
+        message = service.post(
+            orjson.dumps({"messages": QUESTION, "stop_sequences": ["</s>"], "max_tokens": 50}), "/v1/messages"
+        ).json()
+    assert "".join(text["choices"][0]["logprobs"]["tokens"]) == "ab</s>"
+    assert "".join(entry["token"] for entry in chat["choices"][0]["logprobs"]["content"]) == "ab</s>"
+    streamed = [choice["logprobs"]["tokens"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    assert "".join(token for tokens in streamed for token in tokens) == "ab</s>"
+    assert all(chunk["usage"]["completion_tokens"] <= len("ab</s>") for chunk in chunks)
+    counts = [reply["usage"]["completion_tokens"] for reply in (text, chat, chunks[-1])]
+    counts += [reply["usage"]["output_tokens"] for reply in (response, message)]
+    assert counts == [len("ab</s>")] * 5
 
 
 def test_without_the_field_no_reply_has_ids() -> None:
