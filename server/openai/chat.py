@@ -24,7 +24,7 @@ from server.openai.messages import names_in, render
 from server.openai.prefill import Begun, begun, prefill_of
 from server.openai.requests import ChatRequest
 from server.openai.sampling import sampling, stop_tokens, truncated
-from server.output.answer import AnswerReader, StopScanner
+from server.output.answer import AnswerReader, StopScanner, first_of, one_by_one
 from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, complete_call, delta, end_of_first_call, fold
 from server.output.reasoning import ThoughtState
@@ -153,19 +153,38 @@ class EventReader:
         after = conversation.tokens[-MAX_HELD:] if chat.continue_final_message else ()
         self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
         self._called = False  # whether there was a complete call
+        self.latest = Delta(())
+        """What was pushed last, without tokens after the answer's end."""
         self._begun = conversation.begun[choice] if conversation.begun else None
         self._message = self._begun.reader if self._begun else reader(text, conversation)
         self._thinks = self._message.thinking
 
     def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
         """Events and, if the answer has ended, its finish reason."""
+        if not self._one_call or len(arrived.tokens) < 2:
+            found = self._push(arrived)
+            self.latest = self._answer.latest
+            return found
+        # One at a time, because those that arrive together after the call are no part of the answer.
+        events: list[Event] = []
+        for count, token in enumerate(one_by_one(arrived), 1):
+            more, finish = self._push(token)
+            events += more
+            if finish:
+                self._stream.stop(unread=len(arrived.tokens) - count)
+                self.latest = first_of(arrived, count)
+                return events, finish
+        self.latest = arrived
+        return events, None
+
+    def _push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
         text, finish = self._answer.push(arrived)
         events = self._message.push(text)
         if self._begun:
             events[:0] = self._begun.take()
         if self._thinks:
             self._thinks = self._message.thinking
-            self._count(self.latest.tokens)
+            self._count(self._answer.latest.tokens)
         if finish:
             events += self._message.flush()
         if self._one_call and (end := end_of_first_call(events)) is not None:
@@ -175,11 +194,6 @@ class EventReader:
         if self._begun:
             events = self._begun.rest(events)
         return events, "tool_calls" if self._called and finish == "stop" else finish
-
-    @property
-    def latest(self) -> Delta:
-        """What was pushed last, without tokens after a stop string."""
-        return self._answer.latest
 
     @property
     def held(self) -> int:

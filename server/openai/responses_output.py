@@ -21,6 +21,7 @@ from server.openai.chat import EventReader
 from server.openai.choices import usage
 from server.openai.endpoint import Answer, Step
 from server.openai.logprobs import chat_logprobs
+from server.output.answer import one_by_one
 from server.output.message import Event, Reasoning
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
 from server.replies import FinishReason
@@ -283,6 +284,7 @@ class ResponseAnswer(Answer):
         self._begun = False
 
     def _changes(self, arrived: Delta) -> Iterator[Change]:
+        # Each alone, so that a log probability finds the text that its token completes.
         deltas = one_by_one(arrived) if arrived.logprobs else [arrived]
         for left, delta in zip(range(len(deltas) - 1, -1, -1), deltas, strict=True):
             self._waiting += told(self._text, delta)
@@ -375,13 +377,6 @@ class ResponseAnswer(Answer):
             "output_tokens_details": {"reasoning_tokens": self._reader.thought_tokens},
             "total_tokens": counts["total_tokens"],
         }
-
-
-def one_by_one(arrived: Delta) -> list[Delta]:
-    """The same tokens, each in a delta of its own, so that its log probability finds the text that it completes."""
-    last = len(arrived.tokens) - 1
-    pairs = enumerate(zip(arrived.tokens, arrived.logprobs, strict=True))
-    return [Delta((token,), arrived.finish if n == last else None, (logprob,)) for n, (token, logprob) in pairs]
 
 
 def told(text: Text, arrived: Delta) -> list[SizedLogprob]:

@@ -99,7 +99,7 @@ class AnswerReader:
         text, read = self._read(tokens)
         if self._scanner.found is not None:
             self.stop_reason = self._scanner.found
-            self.latest = arrived._replace(tokens=arrived.tokens[:read], logprobs=arrived.logprobs[:read])
+            self.latest = first_of(arrived, read)
             self._stream.stop(unread=len(arrived.tokens) - read)
             return text, "stop"
         if arrived.finish is None:
@@ -120,6 +120,20 @@ class AnswerReader:
             if stopped:
                 return "".join(texts), count
         return "".join(texts), len(tokens)
+
+
+def one_by_one(arrived: Delta) -> list[Delta]:
+    """The same tokens, at least one, each in a delta of its own."""
+    last = len(arrived.tokens) - 1
+    return [
+        Delta((token,), arrived.finish if n == last else None, arrived.logprobs[n : n + 1])
+        for n, token in enumerate(arrived.tokens)
+    ]
+
+
+def first_of(arrived: Delta, count: int) -> Delta:
+    """The delta with only its first tokens."""
+    return arrived._replace(tokens=arrived.tokens[:count], logprobs=arrived.logprobs[:count])
 
 
 def _visible(arrived: Delta) -> tuple[int, ...]:

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from batching.types import Request
 from server.model.text import Text
 from server.settings import parse
-from tests.live import BYTES, QUESTION, Live, byte_tokenizer, frames, live, scripted
+from tests.live import BYTES, QUESTION, Live, byte_tokenizer, frames, live, scripted, tokens_of
 from tests.llama import llama_tokenizer
 from tests.server.test_app import error_of, remembering
+from tests.server.test_choices import telling
 
 ODD = 'say "hi" <|end|>'
 KNOWING = "{% for t in tools or [] %}<tool_call>{{ t.function.name }}\n{% endfor %}" + (
@@ -217,6 +218,21 @@ def test_functions_reach_the_model_as_tools_do() -> None:
     assert seen[0].prompt == seen[1].prompt == seen[2].prompt
     assert seen[3].prompt == seen[4].prompt
     assert [request.grammar is not None for request in seen] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("fields", [{"functions": FUNCTIONS}, {"tools": [function("f")], "parallel_tool_calls": False}])
+def test_what_arrives_with_the_only_call_and_comes_after_it_is_no_part_of_the_answer(fields: dict[str, Any]) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {}'
+    asked = fields | {"logprobs": True, "return_token_ids": True}
+    with live(telling(call + "}\n</tool_call>\n" + calls("f"))) as service:
+        answer = service.chat(**asked).json()
+        *chunks, _ = frames(service.chat(stream=True, **asked, stream_options={"include_usage": True}))
+    [choice] = answer["choices"]
+    streamed = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert choice["token_ids"] == [token for piece in streamed for token in piece.get("token_ids", [])]
+    assert choice["token_ids"] == tokens_of(call)
+    assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == call
+    assert answer["usage"]["completion_tokens"] == chunks[-1]["usage"]["completion_tokens"] == len(call)
 
 
 BROKEN = '<tool_call>\n{"name": "f", "arguments": {"a": </tool_call>\n'
