@@ -367,6 +367,29 @@ def test_system_prompts_are_chosen_saved_and_deleted(page: Browser, service: Liv
     assert names() == ["Your own", *ours[1:]]
 
 
+def save_presets(page: Browser, *texts: str) -> None:
+    for text in texts:
+        page.id("system").clear()
+        page.id("system").send_keys(text)
+        page.press("Save as preset")
+
+
+@pytest.mark.parametrize("text", ["Answer the question of the user, but as if you were old.", "Two  spaces."])
+def test_a_saved_system_prompt_can_be_chosen_whatever_spaces_its_name_has(
+    text: str, page: Browser, service: Live
+) -> None:
+    page.open(service.url)
+    save_presets(page, text)
+    assert page.id("delete-preset").is_displayed()
+    page.all("#preset option")[0].click()
+    assert page.id("system").get_attribute("value") == ""
+    page.all("#preset option")[-1].click()
+    assert page.id("system").get_attribute("value") == text
+    count = len(page.all("#preset option"))
+    page.press("Delete preset")
+    assert len(page.all("#preset option")) == count - 1
+
+
 # Where one is
 
 

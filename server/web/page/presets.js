@@ -46,7 +46,7 @@ function read() {
 }
 
 function draw() {
-	const options = (presets) => Object.keys(presets).map((each) => element("option", {}, each));
+	const options = (presets) => Object.keys(presets).map((each) => element("option", { value: each }, each)); // else its spaces are cut
 	const group = (label, presets) => element("optgroup", { label }, ...options(presets));
 	const found = Object.entries({ ...OURS, ...own }).find(([, words]) => words === text())?.[0];
 	byId("preset").replaceChildren(element("option", { value: "" }, text() && !found ? "Your own" : "None"), group("Presets", OURS), group("Saved", own));
