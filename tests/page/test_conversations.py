@@ -390,6 +390,21 @@ def test_a_saved_system_prompt_can_be_chosen_whatever_spaces_its_name_has(
     assert len(page.all("#preset option")) == count - 1
 
 
+def test_saved_system_prompts_that_begin_alike_do_not_replace_each_other_nor_ours(page: Browser, service: Live) -> None:
+    texts = ["Speak like a keeper.\nIn French.", "Speak like a keeper.\nIn German.", "Brief"]
+    page.open(service.url)
+    ours = len(page.all("#preset option"))
+    save_presets(page, *texts)
+    assert [name.strip() for name in page.texts("#preset option")[ours:]] == [
+        "Speak like a keeper.",
+        "Speak like a keeper. (2)",
+        "Brief (2)",
+    ]
+    for place, text in enumerate(texts, ours):
+        page.all("#preset option")[place].click()
+        assert page.id("system").get_attribute("value") == text
+
+
 # Where one is
 
 

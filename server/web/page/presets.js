@@ -22,8 +22,16 @@ export function start() {
 }
 
 const text = () => byId("system").value.trim();
-const name = (words) => words.split("\n")[0].slice(0, 40);
 const without = (gone) => Object.fromEntries(Object.entries(own).filter(([each]) => each !== gone));
+
+// The first line, and a number where another preset has that name.
+function name(words) {
+	const line = words.split("\n")[0].slice(0, 40);
+	const taken = { ...OURS, ...own };
+	let found = line;
+	for (let number = 2; found in taken; number++) found = `${line} (${number})`;
+	return found;
+}
 
 function choose(system) {
 	byId("system").value = system;
