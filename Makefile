@@ -19,7 +19,7 @@
 # PYTHON=python3, URL, CONCURRENCY=1,8,32 and LEVEL=300 (seconds a level may take) for bench
 
 PYTHON ?= python3
-PORT ?= 21010
+PORT ?= $(or $(MICROBATCH_PORT),21010)
 MODEL ?=
 NAME ?=
 ARGS ?=

@@ -14,7 +14,7 @@ import pytest
 from server import cli, settings
 from server.app import routes
 from server.settings import Settings
-from tests.live import ROOT, SMALL, Process, live, process
+from tests.live import ROOT, SMALL, Process, environment, live, process
 
 FOLDERS = ("server", "batching", "benchmarks", "deploy", "tests")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))])
@@ -253,6 +253,16 @@ def check_curl(words: Sequence[str]) -> None:
         else:
             answer = service.get(path)
     assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "port"),
+    [({}, "21010"), ({"MICROBATCH_PORT": "8000"}, "8000"), ({"MICROBATCH_PORT": "8000", "PORT": "9000"}, "9000")],
+)
+def test_make_run_and_bench_agree_on_the_port_that_the_environment_sets(variables: dict[str, str], port: str) -> None:
+    command = ["make", "--dry-run", "run", "bench"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
+    assert re.findall(r"--port (\d+)|--url http://127\.0\.0\.1:(\d+)", done.stdout) == [(port, ""), ("", port)]
 
 
 def test_the_quick_tests_are_files_that_are_there() -> None:
