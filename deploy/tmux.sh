@@ -133,6 +133,7 @@ end() {
         tmux kill-session -t "=$SESSION"
         return
     fi
+    tmux set-option -t "=$SESSION:" @ready 0 # whatever it ends with now, it is not started again
     kill -TERM "$process"
     while running; do sleep 0.2; done
 }

@@ -89,6 +89,20 @@ def test_it_starts_answers_comes_back_after_a_crash_and_finishes_what_it_accepte
     assert script("status").returncode == 3
 
 
+def test_a_server_that_fails_while_it_stops_is_not_started_again(script: Script) -> None:
+    assert script("start", *SMALL).returncode == 0
+    service, server = Address(f"http://127.0.0.1:{script.port}"), script.server
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(service.chat, max_tokens=900, ignore_eos=True)
+        eventually(lambda: service.sample("microbatch_output_tokens_total") > 0, "it answers")
+        stopped = pool.submit(script, "stop")
+        eventually(lambda: service.get("/health/ready").json()["state"] == "draining", "it finishes its answer")
+        os.kill(server, signal.SIGKILL)
+        assert stopped.result().returncode == 0
+    assert script("status").returncode == 3
+    assert "started again" not in script.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "reason"),
     [
