@@ -68,6 +68,14 @@ def test_rules_and_panels_use_no_metric_or_label_outside_the_contract() -> None:
             assert set(re.findall(r"(\w+)[=!]", matchers)) <= series[name] | {"job", "instance"}, query
 
 
+@pytest.mark.parametrize("query", [*QUERIES, *(rule["expr"] for rule in RULES)])
+def test_what_every_exporter_has_is_asked_of_these_servers_alone(query: str) -> None:
+    """With all instances chosen, `instance=~".*"` is any job's that the same Prometheus scrapes."""
+    for selector in SELECTOR.findall(query):
+        if selector.startswith(("process_", "up")):
+            assert 'job=~".*microbatch.*"' in selector
+
+
 def test_every_panel_is_complete_and_has_its_own_place() -> None:
     places: set[tuple[int, int]] = set()
     for panel in panels():
