@@ -92,6 +92,14 @@ def test_every_panel_is_complete_and_has_its_own_place() -> None:
     assert all(f"/d/{uid}?" in rule["annotations"]["dashboard"] for rule in RULES if "alert" in rule)
 
 
+def test_all_instances_are_those_of_the_chosen_model() -> None:
+    """A value of its own for all of them would be any instance, whatever the list holds."""
+    variables = {one["name"]: one for one in orjson.loads(DASHBOARD.read_bytes())["templating"]["list"]}
+    assert 'model=~"$model"' in variables["instance"]["definition"]
+    assert variables["instance"]["includeAll"]
+    assert not variables["instance"].get("allValue")
+
+
 UNTYPED = {"definition", "titleFormat", "textFormat", "mode"}
 """Fields that Grafana itself reads and writes, and that its published types lack."""
 
