@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Never, Self
 
@@ -238,7 +239,12 @@ class Settings(BaseSettings):
     @field_validator("name", "api_keys", "admin_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = tuple(part.strip() for part in value.split(",") if part.strip())
+        if value and not parts:
+            raise ValueError("there is nothing between its commas")
+        return parts
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -304,15 +310,14 @@ def parse(arguments: list[str] | None = None, program: str = "python -m server")
         parser = _Parser(prog=program, allow_abbrev=False)
         parser.add_argument("--version", action="version", version=f"microbatch {VERSION}")
         flags: CliSettingsSource[_Parser] = CliSettingsSource(Settings, root_parser=parser)
-        return CliApp.run(
-            Settings,
-            cli_args=_with_new_names(_with_model_flag(sys.argv[1:] if arguments is None else arguments)),
-            cli_settings_source=flags,
-        )
+        named = _with_model_flag(sys.argv[1:] if arguments is None else arguments)
+        _refuse_empty(named)
+        return CliApp.run(Settings, cli_args=_with_new_names(named), cli_settings_source=flags)
     except ValidationError as error:
         first = error.errors()[0]
         where = "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        _give_up(f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, "))
+        message = first["msg"].removeprefix("Value error, ")
+        _give_up(f"{where}: {message}" if where else message)
     except (SettingsError, ValueError) as error:
         _give_up(str(error))
 
@@ -326,6 +331,15 @@ def _with_model_flag(arguments: list[str]) -> list[str]:
             return ["--model", model, *flags]
         case _:
             return arguments
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raises ValueError for a flag with an empty value, such as that of a variable which the shell does not know: taken
+    for none, it would start another model, or a service that is open to everyone."""
+    for before, each in pairwise(["", *arguments]):
+        flag, equals, value = each.partition("=")
+        if not each or (flag.startswith("--") and equals and not value):
+            raise ValueError(f"{flag or before} has an empty value; leave it out")
 
 
 def _with_new_names(arguments: list[str]) -> list[str]:

@@ -214,6 +214,32 @@ def test_an_unknown_flag_is_told(arguments: list[str], names: str, capsys: pytes
     assert names in told(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--api-keys", ""], "--api-keys"),
+        (["--port", "1", "--api-keys=", "--name", "x"], "--api-keys"),
+        (["--model", "", "--port", "1"], "--model"),
+        ([""], "--model"),
+    ],
+)
+def test_an_empty_value_is_not_taken_for_none(
+    arguments: list[str], names: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert names in told(capsys, *arguments)
+    monkeypatch.setenv("MICROBATCH_API_KEYS", "secret")
+    assert names in told(capsys, *arguments)
+
+
+@pytest.mark.parametrize("text", [",", " , ", " "])
+def test_keys_that_are_asked_for_and_not_there_do_not_open_the_service(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "api-keys" in told(capsys, "--api-keys", text)
+    monkeypatch.setenv("MICROBATCH_API_KEYS", text)
+    assert "api-keys" in told(capsys)
+
+
 @pytest.mark.parametrize("name", ["MICROBATCH_NOPE", "microbatch_nope", "MICROBATCH_PORTS", "MICROBATCH_"])
 def test_an_unknown_variable_is_told(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
