@@ -314,10 +314,10 @@ def parse(arguments: list[str] | None = None, program: str = "python -m server")
         _refuse_empty(named)
         return CliApp.run(Settings, cli_args=_with_new_names(named), cli_settings_source=flags)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        message = first["msg"].removeprefix("Value error, ")
-        _give_up(f"{where}: {message}" if where else message)
+        field = error.errors()[0]["loc"][:1]  # what comes after it names a part of a union
+        told = [each["msg"].removeprefix("Value error, ") for each in error.errors() if each["loc"][:1] == field]
+        where = "".join(f"{name}: " for name in field).replace("_", "-")
+        _give_up(where + ", or ".join(told))
     except (SettingsError, ValueError) as error:
         _give_up(str(error))
 

@@ -330,6 +330,16 @@ def test_the_model_has_its_folder_s_name_unless_it_is_given_others(
     assert parse(arguments).served_names == names
 
 
+@pytest.mark.parametrize(("given", "limit"), [("0", "greater than or equal to 1"), ("9", "less than or equal to 7")])
+def test_a_number_of_tokens_out_of_range_is_told_its_range(
+    given: str, limit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = told(capsys, "--speculation", given)
+    assert line.startswith("microbatch: speculation: ")
+    assert "'auto' or 'off'" in line
+    assert limit in line
+
+
 @pytest.mark.parametrize(("given", "drafted"), [("auto", None), ("off", 0), ("5", 5)])
 def test_speculation_is_a_number_of_tokens(given: str, drafted: int | None) -> None:
     assert parse(["--speculation", given]).max_draft_tokens == drafted
