@@ -93,6 +93,18 @@ def test_it_says_what_runs_and_within_which_limits(page: Browser) -> None:
         assert page.js("return document.getElementById('temperature').placeholder") == "0.6"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(30, "30 seconds"), (170, "170 seconds"), (300, "5 minutes"), (5400, "90 minutes"), (9000, "150 minutes")],
+)
+def test_a_time_limit_is_not_rounded(seconds: int, words: str, page: Browser) -> None:
+    with live(request_timeout_s=seconds, drain_timeout_s=seconds) as service:
+        page.open(service.url, "state")
+        limits = page.text("#limits")
+    assert f"{words} from a request's arrival" in limits
+    assert f"may take {words} more" in limits
+
+
 def test_it_names_no_batch_window_where_requests_join_at_any_time(page: Browser) -> None:
     engine = scripted()
     engine.info = replace(engine.info, joins=True)

@@ -72,8 +72,8 @@ function limits({ limits, model, engine }) {
 		["Queue", `at most ${plural(limits.queue_size, "request")}; then requests get status 429`],
 		...(limits.key_queue_size ? [["Queue of one key", `at most ${plural(limits.key_queue_size, "request")}`]] : []),
 		...(limits.key_queue_tokens ? [["Tokens of one key", `at most ${tokens(limits.key_queue_tokens)} waiting`]] : []),
-		["Time limit", `${long(limits.request_timeout_s)} from a request's arrival to its last token`],
-		["Shutdown", `accepted requests may take ${long(limits.drain_timeout_s)} more`],
+		["Time limit", `${exactly(limits.request_timeout_s)} from a request's arrival to its last token`],
+		["Shutdown", `accepted requests may take ${exactly(limits.drain_timeout_s)} more`],
 		["Request body", `at most ${limits.max_body_mib} MiB`],
 		["Thinking", limits.thinking ? "on unless a request turns it off" : "off unless a request turns it on"],
 	];
@@ -92,4 +92,11 @@ function long(value) {
 	if (value < 120) return plural(value, "second");
 	const minutes = Math.floor(value / 60);
 	return minutes < 120 ? plural(minutes, "minute") : plural(Math.floor(minutes / 60), "hour");
+}
+
+// In the largest unit that it is a whole number of.
+function exactly(value) {
+	if (value < 120 || value % 60) return plural(value, "second");
+	const minutes = value / 60;
+	return minutes < 120 || minutes % 60 ? plural(minutes, "minute") : plural(minutes / 60, "hour");
 }
