@@ -93,8 +93,8 @@ def engines() -> list[str]:
 
 def engines_in(shown: str) -> list[str]:
     """The engines that the text of `python -m server --help` names, but for the automatic choice."""
-    found = re.search(r"--engine \{([^}]*)\}", " ".join(shown.split()))
-    return [name.strip() for name in found[1].split(",") if name.strip() != "auto"] if found else []
+    found = re.search(r"--engine (\S+)", shown)
+    return [name for name in found[1].split("|") if name != "auto"] if found else []
 
 
 @asynccontextmanager

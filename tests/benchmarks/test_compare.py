@@ -18,6 +18,7 @@ from benchmarks.contenders import Contender, ContenderError, engines_in, serving
 from benchmarks.loops import ClosedLoop
 from benchmarks.models import Model
 from benchmarks.run import load_run
+from server.settings import parse
 from tests.benchmarks import scripted
 from tests.benchmarks.figures import level, run
 from tests.benchmarks.scripted import ScriptedServer
@@ -64,14 +65,20 @@ def test_servers_that_count_other_tokens_in_a_prompt_are_not_compared() -> None:
 @pytest.mark.parametrize(
     ("shown", "engines"),
     [
-        ("  --engine {auto,generate,packed}  which (default: auto)", ["generate", "packed"]),
-        ("  --engine {auto,\n      generate}", ["generate"]),
-        ("  --engineer {a,b}", []),
-        ("  --port int", []),
+        ("  --engine auto|generate|packed     which (auto)", ["generate", "packed"]),
+        ("  --engine auto|generate", ["generate"]),
+        ("  --engineer a|b", []),
+        ("  --port N", []),
     ],
 )
 def test_engines_are_those_that_the_service_names(shown: str, engines: list[str]) -> None:
     assert engines_in(shown) == engines
+
+
+def test_the_service_s_help_names_its_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert engines_in(capsys.readouterr().out) == ["packed", "generate"]
 
 
 def test_a_server_that_ends_before_it_is_ready_is_told_with_its_log(tmp_path: Path) -> None:
