@@ -49,7 +49,7 @@ async def run_all(sweep: Sweep, runs: list[Run]) -> None:
     with Progress(console=Console(stderr=True), refresh_per_second=2) as bar:
         for value in sweep.values:
             name = f"{sweep.setting} {value}"
-            contender = microbatch(name.replace(" ", "-"), sweep.model, f"--{sweep.setting}", value)
+            contender = microbatch(name.replace(" ", "-"), sweep.model, *flags_of(sweep.setting, value))
             task = bar.add_task(name, total=sweep.load.total())
             async with serving(contender, sweep.out / f"{contender.name}.log") as url:
                 body = sweep.load.body | contender.fields
@@ -58,6 +58,12 @@ async def run_all(sweep: Sweep, runs: list[Run]) -> None:
                 await run.measure_all()
             runs.append(run)
             (sweep.out / f"{contender.name}.json").write_bytes(orjson.dumps(run.figures()))
+
+
+def flags_of(setting: str, value: str) -> tuple[str, ...]:
+    """The service's flags for a value. A switch has none: true turns it on, false off."""
+    switches = {"true": (f"--{setting}",), "false": (f"--no-{setting}",)}
+    return switches.get(value, (f"--{setting}", value))
 
 
 def tables(runs: Sequence[RunFigures]) -> list[Table]:
@@ -85,7 +91,12 @@ def parse(arguments: Sequence[str] | None) -> Sweep:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batching_sweep", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--setting", required=True, help="a setting of the service, as batch-window-ms, max-batch-size, token-budget")
-    add("--values", type=lambda text: tuple(text.split(",")), required=True, help="what it gets, as 0,5,50")
+    add(
+        "--values",
+        type=lambda text: tuple(text.split(",")),
+        required=True,
+        help="what it gets, as 0,5,50 or true,false",
+    )
     add("--out", type=Path, default=Path("out/sweep"), help="folder for runs, logs and chart (out/sweep)")
     add_model(parser)
     add_load(parser)

@@ -9,9 +9,10 @@ import numpy as np
 import orjson
 import pytest
 
-from benchmarks.batching_sweep import tables
+from benchmarks.batching_sweep import flags_of, tables
 from benchmarks.charts import charts, latency_against_throughput, panels, queue_over_time, setting_chart
 from benchmarks.report import main, page
+from server.settings import parse
 from tests.benchmarks.figures import run_figures
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -122,3 +123,17 @@ def test_what_is_no_run_ends_with_2(tmp_path: Path, text: str | None, capsys: py
         file.write_text(text)
     assert main([str(file), "--out", str(tmp_path)]) == 2
     assert "other.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "found"),
+    [
+        ("max-batch-size", "8", 8),
+        ("speculation", "off", "off"),
+        ("batch-invariant", "true", True),
+        ("batch-invariant", "false", False),
+    ],
+)
+def test_any_setting_can_be_varied_also_a_switch(setting: str, value: str, found: object) -> None:
+    settings = parse(list(flags_of(setting, value)))
+    assert getattr(settings, setting.replace("-", "_")) == found
