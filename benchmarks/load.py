@@ -172,6 +172,13 @@ def measure(run: Run, command: Command) -> None:
             run_loop(run.measure_all())
 
 
+def check_files(command: Command) -> None:
+    """Raises OSError for files that could not be written in the end, when all is measured."""
+    for file in filter(None, (command.json, command.records)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("ab").close()
+
+
 def write(run: Run, command: Command) -> None:
     """Write the requested files."""
     if command.json:
@@ -210,6 +217,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """
     settings, command = parse(arguments, program)
     try:
+        check_files(command)
         run = Run(settings)
     except (OSError, ValueError) as error:
         print(f"{program}: {error}", file=sys.stderr)

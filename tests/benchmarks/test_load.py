@@ -127,6 +127,26 @@ def test_a_run_without_failures(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "What the server counted" not in shown
 
 
+def test_files_are_written_into_folders_that_were_not_there(tmp_path: Path) -> None:
+    files = tmp_path / "runs" / "a.json", tmp_path / "records" / "a.jsonl"
+    with serving(ScriptedServer()) as url:
+        flags = ["--concurrency", "1", "--json", str(files[0]), "--records", str(files[1])]
+        assert main(["--url", url, "--model", "tiny", *flags]) == 0
+    assert load_run(files[0]).levels[0].summary.requests == 8
+    assert len(files[1].read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("flag", ["--json", "--records"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ScriptedServer()
+    with serving(server) as url:
+        assert main(["--url", url, "--model", "tiny", flag, str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert server.bodies == []
+
+
 def test_fields_that_not_every_server_knows_are_sent_when_asked_for(tmp_path: Path) -> None:
     server = ScriptedServer()
     once = ["--concurrency", "1", "--requests-per-level", "1"]
