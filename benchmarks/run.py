@@ -284,7 +284,7 @@ def level_figures(level: Level, targets: Targets) -> LevelFigures:
         summary=summarise(level.records, level.seconds, targets),
         server=level.server,
         tokens_by_second=tokens_by_second(level.records, level.seconds),
-        ttft=sorted(record.ttft for record in level.records if record.ttft is not None),
+        ttft=sorted(record.ttft for record in level.records if record.ttft is not None and not record.error),
         reasons={record.error: record.detail for record in reversed(level.records) if record.error},
     )
 

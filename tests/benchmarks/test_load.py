@@ -183,6 +183,8 @@ def test_failures_are_told_apart_and_end_with_1(tmp_path: Path, capsys: pytest.C
         "timeout": 1,
     }
     assert sum(answer["error"] is None for answer in records) == 3
+    first = [answer["chunks"][0] for answer in records if answer["error"] is None]
+    assert found.levels[0].ttft == sorted(first)
     assert "2 clients: 2 x http 500: broken" in capsys.readouterr().out
 
 
