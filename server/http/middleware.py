@@ -232,8 +232,16 @@ EXEMPT = frozenset(["/health", "/health/live", "/health/ready", "/metrics"])
 def allowed_hosts(host: str, names: Collection[str]) -> frozenset[str]:
     """The accepted host names, or `*`: by default any, or only loopback names if bound to loopback."""
     if names:
-        return LOOPBACK | {name.lower() for name in names}
+        return LOOPBACK | {host_name(name) for name in names}
     return LOOPBACK | {host.lower()} if is_loopback(host) else frozenset(["*"])
+
+
+def host_name(host: str) -> str:
+    """A host of a request or a setting as it is compared: lower case, no port, an IPv6 address in brackets."""
+    name = host.lower()
+    if name.count(":") > 1 and not name.startswith("["):
+        return f"[{name}]"
+    return name if name.endswith("]") else name.rsplit(":", 1)[0]
 
 
 def is_loopback(host: str) -> bool:
@@ -280,10 +288,7 @@ class BrowserGuard:
         return None
 
     def _knows(self, host: str) -> bool:
-        name = host.lower()
-        if not name.endswith("]"):
-            name = name.rsplit(":", 1)[0] if ":" in name else name
-        return "*" in self._hosts or name in self._hosts
+        return "*" in self._hosts or host_name(host) in self._hosts
 
     def _may(self, origin: str, host: str) -> bool:
         return "*" in self._origins or origin in self._origins or origin.partition("://")[2].lower() == host.lower()

@@ -59,6 +59,22 @@ def test_which_hosts_are_known_depends_on_what_is_bound(
     assert (host in hosts or "*" in hosts) is known
 
 
+@pytest.mark.parametrize(
+    ("asked", "host"),
+    [
+        ("llm.example:8443", "llm.example:8443"),
+        ("LLM.example:8443", "llm.example"),
+        ("2001:db8::1", "[2001:db8::1]:21010"),
+        ("[2001:db8::1]:21010", "[2001:db8::1]"),
+    ],
+)
+def test_an_allowed_host_may_be_written_as_clients_send_it(asked: str, host: str) -> None:
+    with live(allowed_hosts=(asked,)) as service:
+        assert service.get("/v1/models", headers={"host": host}).status_code == 200
+        for other in ("evil.example:8443", "[2001:db8::2]:21010"):
+            error_of(service.get("/v1/models", headers={"host": other}), 421, "unknown_host")
+
+
 @pytest.mark.parametrize("origin", [EVIL, "null", "http://127.0.0.1:1", "http://localhost", ""])
 def test_a_page_of_another_origin_can_neither_ask_nor_read(origin: str) -> None:
     with live() as service:
