@@ -246,6 +246,12 @@ class Settings(BaseSettings):
             raise ValueError("there is nothing between its commas")
         return parts
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _as_browsers_send_it(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """An origin ends with its host or port; a URL copied from a browser ends with a slash."""
+        return tuple(origin.rstrip("/") for origin in value)
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.default_max_tokens > self.max_output_tokens:

@@ -94,6 +94,13 @@ def test_the_service_s_own_page_and_allowed_origins_may_ask() -> None:
         assert service.post(BODY, headers=JSON | {"origin": EVIL}).status_code == 200
 
 
+def test_an_allowed_origin_may_end_with_a_slash() -> None:
+    with live(cors_origins=("http://app.example/",)) as service:
+        answer = service.post(BODY, headers=JSON | {"origin": "http://app.example"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "http://app.example"
+
+
 @pytest.mark.parametrize(
     "kind", ["text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data"]
 )
