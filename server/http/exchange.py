@@ -184,9 +184,9 @@ class Exchange:
     def _begin(self, request: h11.Request) -> None:
         unparsed = len(self.unparsed)
         head, self._framing = self._framing - unparsed, unparsed
+        self._scope = scope_of(request, self._wire.transport, self._wire.app_state)
         if error := fault_of(request, head):
             return self._wire.refuse(error)
-        self._scope = scope_of(request, self._wire.transport, self._wire.app_state)
         self._scope["extensions"] = {WRITE: self.write}
         self.answering = True
         self._wire.begun(self, self._scope["path"])
@@ -224,7 +224,8 @@ class Exchange:
         headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
         headers += [("connection", "close"), *error.headers.items()]
         self._send(h11.Response(status_code=error.status, headers=headers, reason=reason(error.status)))
-        self._send(h11.Data(data=body))
+        if not self._bodiless:
+            self._send(h11.Data(data=body))
         self._send(h11.EndOfMessage())
         return True
 
@@ -300,7 +301,7 @@ class Exchange:
 
     @property
     def _bodiless(self) -> bool:
-        return bool(self._scope["method"] == "HEAD")
+        return self._scope.get("method") == "HEAD"
 
     def _continue(self, body: bytes, *, more: bool) -> None:
         if self._chunked:

@@ -124,6 +124,22 @@ def test_a_body_whose_end_could_be_seen_elsewhere_is_refused(what: str) -> None:
         assert service.ended() == []
 
 
+REFUSED_HEADS = {
+    "two lengths of a body": b"HEAD / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
+    "another version": b"HEAD /version HTTP/2.0\r\nHost: x\r\n\r\n",
+    "a chunk without a size": b"HEAD /version HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_HEADS)
+def test_what_asks_for_a_head_alone_is_refused_with_one(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    with live() as service:
+        head, end, body = answers_to(service, REFUSED_HEADS[what]).partition(b"\r\n\r\n")
+    assert head[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 505")
+    assert (end, body) == (b"\r\n\r\n", b"")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.parametrize("coding", ["gzip", "gzip, chunked", "identity"])
 def test_a_transfer_coding_that_is_not_known_is_refused(coding: str) -> None:
     with live() as service:
