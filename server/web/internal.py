@@ -38,6 +38,8 @@ VERSIONS = {
 async def live(request: Request) -> Response:
     service: Service = request.app.state.service
     name = request.state.caller.name
+    if request.method == "HEAD":  # the events have no end, for which the connection's next request would wait
+        return StreamingResponse((), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
     try:
         frames = service.live.listen(None if not name or name in service.settings.admin_keys else name)
     except TooManyListeners:

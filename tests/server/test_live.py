@@ -160,6 +160,16 @@ def test_it_needs_a_key_like_the_rest() -> None:
             assert ear.heard[0]["state"] == "ready"
 
 
+def test_the_head_of_the_stream_alone_is_an_answer_with_an_end() -> None:
+    with live() as service, service.connect() as bare:
+        bare.sendall(b"HEAD /internal/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        bare.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: bare.recv(65_536), b""))
+    assert answers.count(b"HTTP/1.1 200") == 2
+    assert b"text/event-stream" in answers
+    assert service.service.live.listeners == 0
+
+
 def test_a_listener_that_leaves_is_forgotten() -> None:
     with live() as service:
         for _ in range(3):
