@@ -187,9 +187,11 @@ class ModelLoader:
         return engine
 
     def _refuse_packed(self, reason: str) -> None:
-        """Raises `ModelError` if the packed engine was asked for."""
+        """Raises `ModelError` if the packed engine was asked for, or what only it gives."""
         if self._settings.engine == "packed":
             raise ModelError(f"the packed engine cannot run this model: {reason}; use --engine generate")
+        if self._settings.batch_invariant:
+            raise ModelError(f"--batch-invariant needs the packed engine, which cannot run this model: {reason}")
         logger.info("using padded batches of stock generate: for the packed engine %s", reason)
 
     def _packs(self, model: "PreTrainedModel") -> bool:

@@ -128,6 +128,15 @@ def test_a_packed_engine_that_was_asked_for_and_disagrees_stops_the_start(folder
         Tried(folder("diffllama"), engine="packed").engine()
 
 
+@pytest.mark.parametrize("kind", ["diffllama", "gemma2"])
+def test_batch_invariance_that_stock_generate_would_not_keep_stops_the_start(
+    kind: str, folder: Callable[[str], Path]
+) -> None:
+    settings = Settings(model=str(folder(kind)), device="cpu", token_budget=2048, batch_invariant=True)
+    with pytest.raises(ModelError, match=r"--batch-invariant needs the packed engine, which cannot run this model"):
+        ModelLoader(settings, Progress()).engine()
+
+
 @pytest.mark.parametrize("kind", NOT_SERVED)
 def test_a_model_that_cannot_be_served_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     config, why = NOT_SERVED[kind]
