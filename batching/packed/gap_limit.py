@@ -46,7 +46,7 @@ class GapLimit:
         """How many prompt tokens the next pass may have: `least` if even that is too many, or nothing is known yet."""
         if self._per_token is None:
             return least
-        return min(most, max(least, int((self._seconds - (self._step or 0.0)) / self._per_token)))
+        return max(least, min(most, int((self._seconds - (self._step or 0.0)) / self._per_token)))
 
 
 def _mean(known: float | None, newest: float) -> float:

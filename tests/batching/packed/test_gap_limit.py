@@ -96,3 +96,21 @@ def test_chunks_beside_rows_that_decode_are_as_large_as_the_limit_allows(monkeyp
     assert beside_rows[0] == 8, "an eighth of a chunk, while nothing is known"
     assert max(beside_rows) <= 40
     assert beside_rows.count(40) >= 2
+
+
+def test_prompts_go_on_beside_more_rows_than_a_pass_has_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, forward = list[int](), CPURunner.forward
+
+    def counted(
+        runner: Any,
+        rows: Sequence[RunningSequence],
+        parts: Sequence[tuple[RunningSequence, Chunk]] = (),
+        num_draft_tokens: int = 0,
+    ) -> None:
+        decoding.append(len(rows))
+        forward(runner, rows, parts, num_draft_tokens)
+
+    monkeypatch.setattr(CPURunner, "forward", counted)
+    engine = PackedEngine(tiny_model(), num_slots=24, prefill_chunk=16, max_gap=100.0, max_draft_tokens=0)
+    Run(engine, [request((7,), max_tokens=100) for _ in range(24)])
+    assert max(decoding) == 24
