@@ -143,7 +143,7 @@ class Exchange:
             self._parser.receive_data(data)
         try:
             more = self._take_some()
-            self._check_framing()
+            self._check_framing(more=more)
         except h11.RemoteProtocolError as error:
             more = False
             self._wire.refuse(refusal_of(error))
@@ -191,10 +191,10 @@ class Exchange:
         self.answering = True
         self._wire.begun(self, self._scope["path"])
 
-    def _check_framing(self) -> None:
+    def _check_framing(self, *, more: bool) -> None:
         if self._lost or self._parser.their_state is not h11.SEND_BODY:
             return
-        if len(self.unparsed) > LINE_BYTES:
+        if not more and len(self.unparsed) > LINE_BYTES:  # else whole chunks may wait for the next iteration
             self._wire.refuse(HEAD_TOO_LARGE)
         elif self._framing > HEAD_BYTES + self._body_size:
             self._wire.refuse(ApiError(400, "The body's chunks are smaller than their framing; send larger chunks."))

@@ -100,6 +100,15 @@ def test_the_smallest_chunks_of_a_small_body_are_a_body() -> None:
         assert answer.status_code == 200
 
 
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_small_chunks_that_come_together_are_a_body(size: int, new_loop: NewLoop) -> None:
+    body = orjson.dumps({"messages": [{"role": "user", "content": "x" * (2000 + 200 * size)}]})
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    with live(scripted(context_window=20_000), new_loop=new_loop) as service, service.connect() as bare:
+        bare.sendall(chunked(*parts, head=b"Connection: close\r\n"))
+        assert read_all(bare).startswith(b"HTTP/1.1 200")
+
+
 # Requests behind each other
 
 
