@@ -182,9 +182,9 @@ class TextChoice:
             if text or logprobs:
                 yield text, logprobs, None
         text, finish = self._answer.push(arrived)
-        logprobs = self._answer.latest.logprobs
-        if text or logprobs or finish:
-            yield text, self._logprobs.push(logprobs), finish
+        entries = self._answer.latest.logprobs
+        if text or entries or finish:
+            yield text, self._logprobs.push(entries), finish
 
     def add(self, arrived: Delta) -> None:
         for text, logprobs, finish in self._read(arrived):

@@ -22,11 +22,8 @@ class StopScanner:
         self._inclusive = inclusive
         self._held = ""
         self.found: str | None = None  # the stop string that ended the text
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there are no stop strings to find."""
-        return not self._stops
+        self.is_idle = not self._stops
+        """Whether there is nothing to find."""
 
     @property
     def held(self) -> int:
@@ -96,7 +93,7 @@ class AnswerReader:
         """The text that these tokens complete, possibly empty, and the answer's ending if it has ended."""
         self.latest = arrived
         tokens = arrived.tokens if arrived.finish is None else _visible(arrived)
-        text, read = self._read(tokens)
+        text, read = (self._detokenizer.push(tokens), 0) if self._scanner.is_idle else self._read(tokens)
         if self._scanner.found is not None:
             self.stop_reason = self._scanner.found
             self.latest = first_of(arrived, read)
@@ -113,9 +110,8 @@ class AnswerReader:
         """The text of the tokens up to a stop string, and how many they are. One at a time, because those that arrive
         together after a stop string are no part of the answer."""
         texts = []
-        pieces = [tokens] if self._scanner.is_idle else [tokens[at : at + 1] for at in range(len(tokens))]
-        for count, piece in enumerate(pieces, 1):
-            text, stopped = self._scanner.push(self._detokenizer.push(piece))
+        for count, token in enumerate(tokens, 1):
+            text, stopped = self._scanner.push(self._detokenizer.push((token,)))
             texts.append(text)
             if stopped:
                 return "".join(texts), count

@@ -132,9 +132,14 @@ def test_a_packed_engine_that_was_asked_for_and_disagrees_stops_the_start(folder
 def test_batch_invariance_that_stock_generate_would_not_keep_stops_the_start(
     kind: str, folder: Callable[[str], Path]
 ) -> None:
-    settings = Settings(model=str(folder(kind)), device="cpu", token_budget=2048, batch_invariant=True)
+    values: dict[str, Any] = {
+        "model": str(folder(kind)),
+        "device": "cpu",
+        "token_budget": 2048,
+        "batch_invariant": True,
+    }
     with pytest.raises(ModelError, match=r"--batch-invariant needs the packed engine, which cannot run this model"):
-        ModelLoader(settings, Progress()).engine()
+        ModelLoader(Settings(**values), Progress()).engine()
 
 
 @pytest.mark.parametrize("kind", NOT_SERVED)
