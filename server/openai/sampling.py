@@ -68,8 +68,9 @@ def truncated(model: ServedModel, body: Generation, prompt: tuple[int, ...]) -> 
 
 
 def stop_tokens(text: Text, body: Generation) -> frozenset[int]:
-    """The tokens that are reported as stop reasons: not the end of the model's own answers."""
-    return frozenset(body.stop_token_ids or ()) - text.stop_token_ids
+    """The tokens that are reported as stop reasons: not the end of the model's own answers, unless that is ignored."""
+    ends = frozenset() if body.ignore_eos else text.stop_token_ids
+    return frozenset(body.stop_token_ids or ()) - ends
 
 
 def length(settings: Settings, body: Generation, room: int) -> int:

@@ -151,6 +151,7 @@ ENDINGS: list[tuple[dict[str, Any], str, str | int | None]] = [
     ({"stop_token_ids": [B]}, "stop", B),
     ({"stop_token_ids": [B, END], "stop": "z"}, "stop", B),
     ({"stop_token_ids": [END]}, "stop", None),
+    ({"stop_token_ids": [END], "ignore_eos": True}, "stop", END),
     ({"max_tokens": 2}, "length", None),
 ]
 
