@@ -35,15 +35,23 @@ class Priorities:
         self._now = 0.0
         self._finish_times: dict[int, float] = {}
 
+    def cost(self, request: Request) -> float:
+        """What a request takes of the client's own clock."""
+        return request.total_tokens * 2.0**request.priority
+
     def finish_time(self, request: Request) -> float:
         """The virtual finish time, on the client's own clock, of a request that arrives now."""
         end = self._finish_times.get(request.priority, 0.0)
-        return max(self._now, end) + request.total_tokens * 2.0**request.priority
+        return max(self._now, end) + self.cost(request)
 
     def schedule(self, request: Request) -> float:
         """The same, and the next request of its priority is placed after it."""
         finish = self._finish_times[request.priority] = self.finish_time(request)
         return finish
+
+    def unschedule(self, request: Request) -> None:
+        """Take back what was scheduled for a request that was not served."""
+        self._finish_times[request.priority] -= self.cost(request)
 
     def served(self, finish: float) -> None:
         self._now = max(self._now, finish)
@@ -63,6 +71,15 @@ class Client:
         while place and self.rows[place - 1].rank > rank:
             place -= 1
         return place
+
+    def move_up(self, left: Row) -> None:
+        """Let the rows of its priority behind one that leaves, not served, take its place."""
+        request, cost = left.request, self.priorities.cost(left.request)
+        for row in self.rows[self.rows.index(left) + 1 :]:
+            if row.request.priority == request.priority:
+                row.rank -= cost
+        self.priorities.unschedule(request)
+        self.rows.sort(key=lambda row: row.rank)
 
     def cost_until(self, place: int) -> int:
         """Tokens of the rows before a place."""
@@ -127,6 +144,10 @@ class FairOrder:
 
     def remove(self, row: Row) -> None:
         """Remove a row that was not served; those behind it move up."""
+        self._clients[row.request.client].move_up(row)
+        self._drop(row)
+
+    def _drop(self, row: Row) -> None:
         name = row.request.client
         client = self._clients[name]
         client.rows.remove(row)
@@ -142,7 +163,7 @@ class FairOrder:
             client = self._clients[row.request.client]
             client.start += row.request.total_tokens / row.request.weight
             client.priorities.served(row.rank)
-            self.remove(row)
+            self._drop(row)
         self._served_until = {name: end for name, end in self._served_until.items() if end > self._now}
 
     def _start_of(self, name: str) -> float:

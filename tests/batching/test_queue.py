@@ -266,6 +266,30 @@ def test_an_urgent_request_goes_before_its_client_s_others_and_does_not_starve_t
     assert order.index(calm[1]) < order.index(urgent[-1])
 
 
+REQUESTS = st.lists(st.tuples(st.integers(1, 50), st.integers(-2, 2), st.booleans()), max_size=12)
+
+
+@given(REQUESTS, REQUESTS)
+def test_rows_that_left_hold_back_none_of_the_client_s_other_ones(
+    first: list[tuple[int, int, bool]], later: list[tuple[int, int, bool]]
+) -> None:
+    queue, other = RowQueue(QueueLimits(rows=1000)), RowQueue(QueueLimits(rows=1000))
+    pairs: list[tuple[Row, Row]] = []
+    for plan in (first, later):
+        gone = []
+        for length, priority, leaves in plan:
+            row, same = (loose_row(request(length, max_tokens=1, priority=priority)) for _ in range(2))
+            queue.push(row)
+            if leaves:
+                gone.append(row)
+            else:
+                other.push(same)
+                pairs.append((row, same))
+        assert all(map(queue.discard, gone))
+    assert [row.rank for row, _ in pairs] == [same.rank for _, same in pairs]
+    assert [row.rank for row in queue] == sorted(same.rank for _, same in pairs)
+
+
 @given(
     plan=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30), st.integers(-2, 2)), max_size=30),
     late=st.tuples(st.sampled_from("abcd"), st.integers(1, 30), st.integers(-2, 2)),
