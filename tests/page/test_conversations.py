@@ -405,6 +405,20 @@ def test_saved_system_prompts_that_begin_alike_do_not_replace_each_other_nor_our
         assert page.id("system").get_attribute("value") == text
 
 
+def test_a_regenerated_answer_is_told_the_system_prompt_that_is_set_now(page: Browser) -> None:
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, "Hello!"))) as service:
+        page.open(service.url)
+        ask(page, "Hi")
+        page.id("system").send_keys("Speak like a keeper.")
+        page.press("Regenerate")
+        page.wait(lambda: len(page.all(".branches")) == 1, "there is another answer")
+        assert "keeper" not in prompt(seen[0])
+        assert "<system>Speak like a keeper." in prompt(seen[1])
+        reload(page)
+        assert page.id("system").get_attribute("value") == "Speak like a keeper."
+
+
 # Where one is
 
 

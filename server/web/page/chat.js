@@ -152,6 +152,7 @@ function ask(text, parent) {
 
 function regenerate(question) {
 	if (!may()) return;
+	open.system = byId("system").value.trim();
 	open.tip = question;
 	return answer();
 }
