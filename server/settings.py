@@ -350,15 +350,16 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 def _with_new_names(arguments: list[str]) -> list[str]:
     """The arguments with former flags renamed and former variables prepended; each prints one warning."""
+    variables = {name.upper(): value for name, value in os.environ.items()}  # any case counts, as of all settings
     for old, new in RENAMED.items():
         old_flag, flag = (f"--{name.replace('_', '-')}" for name in (old, new))
         renamed = [flag + each[len(old_flag) :] if each.partition("=")[0] == old_flag else each for each in arguments]
         if renamed != arguments:
             print(f"microbatch: {old_flag} is now called {flag}", file=sys.stderr)
         variable, new_variable = PREFIX + old.upper(), PREFIX + new.upper()
-        if value := os.environ.get(variable):
+        if value := variables.get(variable):
             print(f"microbatch: {variable} is now called {new_variable}", file=sys.stderr)
-        arguments = [f"{flag}={value}", *renamed] if value and not os.environ.get(new_variable) else renamed
+        arguments = [f"{flag}={value}", *renamed] if value and not variables.get(new_variable) else renamed
     return arguments
 
 

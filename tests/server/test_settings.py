@@ -156,6 +156,13 @@ def test_a_former_variable_still_works_below_flags_and_the_present_variable(
     assert getattr(parse([]), new) == half
 
 
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_former_variable_counts_in_any_case(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, (text, value) = RENAMED[old], VALUES[RENAMED[old]]
+    monkeypatch.setenv(variable(old).lower(), text)
+    assert getattr(parse([]), new) == value
+
+
 def test_help_does_not_speak_of_former_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
