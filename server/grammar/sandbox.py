@@ -18,10 +18,13 @@ from pathlib import Path
 import orjson
 
 from server.grammar.pattern import NAMES, Pattern
-from server.grammar.process import BEGUN, write_plan
+from server.grammar.process import BEGUN, WALL_SECONDS, write_plan
 from server.grammar.source import PartError, Plan
 
 ROOT = Path(__file__).parents[2]
+
+ANSWER_SECONDS = 2.0 * WALL_SECONDS
+"""A trial takes half of that at most; the rest is for the process to load and to fork."""
 
 
 class Unavailable(Exception):
@@ -87,15 +90,26 @@ class Sandbox:
         control = self._running()
         if control is None:
             control = await asyncio.to_thread(self.start)
+        process = self._process
         with ExitStack() as held:
             ours = _sent(control, held)
-            loop = asyncio.get_running_loop()
-            reply = bytearray()
-            with suppress(ConnectionError):  # a closed connection just yields less
-                await loop.sock_sendall(ours, line)
-                while piece := await loop.sock_recv(ours, 2**16):
-                    reply += piece
-        return bytes(reply)
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await _answer_to(line, ours)
+            except TimeoutError:
+                if process is not None:
+                    process.kill()  # it hangs: the next trial starts another
+                raise
+
+
+async def _answer_to(line: bytes, ours: socket.socket) -> bytes:
+    loop = asyncio.get_running_loop()
+    reply = bytearray()
+    with suppress(ConnectionError):  # a closed connection just yields less
+        await loop.sock_sendall(ours, line)
+        while piece := await loop.sock_recv(ours, 2**16):
+            reply += piece
+    return bytes(reply)
 
 
 def _sent(control: socket.socket, held: ExitStack) -> socket.socket:

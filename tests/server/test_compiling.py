@@ -149,6 +149,25 @@ def test_a_process_that_was_killed_is_replaced(demo: Kit) -> None:
     run(main())
 
 
+def test_a_process_that_hangs_is_replaced_and_nobody_waits_for_it(demo: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        grammars = Grammars(demo.tokenizer)
+        await grammars.of(strict({"const": 1}))
+        first = grammars._sandbox._process
+        assert first is not None
+        first.send_signal(signal.SIGSTOP)
+        usual = sandbox.ANSWER_SECONDS
+        monkeypatch.setattr(sandbox, "ANSWER_SECONDS", 0.1)
+        with pytest.raises(ApiError) as caught:
+            await grammars.of(strict({"const": 2}))
+        assert (caught.value.status, caught.value.code) == (503, "compiler_busy")
+        first.wait()
+        monkeypatch.setattr(sandbox, "ANSWER_SECONDS", usual)
+        assert await grammars.of(strict({"const": 2}))
+
+    run(main())
+
+
 def test_a_process_that_is_replaced_leaves_no_descriptor_behind(demo: Kit) -> None:
     async def main() -> None:
         sandbox = Sandbox(demo.tokenizer.backend_tokenizer.to_str(), None)
