@@ -149,6 +149,7 @@ def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess
         )
         undone.pop_all()
     theirs.close()
+    ours.setblocking(False)  # what a process that hangs does not take must not hold up the event loop
     if process.stdin is not None:
         with suppress(BrokenPipeError), process.stdin as pipe:  # if it has already ended, the first request finds out
             pipe.write(text)

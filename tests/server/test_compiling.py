@@ -168,6 +168,25 @@ def test_a_process_that_hangs_is_replaced_and_nobody_waits_for_it(demo: Kit, mon
     run(main())
 
 
+def test_a_process_that_hangs_does_not_hold_up_the_event_loop(demo: Kit) -> None:
+    async def main() -> None:
+        box = Sandbox(demo.tokenizer.backend_tokenizer.to_str(), None)
+        box.start()
+        assert box._process is not None
+        box._process.send_signal(signal.SIGSTOP)
+        for _ in range(10_000):  # far more than the socket holds
+            asked = asyncio.create_task(box._ask(b"\n"))
+            await asyncio.sleep(0)
+            if asked.done():
+                break
+            asked.cancel()
+        box._process.kill()
+        with pytest.raises(BlockingIOError):
+            await asked
+
+    run(main())
+
+
 def test_a_process_that_is_replaced_leaves_no_descriptor_behind(demo: Kit) -> None:
     async def main() -> None:
         sandbox = Sandbox(demo.tokenizer.backend_tokenizer.to_str(), None)
