@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
@@ -47,6 +47,7 @@ FIT = re.compile(r"[\w.-]{1,64}", re.ASCII)
 Body = TypeVar("Body", bound=RequestBody)
 Generated = TypeVar("Generated", bound=Generation)
 Encoded = TypeVar("Encoded")
+Done = TypeVar("Done")
 
 
 class Endpoint(ABC, Generic[Body, Encoded]):
@@ -58,18 +59,9 @@ class Endpoint(ABC, Generic[Body, Encoded]):
         """The route's handler. Raises `ApiError`."""
         service: Service = http.app.state.service
         model = service.ready_model()
-        body = await read(http, self.kind)
-        return await until_disconnect(http, self._paced(service, model, body, http.state.caller))
-
-    async def _paced(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
-        """A key that floods the service hears of it at a pace that leaves the event loop to other keys."""
-        try:
-            return await self.respond(service, model, body, caller)
-        except (ApiError, BatchingError) as error:
-            refusal = from_batching(error) if isinstance(error, BatchingError) else error
-            if refusal.status == 429 and caller.name:
-                await service.refusals.wait(caller.name)
-            raise refusal from None
+        caller: Caller = http.state.caller
+        body = await paced(service, caller, read(http, self.kind))
+        return await until_disconnect(http, paced(service, caller, self.respond(service, model, body, caller)))
 
     async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
         """Handle a request whose body has been read. Raises `ApiError` and `BatchingError`."""
@@ -80,6 +72,17 @@ class Endpoint(ABC, Generic[Body, Encoded]):
     @abstractmethod
     def encode(self, model: ServedModel, body: Body) -> Encoded:
         """The slow part, templates and tokenizing, on a helper thread. Raises `ApiError` 400."""
+
+
+async def paced(service: Service, caller: Caller, work: Awaitable[Done]) -> Done:
+    """A key that floods the service hears of it at a pace that leaves the event loop to other keys."""
+    try:
+        return await work
+    except (ApiError, BatchingError) as error:
+        refusal = from_batching(error) if isinstance(error, BatchingError) else error
+        if refusal.status == 429 and caller.name:
+            await service.refusals.wait(caller.name)
+        raise refusal from None
 
 
 async def read(http: HttpRequest, kind: type[Body]) -> Body:
@@ -211,7 +214,8 @@ class Answer(ABC):
 
     @abstractmethod
     def last(self) -> Iterable[bytes]:
-        """The end of a stream, in pieces that are built and sent one by one, because they can reach megabytes."""
+        """The end of a stream, in pieces that are built and sent one by one, because they can reach megabytes. An empty
+        one lets the event loop do something else."""
 
     @abstractmethod
     def failed(self, error: ApiError) -> bytes:
@@ -275,7 +279,8 @@ async def written(answer: Answer) -> AsyncIterator[bytes]:
         if frames := answer.frames(step):
             yield frames
     for piece in answer.last():
-        yield piece
+        if piece:
+            yield piece
         await asyncio.sleep(0)
 
 

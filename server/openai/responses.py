@@ -104,8 +104,8 @@ def items_before(store: ResponseStore, body: ResponseRequest, caller: Caller) ->
 
 def put(store: ResponseStore, client: str, items: bytes, response: replies.Response) -> None:
     """Store an ended response, with the items before its own."""
-    output = orjson.dumps(response["output"])
-    stored = StoredResponse(orjson.dumps(response), items.removesuffix(b"]") + b"," + output.removeprefix(b"["))
+    output = memoryview(orjson.dumps(response["output"]))  # megabytes, copied as rarely as it can be
+    stored = StoredResponse(orjson.dumps(response), b"".join([items.removesuffix(b"]"), b",", output[1:]]))
     store.add(client, response["id"], stored)
 
 

@@ -329,6 +329,7 @@ class ResponseAnswer(Answer):
         for event in chain(self._opening(), built(self._end())):
             yield framed([event])
         response = self._ended()
+        yield b""  # storing it has taken long enough
         kind: Kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
         yield framed([self._changed(kind, response)])
 

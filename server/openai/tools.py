@@ -49,7 +49,8 @@ Parameters = Annotated[Schema, AfterValidator(_parameters)]
 
 
 class Function(Body):
-    """A function's name, description and parameters. `strict`: calls must always match `parameters`."""
+    """A function's name, description and parameters. `strict` makes no difference: a call that is demanded matches
+    `parameters` as far as a grammar can say it, and any other is left to the model."""
 
     name: Name
     description: Annotated[str, Field(strict=True)] | None = None
