@@ -17,6 +17,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from batching.events import State
 from deploy.grafana.preview import DASHBOARD, Prometheus, draw, expression, panels
 from tests.deploy.prometheus import FOLDER, found, prometheus
 from tests.live import SMALL, eventually, process
@@ -98,6 +99,17 @@ def test_all_instances_are_those_of_the_chosen_model() -> None:
     assert 'model=~"$model"' in variables["instance"]["definition"]
     assert variables["instance"]["includeAll"]
     assert not variables["instance"].get("allValue")
+
+
+@pytest.mark.parametrize("state", [state for state in State if state is not State.READY])
+def test_a_server_that_takes_no_requests_is_not_green(state: State) -> None:
+    [shown] = [panel for panel in panels() if panel["title"] == "State"]
+    colors = [
+        override["properties"][0]["value"]["fixedColor"]
+        for override in shown["fieldConfig"]["overrides"]
+        if re.search(override["matcher"]["options"].strip("/"), f"10.0.0.1:21010 {state}")
+    ]
+    assert colors == ["red" if state in (State.FAILED, State.STOPPED) else "orange"]
 
 
 UNTYPED = {"definition", "titleFormat", "textFormat", "mode"}
