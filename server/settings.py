@@ -193,7 +193,7 @@ class Settings(BaseSettings):
 
     # Limits
     request_timeout_s: float = Field(
-        300.0, gt=0, allow_inf_nan=False, description="time limit of a request, from arrival to last token"
+        300.0, gt=0, allow_inf_nan=False, description="time limit of a request, from the queue to its last token"
     )
     drain_timeout_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="how long accepted requests may continue after SIGTERM"

@@ -101,7 +101,7 @@ def test_a_time_limit_is_not_rounded(seconds: int, words: str, page: Browser) ->
     with live(request_timeout_s=seconds, drain_timeout_s=seconds) as service:
         page.open(service.url, "state")
         limits = page.text("#limits")
-    assert f"{words} from a request's arrival" in limits
+    assert f"{words} from when a request is queued" in limits
     assert f"may take {words} more" in limits
 
 

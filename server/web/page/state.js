@@ -72,7 +72,7 @@ function limits({ limits, model, engine }) {
 		["Queue", `at most ${plural(limits.queue_size, "request")}; then requests get status 429`],
 		...(limits.key_queue_size ? [["Queue of one key", `at most ${plural(limits.key_queue_size, "request")}`]] : []),
 		...(limits.key_queue_tokens ? [["Tokens of one key", `at most ${tokens(limits.key_queue_tokens)} waiting`]] : []),
-		["Time limit", `${exactly(limits.request_timeout_s)} from a request's arrival to its last token`],
+		["Time limit", `${exactly(limits.request_timeout_s)} from when a request is queued to its last token`],
 		["Shutdown", `accepted requests may take ${exactly(limits.drain_timeout_s)} more`],
 		["Request body", `at most ${limits.max_body_mib} MiB`],
 		["Thinking", limits.thinking ? "on unless a request turns it off" : "off unless a request turns it on"],
