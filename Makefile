@@ -22,6 +22,10 @@ PYTHON ?= python3
 PORT ?= $(or $(MICROBATCH_PORT),21010)
 MODEL ?=
 NAME ?=
+# Windows' Linux sets this to the machine's name.
+ifneq ($(and $(WSL_DISTRO_NAME),$(filter environment,$(origin NAME))),)
+NAME :=
+endif
 ARGS ?=
 TORCH ?= $(shell sed -n "s/^torch==//p" constraints.txt)
 URL ?= http://127.0.0.1:$(PORT)

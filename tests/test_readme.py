@@ -265,6 +265,22 @@ def test_make_run_and_bench_agree_on_the_port_that_the_environment_sets(variable
     assert re.findall(r"--port (\d+)|--url http://127\.0\.0\.1:(\d+)", done.stdout) == [(port, ""), ("", port)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variables", "names"),
+    [
+        ([], {"NAME": "mine"}, ["mine"]),
+        ([], {"NAME": "DESKTOP-1", "WSL_DISTRO_NAME": "Debian"}, []),
+        (["NAME=mine"], {"NAME": "DESKTOP-1", "WSL_DISTRO_NAME": "Debian"}, ["mine"]),
+    ],
+)
+def test_a_machine_s_name_is_not_taken_for_the_model_s(
+    arguments: list[str], variables: dict[str, str], names: list[str]
+) -> None:
+    command = ["make", "--dry-run", "run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
+    assert re.findall(r"--name '(.*?)'", done.stdout) == names
+
+
 def test_the_quick_tests_are_files_that_are_there() -> None:
     done = subprocess.run(["make", "--dry-run", "test-quick"], cwd=ROOT, capture_output=True, text=True)
     pattern = done.stdout[done.stdout.index("tests/") :]
