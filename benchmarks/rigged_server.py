@@ -112,7 +112,9 @@ class RiggedLoader:
     def _paced(self) -> PacedEngine:
         text = self._loader.text()
         words = text.encode(WORDS)
-        info = ModelInfo("paced", "none", 0, max(words) + 1, 8192, 10**9, text.stop_token_ids)
+        info = ModelInfo(
+            "paced", "none", 0, text.vocabulary.tokenizer.get_vocab_size(), 8192, 10**9, text.stop_token_ids
+        )
         return PacedEngine(words, info, self._step)
 
 
