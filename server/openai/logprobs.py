@@ -12,6 +12,9 @@ from server.model.text import Text
 LEAST = -9999.0
 """Stands for the logarithm of zero, which JSON cannot express."""
 
+JOINED = 256
+"""Parts of a list that are joined, so that the last step, which copies all of them, has few."""
+
 Piece = TypeVar("Piece", bound=Mapping[str, object])
 
 
@@ -34,24 +37,31 @@ class EncodedLists(Generic[Piece]):
     """The lists of a whole answer's `logprobs`, encoded as they grow, because they can reach megabytes."""
 
     def __init__(self) -> None:
-        self._lists: dict[str, list[bytes]] = {}  # each part of a list, and what separates it from the next
+        self._lists: dict[str, list[orjson.Fragment]] = {}  # each of several elements, and commas between them
+        self._newest: dict[str, list[bytes]] = {}  # what is to become the next of those
         self._rest: dict[str, object] = {}
 
     def add(self, piece: Piece | None) -> None:
         """Append the lists of the next `chat_logprobs` or `CompletionLogprobs.push`, none of which is empty."""
         for key, value in piece.items() if piece else ():
             if isinstance(value, list):
-                parts = self._lists.setdefault(key, [])
-                parts += [b"," if parts else b"[", orjson.dumps(value)[1:-1]]
+                newest = self._newest.setdefault(key, [])
+                newest.append(orjson.dumps(value)[1:-1])
+                if len(newest) == JOINED:
+                    self._join(key)
             else:
                 self._rest[key] = value
 
     def whole(self) -> Piece | None:
         """Everything as one piece for orjson; its lists are already JSON. None if nothing was added."""
-        if not self._lists:
+        if not (self._lists or self._newest):
             return None
-        lists = {key: orjson.Fragment(b"".join([*parts, b"]"])) for key, parts in self._lists.items()}
-        return cast(Piece, lists | self._rest)
+        for key in [*self._newest]:
+            self._join(key)
+        return cast(Piece, self._lists | self._rest)
+
+    def _join(self, key: str) -> None:
+        self._lists.setdefault(key, []).append(orjson.Fragment(b",".join(self._newest.pop(key))))
 
 
 class CompletionLogprobs:

@@ -52,7 +52,7 @@ class Item(ABC):
     def text(self) -> str:
         return "".join(self._texts)
 
-    def add(self, text: str, logprobs: Sequence[bytes] = ()) -> None:
+    def add(self, text: str, logprobs: Sequence[orjson.Fragment] = ()) -> None:
         """Add text and, where they are wanted, its tokens' log probabilities as JSON."""
         self._texts.append(text)
 
@@ -129,42 +129,27 @@ class Said(TextItem):
 
     def __init__(self, place: int, numbers: Iterator[int]) -> None:
         super().__init__(place, numbers)
-        self._logprobs: list[bytes] = []
-        self._new: Sequence[bytes] = ()  # those of the latest text
-        self._listed: orjson.Fragment | None = None  # all of them, which the end of a stream has four times
+        self._logprobs: list[orjson.Fragment] = []
+        self._new: list[orjson.Fragment] = []  # those of the latest text
 
-    def add(self, text: str, logprobs: Sequence[bytes] = ()) -> None:
+    def add(self, text: str, logprobs: Sequence[orjson.Fragment] = ()) -> None:
         super().add(text, logprobs)
-        self._new = logprobs
+        self._new = list(logprobs)
         self._logprobs += logprobs
-        self._listed = None
-
-    def _all_logprobs(self) -> orjson.Fragment:
-        self._listed = self._listed or listed(self._logprobs)
-        return self._listed
 
     def json(self) -> replies.OutputMessage:
         content = [] if self.status == "in_progress" else [self.part()]
         return {"id": self._id, "type": "message", "status": self.status, "role": "assistant", "content": content}
 
     def part(self) -> replies.OutputText:
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self._all_logprobs()}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self._logprobs]}
 
     def grown(self, text: str) -> Iterable[replies.ResponseEvent]:
-        logprobs = listed(self._new)
-        yield {"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": logprobs}
+        yield {"type": "response.output_text.delta", **self._of_part(), "delta": text, "logprobs": self._new}
 
     def done(self) -> replies.TextDone:
-        logprobs = self._all_logprobs()
-        return {"type": "response.output_text.done", **self._of_part(), "text": self.text, "logprobs": logprobs}
-
-
-def listed(encoded: Sequence[bytes]) -> orjson.Fragment:
-    """One list of all these, copied once."""
-    parts = list(encoded) or [b""]
-    parts[0] = b"[" + parts[0]
-    parts[-1] += b"]"
-    return orjson.Fragment(b",".join(parts))
+        kind: Literal["response.output_text.done"] = "response.output_text.done"
+        return {"type": kind, **self._of_part(), "text": self.text, "logprobs": [*self._logprobs]}
 
 
 class Call(Item):
@@ -211,7 +196,7 @@ class Output:
     def json(self) -> list[replies.OutputItem]:
         return [item.json() for item in self._items]
 
-    def push(self, event: Event, logprobs: Sequence[bytes] = ()) -> Iterator[Change]:
+    def push(self, event: Event, logprobs: Sequence[orjson.Fragment] = ()) -> Iterator[Change]:
         """`logprobs` are those of an event that is content."""
         match event:
             case Reasoning():
@@ -231,7 +216,9 @@ class Output:
             yield from self._open(Said(0, self.numbers))
         yield from self._settle(cut)
 
-    def _write(self, kind: type[Thought] | type[Said], text: str, logprobs: Sequence[bytes] = ()) -> Iterator[Change]:
+    def _write(
+        self, kind: type[Thought] | type[Said], text: str, logprobs: Sequence[orjson.Fragment] = ()
+    ) -> Iterator[Change]:
         if not isinstance(self._growing, kind):
             yield from self._open(kind(len(self._items), self.numbers))
         yield self._grow(text, logprobs)
@@ -241,7 +228,7 @@ class Output:
         self._items.append(item)
         yield item.opened
 
-    def _grow(self, text: str, logprobs: Sequence[bytes] = ()) -> Change:
+    def _grow(self, text: str, logprobs: Sequence[orjson.Fragment] = ()) -> Change:
         item = self._items[-1]
         item.add(text, logprobs)
         return partial(item.grown, text)
@@ -262,7 +249,7 @@ class Output:
 
 Keep: TypeAlias = Callable[[replies.Response], None]
 
-SizedLogprob: TypeAlias = tuple[int, bytes]
+SizedLogprob: TypeAlias = tuple[int, orjson.Fragment]
 """The number of a token's bytes, and its log probability as JSON."""
 
 
@@ -386,14 +373,14 @@ def told(text: Text, arrived: Delta) -> list[SizedLogprob]:
         return []
     shown = [entry for entry in arrived.logprobs if entry.token not in text.vocabulary.special]
     found = chat_logprobs(text, shown)
-    return [(len(entry["bytes"]), orjson.dumps(entry)) for entry in found["content"]] if found else []
+    return [(len(entry["bytes"]), orjson.Fragment(orjson.dumps(entry))) for entry in found["content"]] if found else []
 
 
 def content_bytes(event: Event) -> int:
     return len(event.text.encode()) if isinstance(event, Content) else 0
 
 
-def covering(tokens: deque[SizedLogprob], event: Event) -> list[bytes]:
+def covering(tokens: deque[SizedLogprob], event: Event) -> list[orjson.Fragment]:
     """Takes the log probabilities of as few of the tokens as cover an event's content."""
     found, size = [], content_bytes(event)
     while tokens and size > 0:

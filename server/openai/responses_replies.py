@@ -8,8 +8,8 @@ from typing_extensions import TypedDict  # pydantic takes that of `typing` only 
 
 from server.replies import PromptTokens, Seconds, Sent
 
-Logprobs: TypeAlias = Annotated[orjson.Fragment, WithJsonSchema({"type": "array", "items": {"type": "object"}})]
-"""A list of `ChosenToken`, already encoded; empty if not requested."""
+Logprobs: TypeAlias = Annotated[list[orjson.Fragment], WithJsonSchema({"type": "array", "items": {"type": "object"}})]
+"""Of `ChosenToken`, each already encoded; empty if not requested."""
 
 
 class OutputText(TypedDict):
