@@ -248,7 +248,7 @@ def talk() -> Iterator[tuple[Live, list[int]]]:
     stop=st.lists(st.sampled_from(STOPS), max_size=2, unique=True),
     ended=st.booleans(),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(said="aaab", stop=["aab"], ended=True)
 @example(said="aa", stop=["aab"], ended=False)
 @example(said="a <a", stop=[], ended=True)
