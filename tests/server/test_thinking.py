@@ -124,7 +124,7 @@ def test_what_was_demanded_is_the_answer_and_the_thought_is_beside_it(template: 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_thought_that_the_prompt_has_opened_ends_at_its_budget(engine: str) -> None:
     with live(ENGINES[engine](), tokenizer=tokenizer("always opens")) as service:
-        answer = service.chat(thinking_budget=BUDGET, max_tokens=20, ignore_eos=True, logprobs=True).json()
+        answer = service.chat(thinking_budget=BUDGET, max_tokens=20, ignore_eos=True, logprobs=True, seed=1).json()
         tokens = [entry["token"] for entry in answer["choices"][0]["logprobs"]["content"]]
     assert tokens[BUDGET : BUDGET + 4] == ["\n", "</think>", "\n", "\n"]
 

@@ -14,8 +14,11 @@ from typing import Any
 from triton import compile as compiled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gluon
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from batching.packed import triton_attention, triton_fp8, triton_layer, triton_sampling
+from batching.packed import gluon_attention, triton_attention, triton_fp8, triton_layer, triton_sampling
+from batching.packed.kv_cache import BLOCK_SIZE
 
 HALF, SINGLE, WHOLE, LONG = "*bf16", "*fp32", "*i32", "*i64"
 EVEN = [["tt.divisibility", 16]]
@@ -37,7 +40,8 @@ class Case:
         signature = {name: self.types.get(name, "constexpr") for name in names}
         aligned = {name for name, kind in self.types.items() if kind.startswith("*")} | set(self.even)
         attributes = {(names.index(name),): EVEN for name in aligned}
-        source = ASTSource(self.kernel, signature, self.constants, attributes)
+        written_in = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = written_in(self.kernel, signature, self.constants, attributes)
         done = compiled(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         return int(done.metadata.shared)
 
@@ -73,6 +77,18 @@ def attention(stages: int, sizes: Sequence[int] = (128,)) -> Iterator[Case]:
             number = {"num_sequences": LONG} if counted else {}
             constants = shape | {"COUNTED": counted} | ({} if counted else {"num_sequences": None})
             yield Case(triton_attention._decode_kernel, decode | number, constants, ("head_stride",), options)
+
+
+def attention_on_hopper() -> Iterator[Case]:
+    numbers = {"out": HALF, "num_blocks": WHOLE, "blocks": WHOLE, "block_tables": LONG}
+    numbers |= {"max_blocks": "i32", "kv_blocks": "i32", "scale": "fp32"}
+    for size in (64, 128):
+        layout = gluon.NVMMASharedLayout.get_default_for([BLOCK_SIZE, size], gluon.bfloat16)
+        rows = f"tensordesc<bf16[{BLOCK_SIZE}, {size}],{layout!r}>"
+        types = dict.fromkeys(("q", "k_blocks", "v_blocks"), rows) | numbers
+        shape = {"PAIRS": 16, "GROUP": 4, "SIZE": size}
+        options = {"num_warps": 4, "maxnreg": gluon_attention.REGISTERS}
+        yield Case(gluon_attention._hopper_prefill_kernel, types, shape, (), options)
 
 
 def layer() -> Iterator[Case]:
@@ -149,7 +165,7 @@ def main() -> None:
         case 89:  # with the least shared memory: what takes much of it
             cases = [*attention(2), *products_in_fp8()]
         case _:
-            cases = [*attention(3), *layer(), *sampling(), *products_in_fp8()]
+            cases = [*attention(3), *attention_on_hopper(), *layer(), *sampling(), *products_in_fp8()]
     print(json.dumps([[case.kernel.fn.__name__, case.shared(capability)] for case in cases]))
 
 

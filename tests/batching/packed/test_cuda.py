@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batching.packed import layer
+from batching.packed import gluon_attention, layer, triton_attention
+from batching.packed.attention import Chunk, TorchAttention
 from batching.packed.engine import PackedEngine, unsupported
 from batching.packed.kv_cache import BLOCK_SIZE
 from batching.packed.speculation import MAX_DRAFT_TOKENS
@@ -112,3 +113,45 @@ def test_every_row_is_as_it_is_alone(kind: str, dtype: torch.dtype, invariant: b
             assert [noted.token for noted in mixed.logprobs[row]] == (mixed.sent[row] if mixed.logprobs[row] else [])
             if invariant:  # to the last bit
                 assert mixed.logprobs[row] == run.logprobs[run.rows[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kv_heads", "group", "size"), [(8, 4, 128), (2, 2, 128), (1, 6, 64)])
+def test_hoppers_own_prefill_attention_is_attention(kv_heads: int, group: int, size: int, dtype: torch.dtype) -> None:
+    """Of chunks of any number of rows, of any length, anywhere in a KV cache whose unused part is not a number."""
+    if torch.cuda.get_device_capability()[0] != triton_attention.HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    dice = random.Random(size)
+    for _ in range(20):
+        pasts = dice.choices((0, 1, 63, 64, 127, 128, 129, dice.randint(0, 900)), k=dice.randint(1, 5))
+        lengths = [(past, dice.randint(1, 300)) for past in pasts]
+        blocks = list(range(100))
+        dice.shuffle(blocks)
+        tables = [[blocks.pop() for _ in range(-(-(past + new) // BLOCK_SIZE))] for past, new in lengths]
+        caches = torch.full((2, kv_heads, 100 * BLOCK_SIZE, size), float("nan"), device="cuda", dtype=dtype)
+        chunks = [Chunk(table, past, new) for table, (past, new) in zip(tables, lengths, strict=True)]
+        for chunk in chunks:
+            known = torch.randn(2, kv_heads, chunk.seq_len, size, device="cuda")
+            caches[:, :, chunk.kv_slots().cuda()] = known.to(dtype)
+        q = torch.randn(sum(new for _, new in lengths) + 3, kv_heads * group, size, device="cuda").to(dtype)
+        attend = prefill_attention(chunks)
+        assert gluon_attention.suits(q, caches[0])
+        out = torch.ones_like(q)
+        attend(q, caches[0], caches[1], size**-0.5, out)
+        wanted = TorchAttention(chunks)(q[3:].float(), caches[0].float(), caches[1].float(), size**-0.5)
+        torch.testing.assert_close(out[3:].float(), wanted, rtol=2e-2, atol=2e-2)
+        assert (out[:3] == 1).all(), "what decodes beside them is not theirs"
+
+
+def prefill_attention(chunks: list[Chunk]) -> triton_attention.PrefillAttention:
+    """Of these one after the other, behind three tokens of others."""
+    tables = torch.zeros(len(chunks), 100, dtype=torch.int64)
+    columns, first = [], 3
+    for slot, chunk in enumerate(chunks):
+        tables[slot, : len(chunk.blocks)] = torch.tensor(chunk.blocks)
+        for block in chunk.split(triton_attention.QUERY_BLOCK):
+            columns.append((block.seq_len, first, block.num_tokens, slot))
+            first += block.num_tokens
+    num_blocks = torch.tensor([len(columns)], dtype=torch.int32)
+    blocks = torch.tensor(sorted(columns, reverse=True), dtype=torch.int32)
+    return triton_attention.PrefillAttention(num_blocks.cuda(), blocks.cuda(), tables.cuda())

@@ -1,0 +1,322 @@
+"""Prefill attention for Hopper GPUs: what `triton_attention._prefill_kernel` computes, by warps that each do a part.
+
+Worker thread only, CUDA only. A program is as large as a multiprocessor and takes tiles in turn: a block's queries of
+two heads that share a KV head. One warp loads, and four attend for each head, so that keys and values are read once for
+both, and the softmax of one runs beside the products of the other (Shah et al. 2024, FlashAttention-3). What is loaded
+goes round rings of buffers in shared memory. Each buffer has two barriers: `full` is completed by the copy into it,
+`empty` by both heads once they have read it.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from batching.packed.kv_cache import BLOCK_SIZE
+
+VERSIONS = (3, 6), (3, 9)
+"""Versions of Triton that this compiles with, the first and the last: Gluon is experimental and changes with them."""
+
+QUERIES = gl.constexpr(64)
+"""Of each head in a tile: as many as the matrix units of a multiprocessor take at once."""
+
+KEYS = gl.constexpr(BLOCK_SIZE)
+"""In a block of the KV cache. Two blocks are attended to in a turn, so that its other work is done once for both."""
+
+STAGES = gl.constexpr(3)
+"""Turns whose keys and values shared memory has room for. With two, loads are waited for."""
+
+REGISTERS = 168
+"""Of a thread when a program starts: a multiprocessor's, shared by three groups of 128. The two that attend then take
+some of those of the one that loads."""
+
+SEQ_LEN, FIRST, COUNT, SLOT, BLOCK_COLUMNS = (gl.constexpr(column) for column in range(5))
+"""As in `triton_attention`."""
+
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16]))
+"""How the scores of a block of keys lie in the registers of four warps."""
+
+QUERY_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
+"""How queries do, as the left side of a product."""
+
+copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its former name
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+
+
+def suits(q: Tensor, k_cache: Tensor) -> bool:
+    """Whether `prefill` can be called with these, which are on a Hopper GPU."""
+    _, heads, size = q.shape
+    first, last = VERSIONS
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and size in (64, 128)
+        and heads // k_cache.shape[0] % 2 == 0
+        and first <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= last
+    )
+
+
+def prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor, num_blocks: Tensor, blocks: Tensor,
+    block_tables: Tensor,
+) -> None:  # fmt: skip
+    """`PrefillAttention`, whose attributes the last three are; `q` is contiguous."""
+    tokens, heads, size = q.shape
+    layout = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, size], getattr(gl, str(q.dtype).removeprefix("torch.")))
+    # Queries of one head, or a block of the KV cache: each as many rows as the other.
+    flat = q.view(tokens, heads * size), k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    rows = [TensorDescriptor.from_tensor(each, [BLOCK_SIZE, size], layout) for each in flat]
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    _hopper_prefill_kernel[(programs,)](
+        *rows, out, num_blocks, blocks, block_tables, block_tables.shape[1], k_cache.shape[1] // BLOCK_SIZE, scale,
+        PAIRS=heads // 2, GROUP=heads // k_cache.shape[0], SIZE=size, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _hopper_prefill_kernel(
+    q, k_blocks, v_blocks, out, num_blocks, blocks, block_tables, max_blocks, kv_blocks, scale,
+    PAIRS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr,
+):  # fmt: skip
+    queries = gl.allocate_shared_memory(q.dtype, [2, QUERIES, SIZE], q.layout)
+    keys = gl.allocate_shared_memory(q.dtype, [2 * STAGES, KEYS, SIZE], k_blocks.layout)
+    values = gl.allocate_shared_memory(q.dtype, [2 * STAGES, KEYS, SIZE], v_blocks.layout)
+    buffers = (queries, keys, values)
+    q_full, q_empty = _barriers(1)
+    k_full, k_empty = _barriers(STAGES)
+    v_full, v_empty = _barriers(STAGES)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    sources = (q, k_blocks, v_blocks, num_blocks, blocks, block_tables, max_blocks, kv_blocks)
+    factor = scale * LOG2_E
+    gl.warp_specialize(
+        [
+            (_attend_first, (buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)),
+            (_attend_second, (buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)),
+            (_load, (buffers, barriers, sources, PAIRS, GROUP, SIZE)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@gluon.jit
+def _barriers(BUFFERS: gl.constexpr):
+    # Of each buffer in a ring: `full`, which one copy arrives at, and `empty`, which both heads do.
+    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    for buffer in gl.static_range(BUFFERS):
+        mbarrier.init(full.index(buffer), count=1)
+        mbarrier.init(empty.index(buffer), count=2)
+    return full, empty
+
+
+@gluon.jit
+def _tile(lap):
+    # Which tile a program takes. Blocks of queries come longest first, so every other lap goes the other way round:
+    # whoever has the longest in one has the shortest in the next.
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if lap % 2 == 1:
+        place = programs - 1 - place
+    return lap * programs + place
+
+
+@gluon.jit
+def _laps(num_blocks, PAIRS: gl.constexpr):
+    # How many tiles a program takes.
+    tiles = gl.load(num_blocks).to(gl.int32) * PAIRS
+    whole = tiles // gl.num_programs(0)
+    return whole + (_tile(whole) < tiles).to(gl.int32)
+
+
+@gluon.jit
+def _load(buffers, barriers, sources, PAIRS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr):
+    # All that the tiles of this program read, in order. Where the next blocks are, is asked for a turn ahead.
+    queries, keys, values = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q, k_blocks, v_blocks, num_blocks, blocks, block_tables, max_blocks, kv_blocks = sources
+    turn = 0
+    for lap in range(_laps(num_blocks, PAIRS)):
+        head = _tile(lap) % PAIRS * 2
+        columns = blocks + _tile(lap) // PAIRS * BLOCK_COLUMNS
+        mbarrier.wait(q_empty.index(0), lap & 1 ^ 1)
+        mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
+        first = gl.load(columns + FIRST)
+        for which in gl.static_range(2):
+            copy_block(q, [first, (head + which) * SIZE], q_full.index(0), queries.index(which))
+        table = block_tables + gl.load(columns + SLOT).to(gl.int64) * max_blocks
+        last = (gl.load(columns + SEQ_LEN) - 1) // KEYS
+        own = head // GROUP * kv_blocks
+        one, two = gl.load(table), gl.load(table + gl.minimum(1, last))
+        for block in range(0, last + 1, 2):
+            rows = ((own + one) * KEYS).to(gl.int32), ((own + two) * KEYS).to(gl.int32)
+            # Beyond the last block that one again, so that every turn has two.
+            one, two = gl.load(table + gl.minimum(block + 2, last)), gl.load(table + gl.minimum(block + 3, last))
+            _load_two(k_blocks, keys, k_full, k_empty, rows, turn)
+            _load_two(v_blocks, values, v_full, v_empty, rows, turn)
+            turn += 1
+
+
+@gluon.jit
+def _load_two(source, buffer, full, empty, rows, turn):
+    stage = turn % STAGES
+    mbarrier.wait(empty.index(stage), turn // STAGES & 1 ^ 1)
+    mbarrier.expect(full.index(stage), 2 * source.block_type.nbytes)
+    for part in gl.static_range(2):
+        copy_block(source, [rows[part], 0], full.index(stage), buffer.index(2 * stage + part))
+
+
+@gluon.jit
+def _attend_first(buffers, barriers, out, num_blocks, blocks, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr):
+    _attend(0, buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)
+
+
+@gluon.jit
+def _attend_second(buffers, barriers, out, num_blocks, blocks, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr):
+    _attend(1, buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)
+
+
+@gluon.jit
+def _attend(
+    WHICH: gl.constexpr, buffers, barriers, out, num_blocks, blocks, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr
+):
+    # The tiles of this program, for the first or the second head of each.
+    turn = 0
+    for lap in range(_laps(num_blocks, PAIRS)):
+        head = _tile(lap) % PAIRS * 2 + WHICH
+        columns = blocks + _tile(lap) // PAIRS * BLOCK_COLUMNS
+        first, count, total = gl.load(columns + FIRST), gl.load(columns + COUNT), gl.load(columns + SEQ_LEN)
+        q_full, q_empty = barriers[0], barriers[1]
+        mbarrier.wait(q_full.index(0), lap & 1)
+        queries = buffers[0].index(WHICH).load(QUERY_LAYOUT)
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(0), count=1)
+        result, turn = _attend_tile(queries, buffers, barriers, turn, total, total - count, factor, SIZE)
+        SUMS: gl.constexpr = result.type.layout
+        query, at = gl.arange(0, QUERIES, gl.SliceLayout(1, SUMS)), gl.arange(0, SIZE, gl.SliceLayout(0, SUMS))
+        rows = out + ((first + query).to(gl.int64) * (2 * PAIRS) + head) * SIZE
+        place = gl.expand_dims(rows, 1) + gl.expand_dims(at, 0)
+        gl.store(place, result.to(out.dtype.element_ty), mask=gl.expand_dims(query < count, 1))
+
+
+@gluon.jit
+def _attend_tile(queries, buffers, barriers, turn, total, before, factor, SIZE: gl.constexpr):
+    # The attention of one head, of whose queries the first sees `before` keys and itself, the last `total`. A turn adds
+    # the values of two blocks of keys, and scores the next two.
+    _, keys, values = buffers
+    _, _, k_full, k_empty, v_full, v_empty = barriers
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
+    one, two = _scores(queries, keys, k_full, turn)
+    one, two = warpgroup_mma_wait(0, deps=(one, two))
+    mbarrier.arrive(k_empty.index(turn % STAGES), count=1)
+    highest = gl.full([QUERIES], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    one, two, highest, weight_sum, _ = _softmax(
+        _seen(one, 0, before), _seen(two, KEYS, before), highest, gl.zeros_like(highest), factor
+    )
+    one, two = _weights(one, SUMS, keys.dtype), _weights(two, SUMS, keys.dtype)
+    sums = gl.zeros([QUERIES, SIZE], gl.float32, SUMS)
+    plain = gl.maximum((before + 1) // (2 * KEYS), 1) * (2 * KEYS)
+    for begin in range(2 * KEYS, plain, 2 * KEYS):
+        one, two, highest, weight_sum, sums = _turn(
+            queries, buffers, barriers, turn, begin, before, one, two, highest, weight_sum, sums, factor, False
+        )
+        turn += 1
+    for begin in range(plain, total, 2 * KEYS):
+        one, two, highest, weight_sum, sums = _turn(
+            queries, buffers, barriers, turn, begin, before, one, two, highest, weight_sum, sums, factor, True
+        )
+        turn += 1
+    stage = turn % STAGES
+    mbarrier.wait(v_full.index(stage), turn // STAGES & 1)
+    left = (total - 1) % (2 * KEYS) + 1
+    _clear_from(values.index(2 * stage), left)
+    sums = warpgroup_mma(one, values.index(2 * stage), sums, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    if left > KEYS:
+        _clear_from(values.index(2 * stage + 1), left - KEYS)
+        sums = warpgroup_mma(two, values.index(2 * stage + 1), sums, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+    mbarrier.arrive(v_empty.index((turn + STAGES - 1) % STAGES), count=1, pred=total > 2 * KEYS)
+    mbarrier.arrive(v_empty.index(stage), count=1)
+    return sums / gl.expand_dims(gl.convert_layout(weight_sum, gl.SliceLayout(1, SUMS)), 1), turn + 1
+
+
+@gluon.jit
+def _turn(
+    queries, buffers, barriers, turn, begin, before, one, two, highest, weight_sum, sums, factor, MASKED: gl.constexpr
+):  # fmt: skip
+    # Weights `one` and `two` are of turn `turn`; the next begins at key `begin`. No product is under way at the end, or
+    # else the compiler waits for every single one. Values are given back a turn later, where that takes no wait.
+    _, keys, values = buffers
+    _, _, k_full, k_empty, v_full, v_empty = barriers
+    SUMS: gl.constexpr = sums.type.layout
+    stage = turn % STAGES
+    next_one, next_two = _scores(queries, keys, k_full, turn + 1)
+    mbarrier.wait(v_full.index(stage), turn // STAGES & 1)
+    sums = warpgroup_mma(one, values.index(2 * stage), sums, is_async=True)
+    sums = warpgroup_mma(two, values.index(2 * stage + 1), sums, is_async=True)
+    next_one, next_two = warpgroup_mma_wait(2, deps=(next_one, next_two))
+    mbarrier.arrive(k_empty.index((turn + 1) % STAGES), count=1)
+    mbarrier.arrive(v_empty.index((turn + STAGES - 1) % STAGES), count=1, pred=begin > 2 * KEYS)
+    if MASKED:
+        next_one, next_two = _seen(next_one, begin, before), _seen(next_two, begin + KEYS, before)
+    one, two, highest, weight_sum, fade = _softmax(next_one, next_two, highest, weight_sum, factor)
+    # The registers of the weights are the products' until these are done.
+    sums, one, two, fade = warpgroup_mma_wait(0, deps=(sums, one, two, fade))
+    sums = sums * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, SUMS)), 1)
+    return _weights(one, SUMS, keys.dtype), _weights(two, SUMS, keys.dtype), highest, weight_sum, sums
+
+
+@gluon.jit
+def _scores(queries, keys, k_full, turn):
+    # Of two blocks of keys, [QUERIES, KEYS] each, under way.
+    stage = turn % STAGES
+    mbarrier.wait(k_full.index(stage), turn // STAGES & 1)
+    nothing = gl.zeros([QUERIES, KEYS], gl.float32, SCORES)
+    one = warpgroup_mma(queries, keys.index(2 * stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    two = warpgroup_mma(queries, keys.index(2 * stage + 1).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return one, two
+
+
+@gluon.jit
+def _seen(scores, begin, before):
+    # The scores of keys from `begin` on, of which query i sees those up to `before` + i.
+    query, key = gl.arange(0, QUERIES, gl.SliceLayout(1, SCORES)), gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
+    return gl.where(gl.expand_dims(begin + key, 0) <= gl.expand_dims(before + query, 1), scores, -float("inf"))
+
+
+@gluon.jit
+def _softmax(one, two, highest, weight_sum, factor):
+    # Two more blocks of keys: their weights, the highest score so far, the sum of weights relative to it, and what
+    # brings earlier sums to it.
+    higher = gl.maximum(highest, gl.max(gl.maximum(one, two), 1))
+    scaled = higher * factor
+    one = gl.exp2(one * factor - gl.expand_dims(scaled, 1))
+    two = gl.exp2(two * factor - gl.expand_dims(scaled, 1))
+    fade = gl.exp2(highest * factor - scaled)
+    return one, two, higher, weight_sum * fade + gl.sum(one + two, 1), fade
+
+
+@gluon.jit
+def _weights(weights, SUMS: gl.constexpr, DTYPE: gl.constexpr):
+    # As the left side of a product with values.
+    return gl.convert_layout(weights.to(DTYPE), gl.DotOperandLayout(0, SUMS, 2))
+
+
+@gluon.jit
+def _clear_from(values, left):
+    # What a block holds beyond the row's end may not be a number, and has the weight 0. Both heads write the same.
+    if left < KEYS:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        key = gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
+        values.store(gl.where(gl.expand_dims(key < left, 1), values.load(LAYOUT), 0.0))
+        fence_async_shared()
