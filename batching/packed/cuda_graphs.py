@@ -133,6 +133,7 @@ class GraphCapture:
         slots = torch.full((self._num_slots,), self._num_slots, dtype=torch.int32, device=kv_cache.device)
         logits = torch.zeros(max_tokens, state.counts.shape[1], dtype=kv_cache.dtype, device=kv_cache.device)
         self._mixed_decodes: DecodeAttention | None = None
+        self._next_tile = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
         numbers = torch.zeros(
             (triton_sampling.OUT_TOKENS.value + 1) * max_tokens, dtype=torch.int64, device=slots.device
         )
@@ -189,7 +190,8 @@ class GraphCapture:
         decodes = decodes or self._mixed_decode_attention(inputs)
         places = inputs.ids, inputs.positions, inputs.kv_slots
         self._place_decodes(decodes, inputs.num_decodes, *places)
-        prefills = PrefillAttention(inputs.num_blocks.int(), inputs.blocks.int(), self._state.block_tables)
+        blocks = inputs.num_blocks.int(), inputs.blocks.int()
+        prefills = PrefillAttention(*blocks, self._state.block_tables, self._next_tile)
         attend = MixedAttention(prefills, decodes, self._beside)
         return self._logits(*places, attend, None if of_all else self._last_tokens(inputs, decodes))
 

@@ -67,9 +67,9 @@ def suits(q: Tensor, k_cache: Tensor) -> bool:
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor, num_blocks: Tensor, blocks: Tensor,
-    block_tables: Tensor,
+    block_tables: Tensor, next_tile: Tensor,
 ) -> None:  # fmt: skip
-    """`PrefillAttention`, whose attributes the last three are; `q` is contiguous."""
+    """`PrefillAttention`, whose attributes the last four are; `q` is contiguous."""
     tokens, heads, size = q.shape
     layout = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, size], getattr(gl, str(q.dtype).removeprefix("torch.")))
     # Queries of one head, or a block of the KV cache: each as many rows as the other.
@@ -77,31 +77,34 @@ def prefill(
     rows = [TensorDescriptor.from_tensor(each, [BLOCK_SIZE, size], layout) for each in flat]
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     _hopper_prefill_kernel[(programs,)](
-        *rows, out, num_blocks, blocks, block_tables, block_tables.shape[1], k_cache.shape[1] // BLOCK_SIZE, scale,
+        *rows, out, num_blocks, blocks, block_tables, next_tile, block_tables.shape[1], k_cache.shape[1] // BLOCK_SIZE,
+        scale,
         PAIRS=heads // 2, GROUP=heads // k_cache.shape[0], SIZE=size, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _hopper_prefill_kernel(
-    q, k_blocks, v_blocks, out, num_blocks, blocks, block_tables, max_blocks, kv_blocks, scale,
+    q, k_blocks, v_blocks, out, num_blocks, blocks, block_tables, next_tile, max_blocks, kv_blocks, scale,
     PAIRS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr,
 ):  # fmt: skip
     queries = gl.allocate_shared_memory(q.dtype, [2, QUERIES, SIZE], q.layout)
     keys = gl.allocate_shared_memory(q.dtype, [2 * STAGES, KEYS, SIZE], k_blocks.layout)
     values = gl.allocate_shared_memory(q.dtype, [2 * STAGES, KEYS, SIZE], v_blocks.layout)
-    buffers = (queries, keys, values)
+    tile = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    buffers = (queries, keys, values, tile)
     q_full, q_empty = _barriers(1)
     k_full, k_empty = _barriers(STAGES)
     v_full, v_empty = _barriers(STAGES)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    sources = (q, k_blocks, v_blocks, num_blocks, blocks, block_tables, max_blocks, kv_blocks)
+    sources = (q, k_blocks, v_blocks, blocks, block_tables, next_tile, max_blocks, kv_blocks)
+    tiles = gl.load(num_blocks).to(gl.int32) * PAIRS
     factor = scale * LOG2_E
     gl.warp_specialize(
         [
-            (_attend_first, (buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)),
-            (_attend_second, (buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)),
-            (_load, (buffers, barriers, sources, PAIRS, GROUP, SIZE)),
+            (_attend_first, (buffers, barriers, out, blocks, tiles, factor, PAIRS, SIZE)),
+            (_attend_second, (buffers, barriers, out, blocks, tiles, factor, PAIRS, SIZE)),
+            (_load, (buffers, barriers, sources, tiles, PAIRS, GROUP, SIZE)),
         ],
         [4, 1],
         [240, 24],
@@ -120,37 +123,23 @@ def _barriers(BUFFERS: gl.constexpr):
 
 
 @gluon.jit
-def _tile(lap):
-    # Which tile a program takes. Blocks of queries come longest first, so every other lap goes the other way round:
-    # whoever has the longest in one has the shortest in the next.
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    if lap % 2 == 1:
-        place = programs - 1 - place
-    return lap * programs + place
-
-
-@gluon.jit
-def _laps(num_blocks, PAIRS: gl.constexpr):
-    # How many tiles a program takes.
-    tiles = gl.load(num_blocks).to(gl.int32) * PAIRS
-    whole = tiles // gl.num_programs(0)
-    return whole + (_tile(whole) < tiles).to(gl.int32)
-
-
-@gluon.jit
-def _load(buffers, barriers, sources, PAIRS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr):
-    # All that the tiles of this program read, in order. Where the next blocks are, is asked for a turn ahead.
-    queries, keys, values = buffers
+def _load(buffers, barriers, sources, tiles, PAIRS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr):
+    # All that the tiles of this program read, in order. Which tile is next, is asked for when this one is loaded: a
+    # program whose multiprocessor was busy with something else takes fewer.
+    queries, keys, values, tile_of_both = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    q, k_blocks, v_blocks, num_blocks, blocks, block_tables, max_blocks, kv_blocks = sources
+    q, k_blocks, v_blocks, blocks, block_tables, next_tile, max_blocks, kv_blocks = sources
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     turn = 0
-    for lap in range(_laps(num_blocks, PAIRS)):
-        head = _tile(lap) % PAIRS * 2
-        columns = blocks + _tile(lap) // PAIRS * BLOCK_COLUMNS
-        mbarrier.wait(q_empty.index(0), lap & 1 ^ 1)
-        mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
+    lap = 0
+    tile = gl.atomic_add(next_tile, 1)
+    while tile < tiles:
+        head = tile % PAIRS * 2
+        columns = blocks + tile // PAIRS * BLOCK_COLUMNS
         first = gl.load(columns + FIRST)
+        mbarrier.wait(q_empty.index(0), lap & 1 ^ 1)
+        tile_of_both.store(gl.full([1], tile, gl.int32, LAYOUT))
+        mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
         for which in gl.static_range(2):
             copy_block(q, [first, (head + which) * SIZE], q_full.index(0), queries.index(which))
         table = block_tables + gl.load(columns + SLOT).to(gl.int64) * max_blocks
@@ -159,11 +148,18 @@ def _load(buffers, barriers, sources, PAIRS: gl.constexpr, GROUP: gl.constexpr, 
         one, two = gl.load(table), gl.load(table + gl.minimum(1, last))
         for block in range(0, last + 1, 2):
             rows = ((own + one) * KEYS).to(gl.int32), ((own + two) * KEYS).to(gl.int32)
-            # Beyond the last block that one again, so that every turn has two.
+            # Where the next blocks are, is asked for a turn ahead. Beyond the last that one again: a turn has two.
             one, two = gl.load(table + gl.minimum(block + 2, last)), gl.load(table + gl.minimum(block + 3, last))
             _load_two(k_blocks, keys, k_full, k_empty, rows, turn)
             _load_two(v_blocks, values, v_full, v_empty, rows, turn)
             turn += 1
+        lap += 1
+        tile = gl.atomic_add(next_tile, 1)
+    mbarrier.wait(q_empty.index(0), lap & 1 ^ 1)
+    tile_of_both.store(gl.full([1], tile, gl.int32, LAYOUT))
+    mbarrier.arrive(q_full.index(0), count=1)
+    if tile == tiles + gl.num_programs(0) - 1:  # nobody asks after this one
+        gl.store(next_tile, 0)
 
 
 @gluon.jit
@@ -176,27 +172,28 @@ def _load_two(source, buffer, full, empty, rows, turn):
 
 
 @gluon.jit
-def _attend_first(buffers, barriers, out, num_blocks, blocks, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr):
-    _attend(0, buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)
+def _attend_first(buffers, barriers, out, blocks, tiles, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr):
+    _attend(0, buffers, barriers, out, blocks, tiles, factor, PAIRS, SIZE)
 
 
 @gluon.jit
-def _attend_second(buffers, barriers, out, num_blocks, blocks, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr):
-    _attend(1, buffers, barriers, out, num_blocks, blocks, factor, PAIRS, SIZE)
+def _attend_second(buffers, barriers, out, blocks, tiles, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr):
+    _attend(1, buffers, barriers, out, blocks, tiles, factor, PAIRS, SIZE)
 
 
 @gluon.jit
 def _attend(
-    WHICH: gl.constexpr, buffers, barriers, out, num_blocks, blocks, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr
+    WHICH: gl.constexpr, buffers, barriers, out, blocks, tiles, factor, PAIRS: gl.constexpr, SIZE: gl.constexpr
 ):
     # The tiles of this program, for the first or the second head of each.
+    q_empty = barriers[1]
     turn = 0
-    for lap in range(_laps(num_blocks, PAIRS)):
-        head = _tile(lap) % PAIRS * 2 + WHICH
-        columns = blocks + _tile(lap) // PAIRS * BLOCK_COLUMNS
+    lap = 0
+    tile = _awaited_tile(buffers, barriers, lap)
+    while tile < tiles:
+        head = tile % PAIRS * 2 + WHICH
+        columns = blocks + tile // PAIRS * BLOCK_COLUMNS
         first, count, total = gl.load(columns + FIRST), gl.load(columns + COUNT), gl.load(columns + SEQ_LEN)
-        q_full, q_empty = barriers[0], barriers[1]
-        mbarrier.wait(q_full.index(0), lap & 1)
         queries = buffers[0].index(WHICH).load(QUERY_LAYOUT)
         fence_async_shared()
         mbarrier.arrive(q_empty.index(0), count=1)
@@ -206,13 +203,22 @@ def _attend(
         rows = out + ((first + query).to(gl.int64) * (2 * PAIRS) + head) * SIZE
         place = gl.expand_dims(rows, 1) + gl.expand_dims(at, 0)
         gl.store(place, result.to(out.dtype.element_ty), mask=gl.expand_dims(query < count, 1))
+        lap += 1
+        tile = _awaited_tile(buffers, barriers, lap)
+
+
+@gluon.jit
+def _awaited_tile(buffers, barriers, lap):
+    # Of a lap, once its queries have been loaded.
+    mbarrier.wait(barriers[0].index(0), lap & 1)
+    return gl.sum(buffers[3].load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
 def _attend_tile(queries, buffers, barriers, turn, total, before, factor, SIZE: gl.constexpr):
     # The attention of one head, of whose queries the first sees `before` keys and itself, the last `total`. A turn adds
     # the values of two blocks of keys, and scores the next two.
-    _, keys, values = buffers
+    _, keys, values, _ = buffers
     _, _, k_full, k_empty, v_full, v_empty = barriers
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
     one, two = _scores(queries, keys, k_full, turn)
@@ -256,7 +262,7 @@ def _turn(
 ):  # fmt: skip
     # Weights `one` and `two` are of turn `turn`; the next begins at key `begin`. No product is under way at the end, or
     # else the compiler waits for every single one. Values are given back a turn later, where that takes no wait.
-    _, keys, values = buffers
+    _, keys, values, _ = buffers
     _, _, k_full, k_empty, v_full, v_empty = barriers
     SUMS: gl.constexpr = sums.type.layout
     stage = turn % STAGES

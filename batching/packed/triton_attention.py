@@ -40,6 +40,9 @@ SEQ_LEN, FIRST, COUNT, SLOT, BLOCK_COLUMNS = (tl.constexpr(column) for column in
 """Columns of a block of queries: how many keys its last query sees, where in the pass its queries begin, how many there
 are, and the row of the block tables that their sequence has."""
 
+LONG_SPLIT = tl.constexpr(128)
+"""Fewest keys of a split where there are more than 16: merging them takes its time."""
+
 MAX, SUM, NUM_STATS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Columns of a split's softmax statistics: the largest score, and the sum of weights relative to it."""
 
@@ -118,11 +121,13 @@ class PrefillAttention:
     `num_blocks` [1] and `blocks` [most, BLOCK_COLUMNS], int32 on the device, are read at each call: how many blocks
     there are, and each one's columns. They are computed in this order, so those with the most keys should come first:
     a long one that begins last keeps the device waiting. `block_tables` is [slots, blocks of the KV cache, int64].
+    `next_tile` [1, int32] is scratch memory: zero, and left as it was found.
     """
 
     num_blocks: Tensor
     blocks: Tensor
     block_tables: Tensor
+    next_tile: Tensor
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Written to `out` if that is given."""
@@ -132,7 +137,7 @@ class PrefillAttention:
             from batching.packed import gluon_attention  # takes a while, and other GPUs do without
 
             if gluon_attention.suits(q, k_cache):
-                what = self.num_blocks, self.blocks, self.block_tables
+                what = self.num_blocks, self.blocks, self.block_tables, self.next_tile
                 gluon_attention.prefill(q, k_cache, v_cache, scale, out, *what)
                 return out
         block = max(16, triton.next_power_of_2(size))
@@ -230,7 +235,8 @@ def _attend_split(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(seq_lens + sequence)
-    splits = tl.maximum(tl.minimum(tl.cdiv(length, min_split), SPLITS), 1)
+    most = tl.minimum(tl.maximum(length // LONG_SPLIT, 16), SPLITS)
+    splits = tl.maximum(tl.minimum(tl.cdiv(length, min_split), most), 1)
     share = tl.cdiv(tl.cdiv(length, splits), PAGE) * PAGE
     first = split * share
     if first < length:
@@ -344,7 +350,7 @@ class DecodeAttention:
         ones."""
         sequences, device = len(slots), slots.device
         min_split = min_split or min(1024, max(64, 4 * sequences * kv_heads))
-        splits = 16 if sequences <= 16 else 8
+        splits = 32 if sequences == 1 else 16 if sequences <= 16 else 8
         parts = sequences * kv_heads * splits, triton.next_power_of_2(group * width)
         return cls(
             slots,

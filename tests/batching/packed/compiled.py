@@ -80,7 +80,7 @@ def attention(stages: int, sizes: Sequence[int] = (128,)) -> Iterator[Case]:
 
 
 def attention_on_hopper() -> Iterator[Case]:
-    numbers = {"out": HALF, "num_blocks": WHOLE, "blocks": WHOLE, "block_tables": LONG}
+    numbers = {"out": HALF, "num_blocks": WHOLE, "blocks": WHOLE, "block_tables": LONG, "next_tile": WHOLE}
     numbers |= {"max_blocks": "i32", "kv_blocks": "i32", "scale": "fp32"}
     for size in (64, 128):
         layout = gluon.NVMMASharedLayout.get_default_for([BLOCK_SIZE, size], gluon.bfloat16)

@@ -154,4 +154,5 @@ def prefill_attention(chunks: list[Chunk]) -> triton_attention.PrefillAttention:
             first += block.num_tokens
     num_blocks = torch.tensor([len(columns)], dtype=torch.int32)
     blocks = torch.tensor(sorted(columns, reverse=True), dtype=torch.int32)
-    return triton_attention.PrefillAttention(num_blocks.cuda(), blocks.cuda(), tables.cuda())
+    next_tile = torch.zeros(1, dtype=torch.int32, device="cuda")
+    return triton_attention.PrefillAttention(num_blocks.cuda(), blocks.cuda(), tables.cuda(), next_tile)

@@ -168,7 +168,8 @@ def test_prefill_attention_of_chunks_anywhere_in_the_kv_cache(
     num_blocks, blocks = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([4], columns))
     q = noise(119, kv_heads * group, size)
     monkeypatch.setattr(triton_attention, "PARTIAL_BLOCKS", partial_blocks)
-    attend = triton_attention.PrefillAttention(num_blocks, blocks, torch.tensor(tables, device=DEVICE))
+    next_tile = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    attend = triton_attention.PrefillAttention(num_blocks, blocks, torch.tensor(tables, device=DEVICE), next_tile)
     out = torch.ones_like(q)
     attend(q, k_cache, v_cache, size**-0.5, out)
     wanted = TorchAttention(chunks)(q[3:], k_cache, v_cache, size**-0.5)
@@ -203,6 +204,18 @@ def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(
             wanted = TorchAttention([chunk])(q[row][None], k_cache, v_cache, size**-0.5)
             torch.testing.assert_close(found[row], wanted[0], rtol=5e-3, atol=5e-3)
         assert (found[4] == 1).all(), "a sequence without keys has no result"
+
+
+def test_decode_attention_of_a_lone_long_sequence() -> None:
+    """Which has more splits than others."""
+    k_cache, v_cache = noise(1, 40 * BLOCK_SIZE, 16), noise(1, 40 * BLOCK_SIZE, 16)
+    table, slot = torch.randperm(40), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    q = noise(1, 2, 16)
+    attend = triton_attention.DecodeAttention.of(slot, table[None].to(DEVICE), 1, 2, 16)
+    for length in (2433, 400):
+        attend.seq_lens.fill_(length)
+        wanted = TorchAttention([Chunk(table.tolist(), length - 1, 1)])(q, k_cache, v_cache, 0.25)
+        torch.testing.assert_close(attend(q, k_cache, v_cache, 0.25), wanted, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("min_split", [10, 64, 1000])
