@@ -80,11 +80,12 @@ $(INSTALLED): $(SERVING)
 run: serving
 	$(BIN)/python -m server --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(if $(NAME),--name '$(NAME)') $(ARGS)
 
-# Files are spread over two processes: most tests wait for each other's threads, not for cores.
+# Files are spread over two processes: most tests wait for each other's threads, not for cores. Torch's own threads would
+# only take the other process's core.
 # By default xdist leaves files with few tests to the end, which here take longest, so that one worker waits for them.
 test: install
 	@echo "every test, about 20 minutes on 2 cores; make test-quick takes about 2"
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Files that start no process, load no model and open no browser, and of these the quick ones.
 QUICK := tests/test_architecture.py tests/benchmarks/test_{quotes,summary,workloads}.py \
@@ -93,7 +94,7 @@ QUICK := tests/test_architecture.py tests/benchmarks/test_{quotes,summary,worklo
 
 test-quick: install
 	@echo "left out: models, Triton's kernels, browsers, processes, faults, fuzzing, other people's clients, deploy/: make test"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not browser' $(QUICK) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not browser' $(QUICK) $(ARGS)
 
 test-deploy: install
 	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable '.[demo,dev,deploy,ray]'
@@ -117,7 +118,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Tests of the page are skipped without these, and fail where CI=true.
 browser:
