@@ -90,7 +90,10 @@ class Batcher:
             raise self.error or NotReady(self.state)
         info = self._info
         self._limits = BatchLimits(
-            self._config.max_batch_rows or info.max_rows, info.token_budget, padded=not info.joins
+            self._config.max_batch_rows or info.max_rows,
+            info.token_budget,
+            padded=not info.joins,
+            max_length=info.context_window,
         )
         self._collector = asyncio.create_task(self._collect(), name="collector")
         self._collector.add_done_callback(self._collector_ended)

@@ -9,8 +9,9 @@ Lives on the event loop's thread. The policy:
 3. A row may be passed over (a row behind it taken before it) `MAX_PASSED_OVER` times. After that nothing behind it is
    taken before it.
 4. A batch holds at most `max_rows` rows and costs at most `token_budget` tokens. Padded: rows x (longest prompt +
-   longest allowed output), the most memory that the batch can need. Otherwise: the sum of the rows' current tokens,
-   because memory is allocated as rows grow.
+   longest allowed output), the most memory that the batch can need; and that length is at most the context window,
+   because rows that are finished stay in the batch, and some models have nothing for positions beyond it. Otherwise:
+   the sum of the rows' current tokens, because memory is allocated as rows grow.
 5. Where clients share and rows can join, one client may hold at most `CLIENT_SHARE` times as many running rows, and as
    much of the token budget, as it leaves free, so that the next client finds room at once.
 """
@@ -182,11 +183,12 @@ FIRST_OUTPUT = 64
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Limits of a batch: rows, and tokens with or without padding."""
+    """Limits of a batch: rows, and tokens with or without padding; with it, also the length (None: no limit)."""
 
     max_rows: int
     token_budget: int
     padded: bool = True
+    max_length: int | None = None
 
     def less(self, rows: int, tokens: int) -> "BatchLimits":
         """The limits less this many rows and tokens."""
@@ -375,8 +377,13 @@ class Batch:
         cost = size * (prompt + output) if self._limits.padded else tokens
         # A padded batch takes its head whatever it costs: a row that does not fit alone is refused before the queue.
         head = self._limits.padded and size == 1
-        if not head and (size > self._limits.max_rows or cost > self._limits.token_budget):
+        if not head and not self._within_limits(size, cost, prompt + output):
             return False
         self._longest_prompt, self._longest_output, self._tokens = prompt, output, tokens
         self.rows.add(row)
         return True
+
+    def _within_limits(self, size: int, cost: int, length: int) -> bool:
+        limits = self._limits
+        too_long = limits.padded and limits.max_length is not None and length > limits.max_length
+        return size <= limits.max_rows and cost <= limits.token_budget and not too_long

@@ -12,7 +12,7 @@ INFO = ModelInfo(
     dtype="none",
     parameters=0,
     vocab_size=1000,
-    context_window=512,
+    context_window=4096,
     token_budget=4096,
     stop_token_ids=frozenset({0}),
 )

@@ -1,5 +1,6 @@
 """PaddedEngine on tiny random models, against what transformers' own `generate` does with each prompt alone."""
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
+    GPT2Config,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -18,13 +21,15 @@ from transformers import (
 )
 
 from batching import padded as subject
+from batching.batcher import Batcher, BatchingConfig
 from batching.errors import ModelError, OutOfMemory
 from batching.padded import PaddedEngine, pad
+from batching.queue import QueueLimits
 from batching.sampling import Filter
 from batching.stream import Row
 from batching.types import Finish, Request, Sampling
 from batching.worker import BatchSteps, NewTokens
-from tests.batching.conftest import loose_row, request, sampling
+from tests.batching.conftest import Runner, all_tokens, loose_row, request, sampling
 from tests.tiny import CONFIGS, SHAPE, tiny_model
 
 CPU = torch.device("cpu")
@@ -337,3 +342,20 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert ids.dtype == mask.dtype == torch.int64
+
+
+def test_a_long_prompt_and_a_long_answer_stay_within_the_positions_that_a_model_has(run_async: Runner) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64, bos_token_id=0, eos_token_id=0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    engine = PaddedEngine(model, token_budget=4096)
+
+    async def main() -> None:
+        batcher = Batcher(lambda: engine, BatchingConfig(max_batch_rows=2, window=0.0, queue=QueueLimits(8)))
+        await batcher.start()
+        streams = [batcher.submit(request(50, max_tokens=8)), batcher.submit(request(5, max_tokens=50))]
+        found = await asyncio.gather(*map(all_tokens, streams))
+        assert [len(tokens) for tokens in found] == [8, 50]
+        await batcher.drain(0.0)
+
+    run_async(main)

@@ -56,6 +56,13 @@ def test_a_batch_keeps_both_limits_unless_its_head_alone_breaks_them(shapes: lis
     assert len(taken) == 1 or padded_cost(taken) <= limits.token_budget
 
 
+@given(st.lists(SHAPES, min_size=1, max_size=20), st.integers(2, 120))
+def test_a_padded_batch_is_no_longer_than_the_window(shapes: list[Shape], window: int) -> None:
+    rows = [row for row in rows_of(shapes) if row.request.total_tokens <= window]
+    taken = select(rows, replace(ROOMY, max_length=window))
+    assert not taken or padded_cost(taken) <= len(taken) * window
+
+
 @given(st.lists(SHAPES, min_size=1, max_size=20), LIMITS)
 def test_a_batch_is_in_the_order_of_arrival(shapes: list[Shape], limits: BatchLimits) -> None:
     places = [int(row.request.id) for row in select(rows_of(shapes), limits)]
