@@ -10,12 +10,15 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from server.grammar.json_schema import MAX_LITERAL, MAX_PATTERN, SchemaError, written_out
 
 # A string may be left open, so that no quote restarts the search: every character is examined once.
 LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)("?)', re.DOTALL)
+
+LARK = re.compile(r"^\s*(%llguidance\b|[?!]?start\s*(\[[^\]\n]*\]\s*)?:(?!:=))", re.MULTILINE)
+"""What only a grammar in Lark has. The library's own search does not know modifiers, and takes GBNF's `start ::=`."""
 
 Kind: TypeAlias = Literal["regex", "choice", "grammar"]
 
@@ -63,7 +66,7 @@ def _one_escaped(found: re.Match[str]) -> str:
 
 
 def _lark(grammar: str) -> str:
-    if is_lark_syntax(grammar):
+    if LARK.search(grammar):
         return grammar
     try:
         return gbnf_to_lark(_spelled(grammar))
@@ -92,7 +95,10 @@ TOO_COMPLEX = "The {} is too complex to compile."
 NAMES: dict[Kind, str] = {"regex": "regular expression", "choice": "list of choices", "grammar": "grammar"}
 RULES = (
     ("No 'root' rule", "The grammar needs a rule named root in GBNF, or start in Lark."),
-    ("already exists", "Two rules of the grammar have names that differ only in case or dashes."),
+    (
+        "already exists",
+        "Two rules of the grammar have names that differ only in case or dashes, or one beside root is named start.",
+    ),
     ("", "The grammar uses a rule that it does not define."),
 )
 TOO_MUCH = r"too (large|big|many)|fuel|[Ll]imit|precomputation|TooComplex|determine|max is"

@@ -231,6 +231,9 @@ GRAMMARS = {
         ["1+", "()"],
     ),
     "lark": ('start: greeting NAME\ngreeting: "Hi "\nNAME: /[A-Z][a-z]+/\n', ["Hi Ann"], ["Hi ", "Hi ann"]),
+    "lark with modifiers": ('\n  ?start: query\n\n  ?query: "SELECT " /[a-z]+/\n', ["SELECT a"], ["SELECT "]),
+    "lark that keeps its tokens": ('!start: "yes" | "no"', ["yes", "no"], ["maybe"]),
+    "lark with attributes": ("start[max_tokens=9]: /[ab]+/", ["ab"], ["c"]),
 }
 
 
@@ -258,6 +261,7 @@ UNREADABLE: dict[str, tuple[Kind, str, str]] = {
     "no root": ("grammar", 'a ::= "b"', "named root"),
     "an unknown rule": ("grammar", "root ::= secret", "does not define"),
     "names too alike": ("grammar", 'root ::= a-b a_b\na-b ::= root "x"\na_b ::= root "y"', "differ only"),
+    "a rule named start": ("grammar", 'root ::= "<" start\nstart ::= "a"', "beside root is named start"),
     "too deep": ("grammar", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "too complex"),
     "no end and no beginning": ("grammar", "root ::= root", "No text could match"),
     "a quadratic number of rules": (
