@@ -79,6 +79,9 @@ class Grammars:
         self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
         self._added = tokenizer.get_added_vocab()
         self._marks = re.compile(f"({any_of(self._added)})" if self._added else r"(?!)")
+        special = ",".join(str(token) for token in self._added.values() if self._tokens.is_special_token(token))
+        # Tokens, because a thought that is ended at its budget may be cut within a character, which no text can be.
+        self._any_text = f"<[^{special}]>*"
         self._thinking = thinking
         self._time_limit = time_limit
         self._sandbox = Sandbox(source, tokenizer.eos_token_id)
@@ -146,7 +149,7 @@ class Grammars:
             return (START,)
         opening, closing = map(self._literal, self._thinking)
         marked = set(self._thinking) <= self._added.keys()
-        rest = (f"/(.|\\n)*/ {closing}" if marked else "spelled") + r' "\n\n"'
+        rest = (f"{self._any_text} {closing}" if marked else "spelled") + r' "\n\n"'
         thought = rest if state is ThoughtState.OPENED else f"({opening} {rest})?"
         # For a model whose closing tag is not a single token.
         spelled = re.escape(self._thinking.close).replace("/", r"\/")

@@ -582,6 +582,17 @@ def test_an_answer_begins_with_a_thought_where_the_prompt_says_that_it_does(
             assert not kit.accepts(grammar, thought + "Yes")
 
 
+@pytest.mark.parametrize("kit", [GIVEN], indirect=True)  # without a token for the tag, no thought is cut
+def test_a_thought_that_is_cut_within_a_character_is_followed_by_the_answer(kit: Kit) -> None:
+    begun, rest = kit.encode("𓀀"), kit.encode("\n</think>\n\n{}")
+    assert len(begun) > 1
+    for length in range(1, len(begun) + 1):
+        matcher = kit.schema({"type": "object"}, thought=ThoughtState.OPENED).matcher()
+        for token in [*begun[:length], *rest]:
+            matcher.advance(token)
+        assert kit.next(matcher)[1]
+
+
 def test_a_batch_of_grammars_through_the_sampler(kit: Kit) -> None:
     schemas = [schema for schema, _ in APPLICATIONS[:8]]
     grammars = [None, *(kit.schema(schema) for schema in schemas)]

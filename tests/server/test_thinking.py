@@ -129,6 +129,17 @@ def test_a_thought_that_the_prompt_has_opened_ends_at_its_budget(engine: str) ->
     assert tokens[BUDGET : BUDGET + 4] == ["\n", "</think>", "\n", "\n"]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_budget_that_ends_within_a_character_leaves_the_answer_what_was_demanded(engine: str) -> None:
+    """The bytes of characters are tokens here, so that some of these thoughts are cut within one."""
+    with live(ENGINES[engine](), tokenizer=tokenizer("always opens")) as service:
+        for budget in range(1, 9):
+            fields = {"thinking_budget": budget, "max_tokens": 100, "seed": 10, "temperature": 1}
+            choice = service.chat(response_format=FORMAT, **fields).json()["choices"][0]
+            assert choice["finish_reason"] == "stop"
+            assert orjson.loads(choice["message"]["content"])["sure"] in ("yes", "no")
+
+
 def first_of(state: ThoughtState) -> int | None:
     return tokenizer("always opens").convert_tokens_to_ids("<think>") if state is FREE else None  # type: ignore[return-value]
 
