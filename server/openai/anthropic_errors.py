@@ -6,7 +6,7 @@ import orjson
 from starlette.responses import Response
 
 from server.http.errors import ApiError
-from server.openai.anthropic_replies import AnthropicError
+from server.openai.anthropic_replies import AnthropicError, AnthropicErrorDetails, Unthreaded
 
 PATHS = re.compile(r"(/v1)?/messages(/.*)?", re.DOTALL)
 """The paths of its API."""
@@ -23,6 +23,8 @@ KINDS = {
 }
 TOO_LONG = "Prompt is too long. "
 """By this Claude Code knows that a conversation has to be made shorter."""
+NO_THREADS: Unthreaded = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+"""By this Anthropic's clients know that they have to send the whole conversation with each of its requests."""
 
 
 def speaks_anthropic(path: str) -> bool:
@@ -33,7 +35,10 @@ def speaks_anthropic(path: str) -> bool:
 def error_of(error: ApiError, request_id: str) -> AnthropicError:
     kind = KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     message = (TOO_LONG if error.code == "context_length_exceeded" else "") + error.worded(error.message)
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    found: AnthropicErrorDetails = {"type": kind, "message": message}
+    if (error.code, error.param) == ("unsupported_field", "thread"):
+        found["details"] = NO_THREADS
+    return {"type": "error", "error": found, "request_id": request_id}
 
 
 def response_of(error: ApiError, request_id: str) -> Response:

@@ -1,6 +1,6 @@
 """What `/v1/messages` answers, whole and as events: types of the dicts that are sent, as in `server/replies.py`."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, NotRequired, TypeAlias
 
 from typing_extensions import TypedDict  # pydantic takes that of `typing` only from Python 3.12 on
 
@@ -66,11 +66,19 @@ class Counted(TypedDict):
 # Errors
 
 
+class Unthreaded(TypedDict):
+    """The request refers to a conversation that the service would have to keep."""
+
+    error_code: Literal["thread_unsupported_request"]
+    unsupported: list[Literal["thread"]]
+
+
 class AnthropicErrorDetails(TypedDict):
     type: str
     """The kind of error, by Anthropic's names."""
     message: str
     """One sentence for humans."""
+    details: NotRequired[Unthreaded]
 
 
 class AnthropicError(TypedDict):

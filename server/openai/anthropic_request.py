@@ -250,7 +250,11 @@ class MessageThinking(Thinking):
 class CountRequest(Generation):
     """`POST /v1/messages/count_tokens`. Takes the other fields of a message request, too."""
 
-    unsupported = UNSUPPORTED | {"functions", "response_format", "prompt_logprobs", "stop", "max_completion_tokens"}
+    unsupported = (
+        UNSUPPORTED
+        | {"functions", "response_format", "prompt_logprobs", "stop", "max_completion_tokens"}
+        | {"thread"}  # without what came before, the rest of a conversation would be answered as if it were all
+    )
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]
     """If the assistant has the last turn, the answer continues its text."""

@@ -315,6 +315,34 @@ def test_unknown_fields_and_headers_change_nothing(talk: Any) -> None:
     assert other.headers["x-ignored-fields"] == "container, made_up"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_of_tools_has_the_whole_conversation_in_each_request(talk: Any, stream: bool) -> None:
+    """The client would rather have the service keep it, and learns that it does not."""
+    _, client, seen = talk
+
+    @anthropic.beta_tool  # type: ignore[untyped-decorator]
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        return f"Sunny in {city}."
+
+    rome: Json = {"role": "user", "content": QUESTIONS["rome"]}
+    asks: Json = {"model": "scripted", "max_tokens": 1024, "tools": [weather], "messages": [rome], "stream": stream}
+    run = client.beta.messages.tool_runner(system="Be brief.", **asks)
+    assert run.until_done().content[0].text == "It said: Sunny in Rome."
+    assert "<system>" in seen[-1]
+    assert "It said" in seen[-1]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+def test_a_conversation_that_the_service_would_have_to_keep_is_refused(talk: Any, path: str, thread: Json) -> None:
+    service, _, _ = talk
+    refused = post(service, path, thread=thread)
+    assert "thread is not supported" in error_in(refused, 400, "invalid_request_error")
+    details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert refused.json()["error"]["details"] == details
+
+
 def test_tokens_are_counted_as_a_request_has_them(talk: Any) -> None:
     _, client, _ = talk
     asks: Json = {"system": "Be brief.", "tools": TOOLS, "messages": [{"role": "user", "content": QUESTIONS["hello"]}]}
