@@ -143,10 +143,10 @@ class EventReader:
 
     def __init__(self, stream: Stream, text: Text, conversation: Conversation, choice: int = 0) -> None:
         chat, thinking = conversation.chat, text.format.thinking
-        self._end_of_thought = thinking.tags.close if thinking else ""
+        self._end_of_thought = thinking.tags.close.encode() if thinking else b""
         self._stream = stream
         self._thinking_tokens = 0
-        self._recent: tuple[int, ...] = ()  # the closing tag may have begun in these
+        self._thought = b""  # the end of what was counted, in which the closing tag may have begun
         self._vocabulary = text.vocabulary
         self._one_call = chat.one_call
         scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
@@ -211,18 +211,14 @@ class EventReader:
         return self._thinking_tokens if self._message.thought else 0
 
     def _count(self, tokens: tuple[int, ...]) -> None:
-        """One step's tokens can hold both the end of a thought and what follows it."""
-        if self._thinks:
-            self._thinking_tokens += len(tokens)
-            self._recent = (self._recent + tokens)[-len(self._end_of_thought) :]
-            return
-        end = self._end_of_thought.encode()
-        seen = b"".join(map(self._vocabulary.bytes_of, self._recent))
+        """Up to the closing tag, which one step's tokens can hold with what follows it, and whose text a stop string
+        that may have begun can hold back."""
+        end = self._end_of_thought
         for token in tokens:
-            self._thinking_tokens += 1
-            seen = seen[-len(end) :] + self._vocabulary.bytes_of(token)
-            if end in seen:
+            if end in self._thought:
                 return
+            self._thinking_tokens += 1
+            self._thought = self._thought[-len(end) :] + self._vocabulary.bytes_of(token)
 
 
 class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):

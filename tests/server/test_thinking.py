@@ -192,3 +192,16 @@ def test_the_tokens_of_a_long_thought_are_counted_whatever_comes_at_once(closed:
         finish = Finish.LENGTH if start + size >= len(tokens) else None
         reader.push(Delta(tuple(tokens[start : start + size]), finish, ()))
     assert reader.thought_tokens == len(thought)
+
+
+@pytest.mark.parametrize("stop", ["</think>\n\nNo", "k>\n\nYes, but", "> "])
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_a_stop_string_that_may_have_begun_in_the_tag_makes_no_thought_longer(stop: str, size: int) -> None:
+    text = Text(byte_tokenizer(TEMPLATES["always opens"]))
+    chat = ChatRequest(messages=[Message(role="user", content="Hi")], enable_thinking=True, stop=[stop])
+    reader = EventReader(Mock(), text, encode(text, chat, thinking=True))
+    thought = tokens_of("hm\n</think>")
+    tokens = [*thought, *tokens_of("\n\nYes, it is.")]
+    for start in range(0, len(tokens), size):
+        reader.push(Delta(tuple(tokens[start : start + size]), Finish.LENGTH if start + size >= len(tokens) else None))
+    assert reader.thought_tokens == len(thought)
