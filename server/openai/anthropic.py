@@ -8,10 +8,9 @@ from starlette.responses import Response
 from batching.stream import Stream
 from server.model.served_model import ServedModel
 from server.openai import anthropic_replies as replies
-from server.openai import chat
 from server.openai.anthropic_output import MessageAnswer
 from server.openai.anthropic_request import CountRequest, MessageRequest, as_chat
-from server.openai.chat import ChatEndpoint, Conversation, EventReader
+from server.openai.chat import ChatEndpoint, Conversation, EventReader, prompt_length
 from server.openai.endpoint import Answer, Endpoint
 from server.openai.requests import ChatRequest
 
@@ -43,8 +42,7 @@ class CountTokens(Endpoint[CountRequest, replies.Counted]):
         return named(http, await super().handle(http))
 
     def encode(self, model: ServedModel, body: CountRequest) -> replies.Counted:
-        conversation = chat.encode(model.text, as_chat(body), model.settings.thinking)
-        return {"input_tokens": len(conversation.tokens)}
+        return {"input_tokens": prompt_length(model, as_chat(body))}
 
 
 def named(http: HttpRequest, response: Response) -> Response:

@@ -115,6 +115,11 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     return replace(conversation, begun=tuple(begun(new_reader, prefill, echo=echo) for _ in range(chat.n or 1)))
 
 
+def prompt_length(model: ServedModel, chat: ChatRequest) -> int:
+    """Number of tokens of a chat's prompt, as its usage says. Runs on a helper thread. Raises `ApiError` 400."""
+    return len(truncated(model, chat, encode(model.text, chat, model.settings.thinking).tokens))
+
+
 def reader(text: Text, conversation: Conversation) -> MessageReader:
     """A new reader of an answer in this conversation."""
     parser = text.format.tools.parser() if conversation.chat.offered else None

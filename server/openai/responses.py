@@ -16,7 +16,7 @@ from server.http.errors import ApiError, bad_request
 from server.model.defaults import Defaults
 from server.model.served_model import ServedModel
 from server.openai import responses_replies as replies
-from server.openai.chat import ChatEndpoint, Conversation, EventReader, encode
+from server.openai.chat import ChatEndpoint, Conversation, EventReader, prompt_length
 from server.openai.endpoint import Answer, Endpoint, Prompt, json_response
 from server.openai.requests import ChatRequest
 from server.openai.responses_output import ResponseAnswer
@@ -83,8 +83,7 @@ class InputTokens(Endpoint[ResponseRequest, replies.InputTokens]):
             raise renamed(error) from None
 
     def encode(self, model: ServedModel, body: ResponseRequest) -> replies.InputTokens:
-        found = encode(model.text, as_chat(body), model.settings.thinking)
-        return {"object": "response.input_tokens", "input_tokens": len(found.tokens)}
+        return {"object": "response.input_tokens", "input_tokens": prompt_length(model, as_chat(body))}
 
 
 def items_before(store: ResponseStore, body: ResponseRequest, caller: Caller) -> bytes:

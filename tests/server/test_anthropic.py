@@ -352,6 +352,13 @@ def test_tokens_are_counted_as_a_request_has_them(talk: Any) -> None:
         assert counted.input_tokens == create(client, **asks | {"messages": messages}).usage.input_tokens
 
 
+@pytest.mark.parametrize("cut", [{"truncate_prompt_tokens": 5}, {"truncate_prompt_tokens": -1, "max_tokens": 4090}])
+def test_only_the_tokens_of_a_prompt_that_are_kept_are_counted(cut: Json) -> None:
+    with live(scripted("Hello!")) as service:
+        counted = post(service, "/v1/messages/count_tokens", **cut).json()
+        assert counted["input_tokens"] == post(service, **cut).json()["usage"]["input_tokens"]
+
+
 def test_many_short_messages_do_not_keep_the_event_loop(talk: Any) -> None:
     """They take the longest of all bodies to check for their size."""
     service, _, _ = talk

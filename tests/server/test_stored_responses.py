@@ -308,6 +308,8 @@ def test_no_response_has_more_log_probabilities_than_allowed() -> None:
         {"reasoning": {"effort": "high"}},
         {"input": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
         {"stream": True},
+        {"truncate_prompt_tokens": 5},
+        {"truncate_prompt_tokens": -1, "max_output_tokens": 4090},
     ],
 )
 def test_input_tokens_are_those_that_the_response_says(fields: dict[str, Any]) -> None:
