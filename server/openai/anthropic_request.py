@@ -264,10 +264,22 @@ class CountRequest(Generation):
     tool_choice: Choice | None = None
     thinking: MessageThinking | None = None
     output_config: OutputConfig | None = None
+    output_format: JsonFormat | None = None
+    """The older form of `output_config.format`."""
     stop_sequences: StopList | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=1), Integral] | None = None
     context_management: NoEffect = None
     betas: NoEffect = None
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        if self.output_format and self.output_config and self.output_config.format:
+            raise ValueError("output_format is the older form of output_config.format, so send only one of the two")
+        return self
+
+    @property
+    def wanted_format(self) -> JsonFormat | None:
+        return self.output_format or (self.output_config.format if self.output_config else None)
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -287,7 +299,7 @@ class CountRequest(Generation):
             raise bad_request(
                 "With thinking the answer cannot be begun for the model; leave out the last message.", "messages"
             )
-        if self.output_config and self.output_config.format:
+        if self.wanted_format:
             raise bad_request(
                 "With a format the answer cannot be begun for the model; leave out the last message.", "messages"
             )
@@ -307,8 +319,7 @@ SAME = ChatRequest.model_fields.keys() & CountRequest.model_fields.keys() - {"me
 def as_chat(request: CountRequest) -> ChatRequest:
     """The same request to chat completions. Raises `ApiError` 400."""
     same: Fields = {name: getattr(request, name) for name in SAME}
-    choice, config = request.tool_choice, request.output_config
-    wanted = config.format if config else None
+    choice, wanted = request.tool_choice, request.wanted_format
     fields: Fields = same | {
         "messages": turns(request),
         "tools": None if request.tools is None else [_chat_tool(tool) for tool in request.tools],

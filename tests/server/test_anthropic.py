@@ -285,12 +285,22 @@ def test_a_thought_ends_at_its_budget() -> None:
     assert [end and end.after for end in forced] == [3, None]
 
 
-def test_a_format_is_the_response_format_of_chats() -> None:
-    schema = {"type": "object", "properties": {"x": {"type": "string"}}}
-    chat = chat_of(output_config={"effort": "high", "format": {"type": "json_schema", "schema": schema}})
+X_OF_TEXT: Json = {"type": "object", "properties": {"x": {"type": "string"}}}
+FORMAT: Json = {"type": "json_schema", "schema": X_OF_TEXT}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"output_config": {"effort": "high", "format": FORMAT}},
+        {"output_config": {"effort": "high"}, "output_format": FORMAT},
+    ],
+)
+def test_a_format_is_the_response_format_of_chats(fields: Json) -> None:
+    chat = chat_of(**fields)
     assert chat.response_format is not None
     assert chat.response_format.json_schema is not None
-    assert chat.response_format.json_schema.schema_ == schema
+    assert chat.response_format.json_schema.schema_ == X_OF_TEXT
     assert chat.thinks is None
 
 
@@ -443,6 +453,8 @@ INVALID: list[tuple[Json, str]] = [
         },
         "With a format",
     ),
+    ({"messages": [*HI, {"role": "assistant", "content": "a"}], "output_format": FORMAT}, "With a format"),
+    ({"output_config": {"format": FORMAT}, "output_format": FORMAT}, "only one of the two"),
     ({"stop_sequences": [""]}, "stop_sequences"),
     ({"stop": ["a"]}, "stop is not supported"),
     ({"messages": [{"role": "user", "content": "a" * 2**17}]}, "^Prompt is too long"),
