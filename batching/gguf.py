@@ -133,11 +133,19 @@ def _save(file: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     # Without `dequantize` the model counts as quantised, and the library refuses to save it.
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         str(file.parent),
         gguf_file=file.name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
     )
+    check_complete(sorted(report["missing_keys"]), f"{file.name}, which may be one of several parts,")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_complete(missing: list[str], source: str = "the checkpoint") -> None:
+    """Raises ModelError for weights that the library missed: it only warns, and uses random ones instead."""
+    if missing:
+        raise ModelError(f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]}")

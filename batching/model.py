@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from batching import fp8
 from batching.checkpoint import LoadFormat
 from batching.errors import ModelError, explained
+from batching.gguf import check_complete
 from batching.memory import free_bytes, total_bytes
 from batching.types import ModelInfo
 
@@ -190,14 +191,8 @@ def _read(
         output_loading_info=True,
         trust_remote_code=trust,
     )
-    _check_complete(sorted(report["missing_keys"]))
+    check_complete(sorted(report["missing_keys"]))
     return model
-
-
-def _check_complete(missing: list[str]) -> None:
-    # The library only warns and uses random weights instead.
-    if missing:
-        raise ModelError(f"the checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}")
 
 
 def _named(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -257,6 +258,44 @@ def test_what_is_no_gguf_file_is_told_without_the_library(gguf: Path, cache: Pat
     gguf.write_bytes(b"PK and so on")
     with pytest.raises(ModelError, match=r"tiny\.gguf is not a GGUF file"):
         locate(str(gguf), "auto", cache)
+
+
+def write_gguf(file: Path, layers: int, without: str | None = None) -> None:
+    """A tiny Llama as a GGUF file whose header says it has so many layers, less the tensors named `without`."""
+    writer: Any = importlib.import_module("gguf").GGUFWriter(file, "llama")
+    sizes = {"context_length": 64, "embedding_length": 32, "feed_forward_length": 64, "vocab_size": 257}
+    for name, value in sizes.items() | {("block_count", layers), ("head_count", 4), ("head_count_kv", 2)}:
+        getattr(writer, f"add_{name}")(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*map(chr, range(0x100, 0x1FF)), "\u0100\u0101", "</s>"])
+    writer.add_token_merges(["\u0100 \u0101"])
+    writer.add_eos_token_id(256)
+    wide, narrow, tall, flat = (32, 32), (16, 32), (64, 32), (32, 64)
+    shapes: dict[str, tuple[int, ...]] = {"attn_norm": (32,), "attn_q": wide, "attn_k": narrow, "attn_v": narrow}
+    shapes |= {"attn_output": wide, "ffn_norm": (32,), "ffn_gate": tall, "ffn_up": tall, "ffn_down": flat}
+    tensors = {f"blk.{layer}.{name}": shape for layer in range(layers) for name, shape in shapes.items()}
+    tensors |= {"token_embd": (257, 32), "output_norm": (32,)}
+    for name, shape in tensors.items():
+        if without is None or not name.startswith(without):
+            writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_converted(gguf: Path, cache: Path) -> None:
+    write_gguf(gguf, layers=2)
+    model = load(locate(str(gguf), "auto", cache), device="cpu", dtype="auto", load_format="auto")
+    assert all(bool((weight == 1).all()) for weight in model.parameters())
+
+
+def test_a_gguf_file_that_is_one_of_several_parts_is_refused(gguf: Path, cache: Path) -> None:
+    write_gguf(gguf, layers=2, without="blk.1.")
+    with pytest.raises(ModelError, match=r"tiny\.gguf, which may be one of several parts, lacks 9 of the"):
+        locate(str(gguf), "auto", cache)
+    assert contents(cache) == []
 
 
 # The cache of converted files
