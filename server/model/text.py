@@ -130,7 +130,9 @@ class Text:
         self.vocabulary = Vocabulary(self._tokenizer, PART_TAGS)
         drop_breaks(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder().values()
-        self.format = format_of(str(tokenizer.chat_template), added, self.encode)
+        self.format = format_of(
+            str(tokenizer.chat_template), added, self.encode, renders_system=_renders_system(tokenizer)
+        )
         self._turn_markers = Markers(self.format.turn_tokens)
         self._all_markers = Markers(self.format.turn_tokens | PART_TAGS.intersection(token.content for token in added))
         stop = tokenizer.eos_token_id
@@ -220,6 +222,15 @@ class Text:
         """A detokenizer for one row, whose text continues that of the tokens `after`, or of none; special tokens appear
         in the text if `special`."""
         return Detokenizer(self.vocabulary, special=special, after=after)
+
+
+def _renders_system(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the chat template shows a system message: some refuse it, and some leave it out."""
+    turns = [{"role": "system", "content": BREAK}, {"role": "user", "content": "Hi"}]
+    try:
+        return BREAK in str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:
+        return False
 
 
 def _check_template(tokenizer: PreTrainedTokenizerFast, checkpoint: str) -> None:

@@ -49,18 +49,20 @@ class Thinking:
 @dataclass(frozen=True)
 class ModelFormat:
     """`thinking` is None if the template has no thinking. `tools` is how calls are written: natively if the template
-    `renders_tools`, otherwise as described in the prompt. `turn_tokens` are the added tokens that delimit turns.
+    `renders_tools`, otherwise as described in the prompt, in a system message if the template `renders_system`.
+    `turn_tokens` are the added tokens that delimit turns.
     """
 
     tools: ToolFormat
     renders_tools: bool
+    renders_system: bool
     thinking: Thinking | None
     turn_tokens: frozenset[str]
 
     def conversation(self, turns: Sequence[Turn], tools: Sequence[ShownTool]) -> tuple[list[Turn], dict[str, object]]:
         """The template's turns and variables for a conversation with tools."""
         if not self.renders_tools:
-            return without_tools(turns, tools), {}
+            return without_tools(turns, tools, in_system=self.renders_system), {}
         return self.tools.turns(turns), {"tools": tools} if tools else {}
 
     def thought_after(self, prompt: str) -> ThoughtState:
@@ -86,12 +88,15 @@ class ModelFormat:
         return Forced(after=after, unless=self.thinking.closing, tokens=self.thinking.end, first=first)
 
 
-def format_of(template: str, added: Collection[AddedToken], encode: Encode) -> ModelFormat:
+def format_of(
+    template: str, added: Collection[AddedToken], encode: Encode, *, renders_system: bool = True
+) -> ModelFormat:
     """The format of a model, from its chat template, its tokenizer's added tokens, and its encode function."""
     own = next((known for known in FORMATS if known.fits(template)), None)
     return ModelFormat(
         tools=own or QWEN,
         renders_tools=own is not None,
+        renders_system=renders_system,
         thinking=Thinking.of(THINK, encode) if THINK.open in template else None,
         turn_tokens=tokens_of_turns(added, template),
     )
@@ -126,14 +131,18 @@ To call one, answer with nothing but a JSON object between tags, and wait for it
 {CLOSE}"""
 
 
-def without_tools(messages: Sequence[Turn], tools: Sequence[ShownTool]) -> list[Turn]:
-    """The conversation with tools, calls and results as plain text. The tools are added to the system message."""
+def without_tools(messages: Sequence[Turn], tools: Sequence[ShownTool], *, in_system: bool = True) -> list[Turn]:
+    """The conversation with tools, calls and results as plain text. The tools are added to the system message, or if
+    they must not be `in_system`, to the first message of the user."""
     turns = list(_in_words(messages))
     if not tools:
         return turns
     how = HOW.format(tools="\n".join(_json(tool["function"]) for tool in tools))
-    if turns[0]["role"] == "system":
-        return [{**turns[0], "content": f"{turns[0]['content']}\n\n{how}"}, *turns[1:]]
+    first = turns[0]
+    if first["role"] == "system":
+        return [{**first, "content": f"{first['content']}\n\n{how}"}, *turns[1:]]
+    if first["role"] == "user" and not in_system:
+        return [{**first, "content": f"{how}\n\n{first['content']}"}, *turns[1:]]
     return [{"role": "system", "content": how}, *turns]
 
 

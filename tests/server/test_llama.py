@@ -19,8 +19,8 @@ from server.output.hermes import QwenFormat
 from server.output.llama import TAG, LlamaFormat, LlamaParser
 from server.output.model_format import QWEN, format_of, without_tools
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ShownCall, Turn
-from tests.live import QUESTION, Live, live
-from tests.llama import TEMPLATE, llama_tokenizer
+from tests.live import QUESTION, Live, byte_tokenizer, live
+from tests.llama import HEADERS, TEMPLATE, llama_tokenizer
 from tests.server.test_reasoning import calls_in
 from tests.server.test_text import split
 from tests.server.test_tools import CUTS, JSON, feed, read
@@ -419,3 +419,23 @@ def test_in_words_the_results_of_parallel_calls_are_one_turn_so_that_roles_alter
     turns = without_tools(cast("list[Turn]", [question, asked, *results, {"role": "assistant", "content": "!"}]), [])
     assert [turn["role"] for turn in turns] == ["user", "assistant", "user", "assistant"]
     assert [turns[2]["content"].count(f"<tool_response>\n{text}\n</tool_response>") for text in ("a", "b")] == [1, 1]
+
+
+NO_SYSTEM = """
+{%- for message in messages %}
+    {%- if message.role == "system" %}REFUSAL
+    {%- else %}{{- "<|start_header_id|>" + message.role + "<|end_header_id|>" + message.content + "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+@pytest.mark.parametrize("refusal", ["{{- raise_exception('no system role') }}", ""])
+def test_where_the_template_has_no_system_message_tools_are_described_in_the_first_question(refusal: str) -> None:
+    text = Text(byte_tokenizer(NO_SYSTEM.replace("REFUSAL", refusal), HEADERS))
+    turns: list[Turn] = [{"role": "user", "content": "Rain?"}]
+    function: Any = {"type": "function", "function": {"name": "weather"}}
+    shown, options = text.format.conversation(turns, [function])
+    prompt = text.render(shown, options)
+    assert prompt.index('{"name":"weather"}') < prompt.index("Rain?")
+    assert prompt.count("<|start_header_id|>") == 1
