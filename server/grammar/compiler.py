@@ -27,6 +27,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from llguidance import LLTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
 
 from server.fields import Schema
 from server.grammar.json_schema import SchemaError, bound
@@ -75,7 +77,7 @@ class Grammars:
         """`thinking`: the model's thinking tags. `time_limit`: seconds that a request waits for its client's turn."""
         # Like llguidance.hf, but without its copy of the tokenizer, which takes a third of the time and only serves to
         # switch off what `Text` has already switched off.
-        source = tokenizer.backend_tokenizer.to_str()
+        source = _readable(tokenizer.backend_tokenizer)
         self._tokens = LLTokenizer(source, eos_token=tokenizer.eos_token_id)
         self._added = tokenizer.get_added_vocab()
         self._marks = re.compile(f"({any_of(self._added)})" if self._added else r"(?!)")
@@ -352,6 +354,16 @@ class TokenMatcher:
     def advance(self, token: int) -> None:
         if token >= self._vocab_size or not self._matcher.consume_token(token):
             raise ValueError(f"token {token} is not allowed here")
+
+
+def _readable(tokenizer: Tokenizer) -> str:
+    """Its JSON, with SentencePiece's decoder, which llguidance does not know by its name, written out in steps."""
+    source = tokenizer.to_str()
+    if not isinstance(tokenizer.decoder, Metaspace):
+        return source
+    space = {"type": "Replace", "pattern": {"String": tokenizer.decoder.replacement}, "content": " "}
+    steps = [space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    return json.dumps(json.loads(source) | {"decoder": {"type": "Sequence", "decoders": steps}})
 
 
 def _first_line(error: str) -> str:

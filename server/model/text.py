@@ -213,10 +213,12 @@ class Text:
         return self.vocabulary.decode(list(tokens))
 
     def grammars(self) -> Grammars:
-        """A grammar compiler for this vocabulary. Takes seconds for a large one, so not on the event loop."""
+        """A grammar compiler for this vocabulary. Takes seconds for a large one, so not on the event loop. Raises
+        `ModelError` for a kind of tokenizer that it cannot read."""
         from server.grammar.compiler import Grammars
 
-        return Grammars(self._chat, self.format.thinking.tags if self.format.thinking else None)
+        with explained("this tokenizer cannot be used for structured output"):
+            return Grammars(self._chat, self.format.thinking.tags if self.format.thinking else None)
 
     def detokenizer(self, *, special: bool = False, after: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for one row, whose text continues that of the tokens `after`, or of none; special tokens appear

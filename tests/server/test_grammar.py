@@ -2,9 +2,11 @@
 
 import json
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from batching.errors import ModelError
 from batching.sampling import Sampler
 from batching.types import TokenBitmask
 from server.fields import Schema
 from server.grammar.json_schema import written_out
 from server.grammar.rewrite import terminates
 from server.grammar.source import Part
+from server.model.text import Text
 from server.output.llama import LlamaFormat
 from server.output.model_format import FORMATS, QWEN
 from server.output.reasoning import ThoughtState
@@ -762,3 +768,27 @@ def test_order_of_properties_is_that_of_the_answer(demo: Kit) -> None:
         grammar = demo.schema(record(**dict.fromkeys(names, INT)))
         assert demo.accepts(grammar, json.dumps(dict.fromkeys(names, 1)))
         assert not demo.accepts(grammar, json.dumps(dict.fromkeys(reversed(names), 1)))
+
+
+def test_a_vocabulary_with_sentencepieces_decoder_can_be_constrained(tmp_path: Path) -> None:
+    pieces = [
+        ("</s>", 0.0),
+        *((character, -9.0) for character in "\u2581" + string.printable.strip()),
+        ("\u2581the", -1.0),
+    ]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path)
+    kit = Kit(str(tmp_path))
+    found = json.loads(kit.walk(kit.schema(record(city=TEXT, count=INT)), Random(0), patience=20))
+    assert list(found) == ["city", "count"]
+
+
+def test_a_tokenizer_that_grammars_cannot_read_is_told_in_one_line() -> None:
+    tokenizer = Tokenizer(models.WordPiece({"</s>": 0, "a": 1}, unk_token="</s>"))
+    tokenizer.decoder = decoders.WordPiece()
+    text = Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages }}", eos_token="</s>"))
+    with pytest.raises(
+        ModelError, match="this tokenizer cannot be used for structured output: can't determine decoder"
+    ):
+        text.grammars()
