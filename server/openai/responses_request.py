@@ -30,8 +30,7 @@ from server.openai.requests import (
     UNSUPPORTED,
     ChatRequest,
     Generation,
-    TemplateOptions,
-    Thinking,
+    ThinkingChoice,
     TokenReports,
 )
 from server.openai.tools import (
@@ -257,7 +256,7 @@ class ReasoningConfig(Body):
     summary: NoEffect = None
 
 
-class ResponseRequest(Generation):
+class ResponseRequest(Generation, ThinkingChoice):
     """`POST /v1/responses`. Takes the sampling and thinking fields of chat completions, too."""
 
     unsupported = UNSUPPORTED | {"messages", "functions", "response_format", "continue_final_message"} | TOKEN_REPORTS
@@ -272,9 +271,6 @@ class ResponseRequest(Generation):
     parallel_tool_calls: Flag | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    enable_thinking: Flag | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    thinking: Thinking | None = None
     thinking_budget: Tokens | None = None
     thinking_token_budget: Tokens | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
@@ -356,7 +352,7 @@ def as_chat(request: ResponseRequest) -> ChatRequest:
         "tools": None if request.tools is None else [_chat_tool(tool) for tool in request.tools],
         "response_format": ResponseFormat(type=wanted.type, json_schema=schema),
         "logit_bias": biases,
-        "reasoning_effort": request.reasoning and request.reasoning.effort,
+        "reasoning_effort": (request.reasoning and request.reasoning.effort) or request.reasoning_effort,
     }
     try:
         return ResponseChat(**fields)

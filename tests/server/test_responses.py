@@ -186,7 +186,10 @@ def test_effort_turns_thinking_on_or_off(effort: str, thinks: bool) -> None:
     seen: list[Request] = []
     with live(scripted(remembering(seen))) as service:
         ask(service, reasoning={"effort": effort, "summary": "auto"})
-    assert prompt_of(seen[0]).endswith("<think>") is thinks
+        ask(service, reasoning_effort=effort)
+        ask(service, reasoning={"summary": "auto"}, reasoning_effort=effort)
+        ask(service, reasoning={"effort": effort}, reasoning_effort="none" if thinks else "high")
+    assert [prompt_of(each).endswith("<think>") for each in seen] == [thinks] * 4
 
 
 def test_thinking_is_an_item_of_its_own() -> None:
