@@ -26,6 +26,13 @@ READS_GGUF = "5.18"
 """The first transformers that reads GGUF tokenizers correctly: the one before gave SmolLM2 a wrong end-of-sequence
 token, and tokens that are not bytes."""
 
+REVISION = 2
+"""Raised when the same file is to be converted into something else than before."""
+
+ENDS = ("eos", "eot", "eom")
+"""A GGUF file's names for what ends a text, a turn and a message. transformers reads only the first, which in Gemma's
+files is not the one that its answers end with."""
+
 SIZES = "sizes.txt"
 SCRATCH = ".converting-"
 
@@ -53,7 +60,7 @@ def _key(file: Path) -> str:
     # The library's version is part of the key, because it changes how a GGUF file is read.
     with explained(f"{file} cannot be read"), file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return f"{file.stem}-{digest[:16]}-transformers-{version('transformers')}"
+    return f"{file.stem}-{digest[:16]}-{REVISION}-transformers-{version('transformers')}"
 
 
 def _is_whole(folder: Path) -> bool:
@@ -141,8 +148,20 @@ def _save(file: Path, folder: Path) -> None:
         output_loading_info=True,
     )
     check_complete(sorted(report["missing_keys"]), f"{file.name}, which may be one of several parts,")
+    known = model.generation_config.eos_token_id
+    ends = _ends(file).union([known] if isinstance(known, int) else known or ())
+    model.generation_config.eos_token_id = sorted(ends) or None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _ends(file: Path) -> set[int]:
+    """The tokens that end an answer, as the file names them."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = [reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    return {int(field.contents()) for field in fields if field is not None}
 
 
 def check_complete(missing: list[str], source: str = "the checkpoint") -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from batching import gguf as conversion
 from batching.checkpoint import LFS_POINTER, LoadFormat, locate
 from batching.errors import ModelError
-from batching.model import load
+from batching.model import load, stop_token_ids
 from tests.tiny import tiny_model
 
 
@@ -260,8 +260,9 @@ def test_what_is_no_gguf_file_is_told_without_the_library(gguf: Path, cache: Pat
         locate(str(gguf), "auto", cache)
 
 
-def write_gguf(file: Path, layers: int, without: str | None = None) -> None:
-    """A tiny Llama as a GGUF file whose header says it has so many layers, less the tensors named `without`."""
+def write_gguf(file: Path, layers: int, without: str | None = None, **ends: int) -> None:
+    """A tiny Llama as a GGUF file whose header says it has so many layers, less the tensors named `without`. `ends` are
+    other tokens than the one that ends a text, by the names that the format has for them."""
     writer: Any = importlib.import_module("gguf").GGUFWriter(file, "llama")
     sizes = {"context_length": 64, "embedding_length": 32, "feed_forward_length": 64, "vocab_size": 257}
     for name, value in sizes.items() | {("block_count", layers), ("head_count", 4), ("head_count_kv", 2)}:
@@ -270,7 +271,8 @@ def write_gguf(file: Path, layers: int, without: str | None = None) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*map(chr, range(0x100, 0x1FF)), "\u0100\u0101", "</s>"])
     writer.add_token_merges(["\u0100 \u0101"])
-    writer.add_eos_token_id(256)
+    for name, token in ({"eos": 256} | ends).items():
+        getattr(writer, f"add_{name}_token_id")(token)
     wide, narrow, tall, flat = (32, 32), (16, 32), (64, 32), (32, 64)
     shapes: dict[str, tuple[int, ...]] = {"attn_norm": (32,), "attn_q": wide, "attn_k": narrow, "attn_v": narrow}
     shapes |= {"attn_output": wide, "ffn_norm": (32,), "ffn_gate": tall, "ffn_up": tall, "ffn_down": flat}
@@ -289,6 +291,12 @@ def test_a_gguf_file_is_converted(gguf: Path, cache: Path) -> None:
     write_gguf(gguf, layers=2)
     model = load(locate(str(gguf), "auto", cache), device="cpu", dtype="auto", load_format="auto")
     assert all(bool((weight == 1).all()) for weight in model.parameters())
+
+
+def test_what_a_gguf_file_says_to_end_a_turn_ends_answers(gguf: Path, cache: Path) -> None:
+    write_gguf(gguf, layers=1, eot=7, eom=9)
+    model = load(locate(str(gguf), "auto", cache), device="cpu", dtype="auto", load_format="auto")
+    assert stop_token_ids(model) == {7, 9, 256}
 
 
 def test_a_gguf_file_that_is_one_of_several_parts_is_refused(gguf: Path, cache: Path) -> None:
