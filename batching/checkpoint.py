@@ -35,9 +35,11 @@ def locate(model: str | None, load_format: LoadFormat, cache: Path) -> str:
 
 def find(model: str | None, load_format: LoadFormat) -> str:
     """The folder, .gguf file or hub id that `model` names, with its files checked. Raises ModelError."""
-    if model is None:
-        return str(_demo_file())
     with readable():
+        if model is None:
+            demo = _demo_file()
+            _check_gguf(demo, load_format)
+            return str(demo)
         if not _is_path(model):
             return _hub_id(model, load_format)
         return str(_checked_path(home_expanded(Path(model)), load_format))

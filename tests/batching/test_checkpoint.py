@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from batching import gguf as conversion
-from batching.checkpoint import LFS_POINTER, LoadFormat, locate
+from batching.checkpoint import LFS_POINTER, LoadFormat, find, locate
 from batching.errors import ModelError
 from batching.model import load, stop_token_ids
 from tests.tiny import tiny_model
@@ -239,6 +239,12 @@ def test_a_transformers_that_reads_gguf_wrongly_is_told(
 def test_a_gguf_file_is_not_safetensors(gguf: Path, cache: Path) -> None:
     with pytest.raises(ModelError, match="is a GGUF file"):
         locate(str(gguf), "safetensors", cache)
+
+
+@pytest.mark.model
+def test_nor_is_the_demo_model(demo_cache: Path) -> None:
+    with pytest.raises(ModelError, match="is a GGUF file, but the load format is safetensors"):
+        find(None, "safetensors")
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path, cache: Path) -> None:
