@@ -57,12 +57,13 @@ def written(pattern: Pattern) -> str:
 
 
 def _escaped(regex: str) -> str:
-    """The regular expression without a bare slash or line break, which would end it."""
-    return re.sub(r"(\\?)([/\n])|\\.", _one_escaped, regex)
+    """The regular expression without a bare slash, which would end it. Line breaks stay, because in verbose mode they
+    end a comment or mean nothing."""
+    return re.sub(r"\\?/|\\\n|\\.", _one_escaped, regex)
 
 
 def _one_escaped(found: re.Match[str]) -> str:
-    return {"/": r"\/", "\n": r"\n"}.get(found[2], found[0])
+    return {"/": r"\/", "\\\n": r"\n"}.get(found[0], found[0])
 
 
 def _lark(grammar: str) -> str:

@@ -182,6 +182,8 @@ REGEXES = [
     r"(yes|no|maybe)( indeed)?",
     r"/home/[a-z]+\/[^/]+",
     "one\nline or\\ntwo",
+    "\n\nfirst\n\nand \\\nlast\n",
+    "(?x)\n yes # or\n | n / o # not \\/\n",
     r"^\d{4}$",
     r"[^\W_]{1,5}@[\d.]{1,5}",
     r'"[^"\\]{0,9}"',
@@ -292,7 +294,7 @@ def test_the_search_for_strings_in_a_grammar_reads_each_quote_once(grammar: str)
 
 def test_a_regular_expression_is_escaped_where_it_is_not_yet() -> None:
     assert written(pattern("regex", r"a/b\/c\\/d")) == r"/a\/b\/c\\\/d/"
-    assert written(pattern("regex", "a\nb\\\nc")) == r"/a\nb\nc/"
+    assert written(pattern("regex", "a\nb\\\nc")) == "/a\nb\\nc/"
 
 
 # With a model
