@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock, Timeout
 from packaging.version import Version
@@ -139,8 +140,9 @@ def _save(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    auto: Any = AutoModelForCausalLM  # its types leave out that there may be a report
     # Without `dequantize` the model counts as quantised, and the library refuses to save it.
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto.from_pretrained(
         str(file.parent),
         gguf_file=file.name,
         dtype=torch.float32,
