@@ -1,10 +1,10 @@
 """Prefill attention for Hopper GPUs: what `triton_attention._prefill_kernel` computes, by warps that each do a part.
 
-Worker thread only, CUDA only. A program is as large as a multiprocessor and takes tiles in turn: a block's queries of
-two heads that share a KV head. One warp loads, and four attend for each head, so that keys and values are read once for
-both, and the softmax of one runs beside the products of the other (Shah et al. 2024, FlashAttention-3). What is loaded
-goes round rings of buffers in shared memory. Each buffer has two barriers: `full` is completed by the copy into it,
-`empty` by both heads once they have read it.
+Worker thread only, CUDA only. A program fills a multiprocessor and computes one tile after the other, whichever is next
+of all: a block's queries of two heads that share a KV head. One warp loads, and four attend for each head, so that keys
+and values are read once for both, and the softmax of one runs beside the products of the other (Shah et al. 2024,
+FlashAttention-3). What is loaded goes round rings of buffers in shared memory. Each buffer has two barriers: `full` is
+completed by the copy into it, `empty` by both heads once they have read it.
 """
 
 import torch
@@ -106,7 +106,7 @@ def _hopper_prefill_kernel(
             (_attend_second, (buffers, barriers, out, blocks, tiles, factor, PAIRS, SIZE)),
             (_load, (buffers, barriers, sources, tiles, PAIRS, GROUP, SIZE)),
         ],
-        [4, 1],
+        [4, 1],  # warps, and registers of each of their threads, of the latter two; the first has the rest
         [240, 24],
     )
 
