@@ -80,12 +80,12 @@ $(INSTALLED): $(SERVING)
 run: serving
 	$(BIN)/python -m server --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(if $(NAME),--name '$(NAME)') $(ARGS)
 
-# Files are spread over two processes: most tests wait for each other's threads, not for cores. Torch's own threads would
-# only take the other process's core.
+# Files are spread over three processes even on two cores, for which two thirds of two processes' tests do not ask: most
+# wait for other threads, processes or timers. Torch's own threads would only take another process's core.
 # By default xdist leaves files with few tests to the end, which here take longest, so that one worker waits for them.
 test: install
 	@echo "every test, about 20 minutes on 2 cores; make test-quick takes about 2"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Files that start no process, load no model and open no browser, and of these the quick ones.
 QUICK := tests/test_architecture.py tests/benchmarks/test_{quotes,summary,workloads}.py \
@@ -118,7 +118,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Tests of the page are skipped without these, and fail where CI=true.
 browser:
