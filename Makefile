@@ -80,8 +80,8 @@ $(INSTALLED): $(SERVING)
 run: serving
 	$(BIN)/python -m server --port $(PORT) $(if $(MODEL),--model '$(MODEL)') $(if $(NAME),--name '$(NAME)') $(ARGS)
 
-# Files are spread over three processes even on two cores, for which two thirds of two processes' tests do not ask: most
-# wait for other threads, processes or timers. Torch's own threads would only take another process's core.
+# Files are spread over three processes, even on two cores: tests mostly wait for other threads, processes or timers, and
+# two processes left a third of both cores idle. Torch's own threads would only take another process's core.
 # By default xdist leaves files with few tests to the end, which here take longest, so that one worker waits for them.
 test: install
 	@echo "every test, about 20 minutes on 2 cores; make test-quick takes about 2"
