@@ -329,6 +329,7 @@ def live(
             if ready:
                 loader.may_load.set()
                 found.wait_state(State.READY)
+                eventually(lambda: service.model is not None, "what is served is known")  # set right after it
             yield found
         finally:
             loader.may_load.set()
