@@ -13,7 +13,7 @@ from tests import loop_guard
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test that is
 
-# No test asserts how fast it is. Every run draws other examples, so that fewer at a time find the same in the end.
+# No test asserts how fast it is. Fewer examples than Hypothesis would take by itself, 100, because there are many laws.
 settings.register_profile("patient", deadline=None, max_examples=60)
 settings.load_profile("patient")
 

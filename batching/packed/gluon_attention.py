@@ -9,6 +9,7 @@ completed by the copy into it, `empty` by both heads once they have read it.
 
 import torch
 import triton
+from packaging.version import Version
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -61,7 +62,7 @@ def suits(q: Tensor, k_cache: Tensor) -> bool:
         q.dtype in (torch.bfloat16, torch.float16)
         and size in (64, 128)
         and heads // k_cache.shape[0] % 2 == 0
-        and first <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= last
+        and first <= Version(triton.__version__).release[:2] <= last
     )
 
 
