@@ -9,6 +9,7 @@ would each have to get the interpreter back from the event loop first.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -28,6 +29,9 @@ from batching.packed.triton_attention import (
 )
 
 Graph = torch.cuda.CUDAGraph
+
+HOPPER = 9
+"""The compute capability of GPUs that have a prefill attention of their own."""
 
 MAX_WIDE_TOKENS = 256
 """Tokens of a decode step with drafts. With more of them an H100 multiplies for longer than it reads the weights."""
@@ -130,10 +134,11 @@ class GraphCapture:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._beside = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         self._num_slots = len(state.int_params) - 1
+        self._num_heads: int = model.config.get_text_config().num_attention_heads
         slots = torch.full((self._num_slots,), self._num_slots, dtype=torch.int32, device=kv_cache.device)
         logits = torch.zeros(max_tokens, state.counts.shape[1], dtype=kv_cache.dtype, device=kv_cache.device)
         self._mixed_decodes: DecodeAttention | None = None
-        self._next_tile = torch.zeros(1, dtype=torch.int32, device=kv_cache.device)
+        self._prefill_attention = self._prefill_attention_here()
         numbers = torch.zeros(
             (triton_sampling.OUT_TOKENS.value + 1) * max_tokens, dtype=torch.int64, device=slots.device
         )
@@ -191,8 +196,7 @@ class GraphCapture:
         places = inputs.ids, inputs.positions, inputs.kv_slots
         self._place_decodes(decodes, inputs.num_decodes, *places)
         blocks = inputs.num_blocks.int(), inputs.blocks.int()
-        prefills = PrefillAttention(*blocks, self._state.block_tables, self._next_tile)
-        attend = MixedAttention(prefills, decodes, self._beside)
+        attend = MixedAttention(self._prefill_attention(*blocks), decodes, self._beside)
         return self._logits(*places, attend, None if of_all else self._last_tokens(inputs, decodes))
 
     def _last_tokens(self, inputs: PassInputs, decodes: DecodeAttention) -> Wanted:
@@ -214,6 +218,17 @@ class GraphCapture:
             attend.seq_lens, attend.num_drafted, width=attend.width, spare_kv_slot=self._kv_cache.shape[3] - 1,
         )  # fmt: skip
 
+    def _prefill_attention_here(self) -> Callable[[Tensor, Tensor], PrefillAttention]:
+        """With its `num_blocks` and `blocks` to be given."""
+        tables, device = self._state.block_tables, self._kv_cache.device
+        if torch.cuda.get_device_capability(device)[0] == HOPPER:
+            from batching.packed import gluon_attention  # takes a while, and other GPUs do without
+
+            if gluon_attention.suits(self._kv_cache, self._num_heads):
+                next_tile = torch.zeros(1, dtype=torch.int32, device=device)
+                return partial(gluon_attention.HopperPrefillAttention, block_tables=tables, next_tile=next_tile)
+        return partial(PrefillAttention, block_tables=tables)
+
     def _mixed_decode_attention(self, inputs: PassInputs) -> DecodeAttention:
         if self._mixed_decodes is None:
             self._mixed_decodes = self._decode_attention(self.out.slots)
@@ -221,8 +236,8 @@ class GraphCapture:
 
     def _decode_attention(self, slots: Tensor, width: int = 1) -> DecodeAttention:
         _, _, kv_heads, _, size = self._kv_cache.shape
-        heads = self._model.config.get_text_config().num_attention_heads
-        return DecodeAttention.of(slots, self._state.block_tables, kv_heads, heads // kv_heads, size, width=width)
+        group = self._num_heads // kv_heads
+        return DecodeAttention.of(slots, self._state.block_tables, kv_heads, group, size, width=width)
 
     def _graph(self, run: Callable[[], object]) -> Graph:
         stream = self._stream

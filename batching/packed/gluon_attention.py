@@ -1,4 +1,4 @@
-"""Prefill attention for Hopper GPUs: what `triton_attention._prefill_kernel` computes, by warps that each do a part.
+"""Prefill attention for Hopper GPUs: what `triton_attention.PrefillAttention` computes, by warps that each do a part.
 
 Worker thread only, CUDA only. A program fills a multiprocessor and computes one tile after the other, whichever is next
 of all: a block's queries of two heads that share a KV head. One warp loads, and four attend for each head, so that keys
@@ -6,6 +6,8 @@ and values are read once for both, and the softmax of one runs beside the produc
 FlashAttention-3). What is loaded goes round rings of buffers in shared memory. Each buffer has two barriers: `full` is
 completed by the copy into it, `empty` by both heads once they have read it.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,6 +25,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from batching.packed.kv_cache import BLOCK_SIZE
+from batching.packed.triton_attention import (
+    BLOCK_COLUMNS,
+    COUNT,
+    FIRST,
+    LOG2_E,
+    SEQ_LEN,
+    SLOT,
+    PrefillAttention,
+)
 
 VERSIONS = (3, 6), (3, 9)
 """Versions of Triton that this compiles with, the first and the last: Gluon is experimental and changes with them."""
@@ -40,9 +51,6 @@ REGISTERS = 168
 """Of a thread when a program starts: a multiprocessor's, shared by three groups of 128. The two that attend then take
 some of those of the one that loads."""
 
-SEQ_LEN, FIRST, COUNT, SLOT, BLOCK_COLUMNS = (gl.constexpr(column) for column in range(5))
-"""As in `triton_attention`."""
-
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16]))
 """How the scores of a block of keys lie in the registers of four warps."""
 
@@ -51,37 +59,41 @@ QUERY_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
 
 copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its former name
 
-LOG2_E = gl.constexpr(1.4426950408889634)
 
-
-def suits(q: Tensor, k_cache: Tensor) -> bool:
-    """Whether `prefill` can be called with these, which are on a Hopper GPU."""
-    _, heads, size = q.shape
+def suits(kv_cache: Tensor, heads: int) -> bool:
+    """Whether `HopperPrefillAttention` can be called on a Hopper GPU, with a layer of this KV cache [layers, 2,
+    KV heads, KV slots, head size] and queries like it of `heads` heads."""
+    _, _, kv_heads, _, size = kv_cache.shape
     first, last = VERSIONS
     return (
-        q.dtype in (torch.bfloat16, torch.float16)
+        kv_cache.dtype in (torch.bfloat16, torch.float16)
         and size in (64, 128)
-        and heads // k_cache.shape[0] % 2 == 0
+        and heads // kv_heads % 2 == 0
         and first <= Version(triton.__version__).release[:2] <= last
     )
 
 
-def prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor, num_blocks: Tensor, blocks: Tensor,
-    block_tables: Tensor, next_tile: Tensor,
-) -> None:  # fmt: skip
-    """`PrefillAttention`, whose attributes the last four are; `q` is contiguous."""
-    tokens, heads, size = q.shape
-    layout = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, size], getattr(gl, str(q.dtype).removeprefix("torch.")))
-    # Queries of one head, or a block of the KV cache: each as many rows as the other.
-    flat = q.view(tokens, heads * size), k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    rows = [TensorDescriptor.from_tensor(each, [BLOCK_SIZE, size], layout) for each in flat]
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _hopper_prefill_kernel[(programs,)](
-        *rows, out, num_blocks, blocks, block_tables, next_tile, block_tables.shape[1], k_cache.shape[1] // BLOCK_SIZE,
-        scale,
-        PAIRS=heads // 2, GROUP=heads // k_cache.shape[0], SIZE=size, num_warps=4, maxnreg=REGISTERS,
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class HopperPrefillAttention(PrefillAttention):
+    """The same where `suits` says so, of contiguous queries. `next_tile` [1, int32] is zero, and left as found."""
+
+    next_tile: Tensor
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        tokens, heads, size = q.shape
+        out = torch.empty_like(q) if out is None else out
+        dtype = getattr(gl, str(q.dtype).removeprefix("torch."))
+        layout = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, size], dtype)
+        # Queries of one head, or a block of the KV cache: each as many rows as the other.
+        flat = q.view(tokens, heads * size), k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+        rows = [TensorDescriptor.from_tensor(each, [BLOCK_SIZE, size], layout) for each in flat]
+        programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+        _hopper_prefill_kernel[(programs,)](
+            *rows, out, self.num_blocks, self.blocks, self.block_tables, self.next_tile, self.block_tables.shape[1],
+            k_cache.shape[1] // BLOCK_SIZE, scale,
+            PAIRS=heads // 2, GROUP=heads // k_cache.shape[0], SIZE=size, num_warps=4, maxnreg=REGISTERS,
+        )  # fmt: skip
+        return out
 
 
 @gluon.jit

@@ -33,9 +33,6 @@ DECODE_KEY_BLOCK = 32
 PAGE = tl.constexpr(BLOCK_SIZE)
 """KV slots in a block of the KV cache."""
 
-HOPPER = 9
-"""The compute capability of GPUs that have a prefill kernel of their own."""
-
 SEQ_LEN, FIRST, COUNT, SLOT, BLOCK_COLUMNS = (tl.constexpr(column) for column in range(5))
 """Columns of a block of queries: how many keys its last query sees, where in the pass its queries begin, how many there
 are, and the row of the block tables that their sequence has."""
@@ -121,25 +118,16 @@ class PrefillAttention:
     `num_blocks` [1] and `blocks` [most, BLOCK_COLUMNS], int32 on the device, are read at each call: how many blocks
     there are, and each one's columns. They are computed in this order, so those with the most keys should come first:
     a long one that begins last keeps the device waiting. `block_tables` is [slots, blocks of the KV cache, int64].
-    `next_tile` [1, int32] is scratch memory: zero, and left as it was found.
     """
 
     num_blocks: Tensor
     blocks: Tensor
     block_tables: Tensor
-    next_tile: Tensor
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Written to `out` if that is given."""
         _, heads, size = q.shape
         out = torch.empty_like(q) if out is None else out
-        if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == HOPPER:
-            from batching.packed import gluon_attention  # takes a while, and other GPUs do without
-
-            if gluon_attention.suits(q, k_cache):
-                what = self.num_blocks, self.blocks, self.block_tables, self.next_tile
-                gluon_attention.prefill(q, k_cache, v_cache, scale, out, *what)
-                return out
         block = max(16, triton.next_power_of_2(size))
         # On Hopper these are copied by the tensor memory accelerator, elsewhere by ordinary loads.
         k_blocks, v_blocks = (

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batching.packed import gluon_attention, layer, triton_attention
+from batching.packed import cuda_graphs, gluon_attention, layer, triton_attention
 from batching.packed.attention import Chunk, TorchAttention
 from batching.packed.engine import PackedEngine, unsupported
 from batching.packed.kv_cache import BLOCK_SIZE
@@ -119,7 +119,7 @@ def test_every_row_is_as_it_is_alone(kind: str, dtype: torch.dtype, invariant: b
 @pytest.mark.parametrize(("kv_heads", "group", "size"), [(8, 4, 128), (2, 2, 128), (1, 6, 64)])
 def test_hoppers_own_prefill_attention_is_attention(kv_heads: int, group: int, size: int, dtype: torch.dtype) -> None:
     """Of chunks of any number of rows, of any length, anywhere in a KV cache whose unused part is not a number."""
-    if torch.cuda.get_device_capability()[0] != triton_attention.HOPPER:
+    if torch.cuda.get_device_capability()[0] != cuda_graphs.HOPPER:
         pytest.skip("needs a Hopper GPU")
     dice = random.Random(size)
     for _ in range(20):
@@ -134,8 +134,8 @@ def test_hoppers_own_prefill_attention_is_attention(kv_heads: int, group: int, s
             known = torch.randn(2, kv_heads, chunk.seq_len, size, device="cuda")
             caches[:, :, chunk.kv_slots().cuda()] = known.to(dtype)
         q = torch.randn(sum(new for _, new in lengths) + 3, kv_heads * group, size, device="cuda").to(dtype)
-        attend = prefill_attention(chunks)
-        assert gluon_attention.suits(q, caches[0])
+        assert gluon_attention.suits(caches[None], kv_heads * group)
+        attend = hopper_attention(chunks)
         out = torch.ones_like(q)
         attend(q, caches[0], caches[1], size**-0.5, out)
         wanted = TorchAttention(chunks)(q[3:].float(), caches[0].float(), caches[1].float(), size**-0.5)
@@ -143,7 +143,7 @@ def test_hoppers_own_prefill_attention_is_attention(kv_heads: int, group: int, s
         assert (out[:3] == 1).all(), "what decodes beside them is not theirs"
 
 
-def prefill_attention(chunks: list[Chunk]) -> triton_attention.PrefillAttention:
+def hopper_attention(chunks: list[Chunk]) -> gluon_attention.HopperPrefillAttention:
     """Of these one after the other, behind three tokens of others."""
     tables = torch.zeros(len(chunks), 100, dtype=torch.int64)
     columns, first = [], 3
@@ -155,4 +155,4 @@ def prefill_attention(chunks: list[Chunk]) -> triton_attention.PrefillAttention:
     num_blocks = torch.tensor([len(columns)], dtype=torch.int32)
     blocks = torch.tensor(sorted(columns, reverse=True), dtype=torch.int32)
     next_tile = torch.zeros(1, dtype=torch.int32, device="cuda")
-    return triton_attention.PrefillAttention(num_blocks.cuda(), blocks.cuda(), tables.cuda(), next_tile)
+    return gluon_attention.HopperPrefillAttention(num_blocks.cuda(), blocks.cuda(), tables.cuda(), next_tile)
