@@ -40,7 +40,8 @@ SERVING := .venv/serving
 INSTALLED := .venv/installed
 # uv is quicker and shows how far it is; pip's own output is shown where something large is fetched.
 UV := $(shell command -v uv 2>/dev/null)
-INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install) --constraint .venv/constraints.txt
+PIP = $(BIN)/python -m pip install $(PIPFLAGS)
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(PIP)) --constraint .venv/constraints.txt
 SHOWN = $(if $(UV),,| { sed -nu 's/^ *Downloading \([^ ]*\/\)*\([^ ]*\) (\(.* MB\))$$/  downloading \2, \3/p'; })
 CLIENTS := .clients
 VENDOR := server/web/page/vendor

@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 from triton import compile as compiled
@@ -69,9 +68,8 @@ def attention(stages: int, sizes: Sequence[int] = (128,)) -> Iterator[Case]:
         heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "BLOCK": block}
         splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "SPLITS": 16, "MERGE_BLOCK": 16}
         options = {"num_warps": 2, "num_stages": stages}
-        for ahead, width, counted in ((False, 1, True), *product((True, False), (1, 4), (False,))):
-            if size != block and (counted or ahead or width == 1):  # what is padded is the same in all of them
-                continue
+        variants = ((False, 4, False), (True, 1, False), (False, 1, True))  # each branch once
+        for ahead, width, counted in variants if size == block else variants[:1]:  # padding is the same in all
             step = triton_attention.DECODE_KEY_BLOCK if ahead else triton_attention.KEY_BLOCK
             shape = heads | splits | {"AHEAD": ahead, "STEP": step, "WIDTH": width, "ROW_BLOCK": 4 * width}
             number = {"num_sequences": LONG} if counted else {}
@@ -124,7 +122,8 @@ def products_in_fp8() -> Iterator[Case]:
         yield Case(triton_fp8._sum_kernel, summing, flags | {"BLOCK": 1024}, ("outputs",), {"num_warps": 4})
 
 
-def sampling() -> Iterator[Case]:
+def sampling(widths: Sequence[int] = (1, 4)) -> Iterator[Case]:
+    """Of so many tokens of a sequence: one, or also its draft."""
     state = {
         "slots": WHOLE,
         "int_params": LONG,
@@ -142,7 +141,7 @@ def sampling() -> Iterator[Case]:
     advance = dict.fromkeys(("slots", "drafts", "history"), WHOLE) | {"counts": "*i16", "float_params": SINGLE}
     advance |= dict.fromkeys(("sampled", "int_params", "out"), LONG)
     advance |= dict.fromkeys(("size", "max_drafts", "max_history", "spare_slot"), "i32")
-    for width in (1, 4):
+    for width in widths:
         shape = {"BLOCK": 8192, "WIDTH": width}
         yield Case(triton_sampling._scan_kernel, scan, shape, ("size",), {"num_warps": 8})
         yield Case(
@@ -162,7 +161,7 @@ def main() -> None:
         case 89:  # with the least shared memory: what takes much of it
             cases = [*(case for case in attention(2) if case.constants.get("WIDTH") != 1), *products_in_fp8()]
         case _:
-            cases = [*attention(3), *attention_on_hopper(), *layer(), *sampling(), *products_in_fp8()]
+            cases = [*attention(3), *attention_on_hopper(), *layer(), *sampling((4,)), *products_in_fp8()]
     print(json.dumps([[case.kernel.fn.__name__, case.shared(capability)] for case in cases]))
 
 
