@@ -27,11 +27,9 @@ from batching.packed.triton_attention import (
     MixedAttention,
     PrefillAttention,
 )
+from batching.packed.triton_layer import HOPPER
 
 Graph = torch.cuda.CUDAGraph
-
-HOPPER = 9
-"""The compute capability of GPUs that have a prefill attention of their own."""
 
 MAX_WIDE_TOKENS = 256
 """Tokens of a decode step with drafts. With more of them an H100 multiplies for longer than it reads the weights."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from batching.packed.kv_cache import BLOCK_SIZE
+from batching.packed.triton_layer import await_inputs, overlap
 
 QUERY_BLOCK = 64
 """Queries that one program of a prefill has at most."""
@@ -190,10 +191,12 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DOT_ROWS: tl.constexpr,
     ROW_BLOCK: tl.constexpr, BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     MERGE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, STEP: tl.constexpr, COUNTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # One program: one sequence, the query heads of one KV head, one split of the keys. COUNTED: `num_sequences` says
     # how many sequences there are, and programs may have to take more than one. Not else: a loop, even of one turn,
     # costs a step of a single sequence a tenth of its attention.
+    await_inputs(OVERLAP)
     if COUNTED:
         for sequence in range(tl.program_id(0), tl.load(num_sequences).to(tl.int32), tl.num_programs(0)):
             _attend_split(
@@ -385,6 +388,7 @@ class DecodeAttention:
             DOT_ROWS=max(16, row_block), ROW_BLOCK=row_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK,
             SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=few,
             STEP=DECODE_KEY_BLOCK if few else BLOCK_SIZE, COUNTED=counted, num_warps=2, num_stages=_stages(q),
+            **({"OVERLAP": False} if counted else overlap(q.device)),  # counted, it is the first on its stream
         )  # fmt: skip
         return out
 

@@ -9,10 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+HOPPER = 9
+"""The compute capability of Hopper GPUs. From it on, a kernel can be launched before the one before it has ended."""
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """How to launch a kernel that calls `await_inputs`, whose stream's last work is a kernel: where the GPU can do it,
+    while that still runs (NVIDIA's programmatic dependent launch)."""
+    can = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
+    return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}
 
 
 @triton.jit
-def _norm_kernel(x, weight, out, size, eps, BLOCK: tl.constexpr):
+def await_inputs(OVERLAP: tl.constexpr):
+    # Before a kernel reads or writes anything: wait for what the one before has written, let the next one be launched.
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _norm_kernel(x, weight, out, size, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     inside = at < size
@@ -25,7 +45,10 @@ def _norm_kernel(x, weight, out, size, eps, BLOCK: tl.constexpr):
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm (Zhang and Sennrich 2019) of each row of x [tokens, size]."""
     out = torch.empty_like(x)
-    _norm_kernel[(x.shape[0],)](x, weight, out, x.shape[1], eps, BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=4)
+    tokens, size = x.shape
+    _norm_kernel[(tokens,)](
+        x, weight, out, size, eps, BLOCK=triton.next_power_of_2(size), num_warps=4, **overlap(x.device)
+    )
     return out
 
 
@@ -33,9 +56,10 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rotate_kernel(
     qkv, cos, sin, q_weight, k_weight, kv_slots, q, k_cache, v_cache, head_stride, eps,
     KV_HEADS: tl.constexpr, Q_GROUPS: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # One program: one token and as many heads as there are KV heads, of the queries, the keys or the values.
+    await_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     head = tl.arange(0, HEADS)[:, None]
@@ -91,12 +115,14 @@ def rotate_and_store(
         qkv, cos, sin, q_weight, k_weight, kv_slots, q, k_cache, v_cache, k_cache.stride(0), eps,
         KV_HEADS=kv_heads, Q_GROUPS=groups, SIZE=size, HEADS=triton.next_power_of_2(kv_heads),
         BLOCK=triton.next_power_of_2(size), NORM=norms is not None, num_warps=4 if kv_heads > 4 else 1,
+        **overlap(qkv.device),
     )  # fmt: skip
     return q
 
 
 @triton.jit
-def _silu_kernel(pair, out, size, BLOCK: tl.constexpr):
+def _silu_kernel(pair, out, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -111,7 +137,7 @@ def silu_product(pair: Tensor) -> Tensor:
     tokens, size = pair.shape[0], pair.shape[1] // 2
     out = pair.new_empty(tokens, size)
     block = 1024
-    _silu_kernel[(tokens, triton.cdiv(size, block))](pair, out, size, BLOCK=block, num_warps=4)
+    _silu_kernel[(tokens, triton.cdiv(size, block))](pair, out, size, BLOCK=block, num_warps=4, **overlap(pair.device))
     return out
 
 
@@ -128,9 +154,10 @@ def _load(at, mask, ALL: tl.constexpr):
 def _row_kernel(
     x, weight, bias, out, size, width,
     GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # One program: some of the outputs, each the product of a row of the weight with x.
+    await_inputs(OVERLAP)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     at = tl.arange(0, BLOCK)
     there = output < size
@@ -172,7 +199,7 @@ def _row(
     _row_kernel[(triton.cdiv(size, OUTPUTS),)](
         x, weight, weight if bias is None else bias, out, size, width,
         GATED=gated, ADD=add, BIAS=bias is not None, EVEN=size % OUTPUTS == 0 and width % WIDTH == 0, OUTPUTS=OUTPUTS,
-        BLOCK=WIDTH, num_warps=2,
+        BLOCK=WIDTH, num_warps=2, **overlap(x.device),
     )  # fmt: skip
     return out
 

@@ -36,11 +36,12 @@ class Case:
     def shared(self, capability: int) -> int:
         """Compile it: bytes of shared memory that a program takes."""
         names = self.kernel.arg_names
+        constants = self.constants | ({"OVERLAP": capability >= triton_layer.HOPPER * 10} if "OVERLAP" in names else {})
         signature = {name: self.types.get(name, "constexpr") for name in names}
         aligned = {name for name, kind in self.types.items() if kind.startswith("*")} | set(self.even)
         attributes = {(names.index(name),): EVEN for name in aligned}
         written_in = GluonASTSource if self.kernel.is_gluon() else ASTSource
-        source = written_in(self.kernel, signature, self.constants, attributes)
+        source = written_in(self.kernel, signature, constants, attributes)
         done = compiled(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         return int(done.metadata.shared)
 

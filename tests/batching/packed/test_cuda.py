@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batching.packed import cuda_graphs, gluon_attention, layer, triton_attention
+from batching.packed import gluon_attention, layer, triton_attention, triton_layer
 from batching.packed.attention import Chunk, TorchAttention
 from batching.packed.engine import PackedEngine, unsupported
 from batching.packed.kv_cache import BLOCK_SIZE
@@ -119,7 +119,7 @@ def test_every_row_is_as_it_is_alone(kind: str, dtype: torch.dtype, invariant: b
 @pytest.mark.parametrize(("kv_heads", "group", "size"), [(8, 4, 128), (2, 2, 128), (1, 6, 64)])
 def test_hoppers_own_prefill_attention_is_attention(kv_heads: int, group: int, size: int, dtype: torch.dtype) -> None:
     """Of chunks of any number of rows, of any length, anywhere in a KV cache whose unused part is not a number."""
-    if torch.cuda.get_device_capability()[0] != cuda_graphs.HOPPER:
+    if torch.cuda.get_device_capability()[0] != triton_layer.HOPPER:
         pytest.skip("needs a Hopper GPU")
     dice = random.Random(size)
     for _ in range(20):
