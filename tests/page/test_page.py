@@ -326,6 +326,16 @@ def test_all_of_it_is_reached_by_keyboard(page: Browser) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
+def test_the_link_to_the_content_stays_in_the_part(page: Browser, part: str) -> None:
+    with live() as service:
+        page.open(service.url, part)
+        page.js("document.querySelector('.skip').focus()")
+        ActionChains(page.driver).send_keys(Keys.ENTER).perform()
+        page.wait(lambda: page.js("return document.activeElement.id") == "main", "the content has the focus")
+        assert page.id(f"part-{part}").is_displayed()
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_a_part_opens_at_its_top(page: Browser, part: str) -> None:
     with live() as service:
         page.look((1280, 400), "light")

@@ -32,5 +32,6 @@ onStatus(({ state: word, info }) => {
 for (const part of [chat, many, live, state]) part.start();
 addEventListener("hashchange", () => (turn(), shown() === "chat" ? scroll.toEnd() : scrollTo(0, 0)));
 document.addEventListener("visibilitychange", watch);
+document.querySelector(".skip").addEventListener("click", (event) => (event.preventDefault(), byId("main").focus())); // the hash names the part
 turn();
 refresh();
