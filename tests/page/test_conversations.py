@@ -117,6 +117,17 @@ def test_conversations_are_listed_opened_renamed_and_deleted(page: Browser, serv
     assert page.texts("#conversations .name") == ["Second"]
 
 
+def test_what_was_written_before_another_conversation_was_opened_is_kept(page: Browser) -> None:
+    with half_said(page) as service:
+        page.id("new-chat").click()
+        page.press("Hi", "#conversations")
+        assert page.texts(".mine, .said") == ["Hi", "xxx"]
+        page.say("More")
+        service.engine.release(2)
+        reload(page)
+        assert page.texts(".mine, .said")[:2] == ["Hi", "xxx"]
+
+
 def test_a_deleted_conversation_stays_deleted_though_its_answer_was_on_its_way(page: Browser) -> None:
     with half_said(page) as service:
         page.press("Delete", "#kept")

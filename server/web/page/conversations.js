@@ -19,7 +19,7 @@ export class ConversationList {
 	}
 
 	item(conversation, current) {
-		const name = button(conversation.title || "Untitled", () => this.open(conversation));
+		const name = button(conversation.title || "Untitled", () => this.open(store.load(conversation.id) ?? conversation));
 		name.classList.add("name");
 		if (!current) return element("li", {}, name);
 		name.setAttribute("aria-current", "true");
