@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 import pytest
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 
 from batching.types import Request
 from tests.live import BYTES, END, Live, live, scripted, tokens_of
@@ -96,9 +97,7 @@ def test_conversations_are_listed_opened_renamed_and_deleted(page: Browser, serv
     assert page.texts("#conversations .name") == ["Second", "First question and more of it"]
     page.press("First question and more of it")
     assert page.texts(".said") == ["answer 1"]
-    page.press("Rename")
-    field = page.all("#conversations input")[0]
-    page.wait(lambda: page.js("return document.activeElement === arguments[0]", field), "the name can be written")
+    field = rename(page)
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys("Lighthouses", Keys.ENTER)
     page.wait(lambda: "Lighthouses" in page.texts("#conversations .name"), "it has its new name")
@@ -126,6 +125,31 @@ def test_what_was_written_before_another_conversation_was_opened_is_kept(page: B
         service.engine.release(2)
         reload(page)
         assert page.texts(".mine, .said")[:2] == ["Hi", "xxx"]
+
+
+def rename(page: Browser) -> WebElement:
+    """The field for the conversation's new name."""
+    page.press("Rename")
+    field = page.all("#conversations input")[0]
+    page.wait(lambda: page.js("return document.activeElement === arguments[0]", field), "the name can be written")
+    return field
+
+
+def test_a_name_is_written_while_an_answer_ends(page: Browser) -> None:
+    with live(scripted("Hello!", stepped=True)) as service:
+        page.open(service.url)
+        page.say("Hi")
+        service.wait_running()
+        field = rename(page)
+        field.send_keys("Light")
+        service.engine.release(100)
+        page.answered()
+        field.send_keys("houses", Keys.ENTER)
+        assert page.texts("#conversations .name") == ["Lighthouses"]
+        assert page.id("question").get_attribute("value") == ""
+        reload(page)
+        assert page.texts("#conversations .name") == ["Lighthouses"]
+        assert page.texts(".mine, .said") == ["Hi", "Hello!"]
 
 
 def test_a_deleted_conversation_stays_deleted_though_its_answer_was_on_its_way(page: Browser) -> None:

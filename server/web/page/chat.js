@@ -208,7 +208,7 @@ function end(made, wrong) {
 	if (place < 0) open.show(question); // an earlier answer, if there is one
 	if (!wrong) toast(made.message.tokens ? `Answered, ${plural(made.message.tokens, "token")}` : "Stopped");
 	list.draw(open);
-	focus();
+	if (!document.activeElement.matches("input, textarea, select")) focus(); // else somebody writes elsewhere
 }
 
 // Keeping it

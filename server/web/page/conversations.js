@@ -13,6 +13,7 @@ export class ConversationList {
 	}
 
 	draw(current) {
+		if (byId("conversations").querySelector("input")) return; // a name is being written
 		const kept = store.all();
 		byId("conversations").replaceChildren(...kept.map((each) => this.item(each, each.id === current.id)));
 		byId("export-all").disabled = !kept.length;
@@ -38,8 +39,10 @@ export class ConversationList {
 		const field = element("input", { "aria-label": "Name", value: conversation.title });
 		const end = (kept) => {
 			field.onblur = null;
-			if (kept && field.value.trim()) store.save(Object.assign(conversation, { title: field.value.trim() }));
-			this.open(conversation);
+			field.remove();
+			const latest = store.load(conversation.id) ?? conversation; // with what was answered meanwhile
+			if (kept && field.value.trim()) store.save(Object.assign(latest, { title: field.value.trim() }));
+			this.open(latest);
 		};
 		field.onkeydown = ({ key }) => {
 			if (["Enter", "Escape"].includes(key)) end(key === "Enter");
