@@ -152,6 +152,36 @@ def test_a_name_is_written_while_an_answer_ends(page: Browser) -> None:
         assert page.texts(".mine, .said") == ["Hi", "Hello!"]
 
 
+def test_escape_leaves_the_name_and_not_the_answer(page: Browser) -> None:
+    with half_said(page):
+        rename(page).send_keys("Never", Keys.ESCAPE)
+        assert page.texts("#conversations .name") == ["Hi"]
+        assert page.all(".answer[aria-busy]")
+
+
+COMPOSING = """
+const [field, key] = arguments;
+field.dispatchEvent(new KeyboardEvent("keydown", { key, isComposing: true, bubbles: true }));
+"""
+
+
+def test_keys_of_an_input_method_end_nothing(page: Browser) -> None:
+    """As those who write Chinese, Japanese or Korean press them to choose or leave a word."""
+    with half_said(page) as service:
+        page.js(COMPOSING, page.id("question"), "Escape")
+        assert page.all(".answer[aria-busy]")
+        for key in ("Enter", "Escape"):
+            field = rename(page)
+            page.js(COMPOSING, field, key)
+            field.send_keys(Keys.ESCAPE)
+        page.id("stop").click()
+        service.wait_ended()
+        page.answered()
+        page.press("Edit")
+        page.js(COMPOSING, page.all(".editor textarea")[0], "Escape")
+        assert page.all(".editor textarea")
+
+
 def test_a_deleted_conversation_stays_deleted_though_its_answer_was_on_its_way(page: Browser) -> None:
     with half_said(page) as service:
         page.press("Delete", "#kept")

@@ -25,7 +25,7 @@ export function start() {
 	byId("composer").addEventListener("submit", (event) => (event.preventDefault(), say(byId("question").value)));
 	byId("question").addEventListener("keydown", onKey);
 	byId("question").addEventListener("input", grow);
-	byId("part-chat").addEventListener("keydown", (event) => event.key === "Escape" && stop());
+	byId("part-chat").addEventListener("keydown", (event) => event.key === "Escape" && !event.isComposing && stop());
 	byId("stop").addEventListener("click", stop);
 	byId("new-chat").addEventListener("click", () => ((location.hash = "chat"), show(blank())));
 	for (const id of ["options", "kept"]) byId(id).open = matchMedia("(min-width: 75rem)").matches;

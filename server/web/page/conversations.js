@@ -44,8 +44,10 @@ export class ConversationList {
 			if (kept && field.value.trim()) store.save(Object.assign(latest, { title: field.value.trim() }));
 			this.open(latest);
 		};
-		field.onkeydown = ({ key }) => {
-			if (["Enter", "Escape"].includes(key)) end(key === "Enter");
+		field.onkeydown = (event) => {
+			if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+			event.stopPropagation(); // Escape stops an answer elsewhere
+			end(event.key === "Enter");
 		};
 		field.onblur = () => end(true);
 		setTimeout(() => field.select());

@@ -19,8 +19,9 @@ function editor(text, edit, cancel) {
 	const area = element("textarea", { "aria-label": "Your message, edited", rows: Math.min(12, text.split("\n").length + 1) });
 	area.value = text;
 	area.onkeydown = (event) => {
+		if (event.isComposing) return; // the key is the input method's
 		if (event.key === "Escape") cancel();
-		if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+		if (event.key !== "Enter" || event.shiftKey) return;
 		event.preventDefault();
 		edit(area.value);
 	};
