@@ -163,8 +163,14 @@ def test_no_questions_or_too_many_are_told_before_they_are_sent(page: Browser) -
         assert service.events[1:] == []
 
 
-def test_a_refusal_is_told(page: Browser) -> None:
+REFRESH = "import('/page/status.js').then(({ refresh }) => refresh()).then(arguments[0])"
+
+
+def test_a_refusal_is_told_and_stays(page: Browser) -> None:
     with live(queue_size=11) as service:
         ask(page, service)
         page.wait(lambda: "exceeds the queue limits" in page.text("#many-note"), "the refusal is shown")
+        page.driver.execute_async_script(REFRESH)
+        assert "exceeds the queue limits" in page.text("#many-note")
+        assert page.id("many-note").aria_role == "alert"
         assert any("400" in complaint for complaint in page.complaints())

@@ -24,8 +24,14 @@ export function onStatus(listener) {
 	listener(status);
 }
 
-// Says in the note `id` why questions are not taken, and leaves it empty while they are.
-export const explainIn = (id) => onStatus(({ state }) => note(id, ["ready", "connecting"].includes(state) ? "" : WORDS[state]));
+// Says in the note `id` why questions are not taken. What it says otherwise stays until that changes.
+export function explainIn(id) {
+	let told;
+	onStatus(({ state }) => {
+		if (state !== told) note(id, ["ready", "connecting"].includes(state) ? "" : WORDS[state]);
+		told = state;
+	});
+}
 
 export const takes = () => ["ready", "locked"].includes(status.state);
 
