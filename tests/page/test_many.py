@@ -151,6 +151,9 @@ def test_stop_cancels_all_of_them(page: Browser) -> None:
         page.id("ask-stop").click()
         assert {row.outcome for row in service.wait_ended(12)} == {Outcome.CANCELLED}
         page.wait(lambda: page.id("ask").is_enabled(), "one may ask again")
+        cards = ".card .foot"
+        page.wait(lambda: all(foot.endswith("cancelled") for foot in page.texts(cards)), "each card says that it ended")
+        page.wait(lambda: page.text("#summary").startswith("0 of 12 answered, one batch"), "none was answered")
 
 
 def test_no_questions_or_too_many_are_told_before_they_are_sent(page: Browser) -> None:

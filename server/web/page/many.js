@@ -129,7 +129,7 @@ class Round {
 		if (!row) return;
 		if (started) row.start(started, batch);
 		else row.end(ended, at);
-		if (this.rows.every((each) => each.told)) this.resolve();
+		if (this.rows.every((each) => each.outcome)) this.resolve();
 		this.draw();
 	}
 
@@ -159,8 +159,8 @@ class Round {
 
 	summary(end) {
 		const batches = new Set(this.rows.map((row) => row.batch).filter(Boolean));
-		const done = this.rows.filter((row) => row.told);
-		const tokens = done.reduce((sum, row) => sum + row.tokens, 0);
+		const done = this.rows.filter((row) => row.outcome === "answered");
+		const tokens = this.rows.reduce((sum, row) => sum + row.tokens, 0);
 		const shared = batches.size ? `, ${batches.size === 1 ? "one batch" : `${batches.size} batches`}` : "";
 		const speed = tokens && this.over ? `, ${count(tokens / (end - this.begun))} tokens/s in all` : "";
 		return `${done.length} of ${this.rows.length} answered${shared}, ${seconds(end - this.begun)}${speed}.`;
@@ -170,7 +170,7 @@ class Round {
 class Row {
 	text = "";
 	tokens = 0;
-	told = false; // whether the server said how it ended
+	outcome = null; // how it ended, once the server has said so
 	queued = this.at = this.started = this.first = this.ended = this.batch = this.size = null;
 
 	constructor(question, place) {
@@ -204,7 +204,7 @@ class Row {
 	}
 
 	end(event, at) {
-		this.told = true;
+		this.outcome = event.outcome;
 		this.tokens = event.output_tokens;
 		this.ended = toHere(at);
 		this.queued = this.ended - event.duration;
@@ -224,6 +224,7 @@ class Row {
 		else words.push(this.ended ? "No answer" : this.started ? "Prefill" : "Queued");
 		if (this.tokens) words.push(plural(this.tokens, "token"));
 		if (this.batch) words.push(`batch of ${this.size}`);
+		if (this.outcome && this.outcome !== "answered") words.push(this.outcome);
 		this.foot.textContent = words.join(" · ");
 	}
 
