@@ -40,7 +40,8 @@ async def find(run: Run, first: float, share: float, precision: float) -> None:
     targets."""
 
     async def holds(rate: float) -> bool:
-        level = await run.measure(OpenLoop(round(rate, 4), run.settings.burstiness))
+        loop = OpenLoop(round(rate, 4), run.settings.burstiness)
+        level = await run.measure(loop, run.settings.requests(loop))
         return goodput(level.records, run.settings.targets) >= share
 
     run.capacity = await search(holds, first, precision)

@@ -74,8 +74,8 @@ class Plan:
 
     def total(self, contender: Contender) -> int:
         """Requests of all the contender's levels, warm-up too."""
-        asked = [loop for loop in self.settings.loops() if self.asks(contender, loop)]
-        return sum(self.settings.warm_up + self.settings.requests(loop) for loop in asked)
+        asked = [requests for loop, requests in self.settings.levels() if self.asks(contender, loop)]
+        return sum(self.settings.warm_up + requests for requests in asked)
 
 
 def check_same(runs: dict[str, Run]) -> None:
@@ -141,11 +141,11 @@ async def run_one(plan: Plan, contender: Contender, bar: Progress, runs: dict[st
     async with serving(contender, plan.out / f"{contender.name}.log") as url:
         settings = replace(plan.settings, url=url, model=contender.model, label=contender.name, body=body)
         run = Run(settings, lambda: bar.advance(task))
-        for loop in settings.loops():
+        for loop, requests in settings.levels():
             if not plan.asks(contender, loop):
-                run.skip(loop)
+                run.skip(requests)
                 continue
-            await run.measure(loop)
+            await run.measure(loop, requests)
             runs[contender.name] = run
             (plan.out / f"{contender.name}.json").write_bytes(orjson.dumps(run.figures()))
 
@@ -221,7 +221,10 @@ def chosen(model: Model, named: Sequence[str], running: Sequence[str]) -> list[C
 
 
 def check_levels(plan: Plan) -> None:
-    """Raises ValueError unless `clients` names levels that there are, and contenders behind the first."""
+    """Raises ValueError unless each level is there once, and `clients` names some, and contenders behind the first."""
+    labels = [loop.label for loop in plan.settings.loops()]
+    if len(set(labels)) < len(labels):
+        raise ValueError("a comparison has each level once")
     known = {loop.concurrency for loop in plan.settings.loops() if isinstance(loop, ClosedLoop)}
     behind = {contender.name for contender in plan.contenders[1:]}
     for name, numbers in plan.clients.items():

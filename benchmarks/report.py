@@ -75,10 +75,10 @@ def targets(run: RunFigures) -> str:
 
 def warnings(runs: Sequence[RunFigures]) -> list[str]:
     """Differences between runs at the same level other than the server, and failures."""
-    asked = defaultdict[str, set[str]](set)
+    asked = defaultdict[str, set[tuple[str, ...]]](set)
     for run in runs:
-        for level in run.levels:
-            asked[level.label].add(level.jobs)
+        for label in dict.fromkeys(level.label for level in run.levels):
+            asked[label].add(tuple(level.jobs for level in run.levels if level.label == label))
     found = [f"The runs had different work at {label}." for label, jobs in asked.items() if len(jobs) > 1]
     if len({(run.machine["processor"], run.machine.get("gpu")) for run in runs}) > 1:
         found.append("The runs are of different machines.")

@@ -70,10 +70,15 @@ class Settings:
         concurrency = default if self.concurrency is None else self.concurrency
         return [*map(ClosedLoop, concurrency), *(OpenLoop(rate, self.burstiness) for rate in self.rate)]
 
+    def levels(self) -> list[tuple[Loop, int]]:
+        """The same, each with its number of requests."""
+        loops = self.loops()
+        several = len(self.requests_per_level) > 1
+        numbers = self.requests_per_level if several else [self.requests(loop) for loop in loops]
+        return list(zip(loops, numbers, strict=True))
+
     def requests(self, loop: Loop) -> int:
-        """Requests of a level: as set, or two per client, or as many as arrive in the duration; at least 8."""
-        if len(self.requests_per_level) > 1:
-            return self.requests_per_level[self.loops().index(loop)]
+        """Requests of any level: as set, or two per client, or as many as arrive in the duration; at least 8."""
         if self.requests_per_level:
             return self.requests_per_level[0]
         match loop:
@@ -84,7 +89,7 @@ class Settings:
 
     def total(self) -> int:
         """Requests of all levels, warm-up too."""
-        return sum(self.warm_up + self.requests(loop) for loop in self.loops())
+        return sum(self.warm_up + requests for _, requests in self.levels())
 
     def source(self) -> Source:
         """The prompt file or the named workload, with the ranges that were given in place of its own laws.
@@ -183,14 +188,14 @@ class Run:
 
     async def measure_all(self) -> None:
         """Measure the levels that the settings name, except those that would take longer than the limit."""
-        for loop in self.settings.loops():
-            if reason := self._too_much(loop):
+        for loop, requests in self.settings.levels():
+            if reason := self._too_much(requests):
                 self.left_out[loop.label] = reason
-                self.skip(loop)
+                self.skip(requests)
             else:
-                await self.measure(loop)
+                await self.measure(loop, requests)
 
-    def _too_much(self, loop: Loop) -> str:
+    def _too_much(self, requests: int) -> str:
         """Why a level is left out, judged by the one before: it was refused requests, or answered them too slowly."""
         limit = self.settings.level_limit
         if limit is None or not self.levels:
@@ -199,16 +204,16 @@ class Run:
         failed = sum(record.error is not None for record in last.records)
         if failed:
             return f"{failed} of {len(last.records)} requests failed at {last.loop.label}"
-        seconds = self.settings.requests(loop) * last.seconds / len(last.records)
+        seconds = requests * last.seconds / len(last.records)
         return f"it would take about {seconds:.0f} s at the pace of {last.loop.label}" if seconds > limit else ""
 
-    async def measure(self, loop: Loop) -> Level:
-        """Send the warm-up at once and wait for it, then the level's jobs.
+    async def measure(self, loop: Loop, requests: int) -> Level:
+        """A level of so many requests. Send the warm-up at once and wait for it, then the level's jobs.
 
         The clock stops at the last answer's end, so the tail, when the load is less than asked for, counts.
         """
         settings, watch = self.settings, Watch(server_url(self.settings.url))
-        warm_up, jobs = self._draw(settings.warm_up), self._draw(settings.requests(loop))
+        warm_up, jobs = self._draw(settings.warm_up), self._draw(requests)
         with closing(client(settings)) as chat:
             warmed = await ClosedLoop(len(warm_up)).send(chat, warm_up, settings.seed, self.progress)
             async with watch.watching():
@@ -220,9 +225,9 @@ class Run:
         self.levels.append(Level(loop, digest(jobs), seconds, cpu_share, records, warmed, watch.figures))
         return self.levels[-1]
 
-    def skip(self, loop: Loop) -> None:
-        """Skip a level. The levels after it get the same work as without skipping."""
-        self._serial += self.settings.warm_up + self.settings.requests(loop)
+    def skip(self, requests: int) -> None:
+        """Skip a level of so many. The levels after it get the same work as without skipping."""
+        self._serial += self.settings.warm_up + requests
 
     def _draw(self, count: int) -> list[Job]:
         jobs = self._source.draw(count, seed=self.settings.seed, first=self._serial)

@@ -47,15 +47,17 @@ def test_flags_that_make_no_sense_end_with_2(flags: list[str], capsys: pytest.Ca
 def test_a_level_has_two_requests_a_client_or_what_arrives_in_its_duration_and_at_least_eight() -> None:
     settings, _ = parse([*REQUIRED, "--concurrency", "1,4,32", "--rate", "0.1,3", "--duration", "20"])
     assert settings.loops() == [ClosedLoop(1), ClosedLoop(4), ClosedLoop(32), OpenLoop(0.1), OpenLoop(3)]
-    assert [settings.requests(loop) for loop in settings.loops()] == [8, 8, 64, 8, 60]
+    assert [requests for _, requests in settings.levels()] == [8, 8, 64, 8, 60]
 
 
 def test_each_level_may_have_requests_of_its_own() -> None:
     settings, _ = parse([*REQUIRED, "--concurrency", "1,4", "--rate", "3", "--requests-per-level", "2,9,5"])
-    assert [settings.requests(loop) for loop in settings.loops()] == [2, 9, 5]
+    assert [requests for _, requests in settings.levels()] == [2, 9, 5]
     assert settings.total() == 16 + 3 * settings.warm_up
+    settings, _ = parse([*REQUIRED, "--concurrency", "8,8", "--requests-per-level", "8,16"])
+    assert settings.levels() == [(ClosedLoop(8), 8), (ClosedLoop(8), 16)]
     settings, _ = parse([*REQUIRED, "--concurrency", "1,4", "--requests-per-level", "3"])
-    assert [settings.requests(loop) for loop in settings.loops()] == [3, 3]
+    assert [requests for _, requests in settings.levels()] == [3, 3]
 
 
 def test_requests_for_some_levels_only_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
