@@ -12,7 +12,7 @@ capacity was found where that was asked for.
 import argparse
 import asyncio
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Sett
     parser.add_argument("--json", type=Path, help="write settings, figures and time series here, for benchmarks.report")
     parser.add_argument("--records", type=Path, help="write every request here, one line of JSON each")
     told = vars(parser.parse_args(arguments))
+    for flag, need in without_effect({name for name in told if told[name] != parser.get_default(name)}):
+        parser.error(f"--{flag.replace('_', '-')} has no effect without {need}")
+    if told["find_capacity"] and len(told["requests_per_level"]) > 1:
+        parser.error("--find-capacity chooses its own levels: --requests-per-level is one number for all")
     command = Command(**{name: told.pop(name) for name in Command.__slots__})
     try:
         settings = settings_of(told)
@@ -71,6 +75,16 @@ def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Sett
     if command.find_capacity and (settings.rate or settings.concurrency or settings.level_limit):
         parser.error("--find-capacity chooses its own levels: leave --rate, --concurrency and --level-limit out")
     return settings, command
+
+
+def without_effect(given: set[str]) -> Iterator[tuple[str, str]]:
+    """Those of the given flags that would be ignored, and what each needs."""
+    if "find_capacity" not in given:
+        yield from ((flag, "--find-capacity") for flag in ("first_rate", "share", "precision") if flag in given)
+    if given.isdisjoint({"rate", "find_capacity"}):
+        yield from ((flag, "--rate") for flag in ("duration", "burstiness") if flag in given)
+    if "prompts" in given:
+        yield from ((flag, "a workload's own prompts") for flag in ("prompt_tokens", "language") if flag in given)
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:

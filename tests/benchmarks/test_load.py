@@ -35,6 +35,13 @@ REQUIRED = ["--url", "http://127.0.0.1:1", "--model", "m"]
         ["--requests-per-level", "0"],
         ["--level-limit", "0"],
         ["--find-capacity", "--ttft-target-ms", "9", "--level-limit", "9"],
+        ["--find-capacity", "--ttft-target-ms", "9", "--requests-per-level", "8,8,8"],
+        ["--first-rate", "2", "--ttft-target-ms", "9"],
+        ["--share", "0.9", "--rate", "1", "--ttft-target-ms", "9"],
+        ["--duration", "60"],
+        ["--burstiness", "0.5", "--concurrency", "8"],
+        ["--prompt-tokens", "9:9", "--prompts", "mine.jsonl"],
+        ["--language", "zh", "--prompts", "mine.jsonl"],
     ],
 )
 def test_flags_that_make_no_sense_end_with_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
