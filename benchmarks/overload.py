@@ -96,7 +96,8 @@ async def measure(child: Child, options: argparse.Namespace) -> Figures:
     await child.wait_ready()
     await closed(child, 2.0)
     steady = await closed(child, options.peak_seconds)
-    peak = rate_of(steady)
+    if not (peak := rate_of(steady)):
+        raise SystemExit(f"python -m benchmarks.overload: next to nothing was answered: {statuses(steady)}")
     batch = statistics.median([(await ask(child, 0.0)).took for _ in range(5)])
     answers = await flood(child, options.seconds, options.times * peak)
     after = (await ask(child, 0.0)).took
@@ -104,8 +105,10 @@ async def measure(child: Child, options: argparse.Namespace) -> Figures:
 
 
 def rate_of(answers: Sequence[Answer]) -> float:
-    """Answers a second between the first batch's end, whose answers do not count, and the last one's."""
+    """Answers a second between the first batch's end, whose answers do not count, and the last one's, or 0."""
     ends = sorted(one.sent + one.took for one in answers if one.status == 200)
+    if len(ends) < 2:
+        return 0.0
     return sum(end - ends[0] > 0.05 for end in ends) / (ends[-1] - ends[0])
 
 
@@ -118,22 +121,30 @@ def figures(
         peak=peak,
         offered=offered,
         goodput=rate_of(in_time),
-        refusal_p50=statistics.median(refused),
-        refusal_p99=refused[int(0.99 * (len(refused) - 1))],
-        accepted_longest=max(one.took for one in answers if one.status != 429),
+        refusal_p50=statistics.median(refused) if refused else 0.0,
+        refusal_p99=refused[int(0.99 * (len(refused) - 1))] if refused else 0.0,
+        accepted_longest=max((one.took for one in answers if one.status != 429), default=0.0),
         accepted_late=sum(one.status != 429 for one in answers) - len(in_time),
         batch=batch,
         after=after,
-        statuses=dict(Counter(one.status for one in answers)),
+        statuses=statuses(answers),
     )
 
 
+def statuses(answers: Sequence[Answer]) -> dict[int, int]:
+    """How many answers had each status."""
+    return dict(Counter(one.status for one in answers))
+
+
 def report(found: Figures, seconds: float, limit: float) -> str:
+    refused = 429 in found.statuses
     rows = {
         "most answers a second": f"{found.peak:.1f}",
         f"offered for {seconds:.0f} s, requests a second": f"{found.offered:.0f}",
         f"answered within {limit:g} s, a second": f"{found.goodput:.1f} ({found.goodput / found.peak:.0%} of the most)",
-        "refused, p50 / p99": f"{found.refusal_p50 * 1000:.1f} / {found.refusal_p99 * 1000:.1f} ms",
+        "refused, p50 / p99": f"{found.refusal_p50 * 1000:.1f} / {found.refusal_p99 * 1000:.1f} ms"
+        if refused
+        else "none",
         "accepted and not answered in time": f"{found.accepted_late}, the longest took {found.accepted_longest:.2f} s",
         "a request alone before / right after": f"{found.batch:.2f} / {found.after:.2f} s",
         "answers by status": ", ".join(f"{status}: {n}" for status, n in sorted(found.statuses.items())),
