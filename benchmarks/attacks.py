@@ -257,7 +257,7 @@ def run(options: argparse.Namespace) -> int:
     flags = [*FLAGS, *options.flags]
     found, held_by, ratios = list[Effect](), dict[str, float](), dict[str, float]()
     if options.part != "keys":
-        with serving("server", flags, out / "server.observe.log") as child:
+        with serving("server", flags, out / "server.log") as child:
             keep_to(child, options.cores)
             found = asyncio.run(effects(child, options))
     if options.part != "live":

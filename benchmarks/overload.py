@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     flags = ["--step-ms", str(options.step_ms), "--max-batch-size", str(ROWS), "--log-level", "error"]
     flags += ["--request-timeout-s", str(options.limit), *options.flags]
-    with serving("benchmarks.rigged_server", flags, out / "server.observe.log") as child:
+    with serving("benchmarks.rigged_server", flags, out / "server.log") as child:
         found = asyncio.run(measure(child, options))
     (out / "overload.json").write_text(json.dumps(asdict(found), indent=1))
     text = report(found, options.seconds, options.limit)

@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
         if not options.flags:
             tiny_model.make(Path(folder), parse([]).cache_dir)
         rigged = ["--fail-every", str(options.fail_every), *FLAGS, *flags]
-        with serving("benchmarks.rigged_server", rigged, out / "server.observe.log") as child:
+        with serving("benchmarks.rigged_server", rigged, out / "server.log") as child:
             samples, words = asyncio.run(soak(child, options))
     (out / "series.json").write_text(json.dumps([asdict(one) for one in samples], indent=1))
     text = report(samples, words)
