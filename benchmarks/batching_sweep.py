@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.contenders import ContenderError, microbatch, serving
-from benchmarks.load import add_load, add_work, run_loop, wide_console
+from benchmarks.load import add_load, add_work, check_effect, run_loop, wide_console
 from benchmarks.models import Model, ModelError, add_model, take_model
 from benchmarks.run import Run, RunFigures, Settings
 from benchmarks.table import SERVER_COLUMNS, server_cells, table
@@ -102,6 +102,7 @@ def parse(arguments: Sequence[str] | None) -> Sweep:
     add_load(parser)
     add_work(parser)
     told = vars(parser.parse_args(arguments))
+    check_effect(parser, told)
     setting, values, out = told.pop("setting"), told.pop("values"), told.pop("out")
     try:
         out.mkdir(parents=True, exist_ok=True)

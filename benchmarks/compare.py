@@ -36,7 +36,7 @@ from benchmarks.contenders import (
     known,
     serving,
 )
-from benchmarks.load import add_load, add_work, run_loop, wide_console
+from benchmarks.load import add_load, add_work, check_effect, run_loop, wide_console
 from benchmarks.loops import ClosedLoop, Loop
 from benchmarks.models import Model, ModelError, add_model, take_model
 from benchmarks.run import Run, Settings
@@ -191,6 +191,7 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     add_load(parser)
     add_work(parser)
     told = vars(parser.parse_args(arguments))
+    check_effect(parser, told)
     named = [name for name in told.pop("contenders").split(",") if name]
     running, levels, out = told.pop("external"), told.pop("levels"), told.pop("out")
     try:

@@ -61,8 +61,7 @@ def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Sett
     parser.add_argument("--json", type=Path, help="write settings, figures and time series here, for benchmarks.report")
     parser.add_argument("--records", type=Path, help="write every request here, one line of JSON each")
     told = vars(parser.parse_args(arguments))
-    for flag, need in without_effect({name for name in told if told[name] != parser.get_default(name)}):
-        parser.error(f"--{flag.replace('_', '-')} has no effect without {need}")
+    check_effect(parser, told)
     if told["find_capacity"] and len(told["requests_per_level"]) > 1:
         parser.error("--find-capacity chooses its own levels: --requests-per-level is one number for all")
     command = Command(**{name: told.pop(name) for name in Command.__slots__})
@@ -75,6 +74,12 @@ def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Sett
     if command.find_capacity and (settings.rate or settings.concurrency or settings.level_limit):
         parser.error("--find-capacity chooses its own levels: leave --rate, --concurrency and --level-limit out")
     return settings, command
+
+
+def check_effect(parser: argparse.ArgumentParser, told: dict[str, Any]) -> None:
+    """Exits with 2 and a sentence for a flag that would be ignored."""
+    for flag, need in without_effect({name for name in told if told[name] != parser.get_default(name)}):
+        parser.error(f"--{flag.replace('_', '-')} has no effect without {need}")
 
 
 def without_effect(given: set[str]) -> Iterator[tuple[str, str]]:

@@ -217,6 +217,7 @@ def test_a_server_with_incomplete_answers_has_no_ratio(tmp_path: Path, capsys: p
         ),
         (["--concurrency", "1,2", "--levels", "serial=3"], "levels of serial: name"),
         (["--concurrency", "2,2"], "each level once"),
+        (["--duration", "60"], "--duration has no effect without --rate"),
         (["--levels", "serial"], "invalid named_counts value: 'serial'"),
         (["--concurrency", "1,2,3", "--requests-per-level", "4,5"], "requests-per-level has 2 numbers for 3 levels"),
     ],
