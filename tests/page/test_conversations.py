@@ -342,6 +342,24 @@ def test_an_edited_question_is_another_branch(page: Browser, service: Live) -> N
     assert page.axe("#part-chat") == []
 
 
+def test_the_keyboard_stays_where_it_was(page: Browser, service: Live) -> None:
+    focused = "const now = document.activeElement; return now.getAttribute('aria-label') || now.innerText"
+    page.open(service.url)
+    ask(page, "Hi")
+    for number in (2, 3):
+        page.press("Regenerate")
+        answers(page, f"answer {number}")
+    for key, answer, button in ((0, 2, "Earlier version"), (0, 1, "Later version"), (1, 2, "Later version")):
+        page.all(".branches button")[key].send_keys(Keys.ENTER)
+        answers(page, f"answer {answer}")
+        assert page.js(focused) == button
+    page.press("Edit")
+    page.all(".editor textarea")[0].send_keys(Keys.ESCAPE)
+    assert page.js(focused) == "Edit"
+    rename(page).send_keys("Lighthouses", Keys.ENTER)
+    assert page.js(focused) == "Lighthouses"
+
+
 def test_an_answer_that_fails_leaves_the_earlier_one(page: Browser) -> None:
     with live() as service:
         page.open(service.url)

@@ -101,11 +101,14 @@ function card(place) {
 }
 
 function branches(place) {
-	return branchSwitch(open.branches(place), place, (other) => {
+	return branchSwitch(open.branches(place), place, (other, label) => {
 		if (running) return;
+		const row = open.path().indexOf(place);
 		open.show(other);
 		save(open);
 		draw();
+		const buttons = [...byId("turns").children[row].querySelectorAll(".branches button:enabled")];
+		(buttons.find(({ ariaLabel }) => ariaLabel === label) ?? buttons[0]).focus(); // the one pressed is gone
 	});
 }
 

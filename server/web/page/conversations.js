@@ -47,7 +47,9 @@ export class ConversationList {
 		field.onkeydown = (event) => {
 			if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
 			event.stopPropagation(); // Escape stops an answer elsewhere
+			event.preventDefault(); // else Enter also presses what has the focus next
 			end(event.key === "Enter");
+			byId("conversations").querySelector("[aria-current]").focus();
 		};
 		field.onblur = () => end(true);
 		setTimeout(() => field.select());

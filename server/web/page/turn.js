@@ -7,10 +7,8 @@ const FINISHES = { length: "Stopped at the token limit", stopped: "Stopped", err
 
 export function questionCard(text, edit, branches) {
 	const card = element("article.turn", { "aria-label": "You" });
-	const draw = () => {
-		const foot = element("p.foot", {}, button("Edit", () => card.replaceChildren(editor(text, edit, draw))), branches);
-		card.replaceChildren(element("div.mine", {}, text), foot);
-	};
+	const start = button("Edit", () => card.replaceChildren(editor(text, edit, () => (draw(), start.focus()))));
+	const draw = () => card.replaceChildren(element("div.mine", {}, text), element("p.foot", {}, start, branches));
 	draw();
 	return card;
 }
@@ -35,7 +33,7 @@ export function branchSwitch(places, place, choose) {
 	if (places.length < 2) return null;
 	const at = places.indexOf(place);
 	const step = (sign, label, to) => {
-		const made = button(sign, () => choose(places[to]));
+		const made = button(sign, () => choose(places[to], label));
 		made.setAttribute("aria-label", label);
 		made.disabled = !(to in places);
 		return made;
