@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any, cast
 import httpx2
 import orjson
 import uvicorn
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -57,12 +58,12 @@ LOADING = Loading("Loading weights", 3, 12)
 QUESTION: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
-def eventually(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
-    """Wait until `condition` holds."""
+def eventually(condition: Callable[[], bool], what: str, patience: float = PATIENCE, pause: float = 0.01) -> None:
+    """Wait until `condition` holds, for which a `pause` lies between two looks."""
     end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end, f"never came true: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 # Text of which every byte is a token.
@@ -148,6 +149,9 @@ class ScriptedLoader:
 
 # What both kinds of server have.
 
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Given to every client, none of which needs it: reading the certificates anew for each takes 50 ms."""
+
 
 @dataclass
 class Address:
@@ -158,12 +162,14 @@ class Address:
     @contextlib.contextmanager
     def openai(self, **options: Any) -> Iterator[OpenAI]:
         defaults: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE}
+        defaults["http_client"] = DefaultHttpxClient(verify=NO_CERTIFICATES)
         with OpenAI(base_url=f"{self.url}/v1", **defaults | options) as client:
             yield client
 
     @contextlib.contextmanager
     def http(self, **options: Any) -> Iterator[httpx2.Client]:
-        with httpx2.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, **options) as client:
+        defaults: dict[str, Any] = {"timeout": PATIENCE, "trust_env": False, "verify": NO_CERTIFICATES}
+        with httpx2.Client(base_url=self.url, **defaults | options) as client:
             yield client
 
     @contextlib.contextmanager
@@ -373,11 +379,15 @@ class Process(Address):
         return self.popen.wait(PATIENCE)
 
     def wait_ready(self) -> None:
-        eventually(lambda: self.popen.poll() is not None or self._answers("/health/ready"), "the process is ready")
+        self._wait_for("/health/ready", "the process is ready")
         assert self.popen.poll() is None, "".join(self.lines)
 
     def wait_listening(self) -> None:
-        eventually(lambda: self.popen.poll() is not None or self._answers("/health/live"), "the process listens")
+        self._wait_for("/health/live", "the process listens")
+
+    def _wait_for(self, path: str, what: str) -> None:
+        """Until the process answers there or has ended. It takes seconds to start, and needs the cores for it."""
+        eventually(lambda: self.popen.poll() is not None or self._answers(path), what, pause=0.1)
 
     def _answers(self, path: str) -> bool:
         try:
