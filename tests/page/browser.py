@@ -95,7 +95,7 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        eventually(condition, what)
+        eventually(condition, what, pause=0.05)  # each look is a message to the browser
 
     def say(self, text: str) -> None:
         """Ask in the chat, by keyboard."""

@@ -61,6 +61,7 @@ def told(*flags: str, **variables: str) -> str:
     )
     assert ended.returncode == 1, ended.stderr
     [line] = ended.stderr.splitlines()
+    assert "ERROR" in line
     return line
 
 
