@@ -195,12 +195,12 @@ class Address:
 
     def sample(self, name: str, **labels: str) -> float:
         """The value of one metric's sample, 0 if there is none yet."""
-        found = [value for key, value in self.samples().items() if key == (name, tuple(sorted(labels.items())))]
-        return found[0] if found else 0.0
+        return self.samples(name).get((name, tuple(sorted(labels.items()))), 0.0)
 
-    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-        """Every sample on /metrics, by name and sorted labels."""
-        families = text_string_to_metric_families(self.get("/metrics").text)
+    def samples(self, prefix: str = "") -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Every sample on /metrics whose name begins so, by name and sorted labels."""
+        lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith(prefix)]
+        families = text_string_to_metric_families("\n".join([*lines, ""]))
         found = [sample for family in families for sample in family.samples]
         return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in found}
 
