@@ -23,6 +23,9 @@ LEAST_SCALE = tl.constexpr(1e-12)
 FEW_TOKENS = 128
 """Up to here the time is that of reading the weights, in which the kernel here is faster than cuBLAS (an H100)."""
 
+FEW_OUTPUTS = 4096
+"""Up to here there are too few programs to keep a GPU reading: their inputs are split, and the sums added up."""
+
 
 class Rounded(NamedTuple):
     """Inputs of a product: `values` [tokens, size] in FP8, to be multiplied by `scales` [tokens, size / 128].
@@ -180,8 +183,7 @@ def _triton_product(x: Rounded, weight: Tensor, scales: Tensor, bias: Tensor | N
     out = weight.new_empty(tokens, outputs, dtype=x.dtype) if total is None else total
     rows = min(64, max(16, triton.next_power_of_2(tokens)))
     columns = 32 if tokens <= 64 else 64 if tokens <= FEW_TOKENS else 128
-    # Few outputs make too few programs to keep a GPU reading: their inputs are split, and the sums added up.
-    splits = 4 if outputs <= 4096 and tokens <= FEW_TOKENS else 1
+    splits = 4 if outputs <= FEW_OUTPUTS and tokens <= FEW_TOKENS else 1
     partial = weight.new_empty(splits if splits > 1 else 0, tokens, outputs, dtype=torch.float32)
     flags = {"ADD": total is not None, "BIAS": bias is not None}
     _product_kernel[(triton.cdiv(tokens, rows), triton.cdiv(outputs, columns), splits)](

@@ -19,7 +19,10 @@ from tests.batching.conftest import request
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
+from triton.runtime import interpreter  # noqa: E402
+
 from batching.packed import triton_attention, triton_fp8, triton_layer, triton_sampling  # noqa: E402
+from tests.batching.packed.interpreter import PreparedOnce  # noqa: E402
 
 VOCABULARY = 500
 
@@ -49,6 +52,11 @@ RANDOM, PENALISED, BIASED, GUIDED, SPECULATIVE = (
 )
 RATE = triton_sampling.RATE.value
 NUM_DRAFTS, MAX_HISTORY = 3, 60
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "_patch_lang", PreparedOnce())
 
 
 @pytest.fixture(autouse=True)
@@ -119,12 +127,18 @@ def assert_rounded(found: triton_fp8.Rounded, x: Tensor) -> None:
 
 
 @needs_fp8
-@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "inputs"),
-    [(1, 72, 256), (3, 256, 1280), (3, 4224, 128), (80, 128, 256), (130, 200, 256), (301, 256, 512)],
+    ("tokens", "outputs", "inputs", "biased"),
+    [
+        *((1, 72, 256, True), (3, 256, 1280, False)),  # in splits
+        *((2, 136, 128, False), (3, 136, 256, True)),  # too many outputs for that
+        *((66, 72, 256, True), (66, 72, 128, False)),
+        *((130, 200, 256, False), (133, 256, 512, True), (133, 256, 512, False)),
+    ],
 )
-def test_products_in_fp8(tokens: int, outputs: int, inputs: int, biased: bool) -> None:
+def test_products_in_fp8(tokens: int, outputs: int, inputs: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if outputs == 136:
+        monkeypatch.setattr(triton_fp8, "FEW_OUTPUTS", 128)
     plain = torch.nn.Linear(inputs, outputs, bias=biased, device=DEVICE).requires_grad_(False)
     layer, x = fp8.FP8Linear.rounded(plain), fp8_inputs(tokens, inputs)
     args = layer.weight, layer.scales, layer.bias
@@ -134,8 +148,8 @@ def test_products_in_fp8(tokens: int, outputs: int, inputs: int, biased: bool) -
     wanted = reference.fp8_product(x, *args)
     torch.testing.assert_close(triton_fp8.fp8_product(x, *args), wanted, rtol=close, atol=close)
     totals = [torch.ones(tokens, outputs, device=DEVICE, dtype=dtype) for _ in range(2)]
-    for ops, total in zip([triton_fp8, reference], totals, strict=True):
-        ops.fp8_product(x, *args, total)
+    triton_fp8.fp8_product(triton_fp8.rounded_inputs(x), *args, totals[0])
+    reference.fp8_product(x, *args, totals[1])
     torch.testing.assert_close(*totals, rtol=close, atol=close)
 
 
@@ -349,7 +363,7 @@ def some_sampling(dice: random.Random) -> dict[str, Any]:
     return settings | dice.choice(biases)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_device_samples_what_the_sampler_does(seed: int) -> None:
     dice = random.Random(seed)
     for _ in range(3):
