@@ -71,11 +71,11 @@ class Kit:
     def schema(self, schema: Schema, strict: bool = True, **options: Any) -> TokenGrammar:
         return run(self.grammars.of(Part(schema, strict, "response_format"), **options))
 
-    def next(self, matcher: TokenMatcher) -> tuple[NDArray[np.uint8], bool]:
+    def next(self, matcher: TokenMatcher) -> tuple[NDArray[np.bool_], bool]:
         """For each token whether it may come next, and whether the text may end."""
         allowed: TokenBitmask = np.zeros(-(-self.width // 32), np.int32)
         may_end = matcher.fill(allowed)
-        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")
+        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little").view(np.bool_)
         assert not bits[len(self.tokenizer) :].any()
         return bits, may_end
 

@@ -402,7 +402,8 @@ def lifted(case: Case) -> Case:
 
 INVENTED = [lifted(invented(Random(seed))) for seed in range(300)]
 
-CORPUS = [*APPLICATIONS, *SHAPES, *INVENTED]
+WRITTEN = [*APPLICATIONS, *SHAPES]
+CORPUS = [*WRITTEN, *INVENTED]
 
 DEMO = pytest.param("demo", marks=pytest.mark.model)
 GIVEN = pytest.param("given", marks=pytest.mark.skipif(TEST_TOKENIZER is None, reason="no tokenizer is named"))
@@ -411,6 +412,13 @@ GIVEN = pytest.param("given", marks=pytest.mark.skipif(TEST_TOKENIZER is None, r
 @pytest.fixture(params=[DEMO, GIVEN])
 def kit(request: pytest.FixtureRequest) -> Kit:
     return kit_of(request.param)
+
+
+@pytest.fixture
+def corpus(request: pytest.FixtureRequest, kit: Kit) -> list[Case]:
+    """All that people wrote, with each tokenizer; what is invented, with one or the other."""
+    first = 1 if TEST_TOKENIZER and kit is kit_of("demo") else 0
+    return [*WRITTEN, *INVENTED[first :: 2 if TEST_TOKENIZER else 1]]
 
 
 @pytest.fixture
@@ -434,16 +442,16 @@ def test_the_corpus_is_sound() -> None:
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_what_is_drawn_under_the_mask_always_validates(kit: Kit, part: int) -> None:
+def test_what_is_drawn_under_the_mask_always_validates(kit: Kit, corpus: list[Case], part: int) -> None:
     random = Random(part)
-    for schema, _ in CORPUS[part::8]:
+    for schema, _ in corpus[part::8]:
         text = kit.walk(kit.schema(schema), random, random.choice([0, 5, 30]))
         assert valid(schema, json.loads(text)), (schema, text)
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_instances_in_the_order_of_their_schema_are_accepted(kit: Kit, part: int) -> None:
-    for schema, value in CORPUS[part::8]:
+def test_instances_in_the_order_of_their_schema_are_accepted(kit: Kit, corpus: list[Case], part: int) -> None:
+    for schema, value in corpus[part::8]:
         grammar = kit.schema(schema)
         for separators in ((", ", ": "), (",", ":")):
             text = json.dumps(value, ensure_ascii=False, separators=separators)
@@ -453,12 +461,12 @@ def test_instances_in_the_order_of_their_schema_are_accepted(kit: Kit, part: int
 @pytest.mark.model
 @pytest.mark.parametrize("part", range(4))
 def test_what_does_not_validate_is_not_accepted(demo: Kit, part: int) -> None:
-    values = [value for _, value in SHAPES]
+    values = {json.dumps(value, ensure_ascii=False): value for _, value in SHAPES}
     for schema, _ in SHAPES[part::4]:
         grammar = demo.schema(schema)
-        for value in values:
+        for text, value in values.items():
             if not valid(schema, value):
-                assert not demo.accepts(grammar, json.dumps(value, ensure_ascii=False)), (schema, value)
+                assert not demo.accepts(grammar, text), (schema, value)
 
 
 @pytest.mark.model
@@ -600,7 +608,7 @@ def test_a_thought_that_is_cut_within_a_character_is_followed_by_the_answer(kit:
 
 
 def test_a_batch_of_grammars_through_the_sampler(kit: Kit) -> None:
-    schemas = [schema for schema, _ in APPLICATIONS[:8]]
+    schemas = [schema for schema, _ in APPLICATIONS[:4]]
     grammars = [None, *(kit.schema(schema) for schema in schemas)]
     stop = kit.tokenizer.eos_token_id
     rows = [
@@ -611,13 +619,13 @@ def test_a_batch_of_grammars_through_the_sampler(kit: Kit) -> None:
     generator = torch.Generator().manual_seed(0)
     boost = torch.zeros(kit.width)
     boost[[*kit.closers, stop]] = 12.0
-    drawn = torch.stack([sampler(torch.randn(9, kit.width, generator=generator) + boost) for _ in range(150)], dim=1)
+    drawn = torch.stack([sampler(torch.randn(5, kit.width, generator=generator) + boost) for _ in range(150)], dim=1)
     finished = 0
     for schema, tokens in zip(schemas, drawn[1:].tolist(), strict=True):
         if stop in tokens:
             assert valid(schema, json.loads(kit.decode(tokens[: tokens.index(stop)])))
             finished += 1
-    assert finished >= 6
+    assert finished >= 3
 
 
 def test_a_model_narrower_than_its_tokenizer_is_never_offered_what_it_lacks(kit: Kit) -> None:
