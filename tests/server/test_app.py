@@ -722,7 +722,11 @@ def leave(service: Live, stream: bool, when: Callable[[], object]) -> None:
         bare.sendall(raw_request(orjson.dumps({"messages": QUESTION, "stream": stream, "max_tokens": 1000})))
         when()
         if stream and service.engine.steps:
-            assert b"data: " in bare.recv(65536)
+            received = bare.recv(65536)
+            while b"data: " not in received:
+                more = bare.recv(65536)
+                assert more, received
+                received += more
 
 
 @pytest.mark.parametrize("stream", [False, True])
