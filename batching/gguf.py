@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,9 +131,27 @@ def _convert(file: Path, folder: Path) -> None:
         TemporaryDirectory(prefix=SCRATCH, dir=folder.parent) as scratch,
     ):
         fresh = Path(scratch) / folder.name
-        _save(file, fresh)
+        with _read_once():
+            _save(file, fresh)
         (fresh / SIZES).write_text(_sizes(fresh))
         fresh.rename(folder)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside the context a GGUF file is read once: the library reads all of its tokens anew for the configuration, the
+    tokenizer and the weights, and names tensors anew for each layer's part, which takes most of a small model's
+    conversion."""
+    import gguf
+
+    reads = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, read in reads.items():
+        setattr(gguf, name, lru_cache(read))
+    try:
+        yield
+    finally:
+        for name, read in reads.items():
+            setattr(gguf, name, read)
 
 
 def _save(file: Path, folder: Path) -> None:
@@ -161,7 +180,7 @@ def _ends(file: Path) -> set[int]:
     """The tokens that end an answer, as the file names them."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
+    reader = GGUFReader(str(file))  # as the library calls it
     fields = [reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
     return {int(field.contents()) for field in fields if field is not None}
 
