@@ -78,10 +78,19 @@ class Run:
         return list(self.sent.values())
 
 
+@cache
+def stock(kind: str) -> PaddedEngine:
+    return PaddedEngine(tiny_model(kind), token_budget=4096)
+
+
+@cache
+def answered_alone(kind: str, request: Request) -> tuple[int, ...]:
+    return tuple(Run(stock(kind), [request]).answers[0])
+
+
 def alone(kind: str, requests: Sequence[Request]) -> list[list[int]]:
     """What stock `generate` answers to each by itself."""
-    engine = PaddedEngine(tiny_model(kind), token_budget=4096)
-    return [Run(engine, [request]).answers[0] for request in requests]
+    return [list(answered_alone(kind, request)) for request in requests]
 
 
 def long_requests(dice: random.Random, count: int) -> list[Request]:
@@ -160,7 +169,6 @@ def memory_for_few() -> PackedEngine:
     return engine
 
 
-@cache
 def what_it_is_alone(asked: Request) -> list[int]:
     [answer] = alone("qwen3", [asked])
     return answer
@@ -494,7 +502,7 @@ def test_the_demo_models_answers_are_those_of_stock_generate() -> None:
     folder = locate(None, "auto", Settings.model_fields["cache_dir"].default)
     packed, stock = (load(folder, device="cpu", dtype="float32", load_format="auto") for _ in range(2))
     dice = random.Random(11)
-    asked = [request(tuple(dice.choices(range(20, 40_000), k=dice.randint(3, 40))), max_tokens=8) for _ in range(6)]
+    asked = [request(tuple(dice.choices(range(20, 40_000), k=dice.randint(3, 40))), max_tokens=6) for _ in range(4)]
     run = Run(PackedEngine(packed, num_slots=3, token_budget=400, prefill_chunk=16), asked, first=2)
     engine = PaddedEngine(stock, token_budget=4096)
     assert run.answers == [Run(engine, [each]).answers[0] for each in asked]
