@@ -972,7 +972,8 @@ def test_each_refusal_of_a_busy_server_is_counted_once_and_logged(
                     refused = service.chat(response_format={"type": "json_object"})
         assert refused.status_code in (429, 503)
         assert refused.json()["error"]["code"] == code
-        eventually(lambda: service.get("/health").status_code == 200, "it has room for others")
+        eventually(lambda: not service.connections, "all have left")
+        assert service.get("/health").status_code == 200, "it has room for others"
         counted = {
             labels: value
             for (name, labels), value in service.samples().items()
