@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ REFUSED = {"/v1/responses/{name}/{rest}"}
 EXAMPLES = [(each, name) for each in OPERATIONS for name in each.examples]
 
 
+@cache
 def validator(name: str) -> jsonschema_rs.Validator:
     """Of one of the document's types."""
     return jsonschema_rs.validator_for({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})
 
 
+@cache
 def exact_validator(kind: object) -> jsonschema_rs.Validator:
     """Of a type that an operation names, for objects without fields that the document does not list."""
     known: dict[str, Any] = DOCUMENT["components"]["schemas"]
