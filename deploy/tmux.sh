@@ -149,6 +149,6 @@ case ${1:-} in
     start | run) "$@" ;;
     status | stop) "$1" ;;
     attach) running || die "there is no session $SESSION"; exec tmux attach-session -t "=$SESSION" ;;
-    logs) exec tail -n 100 -F "$LOG" ;;
+    logs) ! running || LOG=$(option log); exec tail -n 100 -F "$LOG" ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac

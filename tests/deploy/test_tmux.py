@@ -73,6 +73,12 @@ def test_it_starts_answers_comes_back_after_a_crash_and_finishes_what_it_accepte
     assert service.chat(headers=key, ignore_eos=True).json()["usage"]["completion_tokens"] == 5
     assert "secret" not in script.log.read_text() + subprocess.check_output(["ps", "ax", "-o", "args"], text=True)
 
+    tail = script.folder / "tail"
+    tail.write_text('#!/bin/sh\necho "tail $*"\n')
+    tail.chmod(0o755)
+    followed = script("logs", LOG="/elsewhere", PATH=f"{script.folder}:{os.environ['PATH']}").stdout
+    assert followed == f"tail -n 100 -F {script.log}\n"
+
     first = script.server
     assert script("status").returncode == 0
     os.kill(first, signal.SIGKILL)
