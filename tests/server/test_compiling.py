@@ -40,8 +40,13 @@ async def only_trial(grammars: Grammars) -> psutil.Process:
     """The process of the one trial that is going on, once it is."""
     assert grammars._sandbox._process is not None
     process = psutil.Process(grammars._sandbox._process.pid)
-    await asyncio.to_thread(eventually, lambda: len(process.children()) == 1, "a grammar is being tried")
-    [trial] = process.children()
+    over = process.children()  # those of answered requests, until they are reaped
+
+    def going_on() -> list[psutil.Process]:
+        return [each for each in process.children() if each not in over]
+
+    await asyncio.to_thread(eventually, lambda: len(going_on()) == 1, "a grammar is being tried")
+    [trial] = going_on()
     return trial
 
 
