@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import orjson
@@ -170,6 +170,12 @@ def test_a_prompt_ends_as_in_transformers(fields: dict[str, Any], options: dict[
     assert list(seen[0].prompt) == own["input_ids"]
 
 
+@cache
+def qwen3(folder: str) -> tuple[Text, Any]:
+    """Its text as the service has it, and its tokenizer as transformers does."""
+    return Text.load(folder), AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("thinks", [False, True])
 @pytest.mark.parametrize(
     "turn",
@@ -184,8 +190,9 @@ def test_a_prompt_ends_as_in_transformers(fields: dict[str, Any], options: dict[
 )
 def test_qwen3_reads_a_prefill_as_in_transformers(thinking_tokenizer: str, turn: dict[str, Any], thinks: bool) -> None:
     last = {"role": "assistant", **turn}
-    found = encode(Text.load(thinking_tokenizer), conversation(last, tools=[TOOL]), thinks)
-    own: Any = AutoTokenizer.from_pretrained(thinking_tokenizer).apply_chat_template(
+    text, tokenizer = qwen3(thinking_tokenizer)
+    found = encode(text, conversation(last, tools=[TOOL]), thinks)
+    own: Any = tokenizer.apply_chat_template(
         [*QUESTION, last],
         tools=[TOOL],
         enable_thinking=thinks,
