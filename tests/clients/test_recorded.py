@@ -21,8 +21,8 @@ from tests.tiny import tiny_model
 
 def model() -> PreTrainedModel:
     """One with the vocabulary of the live server's tokenizer, a window for the longest body, and little else."""
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    return tiny_model(vocab_size=END + 1, max_position_embeddings=16_384, eos_token_id=END, **heads)
+    one = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    return tiny_model("qwen3", 0, vocab_size=END + 1, max_position_embeddings=16_384, eos_token_id=END, **one)
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {
