@@ -339,7 +339,7 @@ class Interleavings(RuleBasedStateMachine):
         self.gauges_tell_the_truth()
         assert not self.batcher._running
         self.loop.close()
-        assert len(os.listdir("/proc/self/fd")) == self.descriptors
+        assert len(os.listdir("/proc/self/fd")) <= self.descriptors  # what an earlier test left may be closed meanwhile
         assert not self.unheard
 
 
