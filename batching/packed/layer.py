@@ -114,6 +114,35 @@ class FP8Projection(nn.Module):
         return self.layer.ops.rounded_silu_product(self.layer.product(x))
 
 
+class FinalNorm(nn.Module):
+    """The norm after the last layer, in one kernel."""
+
+    def __init__(self, norm: Any, ops: Any) -> None:
+        super().__init__()
+        self._ops = ops
+        self._eps = float(norm.variance_epsilon)
+        self.weight = norm.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [1, tokens, size] -> the same."""
+        out: Tensor = self._ops.norm(hidden[0], self.weight, self._eps)
+        return out[None]
+
+
+class Head(nn.Module):
+    """The product that makes logits, by what is fastest for a single token."""
+
+    def __init__(self, head: nn.Linear, ops: Any) -> None:
+        super().__init__()
+        self._ops = ops
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [1, tokens, size] -> logits [1, tokens, vocabulary]."""
+        out: Tensor = self._ops.product(hidden[0], self.weight, self.bias)
+        return out[None]
+
+
 def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -152,13 +181,20 @@ def _projections(part: nn.Module) -> list[nn.Module]:
 
 
 def fuse(model: PreTrainedModel, ops: Any) -> bool:
-    """Replace the model's own layers by fused ones, if they have the right form; returns whether it did."""
-    layers: Any = getattr(model.base_model, "layers", ())
+    """Replace the model's own layers by fused ones, if they have the right form, and what follows them; returns whether
+    it did."""
+    base: Any = model.base_model
+    layers = getattr(base, "layers", ())
     if not layers or not all(map(_fusable, layers)):
         return False
+    if type(base.norm) is type(layers[0].input_layernorm):
+        base.norm = FinalNorm(base.norm, ops)
     last = len(layers) - 1
     for index in range(len(layers)):  # one at a time: the weights are in memory twice for a moment
         layers[index] = FusedLayer(layers[index], ops, is_last=index == last)
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if _is_plain(head):
+        model.set_output_embeddings(Head(head, ops))
     return True
 
 

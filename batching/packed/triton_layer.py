@@ -191,15 +191,20 @@ OUTPUTS = 2
 WIDTH = 512
 """Inputs that it reads at a time."""
 
+FEW_OUTPUTS = 4096
+"""Up to here each program reads twice as much at a time, by twice as many warps, or they would not keep memory busy."""
+
 
 def _row(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool = False, add: bool = False
 ) -> Tensor:
     size, width = out.shape[1], x.shape[1]
+    times = 2 if size <= FEW_OUTPUTS else 1
+    block = times * WIDTH
     _row_kernel[(triton.cdiv(size, OUTPUTS),)](
         x, weight, weight if bias is None else bias, out, size, width,
-        GATED=gated, ADD=add, BIAS=bias is not None, EVEN=size % OUTPUTS == 0 and width % WIDTH == 0, OUTPUTS=OUTPUTS,
-        BLOCK=WIDTH, num_warps=2, **overlap(x.device),
+        GATED=gated, ADD=add, BIAS=bias is not None, EVEN=size % OUTPUTS == 0 and width % block == 0, OUTPUTS=OUTPUTS,
+        BLOCK=block, num_warps=2 * times, **overlap(x.device),
     )  # fmt: skip
     return out
 

@@ -79,9 +79,10 @@ def test_norm(size: int) -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("size", "width"), [(24, 512), (13, 700), (33, 40)])
+@pytest.mark.parametrize(("size", "width", "few"), [(24, 1024, 4096), (24, 512, 0), (13, 700, 0), (33, 40, 4096)])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_products(tokens: int, size: int, width: int, biased: bool) -> None:
+def test_products(tokens: int, size: int, width: int, few: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_layer, "FEW_OUTPUTS", few)
     x, pair = noise(tokens, width), noise(2 * size, width) / 8
     bias = noise(2 * size) if biased else None
     assert_close(triton_layer.product(x, pair, bias), reference.product(x, pair, bias))
