@@ -1,7 +1,7 @@
 # make run           install what serving needs, then serve a small model on http://127.0.0.1:21010
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local
 #                    serve a model's folder, .gguf file or hub id under a name
-# make test          install what tests need too, then run every test (20 to 30 minutes on 2 cores)
+# make test          install what tests need too, then run every test (15 to 25 minutes on 2 cores)
 # make test-quick    run the part of them that takes 2 minutes at most
 # make check         lint, types and tests
 # make browser       install what the tests of the pages need: Chromium and axe-core (Debian, as root)
@@ -85,7 +85,7 @@ run: serving
 # two processes left a third of both cores idle. Torch's own threads would only take another process's core.
 # By default xdist leaves files with few tests to the end, which here take longest, so that one worker waits for them.
 test: install
-	@echo "every test, 20 to 30 minutes on 2 cores; make test-quick takes about 2"
+	@echo "every test, 15 to 25 minutes on 2 cores; make test-quick takes about 2"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Files that start no process, load no model and open no browser, and of these the quick ones.

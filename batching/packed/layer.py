@@ -194,7 +194,7 @@ def fuse(model: PreTrainedModel, ops: Any) -> bool:
         layers[index] = FusedLayer(layers[index], ops, is_last=index == last)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if _is_plain(head):
-        model.set_output_embeddings(Head(head, ops))
+        model.set_output_embeddings(Head(head, ops))  # type: ignore[no-untyped-call]
     return True
 
 
