@@ -38,7 +38,8 @@ FLOOD ?= 120
 BIN := .venv/bin
 SERVING := .venv/serving
 INSTALLED := .venv/installed
-# uv is quicker and shows how far it is; pip's own output is shown where something large is fetched.
+# uv is quicker and shows how far it is; pip's own output is shown where something large is fetched. PIPFLAGS are more of
+# pip's own.
 UV := $(shell command -v uv 2>/dev/null)
 PIP = $(BIN)/python -m pip install $(PIPFLAGS)
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(PIP)) --constraint .venv/constraints.txt

@@ -2,6 +2,7 @@
 
 Replaces transformers' own layer and takes over its weights. The projections of queries, keys and values are one matrix
 product, and so are gate and up; both residual sums are part of a product, and so is silu where there is a single token.
+The norm and the product that follow the last layer are replaced too.
 Other architectures keep their own layers and reach the KV cache through `attention.packed_attention`.
 """
 

@@ -415,7 +415,7 @@ def kit(request: pytest.FixtureRequest) -> Kit:
 
 
 @pytest.fixture
-def corpus(request: pytest.FixtureRequest, kit: Kit) -> list[Case]:
+def corpus(kit: Kit) -> list[Case]:
     """All that people wrote, with each tokenizer; what is invented, with one or the other."""
     first = 1 if TEST_TOKENIZER and kit is kit_of("demo") else 0
     return [*WRITTEN, *INVENTED[first :: 2 if TEST_TOKENIZER else 1]]

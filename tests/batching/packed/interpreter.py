@@ -7,8 +7,8 @@ from triton.runtime import interpreter
 
 
 class PreparedOnce:
-    """In place of `_patch_lang`. What the kernel's own call of it changed is undone when the kernel has ended; what its
-    functions' calls change, is not looked at."""
+    """In place of `_patch_lang`: the first call for a module prepares its language, later ones do nothing. When the
+    kernel, whose call is the first of all, has ended, its language is restored and everything is prepared anew."""
 
     def __init__(self) -> None:
         self._prepare: Any = interpreter._patch_lang
