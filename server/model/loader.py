@@ -61,8 +61,9 @@ LIBRARY_SETTINGS = {
     # On a CPU, threads that spin while they wait starve the event loop, and a descheduled thread stalls all others:
     # with one other busy process on two cores a step took ten times as long.
     "GOMP_SPINCOUNT": "10000",
-    # The tokenizer is used from several threads of this process, which never forks.
-    "TOKENIZERS_PARALLELISM": "false",
+    # A long text is tokenized by several threads. This process never forks, and the one that compiles grammars, which
+    # does, tokenizes nothing.
+    "TOKENIZERS_PARALLELISM": "true",
     # Fused multiply-add: a product and a sum are one operation on a GPU, rounded once. Triton 3.9 warns that the
     # default will change.
     "TRITON_DEFAULT_FP_FUSION": "1",

@@ -6,14 +6,16 @@ event loop.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import groupby
+from contextlib import suppress
+from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from batching.errors import ModelError, explained, first_line
 from server.http.errors import bad_request, thousands
@@ -40,6 +42,22 @@ BREAK = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
 
 PIECE = 65_536
 """Characters that are searched at a time: about a millisecond."""
+
+PART = 1_024
+"""Characters of a text that a thread tokenizes at least: half a millisecond."""
+
+CUT = re.compile(r"(?= \w)|\n(?<=\S\n)(?=\w)")
+"""Ends where a text can be cut: before a space with a word after it, or between a word and a lone line break."""
+
+WORDS = frozenset(
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{words}+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for words in (
+        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]",  # Qwen 2 to 3
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]",  # Qwen 3.5
+        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]",  # Llama 3
+    )
+)
+"""Patterns of words, each of which ends at every `CUT` and is found without looking beyond it. GPT-2's is another."""
 
 Broken = TypeVar("Broken")
 
@@ -118,6 +136,48 @@ def drop_breaks(tokenizer: Tokenizer) -> None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([dropped, former] if former else [dropped])
 
 
+def can_be_cut(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens of any text are those of its parts if it is cut at any `CUT`: no word and no added token, nor
+    white space that belongs to one, reaches across."""
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    return (
+        _state(tokenizer.normalizer) in (None, {"type": "NFC"})
+        and bool(_ends_words(_state(tokenizer.pre_tokenizer)))
+        and not any(CUT.search("x\n" * token.lstrip + token.content + " x" * token.rstrip) for token in tokens)
+    )
+
+
+def _state(part: normalizers.Normalizer | pre_tokenizers.PreTokenizer | None) -> Any:
+    """As in the tokenizer's file."""
+    with suppress(Exception):  # a model's own code may bring a part that has no such form
+        return part and json.loads(part.__getstate__())
+    return "unknown"
+
+
+def _ends_words(splitter: object) -> bool | None:
+    """Whether a pre-tokenizer ends a word at each `CUT`; None if it splits only what others leave, without looking
+    around."""
+    match splitter:
+        case {"type": "Sequence", "pretokenizers": [*splitters]}:
+            found = set(map(_ends_words, splitters))
+            return False not in found and (True in found or None)
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return pattern in WORDS
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": by_words}:
+            return by_words or None
+        case {"type": "Split", "pattern": {"String": text}, "behavior": "Removed"} if text == BREAK:
+            return None
+        case {"type": "Digits"}:
+            return None
+    return False
+
+
+def parts_of(text: str) -> list[str]:
+    """The text, cut once in `PART` characters where there is a `CUT` among them."""
+    found = (CUT.search(text, start, start + PART) for start in range(PART, len(text), PART))
+    return [text[start:end] for start, end in pairwise([0, *(cut.end() for cut in found if cut), len(text)])]
+
+
 class Text:
     """The served model's tokenizer and chat template. Thread-safe."""
 
@@ -129,6 +189,7 @@ class Text:
         self._tokenizer.no_padding()
         self.vocabulary = Vocabulary(self._tokenizer, PART_TAGS)
         drop_breaks(self._tokenizer)
+        self._can_be_cut = can_be_cut(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.format = format_of(
             str(tokenizer.chat_template), added, self.encode, renders_system=_renders_system(tokenizer)
@@ -197,16 +258,17 @@ class Text:
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """The token ids of a text. `special` adds the model's beginning and end tokens. Raises `ApiError` 400 for more
         than `MAX_TOKENS`."""
-        # Only the batch methods release the GIL, which the worker and the event loop need.
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-        count = len(encoding)
+        whole = not self._can_be_cut or (special and self._tokenizer.num_special_tokens_to_add(is_pair=False))
+        # Only the batch methods release the GIL, which the worker and the event loop need, and use several threads.
+        encodings = self._tokenizer.encode_batch_fast([text] if whole else parts_of(text), add_special_tokens=special)
+        count = sum(map(len, encodings))
         if count > MAX_TOKENS:
-            del encoding  # freed here, because the error takes this frame to the event loop
+            del encodings  # freed here, because the error takes this frame to the event loop
             raise bad_request(
                 f"The text has {thousands(count)} tokens, but at most {thousands(MAX_TOKENS)} can be read; shorten it.",
                 code="context_length_exceeded",
             )
-        return tuple(encoding.ids)
+        return tuple(chain.from_iterable(encoding.ids for encoding in encodings))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+import server.model.text
 from batching.errors import ModelError
 from batching.progress import Progress
 from batching.types import TokenLogprob
 from server.model.loader import ModelLoader
-from server.model.text import TemplateError, Text
+from server.model.text import BREAK, CUT, WORDS, TemplateError, Text, can_be_cut, parts_of
 from server.openai.logprobs import chat_logprobs
 from server.output.answer import StopScanner
 from server.output.detokenize import MAX_HELD, Detokenizer, Vocabulary
@@ -313,6 +314,81 @@ def test_a_prompt_is_read_whole_whatever_its_tokenizer_was_last_used_for(tmp_pat
     tokenizer.backend_tokenizer.enable_padding(length=20)
     tokenizer.save_pretrained(tmp_path)
     assert Text.load(str(tmp_path)).encode("no more, no less") == tuple(tokens_of("no more, no less"))
+
+
+WORDS_AND_SPACE = st.lists(
+    st.sampled_from(["a", "B", "1", "23", "_", ".", "'s", "é", "e\u0301", "\u0301", "中", "한", "😀"])
+    | st.sampled_from([" ", " ", "\n", "\n", "\r\n", "\t", "\u3000", "\x85"])
+    | st.sampled_from(["<|im_end|>", "</think>", BREAK]),
+    max_size=30,
+).map("".join)
+
+
+def check_parts_have_the_tokens_of_the_whole(text: Text) -> None:
+    assert text._can_be_cut
+
+    @given(WORDS_AND_SPACE, st.integers(1, 4))
+    def law(whole: str, size: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server.model.text, "PART", size)
+            found = text.encode(whole)
+        assert list(found) == text._tokenizer.encode(whole, add_special_tokens=False).ids
+
+    law()
+    long = "a few words, " * 1000
+    assert len(parts_of(long)) > 10
+    assert list(text.encode(long)) == text._tokenizer.encode(long, add_special_tokens=False).ids
+
+
+@pytest.mark.model
+def test_a_long_text_is_tokenized_in_parts_as_if_whole() -> None:
+    check_parts_have_the_tokens_of_the_whole(demo())
+
+
+def test_a_long_text_is_tokenized_in_parts_as_if_whole_by_a_thinking_model(thinking_tokenizer: str) -> None:
+    check_parts_have_the_tokens_of_the_whole(Text.load(thinking_tokenizer))
+
+
+def with_words(splitter: pre_tokenizers.PreTokenizer, *tokens: AddedToken) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+@pytest.mark.parametrize("pattern", sorted(WORDS))
+@given(text=WORDS_AND_SPACE)
+def test_known_words_end_where_a_text_is_cut(pattern: str, text: str) -> None:
+    splitter = pre_tokenizers.Split(Regex(pattern), "isolated")
+    assert can_be_cut(with_words(splitter))
+    places = [0, *(cut.end() for cut in CUT.finditer(text)), len(text)]
+    parts = [text[start:end] for start, end in pairwise(places)]
+    words = [word for part in parts for word, _ in splitter.pre_tokenize_str(part)]
+    assert words == [word for word, _ in splitter.pre_tokenize_str(text)]
+
+
+BY_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        with_words(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),  # all text is one word
+        with_words(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        with_words(pre_tokenizers.Metaspace()),
+        with_words(pre_tokenizers.Split(Regex(r"\w+\s*"), "isolated")),
+        with_words(pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), BY_WORDS])),
+        with_words(BY_WORDS, AddedToken("<end of turn>")),
+        with_words(BY_WORDS, AddedToken("<one>"), AddedToken("<mask>", rstrip=True)),
+        with_words(BY_WORDS, AddedToken("User", lstrip=True)),
+    ],
+)
+def test_a_text_is_not_cut_where_its_tokens_might_reach_across(tokenizer: Tokenizer) -> None:
+    assert not can_be_cut(tokenizer)
+
+
+def test_white_space_to_the_left_of_a_token_is_in_its_part() -> None:
+    assert can_be_cut(with_words(BY_WORDS, AddedToken("<mask>", lstrip=True)))
 
 
 def test_what_the_template_refuses_has_its_own_words() -> None:
