@@ -82,6 +82,7 @@ class CPURunner:
     of more rows are rounded differently."""
 
     works_beside_host = False
+    mixed_sizes: Sequence[int] = ()
 
     def __init__(
         self,

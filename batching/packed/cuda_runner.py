@@ -45,6 +45,7 @@ class CUDARunner:
         self, model: PreTrainedModel, kv_cache: Tensor, num_slots: int, max_blocks: int, max_draft_tokens: int = 0
     ) -> None:
         self.num_slots = num_slots
+        self.mixed_sizes: Sequence[int] = ()
         self._max_draft_tokens = max_draft_tokens
         self._vocab_size = model.config.get_text_config().vocab_size
         self._device = kv_cache.device
@@ -77,7 +78,8 @@ class CUDARunner:
     def capture(self, mixed: Sequence[int], decodes: Sequence[int]) -> Iterator[None]:
         """Capture mixed forward passes for these numbers of tokens and decode steps for these numbers of sequences, one
         at each step of the iterator."""
-        for tokens in sorted(mixed, reverse=True):
+        self.mixed_sizes = sorted(mixed)
+        for tokens in reversed(self.mixed_sizes):
             inputs = PassInputs(tokens, self.num_slots, self._device)
             self._mixed_graphs.insert(0, self._capture.mixed(tokens, inputs))
             yield

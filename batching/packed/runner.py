@@ -132,6 +132,9 @@ class Runner(Protocol):
     works_beside_host: bool
     """Whether methods return before the device has done its work."""
 
+    mixed_sizes: Sequence[int]
+    """Numbers of tokens to which forward passes with prefill chunks are padded, in order; empty if they are not."""
+
     @property
     def logits(self) -> Tensor:
         """[tokens to be sampled, vocabulary] of the last forward pass; valid until the next one."""

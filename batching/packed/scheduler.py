@@ -19,6 +19,9 @@ from batching.scoring import PIECE, prompt_logprobs
 from batching.stream import Row
 from batching.types import TokenLogprob
 
+PASS_TOKENS = 256
+"""What another forward pass costs besides its tokens, as a number of tokens: on an H100 about 3 ms."""
+
 ROWS_PER_SPARE_BLOCK = 2
 """A row starts only if it leaves one block for this many running sequences to grow into, so that few are preempted."""
 
@@ -29,9 +32,11 @@ class Scheduler:
     The number of tokens in a forward pass, including those of decoding sequences, bounds how long these are delayed:
     `prefill_chunk` while one prompt is computed with them, twice as many with more prompts. While more rows wait for
     prefill than decode, larger passes serve many sooner and delay few, so each takes an eighth of what waits; and a
-    lone prompt has passes of up to `max_prefill_tokens`. A `gap_limit` decides instead while rows decode. With
-    `one_prompt_a_pass` no prompt shares a pass with another sequence, so that what is computed for it does not depend
-    on other rows; and nobody is preempted, because a prefill of output tokens may round otherwise than decode steps.
+    lone prompt has passes of up to `max_prefill_tokens`. A `gap_limit` decides instead while rows decode. A pass uses
+    all that it is padded to; if its prompts end before that, the last of them waits for a pass of its own where both
+    are less work. With `one_prompt_a_pass` no prompt shares a pass with another sequence, so that what is computed for
+    it does not depend on other rows; and nobody is preempted, because a prefill of output tokens may round otherwise
+    than decode steps.
 
     A row starts with the blocks that its tokens need and gets more as it grows. When none are left, the youngest is
     preempted: its tokens are kept, and recomputed once there is room. Its next token is the same, because sampling
@@ -93,10 +98,23 @@ class Scheduler:
         if self._one_prompt_a_pass:
             launched = self._pass([], self._next_chunks(self._prefill_chunk)) + self._pass(decoding, [])
         else:
-            chunks = self._next_chunks(self._room_beside(len(decoding)))
+            chunks = self._chunks_beside(len(decoding))
             launched = self._pass(decoding, chunks, 0 if chunks else self._num_draft_tokens(decoding))
         # A device that works beside the host is busy with the newest ones.
         self._deliver(len(self._in_flight) - (launched if self._runner.works_beside_host else 0))
+
+    def _chunks_beside(self, num_decoding: int) -> list[tuple[RunningSequence, Chunk]]:
+        """Those of the next forward pass; fewer than there is room for where that saves more padding than it costs."""
+        chunks = self._next_chunks(self._room_beside(num_decoding))
+        tokens = num_decoding + sum(chunk.num_tokens for _, chunk in chunks)
+        smaller = max((size for size in self._runner.mixed_sizes if size < tokens), default=0)
+        rest = num_decoding + tokens - smaller  # of the pass after it
+        if num_decoding < smaller and smaller + self._padded(rest) + PASS_TOKENS <= self._padded(tokens):
+            return self._next_chunks(smaller - num_decoding)
+        return chunks
+
+    def _padded(self, num_tokens: int) -> int:
+        return next((size for size in self._runner.mixed_sizes if size >= num_tokens), num_tokens)
 
     def _room_beside(self, num_decoding: int) -> int:
         """Maximum number of prompt tokens in a forward pass with this many decoding sequences."""
@@ -108,7 +126,7 @@ class Scheduler:
         tokens = self._prefill_chunk * (2 if len(prompts) > 1 else 1)
         if len(prompts) > num_decoding:
             tokens = max(tokens, sum(sequence.remaining_prefill for sequence in prompts) // 8)
-        tokens = min(tokens, self._max_prefill_tokens)
+        tokens = min(self._padded(tokens), self._max_prefill_tokens)
         return max(tokens - num_decoding, tokens // 4)
 
     def _num_draft_tokens(self, decoding: Sequence[RunningSequence]) -> int:

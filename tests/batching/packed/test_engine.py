@@ -17,7 +17,7 @@ from transformers import MistralConfig, PreTrainedModel, Qwen3Config, Qwen3ForCa
 from batching.checkpoint import locate
 from batching.errors import ModelError, OutOfMemory
 from batching.model import load
-from batching.packed import layer, reference
+from batching.packed import layer, reference, scheduler
 from batching.packed.attention import Chunk
 from batching.packed.cpu_runner import CPURunner, ReadyOutput
 from batching.packed.engine import PackedEngine, unsupported
@@ -348,19 +348,28 @@ def test_a_window_that_yarn_stretches_can_be_filled() -> None:
     assert len(packed[0]) == 16
 
 
-@pytest.mark.parametrize("prompt", [5, 32, 33, 100])
-def test_a_prompt_is_computed_in_chunks_while_other_rows_go_on(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = PackedEngine(tiny_model(), num_slots=3, token_budget=500, prefill_chunk=32)
-    passes: list[tuple[int, int]] = []
-    forward = engine.runner.forward
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many rows decoded in each pass, and how many tokens of prompts it had."""
+    noted: list[tuple[int, int]] = []
+    forward = CPURunner.forward
 
-    def noted(
-        decoding: Sequence[RunningSequence], chunks: Sequence[tuple[RunningSequence, Chunk]], num_draft_tokens: int
+    def noting(
+        runner: CPURunner,
+        decoding: Sequence[RunningSequence],
+        chunks: Sequence[tuple[RunningSequence, Chunk]],
+        num_draft_tokens: int,
     ) -> None:
-        passes.append((len(decoding), sum(chunk.num_tokens for _, chunk in chunks)))
-        forward(decoding, chunks, num_draft_tokens)
+        noted.append((len(decoding), sum(chunk.num_tokens for _, chunk in chunks)))
+        forward(runner, decoding, chunks, num_draft_tokens)
 
-    monkeypatch.setattr(engine.runner, "forward", noted)
+    monkeypatch.setattr(CPURunner, "forward", noting)
+    return noted
+
+
+@pytest.mark.parametrize("prompt", [5, 32, 33, 100])
+def test_a_prompt_is_computed_in_chunks_while_other_rows_go_on(prompt: int, passes: list[tuple[int, int]]) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=3, token_budget=500, prefill_chunk=32)
     running = request((1,), max_tokens=60)
     late = request(tuple(range(prompt)), max_tokens=1)
     Run(engine, [running, running, late], first=2, joining=lambda: int(len(passes) == 6))
@@ -369,6 +378,32 @@ def test_a_prompt_is_computed_in_chunks_while_other_rows_go_on(prompt: int, monk
     assert len(mixed) == -(-prompt // (32 - 2))
     assert all(decoding == 2 for decoding, _ in passes[1:7])
     assert all(decoding + tokens <= 32 for decoding, tokens in passes[1:])
+
+
+def padding_engine(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> PackedEngine:
+    monkeypatch.setattr(CPURunner, "mixed_sizes", (8, 16, 32, 48, 64))
+    monkeypatch.setattr(scheduler, "PASS_TOKENS", 4)
+    return PackedEngine(tiny_model(), **limits)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks"), [(16, [16]), (26, [26]), (37, [32, 5]), (45, [45]), (50, [48, 2]), (130, [64, 64, 2])]
+)
+def test_a_pass_is_smaller_where_two_are_less_work_than_its_padding(
+    prompt: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch, passes: list[tuple[int, int]]
+) -> None:
+    engine = padding_engine(monkeypatch, prefill_chunk=64)
+    asked = [request(tuple(range(prompt)), max_tokens=2)]
+    assert Run(engine, asked).answers == alone("qwen3", asked)
+    assert [tokens for _, tokens in passes if tokens] == chunks
+
+
+def test_all_that_a_pass_is_padded_to_is_used(monkeypatch: pytest.MonkeyPatch, passes: list[tuple[int, int]]) -> None:
+    engine = padding_engine(monkeypatch, prefill_chunk=32)
+    monkeypatch.setattr(engine, "_prefill_chunk", 12)
+    running, late = request((1,), max_tokens=60), request(tuple(range(40)), max_tokens=1)
+    Run(engine, [running, running, late], first=2, joining=lambda: int(len(passes) == 6))
+    assert [tokens for _, tokens in passes[1:] if tokens] == [14, 14, 12]
 
 
 class Broken(RuntimeError):
