@@ -85,7 +85,10 @@ class ToolReference(Body):
 
 
 class Unseen(Body):
-    """What a tool returned and this model cannot read. It is told so, because every later turn has it, too."""
+    """What a tool returned and this model cannot read. It is told so, because every later turn has it, too.
+
+    Claude Code writes the pages of a PDF that it has read beside the tool's result.
+    """
 
     type: Literal["image", "document"]
 
@@ -126,15 +129,17 @@ class ToolResultBlock(Body):
         return [f"tool_result.{part.type}" for part in self.content if isinstance(part, Unseen)]
 
 
-Block: TypeAlias = TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock
+Block: TypeAlias = TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock | Unseen
 AnyBlock = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[RedactedBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
-    | Annotated[ToolResultBlock, Tag("tool_result")],
+    | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[Unseen, Tag("image")]
+    | Annotated[Unseen, Tag("document")],
     Discriminator(_kind),
-    _readable("text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
+    _readable("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "image", "document"),
 ]
 
 
@@ -152,7 +157,14 @@ class Turn(Body):
             raise ValueError("only a message with the role assistant may have a block of type tool_use")
         if self.role != "user" and any(isinstance(block, ToolResultBlock) for block in self.content):
             raise ValueError("only a message with the role user may have a block of type tool_result")
+        if self.unseen and not any(isinstance(block, ToolResultBlock) for block in self.content):
+            raise ValueError(f"this model only reads text, but there is a block of type {self.unseen[0].type}")
         return self
+
+    @property
+    def unseen(self) -> list[Unseen]:
+        """What a tool returned beside its result."""
+        return [block for block in self.content if isinstance(block, Unseen)]
 
     def as_chat(self) -> list[Fields]:
         return [self._answer()] if self.role == "assistant" else list(self._told())
@@ -174,9 +186,9 @@ class Turn(Body):
 
     def _told(self) -> Iterator[Fields]:
         """A turn of the user or the system: each tool's result is a message of its own, and so is the text between."""
-        texts: list[TextBlock] = []
+        texts: list[TextBlock | Unseen] = []
         for block in self.content:
-            if isinstance(block, TextBlock):
+            if isinstance(block, TextBlock | Unseen):
                 texts.append(block)
             elif isinstance(block, ToolResultBlock):
                 if texts:
@@ -285,7 +297,9 @@ class CountRequest(Generation):
     def skipped(self) -> tuple[str, ...]:
         tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
         results = [block for turn in self.messages for block in turn.content if isinstance(block, ToolResultBlock)]
-        return tuple(dict.fromkeys([*tools, *(name for result in results for name in result.unseen)]))
+        inside = [name for result in results for name in result.unseen]
+        beside = [f"messages.{block.type}" for turn in self.messages for block in turn.unseen]
+        return tuple(dict.fromkeys([*tools, *inside, *beside]))
 
     @property
     def prefill(self) -> str | None:

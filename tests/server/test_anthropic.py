@@ -216,6 +216,21 @@ def test_results_of_tools_are_messages_in_the_order_of_the_blocks() -> None:
     assert turns == [("user", "a"), ("tool", "b"), ("tool", "Error: c"), ("tool", ""), ("user", "d")]
 
 
+@pytest.mark.parametrize(("kind", "what"), [("image", "an image"), ("document", "a document")])
+def test_what_stands_beside_a_tool_s_result_is_replaced_as_in_it(kind: str, what: str) -> None:
+    """Claude Code sends the pages of a PDF that its tool has read so."""
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "PDF file read: a.pdf"}
+    pages = {"type": kind, "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}
+    body: Json = {"messages": [*HI, {"role": "user", "content": [result, pages]}], "max_tokens": 8}
+    request = parse(MessageRequest, orjson.dumps(body))
+    told = [(turn["role"], turn["content"]) for turn in shown(as_chat(request))[1:]]
+    assert told == [
+        ("tool", "PDF file read: a.pdf"),
+        ("user", f"[Here was {what}, which this model cannot see.]"),
+    ]
+    assert request.ignored == (f"messages.{kind}",)
+
+
 @pytest.mark.parametrize(
     ("choice", "demanded", "offered"),
     [
