@@ -29,10 +29,11 @@ def _text(content: object) -> object:
         return ""
     if not isinstance(content, list):
         return content
-    return "".join(map(_part, content))
+    return "".join(map(text_of, content))
 
 
-def _part(part: object) -> str:
+def text_of(part: object) -> str:
+    """The text of a part. Raises ValueError if it is of another type."""
     if isinstance(part, str):
         return part
     fields = part if isinstance(part, dict) else {}

@@ -23,7 +23,7 @@ from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.http.errors import ApiError
 from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
-from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Content, Message
+from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Message, TextPart, text_of
 from server.openai.parsing import explain
 from server.openai.requests import (
     MAX_TOP_LOGPROBS,
@@ -87,10 +87,47 @@ class CallItem(CalledFunction):
     call_id: CallId
 
 
+class UnseenPart(Body):
+    """What a tool returned and this model cannot read. It is told so, because every later turn has it, too."""
+
+    type: Literal["input_image", "input_file"]
+
+    @property
+    def text(self) -> str:
+        return f"[Here was {'an image' if self.type == 'input_image' else 'a file'}, which this model cannot see.]"
+
+
+def _output_part(part: object) -> str | UnseenPart:
+    unseen = isinstance(part, dict) and part.get("type") in ("input_image", "input_file")
+    return UnseenPart.model_validate(part) if unseen else text_of(part)
+
+
+def _output(value: object) -> list[object]:
+    """A text or a list of parts; anything else becomes JSON text."""
+    parts = value if isinstance(value, list) else [value]
+    if all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts):
+        return parts
+    return [json.dumps(value, ensure_ascii=False)]
+
+
+OutputPart = Annotated[
+    str | UnseenPart, PlainValidator(_output_part, json_schema_input_type=str | TextPart | UnseenPart)
+]
+Output = Annotated[list[OutputPart], BeforeValidator(_output, json_schema_input_type=str | list[OutputPart])]
+
+
 class CallOutputItem(Body):
     type: Literal["function_call_output"]
     call_id: CallId
-    output: Content = ""
+    output: Annotated[Output, Field(default_factory=list)]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text if isinstance(part, UnseenPart) else part for part in self.output)
+
+    @property
+    def unseen(self) -> list[str]:
+        return [f"{self.type}.{part.type}" for part in self.output if isinstance(part, UnseenPart)]
 
 
 class ReasoningItem(Body):
@@ -150,7 +187,7 @@ def _item(value: object) -> Fields:
     item = _checked(value)
     kind: str = item["type"]
     if kind.endswith("_call_output"):
-        return item | {"type": "function_call_output", "output": _output(item.get("output", ""))} | _call_of(item)
+        return item | {"type": "function_call_output"} | _call_of(item)
     if kind in ITEMS:
         return item
     if "role" in item:
@@ -168,14 +205,6 @@ def _function_call(item: Fields) -> Fields:
 def _call_of(output: Fields) -> Fields:
     """The id of the call that an output answers. A local shell output has it as its own id."""
     return {"call_id": output["id"]} if "call_id" not in output and "id" in output else {}
-
-
-def _output(value: object) -> object:
-    """A text or a list of parts; anything else becomes JSON text."""
-    parts = value if isinstance(value, list) else [value]
-    if all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts):
-        return parts
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _input(value: object) -> object:
@@ -297,7 +326,8 @@ class ResponseRequest(Generation, ThinkingChoice):
     def skipped(self) -> tuple[str, ...]:
         tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
         items = [f"input.{item.type}" for item in self.input if isinstance(item, OtherItem)]
-        return tuple(dict.fromkeys(tools + items))
+        unseen = [name for item in self.input if isinstance(item, CallOutputItem) for name in item.unseen]
+        return tuple(dict.fromkeys(tools + items + unseen))
 
     @property
     def wants_logprobs(self) -> bool:
@@ -384,7 +414,7 @@ def turns(request: ResponseRequest) -> list[Fields]:
                 call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
                 messages[-1].setdefault("tool_calls", []).append(call)
             case CallOutputItem():
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
     return messages
 
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from batching.events import Outcome
 from batching.types import Request
 from server.openai.parsing import parse
 from server.openai.requests import ChatRequest
-from server.openai.responses_request import ResponseRequest, as_chat
+from server.openai.responses_request import ITEM_LIST, ResponseRequest, as_chat
 from tests.fakes import Script
 from tests.live import BYTES, Live, eventually, live, says, scripted, tokens_of
 
@@ -575,6 +576,19 @@ def test_items_that_are_no_turns_are_skipped_and_named() -> None:
     with live() as service:
         answer = service.post(orjson.dumps({"input": items}), "/v1/responses")
     assert answer.headers["x-ignored-fields"] == "input.web_search_call, input.mcp_list_tools"
+
+
+@pytest.mark.parametrize("kind", ["function_call_output", "custom_tool_call_output"])
+def test_what_a_tool_returns_and_no_text_can_say_is_replaced_and_named(kind: str) -> None:
+    """Codex offers a tool that shows an image to the model."""
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "high"}
+    parts = [{"type": "input_text", "text": "a.png: "}, image, {"type": "input_file", "file_id": "file-1"}]
+    items = [called("f", {})[0], OF | {"type": kind, "output": parts}]
+    request = parse(ResponseRequest, orjson.dumps({"input": items}))
+    told = "a.png: [Here was an image, which this model cannot see.][Here was a file, which this model cannot see.]"
+    assert as_chat(request).messages[-1].content == told
+    assert request.ignored == ("function_call_output.input_image", "function_call_output.input_file")
+    assert ITEM_LIST.validate_json(to_json(request.input)) == request.input
 
 
 TEXTS = st.text("ab ", min_size=1, max_size=5)
