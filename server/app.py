@@ -129,7 +129,7 @@ def middleware(service: Service) -> list[Middleware]:
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after", "x-should-retry"],
+                expose_headers=["x-request-id", "request-id", "x-ignored-fields", "retry-after", "x-should-retry"],
             )
         )
     hosts = allowed_hosts(settings.host, settings.allowed_hosts)
