@@ -136,13 +136,28 @@ TYPE_NAME = re.compile(r"(?P<name>\w+)(?:(?P<array>(?:\[\d*\])+)|\[.*\]|<.*>)?")
 
 
 def tidied(schema: Schema) -> Schema:
-    """The schema with the nearest JSON types, with no type for "any", and without null members."""
+    """The schema with the nearest JSON types, with no type for "any", with null where OpenAPI allows it, and without
+    null members."""
     kept = {key: value for key, value in schema.items() if value is not None or key in ("const", "default")}
     if "type" in kept:
         kept["type"] = _nearest(kept["type"])
         if kept["type"] is None:
             del kept["type"]
+    if kept.get("nullable") is True:
+        kept = _nullable({key: value for key, value in kept.items() if key != "nullable"})
     return mapped(kept, _tidied)
+
+
+def _nullable(schema: Schema) -> Schema:
+    """The schema for the same values or null."""
+    kept, typed = schema.copy(), schema.get("type")
+    if typed is not None:
+        kept["type"] = list(dict.fromkeys([*(typed if isinstance(typed, list) else [typed]), "null"]))
+    if isinstance(listed := schema.get("enum"), list) and None not in listed:
+        kept["enum"] = [*listed, None]
+    if combined := {key: kept.pop(key) for key in ("$ref", "allOf", "anyOf", "oneOf") if key in kept}:
+        kept["anyOf"] = [combined, {"type": "null"}]
+    return kept
 
 
 def _tidied(inner: object) -> Schema | bool:

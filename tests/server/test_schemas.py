@@ -444,6 +444,27 @@ def test_a_type_that_is_none_is_no_constraint(demo: Kit, written: Any) -> None:
         assert demo.accepts(grammar, f'{before}{{"a": {text}}}{after}')
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"type": "str"}, {"type": ["string", "null"]}),
+        ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
+        ({"type": "string", "enum": ["x"]}, {"type": ["string", "null"], "enum": ["x", None]}),
+        ({"enum": ["x"]}, {"enum": ["x", None]}),
+        ({"allOf": [TEXT], "title": "A"}, {"title": "A", "anyOf": [{"allOf": [TEXT]}, {"type": "null"}]}),
+    ],
+)
+def test_what_openapi_calls_nullable_may_be_null(demo: Kit, written: Schema, meant: Schema) -> None:
+    schema = {"type": "object", "properties": {"a": written | {"nullable": True}}, "required": ["a"]}
+    assert offered(schema)["properties"] == {"a": meant}
+    assert tidied(tidied(schema)) == tidied(schema)
+    grammar = run(demo.grammars.of(loose(schema)))
+    for text, taken in {'"x"': True, "null": True, "1": False}.items():
+        assert demo.accepts(grammar, f'{{"a": {text}}}') is taken, text
+    never = {"properties": {"a": TEXT | {"nullable": False}}}
+    assert offered(never) == never
+
+
 def test_a_property_may_be_its_type_alone() -> None:
     assert offered({"properties": {"a": "string", "b": "any"}}) == {"properties": {"a": {"type": "string"}, "b": {}}}
 
