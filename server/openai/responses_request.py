@@ -176,7 +176,9 @@ def _checked(value: object) -> Fields:
     if not isinstance(kind, str):
         raise ValueError("the field type must be a string")
     if kind == "item_reference":
-        raise ValueError("an item_reference refers to a stored item, but stored state is not kept here")
+        raise ValueError(
+            "an item_reference cannot be followed here, so send the item itself, as clients do with store: false"
+        )
     if kind in UNREADABLE:
         raise ValueError(f"an item of type {kind} can be read only by the service that made it")
     return item

@@ -645,15 +645,21 @@ def refusing() -> Iterator[Live]:
         ("conversation", {"id": "conv_1"}, "conversation"),
         ("prompt", {"id": "pmpt_1"}, "prompt"),
         ("background", True, "background"),
-        ("input", [{"type": "item_reference", "id": "msg_1"}], "input.0"),
-        ("input", [{"id": "msg_1"}], "input.0"),
-        ("input", [{"id": "msg_1", "type": None}], "input.0"),
     ],
 )
 def test_what_needs_stored_state_is_refused_by_name(refusing: Live, field: str, value: Any, param: str) -> None:
     error = refusal(refusing, 400, **{field: value})
     assert error["param"] == param
     assert "stored state is not kept here" in error["message"]
+
+
+@pytest.mark.parametrize("item", [{"type": "item_reference"}, {}, {"type": None}])
+def test_who_refers_to_an_item_is_told_to_send_it(refusing: Live, item: Json) -> None:
+    """The AI SDK's provider for OpenAI refers to all that was answered, unless it is told to store nothing."""
+    error = refusal(refusing, 400, input=[{"role": "user", "content": "Hi"}, item | {"id": "msg_1"}])
+    assert error["param"] == "input.1"
+    assert "send the item itself" in error["message"]
+    assert "store: false" in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["compaction", "context_compaction"])
