@@ -67,7 +67,7 @@ class Responses(ChatEndpoint[ResponseRequest]):
         [stream] = streams
         head = head_of(name, body, model.defaults)
         reader = EventReader(stream, model.text, encoded)
-        return ResponseAnswer(stream, reader, model.text, head, body.keep)
+        return ResponseAnswer(stream, reader, model.text, head, body.namespaced, body.keep)
 
 
 class InputTokens(Endpoint[ResponseRequest, replies.InputTokens]):

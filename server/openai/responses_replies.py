@@ -1,6 +1,6 @@
 """What `/v1/responses` answers, whole and as events: types of the dicts that are sent, as in `server/replies.py`."""
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NotRequired, TypeAlias
 
 import orjson
 from pydantic import WithJsonSchema
@@ -49,6 +49,8 @@ class OutputCall(Item):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: NotRequired[str]
+    """Only of a function in one."""
     arguments: str
     """JSON text, as the model wrote it."""
 
@@ -122,7 +124,7 @@ class Response(TypedDict):
     presence_penalty: float
     frequency_penalty: float
     tools: list[Sent]
-    """Only the functions."""
+    """Only the functions, alone or in namespaces."""
     tool_choice: ToolChoice
     parallel_tool_calls: bool
     text: Sent

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
@@ -37,6 +37,7 @@ from server.openai.tools import (
     MAX_TOOLS,
     ChosenFunction,
     Function,
+    Name,
     OtherTool,
     ToolChoice,
     is_other,
@@ -85,6 +86,7 @@ class MessageItem(Message):
 class CallItem(CalledFunction):
     type: Literal["function_call"]
     call_id: CallId
+    namespace: Name | None = None
 
 
 class UnseenPart(Body):
@@ -222,12 +224,35 @@ class FlatTool(Function):
     type: Literal["function"] = "function"
 
 
-def _tool(value: object) -> object:
+def _inner_tool(value: object) -> FlatTool | OtherTool:
     """Decides by the type alone, so that errors in a function are reported as errors in a function."""
     return (OtherTool if is_other(value) else FlatTool).model_validate(value)
 
 
-AnyTool = Annotated[FlatTool | OtherTool, PlainValidator(_tool, json_schema_input_type=FlatTool | OtherTool)]
+InnerTool = Annotated[FlatTool | OtherTool, PlainValidator(_inner_tool, json_schema_input_type=FlatTool | OtherTool)]
+
+
+class Namespace(Body):
+    """A group of functions, as Codex offers those of an MCP server. The model sees each by its `full_name`."""
+
+    type: Literal["namespace"]
+    name: Name
+    description: Annotated[str, Field(strict=True)] | None = None
+    tools: Annotated[list[InnerTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+def full_name(namespace: str | None, name: str) -> str:
+    return name if namespace is None else f"{namespace}__{name}"
+
+
+def _tool(value: object) -> object:
+    grouped = isinstance(value, dict) and value.get("type") == "namespace"
+    return Namespace.model_validate(value) if grouped else _inner_tool(value)
+
+
+AnyTool = Annotated[
+    FlatTool | Namespace | OtherTool, PlainValidator(_tool, json_schema_input_type=FlatTool | Namespace | OtherTool)
+]
 
 
 class FlatChoice(ChosenFunction):
@@ -297,7 +322,7 @@ class ResponseRequest(Generation, ThinkingChoice):
     max_output_tokens: Tokens | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=1), Integral] | None = None
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    """Tools other than functions are not offered to the model."""
+    """Tools other than functions, alone or in a namespace, are not offered to the model."""
     tool_choice: Annotated[ToolChoice, BeforeValidator(_choice, json_schema_input_type=FlatToolChoice)] | None = None
     parallel_tool_calls: Flag | None = None
     text: TextConfig | None = None
@@ -321,12 +346,30 @@ class ResponseRequest(Generation, ThinkingChoice):
     client_metadata: NoEffect = None
 
     @property
-    def functions(self) -> list[FlatTool]:
-        return [tool for tool in self.tools or () if isinstance(tool, FlatTool)]
+    def functions(self) -> list[FlatTool | Namespace]:
+        return [tool for tool in self.tools or () if not isinstance(tool, OtherTool)]
+
+    @property
+    def flat_tools(self) -> Iterator[tuple[str | None, FlatTool | OtherTool]]:
+        """All tools, each with its namespace if it has one."""
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace):
+                yield from ((tool.name, inner) for inner in tool.tools)
+            else:
+                yield None, tool
+
+    @property
+    def namespaced(self) -> dict[str, tuple[str, str]]:
+        """The namespace and the name of each function in one, by its full name."""
+        return {
+            full_name(namespace, tool.name): (namespace, tool.name)
+            for namespace, tool in self.flat_tools
+            if namespace is not None and isinstance(tool, FlatTool)
+        }
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
+        tools = [f"tools.{tool.type}" for _, tool in self.flat_tools if isinstance(tool, OtherTool)]
         items = [f"input.{item.type}" for item in self.input if isinstance(item, OtherItem)]
         unseen = [name for item in self.input if isinstance(item, CallOutputItem) for name in item.unseen]
         return tuple(dict.fromkeys(tools + items + unseen))
@@ -381,7 +424,7 @@ def as_chat(request: ResponseRequest) -> ChatRequest:
         "logprobs": request.wants_logprobs,
         "top_logprobs": request.top_logprobs,
         "max_completion_tokens": request.max_output_tokens,
-        "tools": None if request.tools is None else [_chat_tool(tool) for tool in request.tools],
+        "tools": None if request.tools is None else [_chat_tool(*tool) for tool in request.flat_tools],
         "response_format": ResponseFormat(type=wanted.type, json_schema=schema),
         "logit_bias": biases,
         "reasoning_effort": (request.reasoning and request.reasoning.effort) or request.reasoning_effort,
@@ -392,8 +435,10 @@ def as_chat(request: ResponseRequest) -> ChatRequest:
         raise explain(error) from None
 
 
-def _chat_tool(tool: FlatTool | OtherTool) -> Fields:
-    return {"function": tool} if isinstance(tool, FlatTool) else {"type": tool.type}
+def _chat_tool(namespace: str | None, tool: FlatTool | OtherTool) -> Fields:
+    if isinstance(tool, OtherTool):
+        return {"type": tool.type}
+    return {"function": tool.model_copy(update={"name": full_name(namespace, tool.name)})}
 
 
 def turns(request: ResponseRequest) -> list[Fields]:
@@ -413,7 +458,8 @@ def turns(request: ResponseRequest) -> list[Fields]:
             case CallItem():
                 if last is None:
                     messages.append({"role": "assistant"})
-                call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+                name = full_name(item.namespace, item.name)
+                call = {"id": item.call_id, "function": {"name": name, "arguments": item.arguments}}
                 messages[-1].setdefault("tool_calls", []).append(call)
             case CallOutputItem():
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})

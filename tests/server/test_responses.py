@@ -388,24 +388,48 @@ def test_tools_that_may_not_be_called_are_not_offered() -> None:
 # What clients send beside, and send back
 
 SEARCH: Json = {"type": "web_search", "external_web_access": False}
-GROUP: Json = {"type": "namespace", "name": "agents", "tools": [OTHER]}
+GROUP: Json = {"type": "namespace", "name": "mcp__city", "description": "Tools.", "tools": [TOOL]}
 PATCH: Json = {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark"}}
 
 
 def test_tools_of_other_types_are_not_offered_and_are_named() -> None:
     seen: list[Request] = []
-    body: Json = {"input": "Hi", "tools": [SEARCH, TOOL, GROUP, SEARCH, PATCH], "tool_choice": "auto", "made_up": 1}
+    body: Json = {"input": "Hi", "tools": [SEARCH, TOOL, SEARCH, PATCH], "tool_choice": "auto", "made_up": 1}
     with live(scripted(remembering(seen))) as service:
         answer = service.post(orjson.dumps(body), "/v1/responses")
         alone = ask(service, tools=[TOOL])
         ask(service)
         assert ask(service, tools=[SEARCH])["tools"] == []
     assert answer.status_code == 200
-    assert answer.headers["x-ignored-fields"] == "made_up, tools.web_search, tools.namespace, tools.custom"
+    assert answer.headers["x-ignored-fields"] == "made_up, tools.web_search, tools.custom"
     assert answer.json()["tools"] == alone["tools"] == [TOOL]
     mixed, function, none, search = map(prompt_of, seen)
     assert mixed == function
     assert search == none
+
+
+def test_functions_in_a_namespace_are_offered_and_called_as_such() -> None:
+    """Codex offers the tools of MCP servers so."""
+    seen: list[Request] = []
+    tools: Any = [OTHER, {**GROUP, "tools": [TOOL, PATCH]}]
+    with (
+        live(scripted(remembering(seen, CALL.replace("weather", "mcp__city__weather") + SECOND))) as service,
+        service.openai() as client,
+    ):
+        asks: Any = {"model": "scripted", "tools": tools, "max_output_tokens": 500}
+        with client.responses.stream(input="Hi", **asks) as stream:
+            folded = stream.get_final_response()
+        answer = client.responses.create(input="Hi", **asks)
+        sent: list[Any] = [item.to_dict() for item in answer.output]
+        sent += [{"type": "function_call_output", "call_id": each["call_id"], "output": "Sunny."} for each in sent]
+        client.responses.create(input=[{"role": "user", "content": "Hi"}, *sent], **asks)
+    for found in (folded, answer):
+        calls: list[Any] = list(found.output)
+        assert [(call.namespace, call.name) for call in calls] == [("mcp__city", "weather"), (None, "time")]
+        told: Any = found.tools[1]
+        assert (told.name, told.tools[0].name) == ("mcp__city", "weather")
+    assert '{"name":"mcp__city__weather","description":"Tells the weather."' in prompt_of(seen[0])
+    assert f'{{"name":"mcp__city__weather","arguments":{ARGUMENTS}}}' in prompt_of(seen[-1])
 
 
 @pytest.mark.parametrize(
