@@ -182,7 +182,8 @@ class Call(Item):
         yield {"type": "response.function_call_arguments.delta", **self._of_item(), "delta": text}
 
     def closed(self) -> Iterable[replies.ResponseEvent]:
-        yield {"type": "response.function_call_arguments.done", **self._of_item(), "arguments": self.text}
+        name = self.json()["name"]
+        yield {"type": "response.function_call_arguments.done", **self._of_item(), "name": name, "arguments": self.text}
         yield from super().closed()
 
 

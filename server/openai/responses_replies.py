@@ -184,6 +184,7 @@ class ArgumentsDelta(OfItem):
 
 class ArgumentsDone(OfItem):
     type: Literal["response.function_call_arguments.done"]
+    name: str
     arguments: str
 
 

@@ -12,8 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
-from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
-from pydantic import BaseModel
+from openai.types.responses import (
+    Response,
+    ResponseFunctionToolCall,
+    ResponseOutputMessage,
+    ResponseReasoningItem,
+    ResponseStreamEvent,
+)
+from pydantic import BaseModel, TypeAdapter
 from pydantic_core import to_json
 
 from batching.events import Outcome
@@ -206,6 +212,14 @@ def test_thinking_is_an_item_of_its_own() -> None:
     assert answer.usage.output_tokens_details.reasoning_tokens == ANSWERS["thinking"].index("</think>") + len(
         "</think>"
     )
+
+
+def test_events_have_all_that_the_api_s_types_require() -> None:
+    with live(scripted(ANSWERS["all"])) as service:
+        events = events_of(service, tools=[TOOL, OTHER], include=["message.output_text.logprobs"])
+    types: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    done = [types.validate_python(event) for event in events][-1]
+    assert [item.type for item in done.response.output] == ["reasoning", "message", "function_call", "function_call"]
 
 
 @pytest.mark.parametrize("name", ANSWERS)
