@@ -40,9 +40,7 @@ def load(
 
     Raises ModelError if the device or dtype is not available, memory is short, or the checkpoint is bad.
     """
-    place = pick_device(device)
-    if quantization == "fp8" and not fp8.usable(place):
-        raise ModelError(f"{place} does not compute in FP8: that takes an NVIDIA GPU from Ada or Hopper on; use none")
+    place = usable_device(device, quantization)
     kind = pick_dtype(dtype, place)
     with explained(f"{checkpoint} cannot be loaded"):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
@@ -57,6 +55,14 @@ def load(
     model.train(False)
     model.requires_grad_(False)
     return model
+
+
+def usable_device(device: str, quantization: Quantization) -> torch.device:
+    """As `pick_device`. Raises ModelError also if the device does not compute in what weights are rounded to."""
+    place = pick_device(device)
+    if quantization == "fp8" and not fp8.usable(place):
+        raise ModelError(f"{place} does not compute in FP8: that takes an NVIDIA GPU from Ada or Hopper on; use none")
+    return place
 
 
 def pick_device(device: str) -> torch.device:

@@ -115,6 +115,9 @@ class ModelLoader:
     @property
     def _checkpoint(self) -> str:
         self._import()
+        from batching.model import usable_device
+
+        usable_device(self._settings.device, self._settings.quantization)  # else told after minutes of conversion
         with self._locating:  # two threads call this, but a GGUF file is converted only once
             self._found = prepare(self._found, self._settings.cache_dir)
             return self._found

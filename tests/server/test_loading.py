@@ -69,6 +69,21 @@ def test_nothing_is_imported_for_a_folder_that_is_no_model(tmp_path: Path) -> No
     assert told == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"), [(["--device", "cuda:99"], "no usable device cuda:99"), (["--quantization", "fp8"], "FP8")]
+)
+def test_a_gguf_file_is_not_converted_for_a_device_that_cannot_run_it(
+    flags: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batching.fp8.usable", lambda device: False)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    loader = ModelLoader(parse([str(tmp_path), "--cache-dir", str(tmp_path / "cache"), *flags]), Progress())
+    for part in (loader.text, loader.engine):
+        with pytest.raises(ModelError, match=reason):
+            part()
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.usefixtures("bars")
 def test_what_cannot_be_counted_is_left_alone() -> None:
     told: list[Loading] = []
