@@ -13,7 +13,7 @@ async def search(holds: Callable[[float], Awaitable[bool]], first: float, precis
     """The highest rate for which `holds` was seen to be true, to within `precision` (a share of it).
 
     Doubles or halves from `first` until one rate holds and another does not, then halves the way between them. None
-    if none held within 16 probes, so a first guess may be off by a factor of 30,000.
+    if none or all of 16 probes held, so a first guess may be off by a factor of 30,000.
     """
     held, failed = 0.0, float("inf")
     rate = first
@@ -25,7 +25,7 @@ async def search(holds: Callable[[float], Awaitable[bool]], first: float, precis
         if failed - held <= precision * held:
             break
         rate = next_rate(held, failed)
-    return held or None
+    return held if 0 < held < failed < float("inf") else None
 
 
 def next_rate(held: float, failed: float) -> float:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from benchmarks import flags
 from benchmarks.capacity import find
 from benchmarks.run import Run, Settings
-from benchmarks.summary import Targets
+from benchmarks.summary import Targets, goodput
 from benchmarks.table import failures, tables
 from benchmarks.words import LANGUAGES
 from benchmarks.workloads import WORKLOADS
@@ -217,8 +217,21 @@ def show(run: Run, command: Command) -> None:
     for label, reason in run.left_out.items():
         console.print(f"{label}: left out, because {reason}", markup=False, highlight=False)
     if command.find_capacity:
-        found = "none was found" if run.capacity is None else f"{run.capacity:.3g} requests/s"
-        console.print(f"capacity: {found}, with {command.share:.0%} of requests within the targets", highlight=False)
+        console.print(f"capacity: {capacity_of(run, command.share)}", highlight=False)
+
+
+def capacity_of(run: Run, share: float) -> str:
+    """What a search for the capacity found, in words."""
+    goal = f"with {share:.0%} of requests within the targets"
+    if run.capacity is not None:
+        return f"{run.capacity:.3g} requests/s, {goal}"
+    last = run.levels[-1]
+    if goodput(last.records, run.settings.targets) < share:
+        return f"none was found, {goal}"
+    return (
+        f"none was found: even at {last.loop.label} a level's requests are answered within the targets; "
+        "set more of them with --duration or --requests-per-level"
+    )
 
 
 def wide_console() -> Console:

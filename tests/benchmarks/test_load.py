@@ -253,6 +253,15 @@ def test_the_capacity_of_a_server_that_answers_all_but_never_in_time_is_not_foun
     assert "capacity: none was found, with 95% of requests" in capsys.readouterr().out
 
 
+def test_a_server_that_holds_at_every_rate_tried_has_no_capacity_as_the_highest_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--find-capacity", "--first-rate", "100", "--ttft-target-ms", "1e9", "--requests-per-level", "1"]
+    code, found, _ = load(ScriptedServer(), tmp_path, *flags)
+    assert (code, found.capacity, len(found.levels)) == (1, None, 16)
+    assert "capacity: none was found: even at 3.2768e+06/s" in capsys.readouterr().out
+
+
 def test_the_services_own_figures_are_those_of_the_measured_requests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
