@@ -78,18 +78,20 @@ def parse(arguments: Sequence[str] | None, program: str = PROGRAM) -> tuple[Sett
 
 def check_effect(parser: argparse.ArgumentParser, told: dict[str, Any]) -> None:
     """Exits with 2 and a sentence for a flag that would be ignored."""
-    for flag, need in without_effect({name for name in told if told[name] != parser.get_default(name)}):
-        parser.error(f"--{flag.replace('_', '-')} has no effect without {need}")
+    for flag, where in without_effect({name for name in told if told[name] != parser.get_default(name)}):
+        parser.error(f"--{flag.replace('_', '-')} has no effect {where}")
 
 
 def without_effect(given: set[str]) -> Iterator[tuple[str, str]]:
-    """Those of the given flags that would be ignored, and what each needs."""
+    """Those of the given flags that would be ignored, and where they would."""
     if "find_capacity" not in given:
-        yield from ((flag, "--find-capacity") for flag in ("first_rate", "share", "precision") if flag in given)
+        yield from ((flag, "without --find-capacity") for flag in ("first_rate", "share", "precision") if flag in given)
     if given.isdisjoint({"rate", "find_capacity"}):
-        yield from ((flag, "--rate") for flag in ("duration", "burstiness") if flag in given)
+        yield from ((flag, "without --rate") for flag in ("duration", "burstiness") if flag in given)
+    elif given >= {"duration", "requests_per_level"}:
+        yield "duration", "with --requests-per-level"
     if "prompts" in given:
-        yield from ((flag, "a workload's own prompts") for flag in ("prompt_tokens", "language") if flag in given)
+        yield from ((flag, "with prompts of your own") for flag in ("prompt_tokens", "language") if flag in given)
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:

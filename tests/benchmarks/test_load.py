@@ -39,6 +39,7 @@ REQUIRED = ["--url", "http://127.0.0.1:1", "--model", "m"]
         ["--first-rate", "2", "--ttft-target-ms", "9"],
         ["--share", "0.9", "--rate", "1", "--ttft-target-ms", "9"],
         ["--duration", "60"],
+        ["--duration", "60", "--rate", "1,2", "--requests-per-level", "8"],
         ["--burstiness", "0.5", "--concurrency", "8"],
         ["--prompt-tokens", "9:9", "--prompts", "mine.jsonl"],
         ["--language", "zh", "--prompts", "mine.jsonl"],
