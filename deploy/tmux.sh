@@ -9,14 +9,15 @@
 # has accepted. Variables: SESSION (microbatch), MODEL, NAME, PORT (21010), LOG (out/SESSION.log), PYTHON
 # (.venv/bin/python), START_TIMEOUT in seconds (900).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 SESSION=${SESSION:-microbatch}
 PORT=${PORT:-${MICROBATCH_PORT:-21010}}
-LOG=${LOG:-$PWD/out/$SESSION.log}
-PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+LOG=${LOG:-$ROOT/out/$SESSION.log}
+[[ $LOG = /* ]] || LOG=$PWD/$LOG
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 START_TIMEOUT=${START_TIMEOUT:-900}
-HANDOVER=$PWD/out/$SESSION.env
+HANDOVER=$ROOT/out/$SESSION.env
 
 die() {
     echo "microbatch: $*" >&2
@@ -63,7 +64,7 @@ start() {
     from=$(wc -c <"$LOG")
     # A tmux server that runs already has the environment of whoever started it, and arguments can be seen by everyone.
     (umask 077 && export -p >"$HANDOVER")
-    tmux new-session -d -s "$SESSION" "$(printf '%q ' "$PWD/deploy/tmux.sh" run "$HANDOVER" "$@")" \; \
+    tmux new-session -d -s "$SESSION" -c "$PWD" "$(printf '%q ' "$ROOT/deploy/tmux.sh" run "$HANDOVER" "$@")" \; \
         set-option @root "$root" \; set-option @log "$LOG"
     if wait_ready; then
         echo "ready at $root/v1 (session $SESSION, log $LOG)"
@@ -102,13 +103,14 @@ run() {
     source "$1"
     rm -f "$1"
     shift
-    export TMUX=$own
+    export TMUX=$own PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
     local flags=(--port "$PORT")
     [ -z "${MODEL:-}" ] || flags+=(--model "$MODEL")
     [ -z "${NAME:-}" ] || flags+=(--name "$NAME")
     while :; do
         set +e
-        "$PYTHON" -m server "${flags[@]}" "$@" 2>&1 | tee -ai "$LOG"
+        # -P: the working folder, from which paths are relative, may have a package of the same name.
+        "$PYTHON" -P -m server "${flags[@]}" "$@" 2>&1 | tee -ai "$LOG"
         status=${PIPESTATUS[0]}
         set -e
         case $status in 0 | 2 | 130 | 143) exit "$status" ;; esac  # stopped, or told something that makes no sense

@@ -35,7 +35,8 @@ class Script:
         own = {"TMUX_TMPDIR": str(self.folder), "SESSION": "test", "PORT": str(self.port), "PYTHON": sys.executable}
         return subprocess.run(
             [SCRIPT, *arguments],
-            env=environment(**own | {"LOG": str(self.log)} | variables),
+            cwd=self.folder,
+            env=environment(**own | {"LOG": "log"} | variables),
             capture_output=True,
             text=True,
             timeout=2 * PATIENCE,
@@ -63,7 +64,11 @@ def script(tmp_path: Path) -> Iterator[Script]:
 
 def test_it_starts_answers_comes_back_after_a_crash_and_finishes_what_it_accepted(script: Script) -> None:
     assert script("status").returncode == 3
-    started = script("start", *SMALL, MICROBATCH_DEFAULT_MAX_TOKENS="5", MICROBATCH_API_KEYS="secret")
+    (script.folder / "server").mkdir()
+    (script.folder / "server" / "__init__.py").write_text("raise AssertionError('not this one')")
+    (script.folder / "keys").write_text("alice another")
+    flags = [*SMALL, "--api-keys-file", "keys"]
+    started = script("start", *flags, MICROBATCH_DEFAULT_MAX_TOKENS="5", MICROBATCH_API_KEYS="secret")
     assert started.returncode == 0, started.stderr
     url = f"http://127.0.0.1:{script.port}"
     assert started.stdout == f"ready at {url}/v1 (session test, log {script.log})\n"
@@ -115,12 +120,14 @@ def test_a_server_that_fails_while_it_stops_is_not_started_again(script: Script)
         (["--nope"], {}, "--nope"),
         (["--host", "0.0.0.0"], {}, "MICROBATCH_HOST"),
         ([], {"MODEL": "/nowhere"}, "there is no file or folder /nowhere"),
+        ([], {"MODEL": "./empty"}, "there is no config.json in empty"),
         ([], {"PYTHON": "/nowhere/python"}, "make install"),
     ],
 )
 def test_what_cannot_start_says_why_and_leaves_no_session(
     arguments: list[str], variables: dict[str, str], reason: str, script: Script
 ) -> None:
+    (script.folder / "empty").mkdir()
     failed = script("start", *arguments, **variables)
     assert failed.returncode == 1
     assert reason in failed.stderr
