@@ -194,6 +194,18 @@ def test_it_asks_for_the_key_and_keeps_it_in_the_tab(page: Browser) -> None:
         assert all("401" in complaint for complaint in page.complaints())
 
 
+def test_a_key_may_have_any_characters(page: Browser) -> None:
+    """Such as those of a keyboard that writes another script."""
+    with live(api_keys=("schlüssel-ключ",)) as service:
+        page.driver.get(service.url)
+        page.wait(lambda: page.id("asks-key").is_displayed(), "it asks for the key")
+        page.id("key").send_keys("ыуыфьу", Keys.ENTER)
+        page.wait(lambda: page.text("#key-why") == "Invalid API key.", "it asks again")
+        page.id("key").send_keys("schlüssel-ключ", Keys.ENTER)
+        page.wait(lambda: page.state() == "ready", "the key is right")
+        assert all("401" in complaint for complaint in page.complaints())
+
+
 # Live
 
 

@@ -15,8 +15,11 @@ export const hasKey = () => Boolean(sessionStorage.getItem(KEPT));
 
 function headers(more) {
 	const key = sessionStorage.getItem(KEPT);
-	return { ...(key ? { authorization: `Bearer ${key}` } : {}), ...more };
+	return { ...(key ? { authorization: `Bearer ${asBytes(key)}` } : {}), ...more };
 }
+
+// A header's characters are bytes, and fetch raises an error on any others. The service reads them as UTF-8.
+const asBytes = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 
 let asking = null;
 let declined = false; // then only what a person does asks again
