@@ -152,6 +152,26 @@ def test_a_name_is_written_while_an_answer_ends(page: Browser) -> None:
         assert page.texts(".mine, .said") == ["Hi", "Hello!"]
 
 
+def test_what_is_clicked_while_a_name_is_written_happens_and_the_name_is_kept(
+    page: Browser, service: Live, tmp_path: Path
+) -> None:
+    page.open(service.url)
+    ask(page, "First")
+    page.id("new-chat").click()
+    ask(page, "Second")
+    for before, after in (("Second", "Lighthouses"), ("First", "Boats")):
+        other = next(each for each in page.texts("#conversations .name") if each != before)
+        rename(page).send_keys(Keys.CONTROL, "a", Keys.NULL, after)
+        page.press(other, "#conversations")
+        assert page.texts(".mine") == ["First" if before == "Second" else "Second"]
+        assert after in page.texts("#conversations .name")
+    rename(page).send_keys(Keys.CONTROL, "a", Keys.NULL, "Ships")
+    assert exported(page, tmp_path, "Export")["conversations"][0]["title"] == "Ships"
+    ask(page, "More")
+    reload(page)
+    assert page.texts("#conversations .name") == ["Ships", "Boats"]
+
+
 def test_escape_leaves_the_name_and_not_the_answer(page: Browser) -> None:
     with half_said(page):
         rename(page).send_keys("Never", Keys.ESCAPE)

@@ -32,7 +32,7 @@ export function start() {
 	options.start();
 	presets.start();
 	scroll.start();
-	list = new ConversationList((conversation = blank()) => show(conversation));
+	list = new ConversationList((conversation = blank()) => show(conversation), retitle);
 	addEventListener("storage", changedElsewhere);
 	addEventListener("pagehide", () => running && keep(running));
 	document.addEventListener("kept", () => list.draw(open));
@@ -67,7 +67,7 @@ const blank = () => new Conversation({ system: byId("system").value.trim() });
 // The conversation that is shown
 
 function show(conversation) {
-	if (conversation.id === open.id && byId("turns").childElementCount) return retitle(conversation.title);
+	if (conversation.id === open.id && byId("turns").childElementCount) return;
 	stop();
 	open = conversation;
 	sessionStorage.setItem(OPEN, open.id);
@@ -78,9 +78,8 @@ function show(conversation) {
 	focus();
 }
 
-function retitle(title) {
-	open.title = title;
-	list.draw(open);
+function retitle({ id, title }) {
+	if (id === open.id) open.title = title;
 }
 
 // `next` is the card of an answer on its way.

@@ -3,10 +3,13 @@
 import { button, byId, element, plural, toast } from "./dom.js";
 import * as store from "./store.js";
 
+const latest = (conversation) => store.load(conversation.id) ?? conversation; // with what was answered meanwhile
+
 export class ConversationList {
-	// `open` is called with a conversation to show, or with none for a new one.
-	constructor(open) {
+	// `open` is called with a conversation to show, or with none for a new one; `renamed` with one that has a new title.
+	constructor(open, renamed) {
 		this.open = open;
+		this.renamed = renamed;
 		byId("export-all").addEventListener("click", () => download(store.all()));
 		byId("import").addEventListener("click", () => byId("import-file").click());
 		byId("import-file").addEventListener("change", (event) => this.read(event.target));
@@ -20,7 +23,7 @@ export class ConversationList {
 	}
 
 	item(conversation, current) {
-		const name = button(conversation.title || "Untitled", () => this.open(store.load(conversation.id) ?? conversation));
+		const name = button(conversation.title || "Untitled", () => this.open(latest(conversation)));
 		name.classList.add("name");
 		if (!current) return element("li", {}, name);
 		name.setAttribute("aria-current", "true");
@@ -29,26 +32,33 @@ export class ConversationList {
 
 	actions(conversation, name) {
 		return element("p.foot", {},
-			button("Rename", () => name.replaceWith(this.field(conversation))),
-			button("Export", () => download([conversation])),
-			button("Delete", () => this.remove(conversation)),
+			button("Rename", () => name.replaceWith(this.field(conversation, name))),
+			button("Export", () => download([latest(conversation)])),
+			button("Delete", () => this.remove(latest(conversation))),
 		);
 	}
 
-	field(conversation) {
-		const field = element("input", { "aria-label": "Name", value: conversation.title });
+	// In the name's place until Enter, Escape, or a click elsewhere, by which the list is not drawn anew: a click on what
+	// is replaced between pressing and releasing would be lost.
+	field(conversation, name) {
+		const field = element("input", { "aria-label": "Name", value: latest(conversation).title });
 		const end = (kept) => {
 			field.onblur = null;
-			field.remove();
-			const latest = store.load(conversation.id) ?? conversation; // with what was answered meanwhile
-			if (kept && field.value.trim()) store.save(Object.assign(latest, { title: field.value.trim() }));
-			this.open(latest);
+			const title = field.value.trim();
+			if (kept && title) {
+				const found = Object.assign(latest(conversation), { title });
+				store.save(found);
+				this.renamed(found);
+				name.textContent = title;
+			}
+			field.replaceWith(name);
 		};
 		field.onkeydown = (event) => {
 			if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
 			event.stopPropagation(); // Escape stops an answer elsewhere
 			event.preventDefault(); // else Enter also presses what has the focus next
 			end(event.key === "Enter");
+			document.dispatchEvent(new Event("kept"));
 			byId("conversations").querySelector("[aria-current]").focus();
 		};
 		field.onblur = () => end(true);
