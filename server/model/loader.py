@@ -108,6 +108,7 @@ class ModelLoader:
                 import batching.model  # noqa: F401, I001  # torch first, because transformers hides why it failed
                 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
+            _log_as_we_do()
             _show_progress(sys.stderr.isatty())
             self._when_imported()
             self._imported = True
@@ -243,6 +244,15 @@ def hide(packages: Iterable[str]) -> None:
     """
     for name in packages:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def _log_as_we_do() -> None:
+    """Leave the libraries' log lines to the root logger: their own handlers would write them to stderr as they are,
+    beside or in place of a line in the chosen format."""
+    for library in ("transformers", "huggingface_hub"):
+        logger = logging.getLogger(library)
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 def _show_progress(shown: bool) -> None:

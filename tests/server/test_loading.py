@@ -1,5 +1,6 @@
 """Laws of the progress that is told while a model loads."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,18 @@ def test_imports_are_told_once_before_anything_is_loaded(folder: Path) -> None:
         with pytest.raises(ModelError):
             part()
     assert told == ["Reading the model's files"]
+
+
+@pytest.mark.usefixtures("bars")
+@pytest.mark.parametrize("library", ["transformers", "huggingface_hub"])
+def test_what_libraries_log_is_logged_once_and_in_our_format(
+    library: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger(library)
+    logger.addHandler(logging.StreamHandler())  # as it does when it is first imported
+    ModelLoader(parse(["--model", str(folder), "--device", "cpu"]), Progress()).text()
+    logger.warning("Retrying in 1s")
+    assert (logger.handlers, caplog.messages) == ([], ["Retrying in 1s"])
 
 
 def test_nothing_is_imported_for_a_folder_that_is_no_model(tmp_path: Path) -> None:
