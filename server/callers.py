@@ -64,7 +64,7 @@ def load_keys(secrets: Iterable[str], file: Path | None) -> Keys:
 
 def _from_file(file: Path) -> list[Key]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()  # Windows may begin a file with a byte order mark
     except (OSError, UnicodeDecodeError):
         raise KeyFileError(f"cannot read the API key file {file}") from None
     numbered = [(number, line.split()) for number, line in enumerate(lines, 1)]

@@ -71,6 +71,13 @@ def test_a_file_has_a_name_a_key_and_perhaps_a_share_on_a_line(file: Path) -> No
     ]
 
 
+def test_a_file_may_begin_with_a_byte_order_mark_and_have_the_line_ends_of_windows(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbfalice one\r\nbob two\r\n")
+    assert load_keys((), file).names == {"alice", "bob"}
+    file.write_bytes(b"\xef\xbb\xbf# ours\r\nbob two\r\n")
+    assert load_keys((), file).names == {"bob"}
+
+
 def test_keys_of_the_settings_and_of_the_file_are_all_good(file: Path) -> None:
     keys = load_keys(("one", "zwei-é"), file)
     found = [keys.find(secret.encode()) for secret in ("one", "zwei-é", f"{SECRET}-b", "three", "")]
