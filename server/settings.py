@@ -286,7 +286,8 @@ class Settings(BaseSettings):
         """The names clients may use; the first one is what answers carry."""
         if self.name:
             return self.name
-        return (Path(self.model).resolve().name if self.model else "smollm2-135m-instruct",)
+        # Not resolved: the hub's cache has links to files that are named by their hashes.
+        return (Path(os.path.abspath(self.model)).name if self.model else "smollm2-135m-instruct",)
 
 
 def _can_trace() -> bool:

@@ -337,6 +337,17 @@ def test_the_model_has_its_folder_s_name_unless_it_is_given_others(
     assert parse(arguments).served_names == names
 
 
+@pytest.mark.parametrize(("given", "name"), [("model.gguf", "model.gguf"), (".", "here"), ("sub/..", "here")])
+def test_a_model_that_is_a_link_has_the_link_s_name(
+    given: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As files in the hub's cache are links to others that are named by their hashes."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model.gguf").symlink_to(tmp_path / "0123")
+    monkeypatch.chdir(tmp_path / "here")
+    assert parse(["--model", given]).served_names == (name,)
+
+
 @pytest.mark.parametrize(("given", "limit"), [("0", "greater than or equal to 1"), ("9", "less than or equal to 7")])
 def test_a_number_of_tokens_out_of_range_is_told_its_range(
     given: str, limit: str, capsys: pytest.CaptureFixture[str]
