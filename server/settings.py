@@ -5,6 +5,7 @@ A flag wins over the variable of the same name. Anything unknown or contradictor
 
 import argparse
 import os
+import re
 import sys
 from importlib.util import find_spec
 from itertools import pairwise
@@ -249,8 +250,20 @@ class Settings(BaseSettings):
     @field_validator("cors_origins")
     @classmethod
     def _as_browsers_send_it(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """An origin ends with its host or port; a URL copied from a browser ends with a slash."""
-        return tuple(origin.rstrip("/") for origin in value)
+        """An origin is in lower case and ends with its host or port; a URL copied from a browser ends with a slash."""
+        origins = tuple(origin.rstrip("/").lower() for origin in value)
+        for origin in origins:
+            if origin not in ("*", "null") and not re.fullmatch("[^/]+://[^/]+", origin):
+                raise ValueError(f"{origin} is not an origin, such as https://app.example.com")
+        return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _without_scheme_or_path(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if "/" in name:
+                raise ValueError(f"{name} is not a host name, such as chat.example.com")
+        return value
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -126,6 +126,16 @@ def test_an_admin_s_key_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nobody" in told(capsys, "--api-keys-file", "keys", "--admin-keys", "nobody")
 
 
+def test_origins_and_hosts_that_no_browser_sends_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for origin in ("app.example", "localhost:3000", "https://app.example/chat"):
+        assert "is not an origin" in told(capsys, "--cors-origins", f"https://fine.example,{origin}")
+    sent = "https://App.example/,http://localhost:3000,tauri://localhost,null,*"
+    expected = ("https://app.example", "http://localhost:3000", "tauri://localhost", "null", "*")
+    assert parse(["--cors-origins", sent]).cors_origins == expected
+    for host in ("https://chat.example", "chat.example/v1"):
+        assert "is not a host name" in told(capsys, "--allowed-hosts", f"fine.example:8443,[::1]:1,*,{host}")
+
+
 def test_a_flag_beats_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MICROBATCH_PORT", "1111")
     monkeypatch.setenv("MICROBATCH_THINKING", "true")
