@@ -92,6 +92,8 @@ class ModelLoader:
         self._imported = False
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of a GGUF file, which transformers' switch leaves on
         if not settings.trust_remote_code:  # a model's own code may need any package
             hide(UNUSED)
 

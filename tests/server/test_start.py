@@ -1,5 +1,6 @@
 """Laws of a start that fails: a process of its own says why in one line, and ends with a status that is not 0."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from batching.checkpoint import LFS_POINTER
 from batching.errors import ModelError
 from server.model.text import Text
+from tests.batching.test_checkpoint import write_gguf
 from tests.live import PATIENCE, ROOT, SMALL, byte_tokenizer, environment, process
 from tests.tiny import tiny_model
 
@@ -134,3 +136,12 @@ def test_a_broken_tokenizer_is_told_in_one_line(name: str, content: bytes, folde
     with pytest.raises(ModelError) as raised:
         Text.load(str(folder))
     assert "\n" not in str(raised.value)
+
+
+def test_a_start_that_converts_logs_nothing_but_json_where_that_is_asked_for(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "part.gguf", layers=2, without="blk.1.")
+    flags = ["--model", str(tmp_path), "--cache-dir", str(tmp_path / "cache"), "--log-format", "json", "--port", "0"]
+    command = [sys.executable, "-m", "server", *flags]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert "lacks 9 of the model's weights" in lines[-1]["message"]
