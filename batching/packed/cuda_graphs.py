@@ -27,7 +27,7 @@ from batching.packed.triton_attention import (
     MixedAttention,
     PrefillAttention,
 )
-from batching.packed.triton_layer import HOPPER
+from batching.packed.triton_layer import HOPPER, capability
 
 Graph = torch.cuda.CUDAGraph
 
@@ -219,7 +219,7 @@ class GraphCapture:
     def _prefill_attention_here(self) -> Callable[[Tensor, Tensor], PrefillAttention]:
         """With its `num_blocks` and `blocks` to be given."""
         tables, device = self._state.block_tables, self._kv_cache.device
-        if torch.cuda.get_device_capability(device)[0] == HOPPER:
+        if capability(device) == HOPPER:
             from batching.packed import gluon_attention  # takes a while, and other GPUs do without
 
             if gluon_attention.suits(self._kv_cache, self._num_heads):

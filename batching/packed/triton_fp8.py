@@ -5,7 +5,6 @@ twins. Products of
 many tokens are cuBLAS's where it has them with such scales: on Hopper.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
+
+from batching.packed.triton_layer import HOPPER, add_up, capability
 
 SIZE = tl.constexpr(128)
 """Values that share a scale, `reference.BLOCK`."""
@@ -152,23 +153,6 @@ def _product_kernel(
         tl.store(out + here, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _sum_kernel(
-    partial, bias, out, size, outputs,
-    SPLITS: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial + split * size + at, mask=inside, other=0.0)
-    if BIAS:
-        total += tl.load(bias + at % outputs, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        total += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
-
-
 def fp8_product(
     x: Tensor | Rounded, weight: Tensor, scales: Tensor, bias: Tensor | None, total: Tensor | None = None
 ) -> Tensor:
@@ -192,10 +176,7 @@ def _triton_product(x: Rounded, weight: Tensor, scales: Tensor, bias: Tensor | N
         ROWS=rows, OUTPUTS=columns, SPLITS=splits, **flags, num_warps=4, num_stages=5 if columns == 32 else 4,
     )  # fmt: skip
     if splits > 1:
-        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](
-            partial, scales if bias is None else bias, out, out.numel(), outputs,
-            SPLITS=splits, **flags, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
+        add_up(partial, bias, out, add=total is not None)
     return out
 
 
@@ -213,9 +194,4 @@ def _cublas_takes(x: Rounded, weight: Tensor) -> bool:
     """Whether cuBLAS has this product and is faster: on Hopper, from CUDA 12.9, for sizes that need no padding."""
     outputs, width = weight.shape
     sizes = x.num_tokens > FEW_TOKENS and outputs % SIZE.value == 0 and width % (4 * SIZE.value) == 0
-    return sizes and x.dtype == torch.bfloat16 and _is_hopper(weight.device)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return sizes and x.dtype == torch.bfloat16 and capability(weight.device) == HOPPER

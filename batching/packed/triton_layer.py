@@ -1,8 +1,10 @@
-"""Triton kernels of a decoder layer: what lies between its matrix products, and the products of a single token.
+"""Triton kernels of a decoder layer: what lies between its matrix products, and the products of few tokens.
 
 Worker thread only, CUDA only (or Triton's interpreter, in tests). `batching/packed/reference.py` has a twin of each,
 written with torch, that says what it computes.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -10,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = 9
 """The compute capability of Hopper GPUs. From it on, a kernel can be launched before the one before it has ended."""
@@ -18,8 +21,13 @@ HOPPER = 9
 def overlap(device: torch.device) -> dict[str, bool]:
     """How to launch a kernel that calls `await_inputs`, whose stream's last work is a kernel: where the GPU can do it,
     while that still runs (NVIDIA's programmatic dependent launch)."""
-    can = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER
-    return {"OVERLAP": True, "launch_pdl": True} if can else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if capability(device) >= HOPPER else {"OVERLAP": False}
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The major number of a GPU's compute capability; 0 for other devices."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 @triton.jit
@@ -209,25 +217,122 @@ def _row(
     return out
 
 
+@triton.jit
+def _few_kernel(
+    x, weight, bias, out, partial, tokens, size, width,
+    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    # One program: some outputs of all tokens, and its split's share of the inputs.
+    await_inputs(OVERLAP)
+    first = tl.program_id(0) * TILE
+    split = tl.program_id(1)
+    steps = tl.cdiv(width, DEPTH)
+    share = tl.cdiv(steps, SPLITS)
+    total = tl.zeros([TILE, ROWS], tl.float32)
+    for step in range(split * share, tl.minimum(split * share + share, steps)):
+        weights = weight.load([first, step * DEPTH])
+        total = tl.dot(weights, x.load([0, step * DEPTH]).T, total)
+    output = (first + tl.arange(0, TILE))[:, None]
+    token = tl.arange(0, ROWS)[None, :]
+    inside = (output < size) & (token < tokens)
+    at = token * size + output
+    if SPLITS > 1:
+        tl.store(partial + split * tokens * size + at, total, mask=inside)
+    else:
+        if BIAS:
+            total += tl.load(bias + output, mask=output < size, other=0.0).to(tl.float32)
+        if ADD:
+            total += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_kernel(
+    partial, bias, out, numbers, size,
+    SPLITS: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    await_inputs(OVERLAP)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numbers
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * numbers + at, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % size, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def add_up(partial: Tensor, bias: Tensor | None, out: Tensor, *, add: bool) -> None:
+    """Write the sum of `partial` [splits, tokens, size] and the bias to out [tokens, size], or add it if `add`."""
+    _sum_kernel[(triton.cdiv(out.numel(), 512),)](
+        partial, out if bias is None else bias, out, out.numel(), out.shape[1],
+        SPLITS=len(partial), ADD=add, BIAS=bias is not None, BLOCK=512, num_warps=4, **overlap(out.device),
+    )  # fmt: skip
+
+
+FEW_TOKENS = 64
+"""Up to here the time of a product is that of reading the weights, which the kernel here does faster than cuBLAS."""
+
+TILE, DEPTH = 64, 128
+"""Outputs of a program, and inputs that it reads at a time."""
+
+SPLITS = 3
+"""Programs that share the inputs of products of few outputs, which alone would not keep a GPU reading."""
+
+
+def reads_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether `few_product` takes these: of up to `FEW_TOKENS`, on Hopper, in rows that its bulk copies can read."""
+    return (
+        len(x) <= FEW_TOKENS
+        and capability(x.device) == HOPPER
+        and x.dtype.itemsize == 2
+        and weight.shape[1] % 8 == 0
+        and x.is_contiguous()
+    )
+
+
+def few_product(x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor | None = None) -> Tensor:
+    """`product`, added to `total` [tokens, size] if there is one."""
+    (tokens, width), size = x.shape, len(weight)
+    out = x.new_empty(tokens, size) if total is None else total
+    rows = max(16, triton.next_power_of_2(tokens))
+    splits = SPLITS if size <= FEW_OUTPUTS else 1
+    partial = x.new_empty(splits if splits > 1 else 0, tokens, size, dtype=torch.float32)
+    flags = {"ADD": total is not None, "BIAS": bias is not None}
+    _few_kernel[(triton.cdiv(size, TILE), splits)](
+        TensorDescriptor.from_tensor(x, [rows, DEPTH]), TensorDescriptor.from_tensor(weight, [TILE, DEPTH]),
+        out if bias is None else bias, out, partial, tokens, size, width,
+        ROWS=rows, TILE=TILE, DEPTH=DEPTH, SPLITS=splits, **flags, num_warps=4, num_stages=4, **overlap(x.device),
+    )  # fmt: skip
+    if splits > 1:
+        add_up(partial, bias, out, add=total is not None)
+    return out
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [tokens, width] times the rows of weight [size, width], plus bias [size]."""
-    if len(x) > 1:
-        return linear(x, weight, bias)
-    return _row(x, weight, bias, x.new_empty(1, len(weight)))
+    if len(x) == 1:
+        return _row(x, weight, bias, x.new_empty(1, len(weight)))
+    return few_product(x, weight, bias) if reads_tiles(x, weight) else linear(x, weight, bias)
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Add the product to `total` [tokens, size]."""
     if len(x) == 1:
         _row(x, weight, bias, total, add=True)
-        return
-    total.addmm_(x, weight.t())
-    if bias is not None:
-        total.add_(bias)
+    elif reads_tiles(x, weight):
+        few_product(x, weight, bias, total)
+    else:
+        total.addmm_(x, weight.t())
+        if bias is not None:
+            total.add_(bias)
 
 
 def gated_product(x: Tensor, pair: Tensor, bias: Tensor | None) -> Tensor:
     """silu(gate) x up, of the products of x with the two halves of pair [2 x size, width]."""
     if len(x) > 1:
-        return silu_product(linear(x, pair, bias))
+        return silu_product(product(x, pair, bias))
     return _row(x, pair, bias, x.new_empty(1, len(pair) // 2), gated=True)

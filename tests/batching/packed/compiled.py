@@ -103,6 +103,19 @@ def layer() -> Iterator[Case]:
         yield Case(triton_layer._row_kernel, row, asked | block, ("size", "width") if even else (), {"num_warps": 2})
 
 
+def products_of_few() -> Iterator[Case]:
+    numbers = {"bias": HALF, "out": HALF, "partial": SINGLE, "size": "i32"}
+    tile, depth = triton_layer.TILE, triton_layer.DEPTH
+    for rows, splits in ((16, 1), (64, 3)):
+        tiles = {"x": f"tensordesc<bf16[{rows},{depth}]>", "weight": f"tensordesc<bf16[{tile},{depth}]>"}
+        flags = {"SPLITS": splits, "ADD": True, "BIAS": True}
+        shape = {"ROWS": rows, "TILE": tile, "DEPTH": depth} | flags
+        types = tiles | numbers | {"tokens": "i32", "width": "i32"}
+        options = {"num_warps": 4, "num_stages": 4}
+        yield Case(triton_layer._few_kernel, types, shape, ("size", "width"), options)
+    yield Case(triton_layer._sum_kernel, numbers | {"numbers": "i32"}, flags | {"BLOCK": 512}, ("size",))
+
+
 def products_in_fp8() -> Iterator[Case]:
     eight = "*fp8e4nv"
     numbers = {"stride": "i32", "width": "i32"}
@@ -114,13 +127,11 @@ def products_in_fp8() -> Iterator[Case]:
     yield Case(triton_fp8._rounded_norm_kernel, norm, {"BLOCKS": 32}, ("width",), options)
     product = {"x": eight, "weight": eight, "bias": HALF, "out": HALF, "tokens": "i32", "outputs": "i32"} | numbers
     product |= dict.fromkeys(("x_scales", "scales", "partial"), SINGLE)
-    summing = {"partial": SINGLE, "bias": HALF, "out": HALF, "size": "i32", "outputs": "i32"}
     for rows, outputs, splits, stages in ((16, 32, 4, 5), (64, 32, 1, 5), (64, 64, 4, 4), (64, 128, 1, 4)):
         flags = {"SPLITS": splits, "ADD": True, "BIAS": True}
         shape = {"ROWS": rows, "OUTPUTS": outputs} | flags
         options = {"num_warps": 4, "num_stages": stages}
         yield Case(triton_fp8._product_kernel, product, shape, ("outputs", "width"), options)
-        yield Case(triton_fp8._sum_kernel, summing, flags | {"BLOCK": 1024}, ("outputs",), {"num_warps": 4})
 
 
 def sampling(widths: Sequence[int] = (1, 4)) -> Iterator[Case]:
@@ -162,7 +173,8 @@ def main() -> None:
         case 89:  # with the least shared memory: what takes much of it
             cases = [*(case for case in attention(2) if case.constants.get("WIDTH") != 1), *products_in_fp8()]
         case _:
-            cases = [*attention(3), *attention_on_hopper(), *layer(), *sampling((4,)), *products_in_fp8()]
+            cases = [*attention(3), *attention_on_hopper(), *layer(), *products_of_few(), *sampling((4,))]
+            cases += products_in_fp8()
     print(json.dumps([[case.kernel.fn.__name__, case.shared(capability)] for case in cases]))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-CARDS = {"A100": (80, 163 * 1024, 10), "L40S": (89, 99 * 1024, 7), "H100": (90, 227 * 1024, 16)}
+CARDS = {"A100": (80, 163 * 1024, 10), "L40S": (89, 99 * 1024, 6), "H100": (90, 227 * 1024, 17)}
 """Compute capability, the most shared memory of a program (NVIDIA's tuning guides for Ampere, Ada and Hopper), and the
 number of kernels: those for FP8 are for cards that have such units, and of Ada's only those that may not fit."""
 

@@ -94,6 +94,29 @@ def test_products(tokens: int, size: int, width: int, few: int, biased: bool, mo
     assert_close(*totals)
 
 
+on_hopper = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == triton_layer.HOPPER
+
+
+@pytest.mark.skipif(not on_hopper, reason="needs Hopper's bulk copies")
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("tokens", "size", "width"), [(2, 72, 136), (16, 64, 512), (33, 136, 264), (64, 200, 1024)])
+def test_products_of_few_tokens(
+    tokens: int, size: int, width: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_layer, "FEW_OUTPUTS", 128)  # the last two are not split
+    monkeypatch.setattr(triton_layer, "capability", lambda device: triton_layer.HOPPER)
+    monkeypatch.setattr(triton_layer, "overlap", lambda device: {"OVERLAP": False})
+    x, weight = noise(tokens, width).to(torch.float16), (noise(size, width) / 8).to(torch.float16)
+    bias = noise(size).to(torch.float16) if biased else None
+    assert triton_layer.reads_tiles(x, weight)
+    close = {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(triton_layer.product(x, weight, bias), reference.product(x, weight, bias), **close)
+    totals = [torch.ones(tokens, size, device=DEVICE, dtype=torch.float16) for _ in range(2)]
+    for ops, total in zip([triton_layer, reference], totals, strict=True):
+        ops.add_product(total, x, weight, bias)
+    torch.testing.assert_close(*totals, **close)
+
+
 needs_fp8 = pytest.mark.skipif(DEVICE == "cuda" and not fp8.usable(torch.device("cuda")), reason="needs FP8 units")
 
 
