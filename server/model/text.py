@@ -46,8 +46,8 @@ PIECE = 65_536
 PART = 1_024
 """Characters of a text that a thread tokenizes at least: half a millisecond."""
 
-CUT = re.compile(r"(?= \w)|\n(?<=\S\n)(?=\w)")
-"""Ends where a text can be cut: before a space with a word after it, or between a word and a lone line break."""
+CUT = re.compile(r"(?= \w)(?<=\S)|\n(?<=\S\n)(?=\w)")
+"""Ends where a text can be cut: before a lone space with a word after it, or between a word and a lone line break."""
 
 WORDS = frozenset(
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{words}+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

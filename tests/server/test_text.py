@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
@@ -350,7 +350,9 @@ def test_a_long_text_is_tokenized_in_parts_as_if_whole_by_a_thinking_model(think
 
 
 def with_words(splitter: pre_tokenizers.PreTokenizer, *tokens: AddedToken) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ"]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(ids, [("Ġ", "Ġ")]))
     tokenizer.pre_tokenizer = splitter
     tokenizer.add_tokens(list(tokens))
     return tokenizer
@@ -368,6 +370,26 @@ def test_known_words_end_where_a_text_is_cut(pattern: str, text: str) -> None:
 
 
 BY_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        with_words(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BY_WORDS])),  # SmolLM2
+        with_words(BY_WORDS, AddedToken("  ")),  # OLMo
+        with_words(BY_WORDS, AddedToken("a")),
+    ],
+)
+@given(text=WORDS_AND_SPACE)
+@example(text="  1")
+@example(text="  a")
+def test_a_run_of_spaces_is_not_cut_because_what_is_after_it_may_not_be_of_its_word(
+    tokenizer: Tokenizer, text: str
+) -> None:
+    assert can_be_cut(tokenizer)
+    places = [0, *(cut.end() for cut in CUT.finditer(text)), len(text)]
+    parts = tokenizer.encode_batch([text[start:end] for start, end in pairwise(places)], add_special_tokens=False)
+    assert [token for part in parts for token in part.ids] == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
