@@ -143,7 +143,9 @@ def can_be_cut(tokenizer: Tokenizer) -> bool:
     return (
         _state(tokenizer.normalizer) in (None, {"type": "NFC"})
         and bool(_ends_words(_state(tokenizer.pre_tokenizer)))
-        and not any(CUT.search("x\n" * token.lstrip + token.content + " x" * token.rstrip) for token in tokens)
+        and not any(
+            CUT.search("x" + "\n" * token.lstrip + token.content + " " * token.rstrip + "x") for token in tokens
+        )
     )
 
 

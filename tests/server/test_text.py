@@ -401,6 +401,8 @@ def test_a_run_of_spaces_is_not_cut_because_what_is_after_it_may_not_be_of_its_w
         with_words(pre_tokenizers.Split(Regex(r"\w+\s*"), "isolated")),
         with_words(pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), BY_WORDS])),
         with_words(BY_WORDS, AddedToken("<end of turn>")),
+        with_words(BY_WORDS, AddedToken("\nHuman")),
+        with_words(BY_WORDS, AddedToken("Human: ")),
         with_words(BY_WORDS, AddedToken("<one>"), AddedToken("<mask>", rstrip=True)),
         with_words(BY_WORDS, AddedToken("User", lstrip=True)),
     ],
