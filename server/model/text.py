@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from contextlib import suppress
 from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers
 
 from batching.errors import ModelError, explained, first_line
 from server.http.errors import bad_request, thousands
@@ -45,6 +46,10 @@ PIECE = 65_536
 
 PART = 1_024
 """Characters of a text that a thread tokenizes at least: half a millisecond."""
+
+TOGETHER = 8 * (os.cpu_count() or 1)
+"""Parts that are tokenized in one call: the library's threads, one for each core, take no part of another text before
+they have done all of these."""
 
 CUT = re.compile(r"(?= \w)(?<=\S)|\n(?<=\S\n)(?=\w)")
 """Ends where a text can be cut: before a lone space with a word after it, or between a word and a lone line break."""
@@ -261,8 +266,7 @@ class Text:
         """The token ids of a text. `special` adds the model's beginning and end tokens. Raises `ApiError` 400 for more
         than `MAX_TOKENS`."""
         whole = not self._can_be_cut or (special and self._tokenizer.num_special_tokens_to_add(is_pair=False))
-        # Only the batch methods release the GIL, which the worker and the event loop need, and use several threads.
-        encodings = self._tokenizer.encode_batch_fast([text] if whole else parts_of(text), add_special_tokens=special)
+        encodings = list(self._encodings([text] if whole else parts_of(text), special))
         count = sum(map(len, encodings))
         if count > MAX_TOKENS:
             del encodings  # freed here, because the error takes this frame to the event loop
@@ -271,6 +275,11 @@ class Text:
                 code="context_length_exceeded",
             )
         return tuple(chain.from_iterable(encoding.ids for encoding in encodings))
+
+    def _encodings(self, parts: Sequence[str], special: bool) -> Iterator[Encoding]:
+        # Only the batch methods release the GIL, which the worker and the event loop need, and use several threads.
+        for start in range(0, len(parts), TOGETHER):
+            yield from self._tokenizer.encode_batch_fast(parts[start : start + TOGETHER], add_special_tokens=special)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

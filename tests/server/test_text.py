@@ -349,6 +349,24 @@ def test_a_long_text_is_tokenized_in_parts_as_if_whole_by_a_thinking_model(think
     check_parts_have_the_tokens_of_the_whole(Text.load(thinking_tokenizer))
 
 
+def test_a_long_text_leaves_threads_to_other_texts(thinking_tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, long = Text.load(thinking_tokenizer), "a few words, " * 1000
+    whole = text.encode(long)
+    calls: list[list[str]] = []
+
+    class Noting:
+        def encode_batch_fast(self, parts: list[str], *, add_special_tokens: bool) -> Any:
+            calls.append(parts)
+            return tokenizer.encode_batch_fast(parts, add_special_tokens=add_special_tokens)
+
+    tokenizer = text._tokenizer
+    monkeypatch.setattr(text, "_tokenizer", Noting())
+    monkeypatch.setattr(server.model.text, "TOGETHER", 5)
+    assert text.encode(long) == whole
+    assert [part for parts in calls for part in parts] == parts_of(long)
+    assert max(map(len, calls)) == 5
+
+
 def with_words(splitter: pre_tokenizers.PreTokenizer, *tokens: AddedToken) -> Tokenizer:
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ"]
     ids = {token: number for number, token in enumerate(vocabulary)}
