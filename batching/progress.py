@@ -6,6 +6,7 @@ An observer of the batcher. An engine may also call `mark` on the worker thread 
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from batching.events import BatchEnded, BatchStarted, Event, PromptScored, State, StateChanged, Stepped
@@ -45,5 +46,7 @@ class Progress:
         On a GPU a layer returns once its kernels are queued, and a forward pass takes seconds at most.
         """
         if model.device.type == "cpu":
-            for layer in getattr(model.get_decoder(), "layers", ()):  # type: ignore[no-untyped-call]
+            # The list of layers has one of several names: layers, h or blocks.
+            parts = model.get_decoder().children()  # type: ignore[no-untyped-call]
+            for layer in chain.from_iterable(part for part in parts if type(part).__name__ == "ModuleList"):
                 layer.register_forward_hook(lambda *_: self.mark())

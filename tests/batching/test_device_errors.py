@@ -1,7 +1,10 @@
 """Which errors end the worker, and which only their batch."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from batching.batcher import Batcher
 from batching.errors import EngineError, is_sticky
@@ -73,14 +76,22 @@ def test_after_a_sticky_error_nothing_more_is_tried(run_async: Runner) -> None:
     run_async(main)
 
 
-def test_each_layer_of_a_forward_pass_on_a_cpu_is_progress() -> None:
+def gpt2() -> PreTrainedModel:
+    """Whose list of layers has another name than most."""
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, bos_token_id=None, eos_token_id=None)
+    model: PreTrainedModel = GPT2LMHeadModel(config).eval()
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_model, gpt2])
+def test_each_layer_of_a_forward_pass_on_a_cpu_is_progress(make: Callable[[], PreTrainedModel]) -> None:
     class Counting(Progress):
         marks = 0
 
         def mark(self) -> None:
             self.marks += 1
 
-    progress, model = Counting(), tiny_model()
+    progress, model = Counting(), make()
     before = model(torch.tensor([[1, 2, 3]])).logits
     progress.follow(model)
     assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
