@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -47,8 +46,8 @@ PIECE = 65_536
 PART = 1_024
 """Characters of a text that a thread tokenizes at least: half a millisecond."""
 
-TOGETHER = 8 * (os.cpu_count() or 1)
-"""Parts that are tokenized in one call: the library's threads, one for each core, take no part of another text before
+TOGETHER = 64
+"""Parts that are tokenized in one call, a few for each core: the library's threads take no part of another text before
 they have done all of these."""
 
 CUT = re.compile(r"(?= \w)(?<=\S)|\n(?<=\S\n)(?=\w)")
