@@ -281,6 +281,8 @@ class Batcher:
         self._decided.set()
 
     def on_step(self, tokens: NewTokens, running: int, at: float) -> None:
+        if self._queue and any(not row.stream.output_tokens for row, *_ in tokens):
+            self._queue.wake()  # what a row shares with others is known once it has begun, and may leave room
         for row, token, finish, logprob in tokens:
             row.stream.feed(token, finish, at, logprob)
         self._observe(Stepped(len(tokens), running, rows=len({row for row, *_ in tokens})))

@@ -86,6 +86,23 @@ def test_a_row_is_counted_with_what_it_has_come_to_and_not_with_what_it_may_come
     run_async(main)
 
 
+def test_a_row_joins_once_it_is_known_how_much_the_running_ones_share(run_async: Runner) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(stepped=True, info=replace(JOINS, token_budget=350))
+        async with serving(engine, rows=8) as (batcher, log):
+            streams = [batcher.submit(request(100, id=str(n), max_tokens=50)) for n in range(3)]
+            await log.count(RowStarted, 2)
+            assert len(log.of(RowStarted)) == 2
+            streams[1].row.num_shared_tokens = 100  # as the engine sets it when the row starts
+            engine.release()
+            [joined] = await log.count(RowsJoined, 1)
+            assert joined.running == 3
+            engine.release(120)
+            assert [len(await all_tokens(stream)) for stream in streams] == [50, 50, 50]
+
+    run_async(main)
+
+
 def test_a_failed_batch_fails_the_rows_that_joined_it_and_no_others(run_async: Runner) -> None:
     async def main() -> None:
         def fail(step: int) -> None:
