@@ -20,7 +20,7 @@ from server.openai.chat import ChatEndpoint, Conversation, EventReader, prompt_l
 from server.openai.endpoint import Answer, Endpoint, Prompt, json_response
 from server.openai.requests import ChatRequest
 from server.openai.responses_output import ResponseAnswer
-from server.openai.responses_request import NOT_KEPT, ResponseRequest, TextConfig, as_chat, renamed
+from server.openai.responses_request import NOT_KEPT, ReasoningConfig, ResponseRequest, TextConfig, as_chat, renamed
 from server.openai.tools import AllowedChoice, NamedChoice
 from server.response_store import ResponseStore, StoredResponse
 from server.service import Service
@@ -132,6 +132,7 @@ async def no_response(http: HttpRequest) -> Response:
 
 def head_of(model: str, body: ResponseRequest, defaults: Defaults) -> replies.Response:
     """The response before any output. Some clients require even the fields that never vary here."""
+    reasoning = body.reasoning or ReasoningConfig()
     return {
         "id": f"resp_{secrets.token_hex(12)}",
         "object": "response",
@@ -153,7 +154,7 @@ def head_of(model: str, body: ResponseRequest, defaults: Defaults) -> replies.Re
         "tool_choice": choice_of(body),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "text": as_json(body.text or TextConfig()),
-        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
         "metadata": as_json(body.metadata or {}),
         "user": as_json(body.user),
         "safety_identifier": as_json(body.safety_identifier),

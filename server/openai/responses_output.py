@@ -122,6 +122,38 @@ class Thought(TextItem):
         return {"type": "response.reasoning_text.done", **self._of_part(), "text": self.text}
 
 
+class SummarizedThought(Thought):
+    """A thought that is its own summary, too: many clients show nothing but summaries."""
+
+    def json(self) -> replies.OutputReasoning:
+        summary = [] if self.status == "in_progress" else [self.summary()]
+        return {**super().json(), "summary": summary}
+
+    def summary(self) -> replies.SummaryText:
+        return {"type": "summary_text", "text": self.text}
+
+    def opened(self) -> Iterable[replies.ResponseEvent]:
+        yield from super().opened()
+        yield self._summary_part("response.reasoning_summary_part.added")
+
+    def grown(self, text: str) -> Iterable[replies.ResponseEvent]:
+        yield from super().grown(text)
+        yield {"type": "response.reasoning_summary_text.delta", **self._of_summary(), "delta": text}
+
+    def closed(self) -> Iterable[replies.ResponseEvent]:
+        yield {"type": "response.reasoning_summary_text.done", **self._of_summary(), "text": self.text}
+        yield self._summary_part("response.reasoning_summary_part.done")
+        yield from super().closed()
+
+    def _summary_part(
+        self, kind: Literal["response.reasoning_summary_part.added", "response.reasoning_summary_part.done"]
+    ) -> replies.SummaryPartChanged:
+        return {"type": kind, **self._of_summary(), "part": self.summary()}
+
+    def _of_summary(self) -> replies.OfSummary:
+        return {**self._of_item(), "summary_index": 0}
+
+
 class Said(TextItem):
     """A message. Its log probabilities are encoded as they come, because they can reach megabytes."""
 
@@ -197,10 +229,12 @@ class Output:
     Only the last item grows. A call without a `CallEnded` was cut off or is malformed, and is incomplete.
     """
 
-    def __init__(self, namespaced: Mapping[str, tuple[str, str]]) -> None:
-        """`namespaced`: the namespace and the name there of functions that have one."""
+    def __init__(self, namespaced: Mapping[str, tuple[str, str]], *, summarized: bool) -> None:
+        """`namespaced`: the namespace and the name there of functions that have one. `summarized`: thoughts are sent as
+        their summaries, too."""
         self.numbers = count()  # sequence numbers of the stream's events
         self._namespaced = namespaced
+        self._thought = SummarizedThought if summarized else Thought
         self._items: list[Item] = []
 
     def json(self) -> list[replies.OutputItem]:
@@ -210,7 +244,7 @@ class Output:
         """`logprobs` are those of an event that is content."""
         match event:
             case Reasoning():
-                yield from self._write(Thought, event.text)
+                yield from self._write(self._thought, event.text)
             case Content():
                 yield from self._write(Said, event.text, logprobs)
             case CallStarted():
@@ -281,7 +315,7 @@ class ResponseAnswer(Answer):
         self._text = text
         self._head = head
         self._keep = keep
-        self._output = Output(namespaced)
+        self._output = Output(namespaced, summarized=head["reasoning"]["summary"] is not None)
         self._waiting = deque[SizedLogprob]()  # of tokens whose text has not come yet
         self._finish: FinishReason | None = None
         self._begun = False

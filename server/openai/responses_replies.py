@@ -25,6 +25,11 @@ class ReasoningText(TypedDict):
     text: str
 
 
+class SummaryText(TypedDict):
+    type: Literal["summary_text"]
+    text: str
+
+
 class Item(TypedDict):
     id: str
     status: Literal["in_progress", "completed", "incomplete"]
@@ -40,8 +45,8 @@ class OutputReasoning(Item):
     """The model's reasoning."""
 
     type: Literal["reasoning"]
-    summary: list[None]
-    """Always empty."""
+    summary: list[SummaryText]
+    """The reasoning itself, if the request asks for a summary; else empty."""
     content: list[ReasoningText]
 
 
@@ -87,7 +92,7 @@ class ResponseError(TypedDict):
 
 class Effort(TypedDict):
     effort: str | None
-    summary: None
+    summary: str | None
 
 
 class FunctionName(TypedDict):
@@ -219,6 +224,25 @@ class ReasoningDone(OfPart):
     text: str
 
 
+class OfSummary(OfItem):
+    summary_index: int
+
+
+class SummaryPartChanged(OfSummary):
+    type: Literal["response.reasoning_summary_part.added", "response.reasoning_summary_part.done"]
+    part: SummaryText
+
+
+class SummaryDelta(OfSummary):
+    type: Literal["response.reasoning_summary_text.delta"]
+    delta: str
+
+
+class SummaryDone(OfSummary):
+    type: Literal["response.reasoning_summary_text.done"]
+    text: str
+
+
 ResponseEvent: TypeAlias = (
     ResponseChanged
     | ItemChanged
@@ -227,6 +251,9 @@ ResponseEvent: TypeAlias = (
     | TextDone
     | ReasoningDelta
     | ReasoningDone
+    | SummaryPartChanged
+    | SummaryDelta
+    | SummaryDone
     | ArgumentsDelta
     | ArgumentsDone
 )

@@ -133,16 +133,23 @@ class CallOutputItem(Body):
 
 
 class ReasoningItem(Body):
-    """Reasoning. Only its text is used: a summary is not what the model thought, and the rest is encrypted."""
+    """Reasoning. Clients that read only summaries send back nothing else; here, they are the reasoning itself. What is
+    encrypted is skipped with its summary, which another service wrote."""
 
     type: Literal["reasoning"]
     content: object = None
+    summary: object = None
+    encrypted_content: object = None
 
     @property
     def text(self) -> str:
-        content = self.content if isinstance(self.content, list) else []
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(text for text in parts if isinstance(text, str))
+        return _joined(self.content) or ("" if self.encrypted_content else _joined(self.summary))
+
+
+def _joined(parts: object) -> str:
+    """The texts of what may be a list of parts."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
@@ -309,7 +316,8 @@ class TextConfig(Body):
 class ReasoningConfig(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """"none" and "minimal" turn thinking off, other values on."""
-    summary: NoEffect = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    """With any of them, reasoning is sent as its summary, too."""
 
 
 class ResponseRequest(Generation, ThinkingChoice):

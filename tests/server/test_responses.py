@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
 import openai
@@ -98,6 +99,10 @@ def folded(events: list[Json]) -> list[Json]:
             case "output_text.delta" | "reasoning_text.delta":
                 assert event["delta"]
                 items[event["output_index"]]["content"][event["content_index"]]["text"] += event["delta"]
+            case "reasoning_summary_part.added":
+                items[event["output_index"]]["summary"].append(dict(event["part"]))
+            case "reasoning_summary_text.delta":
+                items[event["output_index"]]["summary"][event["summary_index"]]["text"] += event["delta"]
             case "function_call_arguments.delta":
                 items[event["output_index"]]["arguments"] += event["delta"]
             case "output_item.done":
@@ -214,9 +219,35 @@ def test_thinking_is_an_item_of_its_own() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["thinking", "only thinking", "all"])
+def test_a_thought_is_its_summary_too_where_one_is_wanted(name: str) -> None:
+    """LangChain and the AI SDK read nothing but summaries."""
+    fields: Json = {"tools": [TOOL, OTHER], "reasoning": {"summary": "auto"}}
+    with live(scripted(ANSWERS[name])) as service:
+        for length in (500, 12):
+            events = events_of(service, max_output_tokens=length, **fields)
+            check_fold(ask(service, max_output_tokens=length, **fields), events)
+    response = events[-1]["response"]
+    thought = response["output"][0]
+    assert [part["text"] for part in thought["summary"]] == [part["text"] for part in thought["content"]] != [""]
+    assert response["reasoning"] == {"effort": None, "summary": "auto"}
+    assert isinstance(Response.model_validate(response).output[0], ResponseReasoningItem)
+    kinds = [event["type"].removeprefix("response.") for event in events if "summary" in event["type"]]
+    assert [kind for kind, _ in groupby(kinds)] == [
+        "reasoning_summary_part.added",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.done",
+        "reasoning_summary_part.done",
+    ]
+    for event in events:
+        if event["type"].startswith("response.reasoning_summary") and event["type"].endswith(".done"):
+            assert thought["summary"] == [event.get("part") or {"type": "summary_text", "text": event["text"]}]
+
+
 def test_events_have_all_that_the_api_s_types_require() -> None:
     with live(scripted(ANSWERS["all"])) as service:
-        events = events_of(service, tools=[TOOL, OTHER], include=["message.output_text.logprobs"])
+        include = ["message.output_text.logprobs"]
+        events = events_of(service, tools=[TOOL, OTHER], include=include, reasoning={"summary": "auto"})
     types: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     done = [types.validate_python(event) for event in events][-1]
     assert [item.type for item in done.response.output] == ["reasoning", "message", "function_call", "function_call"]
@@ -589,6 +620,10 @@ SPELLINGS: dict[str, tuple[list[Json], list[Json]]] = {
     "a thought that is encrypted": (
         [{"type": "reasoning", "id": "rs_1", "encrypted_content": "gAAA", "summary": SUMMARY}, IT_IS],
         [IT_IS],
+    ),
+    "a thought that came as its summary, too": (
+        [{"type": "reasoning", "id": "rs_1", "content": [], "summary": SUMMARY}, IT_IS],
+        [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "s"}], "summary": SUMMARY}, IT_IS],
     ),
     "a turn of an unknown type": ([IT_IS | {"type": "agent_message", "author": "x"}], [IT_IS]),
 }
