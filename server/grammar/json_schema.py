@@ -88,7 +88,7 @@ def resolve(schema: Schema, reference: str) -> object:
     return node
 
 
-MAX_LENGTH = 256 * 1024  # characters of all schemas of one request
+MAX_LENGTH = 256 * 1024  # characters of all schemas in a grammar
 MAX_DEPTH = 64  # nesting of JSON values; each level of nested objects takes two
 MAX_MEMBERS = 20_000  # total members of all objects and arrays
 MAX_PROPERTIES = 1000  # members of one object; compile time is quadratic in them
@@ -105,23 +105,23 @@ class SchemaError(ValueError):
     """A fault in a schema or pattern, as a sentence for the client."""
 
 
-def bound(*parts: object) -> None:
-    """Refuse schemas that are too large, reading no more than it takes to find out.
+def bound(*parts: object, length: int = MAX_LENGTH) -> None:
+    """Refuse schemas that are too large, of more characters than `length`, reading no more than it takes to find out.
 
     Raises `SchemaError`, also for numbers that JSON cannot express.
     """
-    length = members = 0
+    characters = members = 0
     for part in parts:
         for depth, key, value in values(part):
             inside = len(value) if isinstance(value, dict | list) else 0
             members += inside
-            length += _length(value) + len(key) + 4
+            characters += _length(value) + len(key) + 4
             if depth > MAX_DEPTH:
                 raise SchemaError("The schema is nested too deeply.")
             if members > MAX_MEMBERS:
                 raise SchemaError("The schema has more members than can be compiled.")
-            if length > MAX_LENGTH:
-                raise SchemaError(f"The schema is too large; the limit is {MAX_LENGTH // 1024} KiB.")
+            if characters > length:
+                raise SchemaError(f"The schema is too large; the limit is {length // 1024} KiB.")
 
 
 def _length(value: object) -> int:

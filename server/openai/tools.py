@@ -23,7 +23,8 @@ from server.grammar.json_schema import bound
 from server.grammar.rewrite import tidied
 from server.output.tool_calls import NAME, ShownFunction, ShownTool
 
-MAX_TOOLS = 128  # as in OpenAI's API
+MAX_TOOLS = 512  # OpenAI allows 128, but agents offer all tools of several MCP servers
+MAX_TOOLS_LENGTH = 2**20  # characters of all tools; most are descriptions, which no grammar holds
 
 Name = Annotated[str, Field(strict=True, pattern=NAME)]
 
@@ -31,7 +32,7 @@ Name = Annotated[str, Field(strict=True, pattern=NAME)]
 def _tools(tools: object) -> object:
     """Bounds the number before each is checked in detail, which takes longer."""
     listed = tools if isinstance(tools, list) else []
-    bound([tool.model_dump() if isinstance(tool, BaseModel) else tool for tool in listed])
+    bound([tool.model_dump() if isinstance(tool, BaseModel) else tool for tool in listed], length=MAX_TOOLS_LENGTH)
     return tools
 
 
@@ -189,7 +190,8 @@ class ToolUse(Body):
             case "none":
                 return ()
             case AllowedChoice():
-                return tuple(tool for tool in self._all if tool.function.name in self._mentioned)
+                mentioned = self._mentioned
+                return tuple(tool for tool in self._all if tool.function.name in mentioned)
             case _:
                 return self._all
 

@@ -19,7 +19,7 @@ from server.http.errors import RETRIED
 from server.model.text import Text
 from server.openai.messages import MAX_CALLS, Message
 from server.openai.parsing import explain
-from server.openai.tools import MAX_TOOLS, ToolUse
+from server.openai.tools import MAX_TOOLS_LENGTH, ToolUse
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenFormat, QwenParser
@@ -251,7 +251,7 @@ def test_what_only_looks_bad_is_accepted() -> None:
 
 
 def test_all_definitions_together_are_bounded_before_they_are_looked_at() -> None:
-    large = tool({"description": "x" * (MAX_LENGTH // 4 - 100)})
+    large = tool({"description": "x" * (MAX_TOOLS_LENGTH // 4 - 100)})
     assert len(use(tools=[large] * 3).offered) == 3
     cost = calls_in(lambda: refused(ToolUse, json.dumps({"tools": [large] * 5})))
     assert calls_in(lambda: refused(ToolUse, json.dumps({"tools": [large] * 50}))) < cost + 100
@@ -339,9 +339,11 @@ def test_a_name_is_the_same_in_definitions_calls_and_results() -> None:
     assert tool["function"]["name"] == odd
 
 
-def test_at_most_128_tools() -> None:
-    assert len(use(tools=[WEATHER] * MAX_TOOLS).offered) == MAX_TOOLS
-    refused(ToolUse, json.dumps({"tools": [WEATHER] * (MAX_TOOLS + 1)}))
+def test_there_may_be_as_many_tools_as_several_mcp_servers_have_and_no_more() -> None:
+    described = {"function": WEATHER["function"] | {"description": "x" * 1500}}
+    assert len(use(tools=[described] * 512).offered) == 512
+    message = refused(ToolUse, json.dumps({"tools": [WEATHER] * 513}))
+    assert message == "tools: list should have at most 512 items after validation, not 513."
 
 
 # What the history may hold.
