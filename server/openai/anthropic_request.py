@@ -73,6 +73,24 @@ Text = Annotated[
 ]
 
 
+def _document(block: object) -> object:
+    """A document of plain text or text blocks, as a text block that begins with its title and context."""
+    source = block.get("source") if isinstance(block, dict) and block.get("type") == "document" else None
+    texts = _texts(source) if isinstance(source, dict) else None
+    if not isinstance(block, dict) or texts is None:
+        return block
+    texts = [block.get("title"), block.get("context"), *texts]
+    return {"type": "text", "text": "\n".join(text for text in texts if isinstance(text, str) and text)}
+
+
+def _texts(source: Fields) -> list[object] | None:
+    """The texts of a document; None if it has anything else."""
+    parts = _blocks(source.get("data" if source.get("type") == "text" else "content"))
+    if not isinstance(parts, list) or any(_kind(part) != "text" or not isinstance(part, dict) for part in parts):
+        return None
+    return [part.get("text") for part in parts]
+
+
 class ToolReference(Body):
     """What Claude Code's search for tools finds. The model already has every tool, so all it needs is the name."""
 
@@ -104,6 +122,7 @@ AnyResult = Annotated[
     | Annotated[Unseen, Tag("document")],
     Discriminator(_kind),
     _readable("text", "tool_reference", "image", "document"),
+    BeforeValidator(_document),
 ]
 Result = Annotated[
     list[AnyResult],
@@ -140,6 +159,7 @@ AnyBlock = Annotated[
     | Annotated[Unseen, Tag("document")],
     Discriminator(_kind),
     _readable("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "image", "document"),
+    BeforeValidator(_document),
 ]
 
 

@@ -216,6 +216,35 @@ def test_results_of_tools_are_messages_in_the_order_of_the_blocks() -> None:
     assert turns == [("user", "a"), ("tool", "b"), ("tool", "Error: c"), ("tool", ""), ("user", "d")]
 
 
+DOCUMENTS: list[tuple[Json, str]] = [
+    ({"source": {"type": "text", "media_type": "text/plain", "data": "It rains."}}, "It rains."),
+    ({"source": {"type": "content", "content": "It rains."}, "citations": {"enabled": True}}, "It rains."),
+    (
+        {
+            "source": {
+                "type": "content",
+                "content": [{"type": "text", "text": "It"}, {"type": "text", "text": "rains."}],
+            },
+            "title": "Weather",
+            "context": "From May.",
+            "cache_control": {"type": "ephemeral"},
+        },
+        "Weather\nFrom May.\nIt\nrains.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("document", "text"), DOCUMENTS)
+def test_a_document_that_is_text_is_read(document: Json, text: str) -> None:
+    block = {"type": "document"} | document
+    asked: list[Json] = [block, {"type": "text", "text": "Does it?"}]
+    [turn] = shown(chat_of(messages=[{"role": "user", "content": asked}]))
+    assert turn["content"] == f"{text}\nDoes it?"
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [block]}
+    [told] = shown(chat_of(messages=[{"role": "user", "content": [result]}]))
+    assert told["content"] == text
+
+
 @pytest.mark.parametrize(("kind", "what"), [("image", "an image"), ("document", "a document")])
 def test_what_stands_beside_a_tool_s_result_is_replaced_as_in_it(kind: str, what: str) -> None:
     """Claude Code sends the pages of a PDF that its tool has read so."""
@@ -448,6 +477,10 @@ INVALID: list[tuple[Json, str]] = [
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "only reads text.* type image"),
     ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "only reads text.* type document"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "data": "a"}}]}]},
+        "only reads text.* type document",
+    ),
     ({"messages": [{"role": "user", "content": [{"type": 1}]}]}, "only reads text.* type other"),
     ({"messages": [{"role": "user", "content": [1]}]}, "only reads text.* type other"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f"}]}]}, "role assistant"),
