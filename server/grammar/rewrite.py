@@ -6,6 +6,7 @@ Pure functions that build new schemas; their input must have passed `json_schema
 import json
 import re
 from collections.abc import Callable, Iterator
+from urllib.parse import quote
 
 from server.fields import Schema
 from server.grammar.json_schema import (
@@ -199,7 +200,8 @@ def _without_faults(schema: Schema, strict: bool) -> Schema:
         reasons = dict(faults.of(node))
         if strict and reasons:
             raise SchemaError(next(iter(reasons.values())))
-        return rewritten(_of_a_known_draft({key: value for key, value in node.items() if key not in reasons}), change)
+        kept = {key: value for key, value in node.items() if key not in reasons}
+        return rewritten(_with_a_uri(_of_a_known_draft(kept)), change)
 
     return change(schema)
 
@@ -217,6 +219,14 @@ def _of_a_known_draft(schema: Schema) -> Schema:
         if draft in str(schema["$schema"]):
             return schema | {"$schema": name}
     return {key: value for key, value in schema.items() if key != "$schema"}
+
+
+def _with_a_uri(schema: Schema) -> Schema:
+    """The schema with its reference as the URI that the compiler requires: people write names as they are."""
+    return schema | {"$ref": quote(schema["$ref"], URI_SIGNS, errors="replace")} if "$ref" in schema else schema
+
+
+URI_SIGNS = "%#/?:@!$&'()*+,;="
 
 
 # Closed objects

@@ -313,6 +313,16 @@ SHAPES: list[Case] = [
         },
         [1, "x", 2],
     ),
+    (
+        {
+            "$defs": {"地址": INT, "List<string>": TEXT, "a [b]": INT},
+            "type": "array",
+            "prefixItems": [{"$ref": "#/$defs/地址"}, {"$ref": "#/$defs/List<string>"}, {"$ref": "#/$defs/a [b]"}],
+            "minItems": 3,
+            "items": False,
+        },
+        [1, "x", 2],
+    ),
     ({"properties": {"a": INT, "b": {"$ref": "#/properties/a"}}, "type": "object"}, {"a": 1, "b": 2}),
     (
         {
@@ -763,7 +773,7 @@ def test_repetitions_are_counted_with_what_they_repeat() -> None:
 
 def test_references_with_an_end_are_told_from_those_without() -> None:
     for schema, _ in CORPUS:
-        assert terminates(schema, set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(schema))))
+        assert terminates(schema, set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(schema, ensure_ascii=False))))
     backwards = {f"d{n}": {"$ref": f"#/$defs/d{n - 1}"} for n in range(1, 40)}
     assert terminates({"$defs": {**backwards, "d0": INT}}, {f"#/$defs/d{n}" for n in range(40)})
     for reference in ("#", "#/", "#/x/y", "#/allOf/0", "#/allOf/x", "#a", "other", "", "#/allOf/99999999999"):
