@@ -122,35 +122,31 @@ class Thought(TextItem):
         return {"type": "response.reasoning_text.done", **self._of_part(), "text": self.text}
 
 
-class SummarizedThought(Thought):
-    """A thought that is its own summary, too: many clients show nothing but summaries."""
+class Summary(Item):
+    """A thought as its own summary, the only form in which many clients read one."""
+
+    prefix = "rs"
 
     def json(self) -> replies.OutputReasoning:
-        summary = [] if self.status == "in_progress" else [self.summary()]
-        return {**super().json(), "summary": summary}
+        summary = [] if self.status == "in_progress" else [self.part()]
+        return {"id": self._id, "type": "reasoning", "status": self.status, "summary": summary, "content": []}
 
-    def summary(self) -> replies.SummaryText:
+    def part(self) -> replies.SummaryText:
         return {"type": "summary_text", "text": self.text}
 
     def opened(self) -> Iterable[replies.ResponseEvent]:
         yield from super().opened()
-        yield self._summary_part("response.reasoning_summary_part.added")
+        yield {"type": "response.reasoning_summary_part.added", **self._of_part(), "part": self.part()}
 
     def grown(self, text: str) -> Iterable[replies.ResponseEvent]:
-        yield from super().grown(text)
-        yield {"type": "response.reasoning_summary_text.delta", **self._of_summary(), "delta": text}
+        yield {"type": "response.reasoning_summary_text.delta", **self._of_part(), "delta": text}
 
     def closed(self) -> Iterable[replies.ResponseEvent]:
-        yield {"type": "response.reasoning_summary_text.done", **self._of_summary(), "text": self.text}
-        yield self._summary_part("response.reasoning_summary_part.done")
+        yield {"type": "response.reasoning_summary_text.done", **self._of_part(), "text": self.text}
+        yield {"type": "response.reasoning_summary_part.done", **self._of_part(), "part": self.part()}
         yield from super().closed()
 
-    def _summary_part(
-        self, kind: Literal["response.reasoning_summary_part.added", "response.reasoning_summary_part.done"]
-    ) -> replies.SummaryPartChanged:
-        return {"type": kind, **self._of_summary(), "part": self.summary()}
-
-    def _of_summary(self) -> replies.OfSummary:
+    def _of_part(self) -> replies.OfSummary:
         return {**self._of_item(), "summary_index": 0}
 
 
@@ -231,10 +227,10 @@ class Output:
 
     def __init__(self, namespaced: Mapping[str, tuple[str, str]], *, summarized: bool) -> None:
         """`namespaced`: the namespace and the name there of functions that have one. `summarized`: thoughts are sent as
-        their summaries, too."""
+        summaries."""
         self.numbers = count()  # sequence numbers of the stream's events
         self._namespaced = namespaced
-        self._thought = SummarizedThought if summarized else Thought
+        self._thought: type[Thought | Summary] = Summary if summarized else Thought
         self._items: list[Item] = []
 
     def json(self) -> list[replies.OutputItem]:
@@ -261,7 +257,7 @@ class Output:
         yield from self._settle(cut)
 
     def _write(
-        self, kind: type[Thought] | type[Said], text: str, logprobs: Sequence[orjson.Fragment] = ()
+        self, kind: type[Thought | Summary | Said], text: str, logprobs: Sequence[orjson.Fragment] = ()
     ) -> Iterator[Change]:
         if not isinstance(self._growing, kind):
             yield from self._open(kind(len(self._items), self.numbers))

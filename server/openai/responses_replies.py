@@ -42,11 +42,10 @@ class OutputMessage(Item):
 
 
 class OutputReasoning(Item):
-    """The model's reasoning."""
+    """The model's reasoning, in `summary` if the request asks for one, else in `content`."""
 
     type: Literal["reasoning"]
     summary: list[SummaryText]
-    """The reasoning itself, if the request asks for a summary; else empty."""
     content: list[ReasoningText]
 
 

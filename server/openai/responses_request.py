@@ -317,7 +317,7 @@ class ReasoningConfig(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """"none" and "minimal" turn thinking off, other values on."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """With any of them, reasoning is sent as its summary, too."""
+    """With any of them, reasoning is sent as its own summary."""
 
 
 class ResponseRequest(Generation, ThinkingChoice):

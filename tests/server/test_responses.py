@@ -220,19 +220,20 @@ def test_thinking_is_an_item_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["thinking", "only thinking", "all"])
-def test_a_thought_is_its_summary_too_where_one_is_wanted(name: str) -> None:
-    """LangChain and the AI SDK read nothing but summaries."""
+def test_a_thought_is_its_summary_where_one_is_wanted(name: str) -> None:
+    """LangChain and the AI SDK read nothing but summaries; LlamaIndex would join text and summary."""
     fields: Json = {"tools": [TOOL, OTHER], "reasoning": {"summary": "auto"}}
     with live(scripted(ANSWERS[name])) as service:
-        for length in (500, 12):
+        for length in (12, 500):
             events = events_of(service, max_output_tokens=length, **fields)
             check_fold(ask(service, max_output_tokens=length, **fields), events)
     response = events[-1]["response"]
     thought = response["output"][0]
-    assert [part["text"] for part in thought["summary"]] == [part["text"] for part in thought["content"]] != [""]
+    assert thought["content"] == []
+    assert [part["text"] for part in thought["summary"]] == ["Hm." if name == "all" else "Hm, well."]
     assert response["reasoning"] == {"effort": None, "summary": "auto"}
     assert isinstance(Response.model_validate(response).output[0], ResponseReasoningItem)
-    kinds = [event["type"].removeprefix("response.") for event in events if "summary" in event["type"]]
+    kinds = [event["type"].removeprefix("response.") for event in events if "reasoning" in event["type"]]
     assert [kind for kind, _ in groupby(kinds)] == [
         "reasoning_summary_part.added",
         "reasoning_summary_text.delta",
@@ -244,10 +245,11 @@ def test_a_thought_is_its_summary_too_where_one_is_wanted(name: str) -> None:
             assert thought["summary"] == [event.get("part") or {"type": "summary_text", "text": event["text"]}]
 
 
-def test_events_have_all_that_the_api_s_types_require() -> None:
+@pytest.mark.parametrize("summary", [None, "auto"])
+def test_events_have_all_that_the_api_s_types_require(summary: str | None) -> None:
     with live(scripted(ANSWERS["all"])) as service:
         include = ["message.output_text.logprobs"]
-        events = events_of(service, tools=[TOOL, OTHER], include=include, reasoning={"summary": "auto"})
+        events = events_of(service, tools=[TOOL, OTHER], include=include, reasoning={"summary": summary})
     types: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     done = [types.validate_python(event) for event in events][-1]
     assert [item.type for item in done.response.output] == ["reasoning", "message", "function_call", "function_call"]
@@ -621,9 +623,9 @@ SPELLINGS: dict[str, tuple[list[Json], list[Json]]] = {
         [{"type": "reasoning", "id": "rs_1", "encrypted_content": "gAAA", "summary": SUMMARY}, IT_IS],
         [IT_IS],
     ),
-    "a thought that came as its summary, too": (
+    "a thought that came as its summary": (
         [{"type": "reasoning", "id": "rs_1", "content": [], "summary": SUMMARY}, IT_IS],
-        [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "s"}], "summary": SUMMARY}, IT_IS],
+        [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "s"}], "summary": []}, IT_IS],
     ),
     "a turn of an unknown type": ([IT_IS | {"type": "agent_message", "author": "x"}], [IT_IS]),
 }
