@@ -73,22 +73,26 @@ Text = Annotated[
 ]
 
 
-def _document(block: object) -> object:
-    """A document of plain text or text blocks, as a text block that begins with its title and context."""
-    source = block.get("source") if isinstance(block, dict) and block.get("type") == "document" else None
-    texts = _texts(source) if isinstance(source, dict) else None
-    if not isinstance(block, dict) or texts is None:
+def _as_text(block: object) -> object:
+    """A document of plain text or text blocks, or a search result, as a text block that begins with its title."""
+    match block:
+        case {"type": "document", "source": {"type": "text", "data": content}, **rest}:
+            about = rest.get("title"), rest.get("context")
+        case {"type": "document", "source": {"type": "content", "content": content}, **rest}:
+            about = rest.get("title"), rest.get("context")
+        case {"type": "search_result", "content": content, **rest}:
+            about = rest.get("title"), rest.get("source")
+        case _:
+            return block
+    parts = _blocks(content)
+    if not isinstance(parts, list) or not all(map(_is_text, parts)):
         return block
-    texts = [block.get("title"), block.get("context"), *texts]
+    texts = [*about, *(part["text"] for part in parts)]
     return {"type": "text", "text": "\n".join(text for text in texts if isinstance(text, str) and text)}
 
 
-def _texts(source: Fields) -> list[object] | None:
-    """The texts of a document; None if it has anything else."""
-    parts = _blocks(source.get("data" if source.get("type") == "text" else "content"))
-    if not isinstance(parts, list) or any(_kind(part) != "text" or not isinstance(part, dict) for part in parts):
-        return None
-    return [part.get("text") for part in parts]
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 class ToolReference(Body):
@@ -122,7 +126,7 @@ AnyResult = Annotated[
     | Annotated[Unseen, Tag("document")],
     Discriminator(_kind),
     _readable("text", "tool_reference", "image", "document"),
-    BeforeValidator(_document),
+    BeforeValidator(_as_text),
 ]
 Result = Annotated[
     list[AnyResult],
@@ -159,7 +163,7 @@ AnyBlock = Annotated[
     | Annotated[Unseen, Tag("document")],
     Discriminator(_kind),
     _readable("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "image", "document"),
-    BeforeValidator(_document),
+    BeforeValidator(_as_text),
 ]
 
 

@@ -217,6 +217,15 @@ def test_results_of_tools_are_messages_in_the_order_of_the_blocks() -> None:
 
 
 DOCUMENTS: list[tuple[Json, str]] = [
+    (
+        {
+            "type": "search_result",
+            "source": "https://example.org",
+            "title": "Weather",
+            "content": [{"type": "text", "text": "It rains."}],
+        },
+        "Weather\nhttps://example.org\nIt rains.",
+    ),
     ({"source": {"type": "text", "media_type": "text/plain", "data": "It rains."}}, "It rains."),
     ({"source": {"type": "content", "content": "It rains."}, "citations": {"enabled": True}}, "It rains."),
     (
@@ -235,7 +244,7 @@ DOCUMENTS: list[tuple[Json, str]] = [
 
 
 @pytest.mark.parametrize(("document", "text"), DOCUMENTS)
-def test_a_document_that_is_text_is_read(document: Json, text: str) -> None:
+def test_a_document_or_search_result_that_is_text_is_read(document: Json, text: str) -> None:
     block = {"type": "document"} | document
     asked: list[Json] = [block, {"type": "text", "text": "Does it?"}]
     [turn] = shown(chat_of(messages=[{"role": "user", "content": asked}]))
