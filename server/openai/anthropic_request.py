@@ -48,14 +48,14 @@ class ToolUseBlock(Body):
 
 def _kind(block: object) -> str:
     kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
-    return kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,30}", kind) else "other"
+    return kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,40}", kind) else "other"
 
 
 def _readable(*kinds: str) -> BeforeValidator:
     """For a block: accepts these types and refuses others in words."""
 
     def check(block: object) -> object:
-        if _kind(block) not in kinds:
+        if _tag(block) not in kinds:
             raise ValueError(f"this model only reads text, but there is a block of type {_kind(block)}")
         return block
 
@@ -152,7 +152,20 @@ class ToolResultBlock(Body):
         return [f"tool_result.{part.type}" for part in self.content if isinstance(part, Unseen)]
 
 
-Block: TypeAlias = TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock | Unseen
+SERVED = re.compile(r"[a-z_]+_tool_(use|result)")
+
+
+class ServedBlock(Body):
+    """What a tool that Anthropic ran, such as its search, was asked or returned in an earlier answer. Skipped."""
+
+    type: Annotated[str, Field(pattern=f"^{SERVED.pattern}$")]
+
+
+def _tag(block: object) -> str:
+    return "served" if SERVED.fullmatch(_kind(block)) else _kind(block)
+
+
+Block: TypeAlias = TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock | Unseen | ServedBlock
 AnyBlock = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ThinkingBlock, Tag("thinking")]
@@ -160,9 +173,10 @@ AnyBlock = Annotated[
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
     | Annotated[Unseen, Tag("image")]
-    | Annotated[Unseen, Tag("document")],
-    Discriminator(_kind),
-    _readable("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "image", "document"),
+    | Annotated[Unseen, Tag("document")]
+    | Annotated[ServedBlock, Tag("served")],
+    Discriminator(_tag),
+    _readable("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "image", "document", "served"),
     BeforeValidator(_as_text),
 ]
 
@@ -322,7 +336,8 @@ class CountRequest(Generation):
         tools = [f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)]
         results = [block for turn in self.messages for block in turn.content if isinstance(block, ToolResultBlock)]
         inside = [name for result in results for name in result.unseen]
-        beside = [f"messages.{block.type}" for turn in self.messages for block in turn.unseen]
+        blocks = [block for turn in self.messages for block in turn.content]
+        beside = [f"messages.{block.type}" for block in blocks if isinstance(block, Unseen | ServedBlock)]
         return tuple(dict.fromkeys([*tools, *inside, *beside]))
 
     @property

@@ -24,7 +24,7 @@ from server.grammar.rewrite import tidied
 from server.output.tool_calls import NAME, ShownFunction, ShownTool
 
 MAX_TOOLS = 512  # OpenAI allows 128, but agents offer all tools of several MCP servers
-MAX_TOOLS_LENGTH = 2**20  # characters of all tools; most are descriptions, which no grammar holds
+MAX_TOOLS_LENGTH = 2**20  # characters of all tools; those of which a call is demanded must fit a grammar, too
 
 Name = Annotated[str, Field(strict=True, pattern=NAME)]
 

@@ -269,6 +269,19 @@ def test_what_stands_beside_a_tool_s_result_is_replaced_as_in_it(kind: str, what
     assert request.ignored == (f"messages.{kind}",)
 
 
+def test_what_anthropic_s_own_tools_did_is_skipped_and_named() -> None:
+    """A conversation may have begun with a model of Anthropic's that can search."""
+    content: list[Json] = [
+        {"type": "server_tool_use", "id": "1", "name": "web_search", "input": {"query": "q"}},
+        {"type": "text_editor_code_execution_tool_result", "tool_use_id": "1", "content": []},
+        {"type": "text", "text": "It rains."},
+    ]
+    body: Json = {"messages": [*HI, {"role": "assistant", "content": content}, *HI], "max_tokens": 8}
+    request = parse(MessageRequest, orjson.dumps(body))
+    assert [turn["content"] for turn in shown(as_chat(request))] == ["Hi", "It rains.", "Hi"]
+    assert request.ignored == ("messages.server_tool_use", "messages.text_editor_code_execution_tool_result")
+
+
 @pytest.mark.parametrize(
     ("choice", "demanded", "offered"),
     [
