@@ -109,12 +109,12 @@ def test_products_of_few_tokens(
     x, weight = noise(tokens, width).to(torch.float16), (noise(size, width) / 8).to(torch.float16)
     bias = noise(size).to(torch.float16) if biased else None
     assert triton_layer.reads_tiles(x, weight)
-    close = {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(triton_layer.product(x, weight, bias), reference.product(x, weight, bias), **close)
+    found, wanted = (ops.product(x, weight, bias) for ops in (triton_layer, reference))
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
     totals = [torch.ones(tokens, size, device=DEVICE, dtype=torch.float16) for _ in range(2)]
     for ops, total in zip([triton_layer, reference], totals, strict=True):
         ops.add_product(total, x, weight, bias)
-    torch.testing.assert_close(*totals, **close)
+    torch.testing.assert_close(*totals, rtol=2e-2, atol=2e-2)
 
 
 needs_fp8 = pytest.mark.skipif(DEVICE == "cuda" and not fp8.usable(torch.device("cuda")), reason="needs FP8 units")
