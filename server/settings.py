@@ -133,8 +133,8 @@ class Settings(BaseSettings):
     prefill_chunk: int | None = Field(
         None,
         ge=16,
-        description="packed engine: tokens in a forward pass with one prompt while others are answered; none: 1024 on a "
-        "GPU, 128 on a CPU",
+        description="packed engine: tokens in a forward pass with one prompt while others are answered; none: 1024 on "
+        "a GPU, 128 on a CPU",
     )
     max_gap_ms: float | None = Field(
         None,
