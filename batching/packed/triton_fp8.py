@@ -1,8 +1,7 @@
 """Triton kernels for products in FP8: the inputs' rounding, and matrix products with a scale for every block.
 
-Worker thread only, CUDA only (or Triton's interpreter, in tests). `batching/packed/reference.py` has their
-twins. Products of
-many tokens are cuBLAS's where it has them with such scales: on Hopper.
+Worker thread only, CUDA only (or Triton's interpreter, in tests). `batching/packed/reference.py` has their twins.
+Products of many tokens are cuBLAS's where it has them with such scales: on Hopper.
 """
 
 from typing import NamedTuple
