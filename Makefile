@@ -1,6 +1,7 @@
 # make run           install what serving needs, then serve a small model on http://127.0.0.1:21010
 # make run MODEL=/models/Qwen3-4B NAME=qwen3-4b-local
 #                    serve a model's folder, .gguf file or hub id under a name
+# make serving       install what serving needs, and no more
 # make test          install what tests need too, then run every test (15 to 25 minutes on 2 cores)
 # make test-quick    run the part of them that takes 2 minutes at most
 # make check         lint, types and tests
