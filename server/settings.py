@@ -253,15 +253,15 @@ class Settings(BaseSettings):
         """An origin is in lower case and ends with its host or port; a URL copied from a browser ends with a slash."""
         origins = tuple(origin.rstrip("/").lower() for origin in value)
         for origin in origins:
-            if origin not in ("*", "null") and not re.fullmatch("[^/]+://[^/]+", origin):
+            if origin not in ("*", "null") and not re.fullmatch("[^/*]+://[^/*]+", origin):
                 raise ValueError(f"{origin} is not an origin, such as https://app.example.com")
         return origins
 
     @field_validator("allowed_hosts")
     @classmethod
-    def _without_scheme_or_path(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _as_they_are_compared(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if "/" in name:
+            if name != "*" and re.search("[/*]", name):
                 raise ValueError(f"{name} is not a host name, such as chat.example.com")
         return value
 
