@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -16,6 +18,7 @@ from pydantic import (
     Tag,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
 )
 from pydantic_core import to_json
 
@@ -248,6 +251,15 @@ class Namespace(Body):
     tools: Annotated[list[InnerTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
+def flat(tools: Iterable[FlatTool | Namespace | OtherTool] | None) -> Iterator[tuple[str | None, FlatTool | OtherTool]]:
+    """All tools, each with its namespace if it has one."""
+    for tool in tools or ():
+        if isinstance(tool, Namespace):
+            yield from ((tool.name, inner) for inner in tool.tools)
+        else:
+            yield None, tool
+
+
 def full_name(namespace: str | None, name: str) -> str:
     return name if namespace is None else f"{namespace}__{name}"
 
@@ -264,6 +276,7 @@ AnyTool = Annotated[
 
 class FlatChoice(ChosenFunction):
     type: Literal["function"] = "function"
+    namespace: Name | None = None
 
 
 class FlatAllowed(Body):
@@ -272,13 +285,45 @@ class FlatAllowed(Body):
     tools: list[FlatChoice | OtherTool]
 
 
-def _choice(value: object) -> object:
+def _choice(value: object, info: ValidationInfo) -> object:
     """The tool choice in the format of chat completions."""
     if not isinstance(value, dict):
         return value
+    meant = _in_namespaces(info.data.get("tools"))
     if value.get("type") == "allowed_tools" and isinstance(value.get("tools"), list):
-        return {"type": "allowed_tools", "allowed_tools": value | {"tools": [_choice(tool) for tool in value["tools"]]}}
-    return {"type": value.get("type"), "function": {key: value[key] for key in value if key != "type"}}
+        allowed = (one for tool in value["tools"] for one in _named(tool, meant))
+        return {"type": "allowed_tools", "allowed_tools": value | {"tools": [*islice(allowed, MAX_TOOLS + 1)]}}
+    named = _named(value, meant)
+    return named[0] if len(named) == 1 else _nested(value)
+
+
+def _in_namespaces(tools: Iterable[FlatTool | Namespace | OtherTool] | None) -> dict[tuple[object, ...], list[str]]:
+    """The full names of functions in namespaces, by the type, name and namespace that a choice may say of them: as a
+    call does, or without the namespace if no function outside of one has that name, or all of a namespace."""
+    functions = ((namespace, tool.name) for namespace, tool in flat(tools) if isinstance(tool, FlatTool))
+    listed = list(islice(functions, MAX_TOOLS))
+    alone = {name for namespace, name in listed if namespace is None}
+    meant = defaultdict[tuple[object, ...], list[str]](list)
+    for namespace, name in listed:
+        if namespace is not None:
+            meant["namespace", namespace, None].append(full_name(namespace, name))
+            meant["function", name, namespace].append(full_name(namespace, name))
+            if name not in alone:
+                meant["function", name, None].append(full_name(namespace, name))
+    return meant
+
+
+def _named(value: object, meant: Mapping[tuple[object, ...], list[str]]) -> list[object]:
+    """What an object of a choice names."""
+    if not isinstance(value, dict):
+        return [value]
+    said = value.get("type", "function"), value.get("name"), value.get("namespace")
+    names = meant.get(said) if all(isinstance(part, str | None) for part in said) else None
+    return [{"function": {"name": name}} for name in names] if names else [_nested(value)]
+
+
+def _nested(choice: Fields) -> Fields:
+    return {"type": choice.get("type"), "function": {key: choice[key] for key in choice if key != "type"}}
 
 
 FlatToolChoice = Literal["none", "auto", "required"] | FlatChoice | FlatAllowed
@@ -359,12 +404,7 @@ class ResponseRequest(Generation, ThinkingChoice):
 
     @property
     def flat_tools(self) -> Iterator[tuple[str | None, FlatTool | OtherTool]]:
-        """All tools, each with its namespace if it has one."""
-        for tool in self.tools or ():
-            if isinstance(tool, Namespace):
-                yield from ((tool.name, inner) for inner in tool.tools)
-            else:
-                yield None, tool
+        return flat(self.tools)
 
     @property
     def namespaced(self) -> dict[str, tuple[str, str]]:
@@ -467,7 +507,8 @@ def turns(request: ResponseRequest) -> list[Fields]:
                 if last is None:
                     messages.append({"role": "assistant"})
                 name = full_name(item.namespace, item.name)
-                call = {"id": item.call_id, "function": {"name": name, "arguments": item.arguments}}
+                function = CalledFunction.model_construct(name=name, arguments=item.arguments)
+                call = {"id": item.call_id, "function": function}
                 messages[-1].setdefault("tool_calls", []).append(call)
             case CallOutputItem():
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})

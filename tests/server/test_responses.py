@@ -480,6 +480,52 @@ def test_functions_in_a_namespace_are_offered_and_called_as_such() -> None:
 
 
 @pytest.mark.parametrize(
+    ("choice", "offered", "demanded"),
+    [
+        ({"name": "weather"}, 4, ["mcp__city__weather"]),
+        ({"name": "weather", "namespace": "mcp__city"}, 4, ["mcp__city__weather"]),
+        ({"name": "mcp__city__weather"}, 4, ["mcp__city__weather"]),
+        ({"name": "time"}, 4, ["time"]),
+        ({"name": "time", "namespace": "mcp__zone"}, 4, ["mcp__zone__time"]),
+        ({"type": "allowed_tools", "tools": [{"type": "namespace", "name": "mcp__city"}]}, 2, []),
+        ({"type": "allowed_tools", "tools": [{"type": "function", "name": "weather"}]}, 1, []),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"name": "time"}, {"name": "news"}]},
+            2,
+            ["mcp__city__news", "time"],
+        ),
+    ],
+)
+def test_a_choice_names_functions_in_a_namespace_as_calls_do(choice: Json, offered: int, demanded: list[str]) -> None:
+    city, zone = GROUP | {"tools": [TOOL, OTHER | {"name": "news"}]}, GROUP | {"name": "mcp__zone", "tools": [OTHER]}
+    body = {"input": "Hi", "tools": [city, OTHER, zone], "tool_choice": {"type": "function"} | choice}
+    chat = as_chat(parse(ResponseRequest, orjson.dumps(body)))
+    assert (len(chat.offered), sorted(tool.function.name for tool in chat.demanded)) == (offered, demanded)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "function", "name": "weather"},
+        {"type": "function", "name": "weather", "namespace": "c"},
+        {"type": "allowed_tools", "tools": [{"type": "function", "name": "made_up", "namespace": "a"}]},
+    ],
+)
+def test_a_choice_that_could_be_any_or_is_none_is_refused(refusing: Live, choice: Json) -> None:
+    tools = [GROUP | {"name": "a"}, GROUP | {"name": "b"}]
+    assert "names a function that is not defined" in refusal(refusing, 400, tools=tools, tool_choice=choice)["message"]
+
+
+def test_names_in_a_namespace_may_be_as_long_as_others() -> None:
+    """OpenAI allows 64 characters in each; together with what is between them they are longer than a name may be."""
+    call = {"type": "function_call", "call_id": "1", "namespace": "n" * 64, "name": "f" * 64, "arguments": "{}"}
+    group = GROUP | {"name": "n" * 64, "tools": [TOOL | {"name": "f" * 64}]}
+    chat = as_chat(parse(ResponseRequest, orjson.dumps({"input": [call], "tools": [group]})))
+    [turn], [tool] = chat.messages, chat.offered
+    assert [called.function.name for called in turn.tool_calls or ()] == [tool.function.name]
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tools": [TOOL, SEARCH]}, "tools.web_search"),
