@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import orjson
-from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -20,7 +19,15 @@ from server.openai.chat import ChatEndpoint, Conversation, EventReader, prompt_l
 from server.openai.endpoint import Answer, Endpoint, Prompt, json_response
 from server.openai.requests import ChatRequest
 from server.openai.responses_output import ResponseAnswer
-from server.openai.responses_request import NOT_KEPT, ReasoningConfig, ResponseRequest, TextConfig, as_chat, renamed
+from server.openai.responses_request import (
+    NOT_KEPT,
+    ReasoningConfig,
+    ResponseRequest,
+    TextConfig,
+    as_chat,
+    as_json,
+    renamed,
+)
 from server.openai.tools import AllowedChoice, NamedChoice
 from server.response_store import ResponseStore, StoredResponse
 from server.service import Service
@@ -150,7 +157,7 @@ def head_of(model: str, body: ResponseRequest, defaults: Defaults) -> replies.Re
         "top_p": defaults.top_p if body.top_p is None else body.top_p,
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
-        "tools": [as_json(tool) for tool in body.functions],
+        "tools": body.shown_tools,
         "tool_choice": choice_of(body),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "text": as_json(body.text or TextConfig()),
@@ -181,8 +188,3 @@ def choice_of(body: ResponseRequest) -> replies.ToolChoice:
             return {"type": "allowed_tools", "mode": allowed.mode, "tools": tools}
         case choice:
             return choice or "auto"
-
-
-def as_json(value: object) -> orjson.Fragment:
-    """A value that a client sent, encoded by pydantic, which can write integers of any size."""
-    return orjson.Fragment(to_json(value, by_alias=True, inf_nan_mode="null"))

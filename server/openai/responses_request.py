@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeAlias
 
+from orjson import Fragment
 from pydantic import (
     BeforeValidator,
     Discriminator,
@@ -66,6 +67,11 @@ Keep: TypeAlias = Callable[[bytes, replies.Response], None]
 """Keeps a response; the bytes are the items before its own, as JSON."""
 
 NOT_KEPT = "stored state is not kept here, so the field input must hold the whole conversation"
+
+
+def as_json(value: object) -> Fragment:
+    """A value that a client sent, encoded by pydantic, which can write integers of any size."""
+    return Fragment(to_json(value, by_alias=True, inf_nan_mode="null"))
 
 
 def only(*allowed: object) -> BeforeValidator:
@@ -393,14 +399,16 @@ class ResponseRequest(Generation, ThinkingChoice):
     """`message.output_text.logprobs`; reasoning is returned in plain text rather than encrypted."""
     _before: bytes = PrivateAttr(b"")
     _items: bytes = PrivateAttr(b"")
+    _tools: list[Fragment] = PrivateAttr(default_factory=list)
     _keep: Keep | None = PrivateAttr(None)
     truncation: NoEffect = None
     max_tool_calls: NoEffect = None
     client_metadata: NoEffect = None
 
     @property
-    def functions(self) -> list[FlatTool | Namespace]:
-        return [tool for tool in self.tools or () if not isinstance(tool, OtherTool)]
+    def shown_tools(self) -> list[Fragment]:
+        """The functions, alone or in namespaces, as JSON. Empty until `remember` has encoded them."""
+        return self._tools
 
     @property
     def flat_tools(self) -> Iterator[tuple[str | None, FlatTool | OtherTool]]:
@@ -437,7 +445,8 @@ class ResponseRequest(Generation, ThinkingChoice):
         self.note(self.size + len(before), self._ignored)
 
     def remember(self) -> None:
-        """Encode what `keep` needs. Takes milliseconds for long conversations."""
+        """Encode `shown_tools` and what `keep` needs. Takes milliseconds for many tools and long conversations."""
+        self._tools = [as_json(tool) for tool in self.tools or () if not isinstance(tool, OtherTool)]
         if self._keep:
             self._items = to_json(self.conversation_items, by_alias=True, exclude_none=True)
 

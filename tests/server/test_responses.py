@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -25,11 +26,14 @@ from pydantic_core import to_json
 
 from batching.events import Outcome
 from batching.types import Request
+from server.model.defaults import Defaults
 from server.openai.parsing import parse
 from server.openai.requests import ChatRequest
+from server.openai.responses import head_of
 from server.openai.responses_request import ITEM_LIST, ResponseRequest, as_chat
 from tests.fakes import Script
 from tests.live import BYTES, Live, eventually, live, says, scripted, tokens_of
+from tests.server.test_reasoning import calls_in
 
 Json = dict[str, Any]
 
@@ -514,6 +518,17 @@ def test_a_choice_names_functions_in_a_namespace_as_calls_do(choice: Json, offer
 def test_a_choice_that_could_be_any_or_is_none_is_refused(refusing: Live, choice: Json) -> None:
     tools = [GROUP | {"name": "a"}, GROUP | {"name": "b"}]
     assert "names a function that is not defined" in refusal(refusing, 400, tools=tools, tool_choice=choice)["message"]
+
+
+def test_the_head_of_an_answer_costs_the_event_loop_no_more_for_many_tools() -> None:
+    """Those of several MCP servers, 1 MiB in all, took 16 ms to encode."""
+    cost = []
+    for count in (1, 500):
+        request = parse(ResponseRequest, orjson.dumps({"input": "Hi", "tools": [GROUP] * count}))
+        request.remember()
+        assert len(head_of("m", request, Defaults())["tools"]) == count
+        cost.append(calls_in(partial(head_of, "m", request, Defaults())))
+    assert cost[1] == cost[0]
 
 
 def test_names_in_a_namespace_may_be_as_long_as_others() -> None:
