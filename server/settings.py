@@ -250,8 +250,10 @@ class Settings(BaseSettings):
     @field_validator("cors_origins")
     @classmethod
     def _as_browsers_send_it(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """An origin is in lower case and ends with its host or port; a URL copied from a browser ends with a slash."""
-        origins = tuple(origin.rstrip("/").lower() for origin in value)
+        """An origin is in lower case and ends with its host or a port that is not the scheme's own; a URL copied from a
+        browser ends with a slash."""
+        lowered = (origin.rstrip("/").lower() for origin in value)
+        origins = tuple(re.sub("^(https://.+):443$|^(http://.+):80$", r"\1\2", origin) for origin in lowered)
         for origin in origins:
             if origin not in ("*", "null") and not re.fullmatch("[^/*]+://[^/*]+", origin):
                 raise ValueError(f"{origin} is not an origin, such as https://app.example.com")

@@ -129,9 +129,12 @@ def test_an_admin_s_key_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
 def test_origins_and_hosts_that_no_browser_sends_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for origin in ("app.example", "localhost:3000", "https://app.example/chat", "https://*.app.example", "http://a:*"):
         assert "is not an origin" in told(capsys, "--cors-origins", f"https://fine.example,{origin}")
-    sent = "https://App.example/,http://localhost:3000,tauri://localhost,null,*"
+    sent = (
+        "https://App.example/,http://localhost:3000,tauri://localhost,null,*,https://a:443,http://[::1]:80,http://b:443"
+    )
     expected = ("https://app.example", "http://localhost:3000", "tauri://localhost", "null", "*")
-    assert parse(["--cors-origins", sent]).cors_origins == expected
+    ports = ("https://a", "http://[::1]", "http://b:443")
+    assert parse(["--cors-origins", sent]).cors_origins == expected + ports
     for host in ("https://chat.example", "chat.example/v1", "*.chat.example"):
         assert "is not a host name" in told(capsys, "--allowed-hosts", f"fine.example:8443,[::1]:1,*,{host}")
 
