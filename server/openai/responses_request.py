@@ -516,8 +516,7 @@ def turns(request: ResponseRequest) -> list[Fields]:
                 if last is None:
                     messages.append({"role": "assistant"})
                 name = full_name(item.namespace, item.name)
-                function = CalledFunction.model_construct(name=name, arguments=item.arguments)
-                call = {"id": item.call_id, "function": function}
+                call = {"id": item.call_id, "function": {"name": name, "arguments": item.arguments}}
                 messages[-1].setdefault("tool_calls", []).append(call)
             case CallOutputItem():
                 messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})

@@ -27,7 +27,7 @@ TAG = "<|python_tag|>"
 
 KEYS = {'"name"': "name", '"parameters"': "arguments", '"arguments"': "arguments", '"type"': "type"}
 EMPTY = ("null", '""')
-MAX_NAME = 2 + 12 * 128  # characters of JSON for a name; an escaped surrogate pair takes twelve
+MAX_NAME = 2 + 12 * 130  # characters of JSON for a name; an escaped surrogate pair takes twelve
 CONTROL = re.compile(r"[\x00-\x1f]")  # must be escaped in JSON strings
 
 

@@ -10,8 +10,9 @@ from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
 
 from server.fields import Schema
 
-NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,128}$"
-"""Valid function names, whether defined by a client or made up by a model."""
+NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,130}$"
+"""Valid function names, whether defined by a client or made up by a model: two of the longest that OpenAI allows, 64
+characters, and what joins them."""
 
 UNQUOTABLE = re.compile(r'["\\<>\[\]{}|]')
 

@@ -135,7 +135,7 @@ LOOKALIKES = {
     "no name": '{"parameters": {}}',
     "an empty object": "{}",
     "an empty name": one("{}", ""),
-    "a long name": one("{}", "f" * 129),
+    "a long name": one("{}", "f" * 131),
     "a very long name": one("{}", "f" * 2000),
     "a name of two lines": one("{}", "f\\nf"),
     "a number as name": '{"name": 1, "parameters": {}}',

@@ -532,12 +532,15 @@ def test_the_head_of_an_answer_costs_the_event_loop_no_more_for_many_tools() -> 
 
 
 def test_names_in_a_namespace_may_be_as_long_as_others() -> None:
-    """OpenAI allows 64 characters in each; together with what is between them they are longer than a name may be."""
-    call = {"type": "function_call", "call_id": "1", "namespace": "n" * 64, "name": "f" * 64, "arguments": "{}"}
+    """OpenAI allows 64 characters in each."""
     group = GROUP | {"name": "n" * 64, "tools": [TOOL | {"name": "f" * 64}]}
-    chat = as_chat(parse(ResponseRequest, orjson.dumps({"input": [call], "tools": [group]})))
-    [turn], [tool] = chat.messages, chat.offered
-    assert [called.function.name for called in turn.tool_calls or ()] == [tool.function.name]
+    with live(scripted(CALL.replace("weather", f"{'n' * 64}__{'f' * 64}"))) as service:
+        for choice in ("auto", "required", {"type": "function", "name": "f" * 64}):
+            fields: Json = {"tools": [group], "tool_choice": choice, "max_output_tokens": 500}
+            [call] = ask(service, **fields)["output"]
+            assert (call["namespace"], call["name"]) == ("n" * 64, "f" * 64)
+            told = {"type": "function_call_output", "call_id": call["call_id"], "output": "Sunny."}
+            assert ask(service, input=[call, told], **fields)["status"] == "completed"
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ BAD_TOOLS = {
     "no function": {"type": "function"},
     "no name": {"type": "function", "function": {}},
     "an empty name": {"type": "function", "function": {"name": ""}},
-    "a long name": {"type": "function", "function": {"name": "f" * 129}},
+    "a long name": {"type": "function", "function": {"name": "f" * 131}},
     "a name with a newline": {"type": "function", "function": {"name": f"{SECRET}\n"}},
     "a name with an escape": {"type": "function", "function": {"name": "\x1b[31m"}},
     "a number as name": {"type": "function", "function": {"name": 1}},
@@ -591,7 +591,7 @@ def test_examples(text: str, expected: list[object]) -> None:
 LOOKALIKES = {
     "no name": '<tool_call>{"arguments": {}}</tool_call>',
     "an empty name": one("{}", ""),
-    "a long name": one("{}", "f" * 129),
+    "a long name": one("{}", "f" * 131),
     "a name of two lines": one("{}", "f\\nf"),
     "no arguments, cut before the brace": '<tool_call>{"name": "f"',
     "a number as name": '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
