@@ -8,6 +8,7 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from selenium.webdriver.common.keys import Keys
 
 from batching.events import Outcome
 from batching.types import Request
@@ -114,6 +115,22 @@ def curl(page: Browser) -> str:
     page.press("Copy as curl", ".answer:last-child")
     page.wait(lambda: page.text("#toast") == "Copied", "it is copied")
     return str(page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])"))
+
+
+def test_a_copy_leaves_the_keyboard_on_its_button_where_pages_have_no_clipboard(page: Browser) -> None:
+    """As on plain HTTP from another machine."""
+    with live(scripted("one\n\n    two")) as service:
+        page.open(service.url)
+        page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+        page.js(
+            "window.real = navigator.clipboard; Object.defineProperty(navigator, 'clipboard', { value: undefined })"
+        )
+        page.say("Hi")
+        page.answered()
+        page.all(".answer .foot button")[0].send_keys(Keys.ENTER)
+        page.wait(lambda: page.text("#toast") == "Copied", "it is copied")
+        assert page.driver.execute_async_script("real.readText().then(arguments[0])") == "one\n\n    two"
+        assert page.js("return document.activeElement.innerText") == "Copy"
 
 
 def prompt(request: Request) -> str:

@@ -40,11 +40,13 @@ export async function copy(text) {
 
 function copyOldWay(text) {
 	const area = element("textarea.unseen", { "aria-label": "Text to copy" });
+	const before = document.activeElement;
 	area.value = text;
 	document.body.append(area);
 	area.select();
 	document.execCommand("copy");
 	area.remove();
+	before.focus({ preventScroll: true });
 }
 
 export function note(id, text) {
