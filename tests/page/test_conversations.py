@@ -180,26 +180,31 @@ def test_escape_leaves_the_name_and_not_the_answer(page: Browser) -> None:
 
 
 COMPOSING = """
-const [field, key] = arguments;
-field.dispatchEvent(new KeyboardEvent("keydown", { key, isComposing: true, bubbles: true }));
+const [field, key, how] = arguments;
+field.dispatchEvent(new KeyboardEvent("keydown", { key, ...how, bubbles: true }));
 """
 
 
-def test_keys_of_an_input_method_end_nothing(page: Browser) -> None:
+@pytest.mark.parametrize("how", [{"isComposing": True}, {"keyCode": 229}], ids=["others", "Safari"])
+def test_keys_of_an_input_method_end_nothing(how: dict[str, Any], page: Browser) -> None:
     """As those who write Chinese, Japanese or Korean press them to choose or leave a word."""
     with half_said(page) as service:
-        page.js(COMPOSING, page.id("question"), "Escape")
+        page.js(COMPOSING, page.id("question"), "Escape", how)
         assert page.all(".answer[aria-busy]")
         for key in ("Enter", "Escape"):
             field = rename(page)
-            page.js(COMPOSING, field, key)
+            page.js(COMPOSING, field, key, how)
             field.send_keys(Keys.ESCAPE)
         page.id("stop").click()
         service.wait_ended()
         page.answered()
         page.press("Edit")
-        page.js(COMPOSING, page.all(".editor textarea")[0], "Escape")
+        for key in ("Enter", "Escape"):
+            page.js(COMPOSING, page.all(".editor textarea")[0], key, how)
         assert page.all(".editor textarea")
+        page.id("question").send_keys("half a word")
+        page.js(COMPOSING, page.id("question"), "Enter", how)
+        assert page.texts(".mine") == []
 
 
 def test_a_deleted_conversation_stays_deleted_though_its_answer_was_on_its_way(page: Browser) -> None:

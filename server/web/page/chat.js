@@ -3,7 +3,7 @@
 import { hasKey, inWords } from "./api.js";
 import { Conversation, newId } from "./conversation.js";
 import { ConversationList } from "./conversations.js";
-import { button, byId, copy, note, plural, toast } from "./dom.js";
+import { button, byId, composing, copy, note, plural, toast } from "./dom.js";
 import { begin, CHAT, goOn } from "./generation.js";
 import * as options from "./options.js";
 import * as presets from "./presets.js";
@@ -25,7 +25,7 @@ export function start() {
 	byId("composer").addEventListener("submit", (event) => (event.preventDefault(), say(byId("question").value)));
 	byId("question").addEventListener("keydown", onKey);
 	byId("question").addEventListener("input", grow);
-	byId("part-chat").addEventListener("keydown", (event) => event.key === "Escape" && !event.isComposing && stop());
+	byId("part-chat").addEventListener("keydown", (event) => event.key === "Escape" && !composing(event) && stop());
 	byId("stop").addEventListener("click", stop);
 	byId("new-chat").addEventListener("click", () => ((location.hash = "chat"), show(blank())));
 	for (const id of ["options", "kept"]) byId(id).open = matchMedia("(min-width: 75rem)").matches;
@@ -44,7 +44,7 @@ export function start() {
 export const focus = () => byId("question").focus({ preventScroll: true });
 
 function onKey(event) {
-	if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+	if (event.key !== "Enter" || event.shiftKey || composing(event)) return;
 	event.preventDefault();
 	say(byId("question").value);
 }

@@ -1,6 +1,6 @@
 // The list of kept conversations: open, rename, delete, export and import them.
 
-import { button, byId, element, plural, toast } from "./dom.js";
+import { button, byId, composing, element, plural, toast } from "./dom.js";
 import * as store from "./store.js";
 
 const latest = (conversation) => store.load(conversation.id) ?? conversation; // with what was answered meanwhile
@@ -54,7 +54,7 @@ export class ConversationList {
 			field.replaceWith(name);
 		};
 		field.onkeydown = (event) => {
-			if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+			if (composing(event) || !["Enter", "Escape"].includes(event.key)) return;
 			event.stopPropagation(); // Escape stops an answer elsewhere
 			event.preventDefault(); // else Enter also presses what has the focus next
 			end(event.key === "Enter");

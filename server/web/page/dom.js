@@ -20,6 +20,9 @@ export function button(text, act) {
 	return made;
 }
 
+// Whether a key is the input method's. Safari says so of the one that ends a word by its code alone.
+export const composing = ({ isComposing, keyCode }) => isComposing || keyCode === 229;
+
 let fading;
 
 // A short message, which screen readers speak.

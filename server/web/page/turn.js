@@ -1,6 +1,6 @@
 // How the messages of a conversation look: questions that can be edited, answers with their thought and facts.
 
-import { button, copy, count, element, plural, seconds, soon } from "./dom.js";
+import { button, composing, copy, count, element, plural, seconds, soon } from "./dom.js";
 import { show } from "./markdown.js";
 
 const FINISHES = { length: "Stopped at the token limit", stopped: "Stopped", error: "Broken off" };
@@ -17,7 +17,7 @@ function editor(text, edit, cancel) {
 	const area = element("textarea", { "aria-label": "Your message, edited", rows: Math.min(12, text.split("\n").length + 1) });
 	area.value = text;
 	area.onkeydown = (event) => {
-		if (event.isComposing) return; // the key is the input method's
+		if (composing(event)) return;
 		if (event.key === "Escape") cancel();
 		if (event.key !== "Enter" || event.shiftKey) return;
 		event.preventDefault();
