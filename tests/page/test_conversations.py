@@ -442,6 +442,21 @@ def test_an_answer_that_was_cut_goes_on_where_it_stopped(page: Browser) -> None:
     assert prompt(seen[1]) == prompt(seen[0]) + "Hello"
 
 
+def test_an_answer_after_a_thought_goes_on_outside_of_one(page: Browser) -> None:
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, "Hm.\n</think>\nHello")), thinking=True) as service:
+        page.open(service.url)
+        page.id("max-tokens").send_keys("15")
+        ask(page, "Hi")
+        assert page.text(".said") == "He"
+        reload(page)
+        page.press("Continue")
+        page.wait(lambda: len(seen) == 2, "it goes on")
+        page.answered()
+    assert prompt(seen[0]).endswith("<assistant><think>")
+    assert prompt(seen[1]).endswith("<assistant>He")
+
+
 def test_as_much_is_asked_for_as_fits(page: Browser) -> None:
     seen: list[Request] = []
     with live(scripted(remembering(seen, "Hello!")), default_max_tokens=5, max_output_tokens=300) as service:

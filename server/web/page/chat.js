@@ -8,7 +8,7 @@ import { begin, CHAT, goOn } from "./generation.js";
 import * as options from "./options.js";
 import * as presets from "./presets.js";
 import * as scroll from "./scroll.js";
-import { explainIn, onStatus, status, takes } from "./status.js";
+import { explainIn, onStatus, takes } from "./status.js";
 import * as store from "./store.js";
 import { AnswerCard, branchSwitch, questionCard } from "./turn.js";
 import { follow } from "./waiting.js";
@@ -113,8 +113,7 @@ function branches(place) {
 
 function actions(place) {
 	const message = open.messages[place];
-	const cut = place === open.tip && message.content && message.finish !== "stop";
-	const goesOn = cut && !status.info?.limits.thinking; // else the prompt's end would be within a thought
+	const goesOn = place === open.tip && message.content && message.finish !== "stop";
 	return [
 		button("Copy as curl", () => copy(asCurl(message))),
 		button("Regenerate", () => regenerate(message.parent)),

@@ -11,11 +11,12 @@ export function begin(message, messages, options) {
 	return run(message, CHAT, { ...message.asked, messages }, options);
 }
 
-// Goes on where an answer stopped: the prompt is that of the chat and the answer so far, token by token.
+// Goes on where an answer stopped: the prompt is that of the chat and the answer so far, token by token, without its
+// thought, which is over.
 export async function goOn(message, messages, options) {
 	const tokens = async (body) => (await (await ask("v1/tokenize", { body, signal: options.signal })).json()).tokens;
 	const [before, after] = await Promise.all([
-		tokens({ messages }),
+		tokens({ messages, enable_thinking: false }),
 		tokens({ prompt: message.content, add_special_tokens: false }),
 	]);
 	const { enable_thinking: _, ...asked } = message.asked;
