@@ -236,9 +236,7 @@ for (let size = 2 ** 22; size >= 1; size /= 2) {
 
 def test_a_full_browser_is_told(page: Browser, service: Live) -> None:
     page.open(service.url)
-    page.js(
-        "for (let size = 2 ** 22; size >= 1; size /= 2) try { localStorage['x' + size] = 'x'.repeat(size); } catch {}"
-    )
+    page.js(FILL)
     ask(page, "Hi")
     assert "no room left" in page.text("#kept-note")
     assert page.texts(".said") == ["answer 1"]
@@ -526,6 +524,23 @@ def test_saved_system_prompts_that_begin_alike_do_not_replace_each_other_nor_our
     for place, text in enumerate(texts, ours):
         page.all("#preset option")[place].click()
         assert page.id("system").get_attribute("value") == text
+
+
+def test_system_prompts_that_another_tab_saves_are_there_and_stay(page: Browser, service: Live) -> None:
+    page.open(service.url)
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.open(service.url)
+    save_presets(page, "From the other tab.")
+    page.driver.close()
+    page.driver.switch_to.window(first)
+    page.wait(lambda: page.texts("#preset option")[-1].strip() == "From the other tab.", "the first tab offers it")
+    save_presets(page, "From the first tab.")
+    reload(page)
+    assert [name.strip() for name in page.texts("#preset option")[-2:]] == [
+        "From the other tab.",
+        "From the first tab.",
+    ]
 
 
 def test_a_regenerated_answer_is_told_the_system_prompt_that_is_set_now(page: Browser) -> None:

@@ -17,8 +17,8 @@ export function start() {
 	byId("system").addEventListener("input", draw);
 	byId("save-preset").addEventListener("click", () => keep({ ...own, [name(text())]: text() }));
 	byId("delete-preset").addEventListener("click", () => keep(without(byId("preset").value)));
-	own = read();
-	draw();
+	addEventListener("storage", ({ key }) => (key === KEPT || key === null) && reread()); // another tab's
+	reread();
 }
 
 const text = () => byId("system").value.trim();
@@ -41,6 +41,11 @@ function choose(system) {
 function keep(presets) {
 	own = presets;
 	localStorage.setItem(KEPT, JSON.stringify(own));
+	draw();
+}
+
+function reread() {
+	own = read();
 	draw();
 }
 
