@@ -12,7 +12,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from batching.types import Request
 from tests.live import BYTES, END, Live, live, scripted, tokens_of
-from tests.page.browser import PHONE, Browser, half_said
+from tests.page.browser import DESK, PHONE, Browser, half_said
 from tests.server.test_app import remembering
 
 pytestmark = pytest.mark.browser
@@ -530,6 +530,7 @@ def test_system_prompts_that_another_tab_saves_are_there_and_stay(page: Browser,
     page.open(service.url)
     first = page.driver.current_window_handle
     page.driver.switch_to.new_window("tab")
+    page.look(DESK, "light")
     page.open(service.url)
     save_presets(page, "From the other tab.")
     page.driver.close()
@@ -541,6 +542,14 @@ def test_system_prompts_that_another_tab_saves_are_there_and_stay(page: Browser,
         "From the other tab.",
         "From the first tab.",
     ]
+
+
+def test_a_full_browser_that_cannot_save_a_system_prompt_says_so(page: Browser, service: Live) -> None:
+    page.open(service.url)
+    page.js(FILL)
+    save_presets(page, "Speak like a keeper.")
+    assert page.dismissed() == "This browser has no room left to keep this. Export or delete some conversations."
+    assert page.id("save-preset").is_displayed()
 
 
 def test_a_regenerated_answer_is_told_the_system_prompt_that_is_set_now(page: Browser) -> None:

@@ -39,8 +39,12 @@ function choose(system) {
 }
 
 function keep(presets) {
-	own = presets;
-	localStorage.setItem(KEPT, JSON.stringify(own));
+	try {
+		localStorage.setItem(KEPT, JSON.stringify(presets));
+		own = presets;
+	} catch {
+		alert("This browser has no room left to keep this. Export or delete some conversations.");
+	}
 	draw();
 }
 
