@@ -46,8 +46,16 @@ function mend() {
 }
 
 function authorise(ui, spec) {
-  const key = sessionStorage.getItem(KEPT);
+  const key = keptKey();
   if (key && spec.components.securitySchemes) ui.preauthorizeApiKey("apiKey", key);
+}
+
+function keptKey() {
+  try {
+    return sessionStorage.getItem(KEPT);
+  } catch {
+    return null; // the browser forbids storage
+  }
 }
 
 new MutationObserver(mend).observe(document.getElementById("api"), { childList: true, subtree: true });

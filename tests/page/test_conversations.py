@@ -245,6 +245,38 @@ def test_a_full_browser_is_told(page: Browser, service: Live) -> None:
     assert page.text("#kept-note") == ""
 
 
+FORBID = """
+for (const name of ["localStorage", "sessionStorage"]) {
+  Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });
+}
+"""
+
+
+def test_where_the_browser_forbids_storage_conversations_last_as_long_as_the_page(page: Browser) -> None:
+    """As where somebody blocks all cookies."""
+    added = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": FORBID})
+    try:
+        with live(scripted(counted()), api_keys=("sesame",)) as service:
+            page.driver.get(service.url)
+            page.wait(lambda: page.id("asks-key").is_displayed(), "it asks for the key")
+            page.id("key").send_keys("sesame", Keys.ENTER)
+            page.wait(lambda: page.state() == "ready", "the key is used")
+            assert "forbids storage" in page.text("#kept-where")
+            ask(page, "First")
+            page.id("new-chat").click()
+            ask(page, "Second")
+            page.press("First")
+            assert page.texts(".mine, .said") == ["First", "answer 1"]
+            page.id("system").send_keys("Speak like a keeper.")
+            page.press("Save as preset")
+            assert page.id("delete-preset").is_displayed()
+            assert any("401" in complaint for complaint in page.complaints())
+            page.driver.get(f"{service.url}/docs")
+            page.wait(lambda: bool(page.all(".opblock")), "the operations are there")
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
 # Files
 
 

@@ -1,8 +1,9 @@
 // Requests to the service: the API key, errors in words, streams of server-sent events.
 
 import { byId } from "./dom.js";
+import { tabStorage } from "./storage.js";
 
-const KEPT = "microbatch-key"; // in sessionStorage, which belongs to this tab and ends with it
+const KEPT = "microbatch-key"; // in storage that belongs to this tab and ends with it
 
 export class Refused extends Error {
 	constructor(status, message) {
@@ -11,10 +12,10 @@ export class Refused extends Error {
 	}
 }
 
-export const hasKey = () => Boolean(sessionStorage.getItem(KEPT));
+export const hasKey = () => Boolean(tabStorage.getItem(KEPT));
 
 function headers(more) {
-	const key = sessionStorage.getItem(KEPT);
+	const key = tabStorage.getItem(KEPT);
 	return { ...(key ? { authorization: `Bearer ${asBytes(key)}` } : {}), ...more };
 }
 
@@ -39,7 +40,7 @@ export function askKey(why = "This service needs an API key.") {
 		byId("key-form").onsubmit = (event) => {
 			event.preventDefault();
 			const key = byId("key").value.trim();
-			key ? sessionStorage.setItem(KEPT, key) : sessionStorage.removeItem(KEPT);
+			key ? tabStorage.setItem(KEPT, key) : tabStorage.removeItem(KEPT);
 			declined = false;
 			end(true);
 			document.dispatchEvent(new Event("key"));

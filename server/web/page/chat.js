@@ -9,14 +9,15 @@ import * as options from "./options.js";
 import * as presets from "./presets.js";
 import * as scroll from "./scroll.js";
 import { explainIn, onStatus, takes } from "./status.js";
+import { tabStorage } from "./storage.js";
 import * as store from "./store.js";
 import { AnswerCard, branchSwitch, questionCard } from "./turn.js";
 import { follow } from "./waiting.js";
 
 const EXAMPLES = ["Write a haiku about a lighthouse.", "Show me a loop in Python."];
-const OPEN = "microbatch-open"; // in sessionStorage: which conversation this tab shows
+const OPEN = "microbatch-open"; // which conversation this tab shows
 
-let open = store.load(sessionStorage.getItem(OPEN)) ?? new Conversation();
+let open = store.load(tabStorage.getItem(OPEN)) ?? new Conversation();
 let running = null; // the answer that is being written: its controller, message, and conversation
 let list;
 
@@ -70,7 +71,7 @@ function show(conversation) {
 	if (conversation.id === open.id && byId("turns").childElementCount) return;
 	stop();
 	open = conversation;
-	sessionStorage.setItem(OPEN, open.id);
+	tabStorage.setItem(OPEN, open.id);
 	byId("system").value = open.system;
 	byId("system").dispatchEvent(new Event("input"));
 	draw();

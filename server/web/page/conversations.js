@@ -1,6 +1,7 @@
 // The list of kept conversations: open, rename, delete, export and import them.
 
 import { button, byId, composing, element, plural, toast } from "./dom.js";
+import { isKept } from "./storage.js";
 import * as store from "./store.js";
 
 const latest = (conversation) => store.load(conversation.id) ?? conversation; // with what was answered meanwhile
@@ -10,6 +11,7 @@ export class ConversationList {
 	constructor(open, renamed) {
 		this.open = open;
 		this.renamed = renamed;
+		if (!isKept) byId("kept-where").textContent = "This browser forbids storage: conversations end with this page.";
 		byId("export-all").addEventListener("click", () => download(store.all()));
 		byId("import").addEventListener("click", () => byId("import-file").click());
 		byId("import-file").addEventListener("change", (event) => this.read(event.target));

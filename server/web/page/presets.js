@@ -1,6 +1,7 @@
 // System messages to choose from: some of ours, and those that a person saved in this browser.
 
 import { byId, element } from "./dom.js";
+import { browserStorage } from "./storage.js";
 
 const KEPT = "microbatch-presets";
 const OURS = {
@@ -40,7 +41,7 @@ function choose(system) {
 
 function keep(presets) {
 	try {
-		localStorage.setItem(KEPT, JSON.stringify(presets));
+		browserStorage.setItem(KEPT, JSON.stringify(presets));
 		own = presets;
 	} catch {
 		alert("This browser has no room left to keep this. Export or delete some conversations.");
@@ -55,7 +56,7 @@ function reread() {
 
 function read() {
 	try {
-		const kept = Object.entries(JSON.parse(localStorage.getItem(KEPT)) ?? {});
+		const kept = Object.entries(JSON.parse(browserStorage.getItem(KEPT)) ?? {});
 		return Object.fromEntries(kept.filter(([, words]) => typeof words === "string"));
 	} catch {
 		return {};

@@ -1,6 +1,7 @@
 // Where conversations are kept: in this browser, under an entry each, and nowhere else.
 
 import { Conversation, isConversation, newId } from "./conversation.js";
+import { browserStorage } from "./storage.js";
 
 const PREFIX = "microbatch-conversation-";
 const FORMAT = "microbatch conversations";
@@ -9,27 +10,27 @@ export const entry = (id) => PREFIX + id;
 
 // All that are kept, the latest first.
 export function all() {
-	const ids = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
+	const ids = Object.keys(browserStorage).filter((key) => key.startsWith(PREFIX));
 	const found = ids.map((key) => load(key.slice(PREFIX.length)));
 	return found.filter(Boolean).sort((a, b) => b.changed - a.changed);
 }
 
 export function load(id) {
-	const value = parsed(localStorage.getItem(entry(id)));
+	const value = parsed(browserStorage.getItem(entry(id)));
 	return isConversation(value) ? new Conversation(value) : null;
 }
 
 // Returns whether there was room.
 export function save(conversation) {
 	try {
-		localStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
+		browserStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
 		return true;
 	} catch {
 		return false;
 	}
 }
 
-export const remove = (id) => localStorage.removeItem(entry(id));
+export const remove = (id) => browserStorage.removeItem(entry(id));
 
 export const exported = (conversations) => JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
 
@@ -48,7 +49,7 @@ export function take(text) {
 
 // The conversation, under another id if that is taken; nothing if it is there already.
 function unlike(conversation) {
-	const kept = localStorage.getItem(entry(conversation.id));
+	const kept = browserStorage.getItem(entry(conversation.id));
 	if (kept === null) return conversation;
 	return kept === JSON.stringify(conversation) ? null : { ...conversation, id: newId() };
 }
