@@ -245,6 +245,26 @@ def test_a_full_browser_is_told(page: Browser, service: Live) -> None:
     assert page.text("#kept-note") == ""
 
 
+def test_what_a_full_browser_cannot_keep_is_listed_exported_and_kept_once_there_is_room(
+    page: Browser, service: Live, tmp_path: Path
+) -> None:
+    page.open(service.url)
+    page.js(FILL)
+    ask(page, "First")
+    page.id("new-chat").click()
+    ask(page, "Second")
+    page.press("First", "#conversations")
+    [found] = exported(page, tmp_path, "Export")["conversations"]
+    assert [each["content"] for each in found["messages"]] == ["First", "answer 1"]
+    page.press("Second", "#conversations")
+    page.js("localStorage.clear()")
+    page.press("Delete", "#kept")
+    page.driver.switch_to.alert.accept()
+    assert page.text("#kept-note") == ""
+    reload(page)
+    assert page.texts("#conversations .name") == ["First"]
+
+
 FORBID = """
 for (const name of ["localStorage", "sessionStorage"]) {
   Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });

@@ -75,6 +75,7 @@ function show(conversation) {
 	byId("system").value = open.system;
 	byId("system").dispatchEvent(new Event("input"));
 	draw();
+	tellRoom();
 	scroll.toEnd();
 	focus();
 }
@@ -223,8 +224,12 @@ function keep({ message, conversation }) {
 
 function save(conversation) {
 	conversation.changed = Date.now();
-	const room = store.save(conversation);
-	note("kept-note", room ? "" : "This browser has no room left to keep this conversation. Export or delete some.");
+	store.save(conversation);
+	tellRoom();
+}
+
+function tellRoom() {
+	note("kept-note", store.isFull() ? "This browser has no room left to keep all conversations. Export or delete some." : "");
 }
 
 function changedElsewhere({ key }) {

@@ -1,4 +1,5 @@
-// Where conversations are kept: in this browser, under an entry each, and nowhere else.
+// Where conversations are kept: in this browser, under an entry each, and nowhere else. Those that it has no room for
+// are here until it has, or the page is left.
 
 import { Conversation, isConversation, newId } from "./conversation.js";
 import { browserStorage } from "./storage.js";
@@ -6,22 +7,31 @@ import { browserStorage } from "./storage.js";
 const PREFIX = "microbatch-conversation-";
 const FORMAT = "microbatch conversations";
 
+const waiting = new Map(); // by id, those without room
+
 export const entry = (id) => PREFIX + id;
+export const isFull = () => waiting.size > 0;
 
 // All that are kept, the latest first.
 export function all() {
-	const ids = Object.keys(browserStorage).filter((key) => key.startsWith(PREFIX));
-	const found = ids.map((key) => load(key.slice(PREFIX.length)));
-	return found.filter(Boolean).sort((a, b) => b.changed - a.changed);
+	const entries = Object.keys(browserStorage).filter((key) => key.startsWith(PREFIX));
+	const ids = new Set([...waiting.keys(), ...entries.map((key) => key.slice(PREFIX.length))]);
+	return [...ids].map(load).filter(Boolean).sort((a, b) => b.changed - a.changed);
 }
 
 export function load(id) {
+	if (waiting.has(id)) return waiting.get(id);
 	const value = parsed(browserStorage.getItem(entry(id)));
 	return isConversation(value) ? new Conversation(value) : null;
 }
 
-// Returns whether there was room.
 export function save(conversation) {
+	if (write(conversation)) waiting.delete(conversation.id);
+	else waiting.set(conversation.id, conversation);
+}
+
+// Returns whether there was room.
+function write(conversation) {
 	try {
 		browserStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
 		return true;
@@ -30,7 +40,11 @@ export function save(conversation) {
 	}
 }
 
-export const remove = (id) => browserStorage.removeItem(entry(id));
+export function remove(id) {
+	waiting.delete(id);
+	browserStorage.removeItem(entry(id));
+	[...waiting.values()].forEach(save); // there may be room now
+}
 
 export const exported = (conversations) => JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
 
@@ -43,7 +57,7 @@ export function take(text) {
 	const wrong = found.conversations.findIndex((each) => !isConversation(each));
 	if (wrong >= 0) throw new Error(`Conversation ${wrong + 1} of this file is damaged; nothing was imported.`);
 	const taken = found.conversations.map(unlike).filter(Boolean);
-	if (!taken.every(save)) throw new Error("The browser has no room for all of them; delete some conversations.");
+	if (!taken.every(write)) throw new Error("The browser has no room for all of them; delete some conversations.");
 	return taken.length;
 }
 
