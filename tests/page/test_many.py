@@ -177,3 +177,17 @@ def test_a_refusal_is_told_and_stays(page: Browser) -> None:
         assert "exceeds the queue limits" in page.text("#many-note")
         assert page.id("many-note").aria_role == "alert"
         assert any("400" in complaint for complaint in page.complaints())
+
+
+def test_a_round_that_is_refused_does_not_show_the_times_of_the_one_before(page: Browser) -> None:
+    with live(scripted(numbered), max_body_mib=1) as service:
+        ask(page, service)
+        page.wait(lambda: "12 of 12 answered" in page.text("#summary"), "all are complete")
+        page.js("document.getElementById('document').value = 'x'.repeat(2 ** 20)")
+        page.js("document.getElementById('questions').value = 'One?'")
+        page.id("ask").click()
+        page.wait(lambda: page.id("many-note").is_displayed(), "it is told")
+        assert "No answer" in page.text(".card .foot")
+        assert page.text("#summary") == ""
+        assert page.all("#lanes .lane, #times td") == []
+        assert any("413" in complaint for complaint in page.complaints())

@@ -78,6 +78,7 @@ class Round {
 		this.rows = asked.map((question, place) => new Row(question, place));
 		this.begun = null;
 		this.over = null;
+		for (const id of ["summary", "lanes", "times"]) byId(id).replaceChildren(); // those of the round before
 		byId("cards").replaceChildren(...this.rows.map((row) => row.card));
 		this.draw = soon(() => this.drawn());
 		this.allEnded = new Promise((resolve) => (this.resolve = resolve));
