@@ -72,6 +72,19 @@ def test_it_says_how_far_loading_is_and_then_takes_questions(page: Browser) -> N
         assert not page.id("loading").is_displayed()
 
 
+def test_the_state_is_read_out_when_it_changes_and_not_again_and_again(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url, "state")
+        page.js(
+            "window.said = 0; new MutationObserver(() => said++).observe(document.getElementById('words'), "
+            "{ childList: true, characterData: true, subtree: true })"
+        )
+        refresh = "import('/page/status.js').then(({ refresh }) => refresh()).then(arguments[0])"
+        page.driver.execute_async_script(refresh)
+        assert page.js("return said") == 0
+        assert page.text("#words") == "Ready."
+
+
 def test_it_says_what_runs_and_within_which_limits(page: Browser) -> None:
     defaults = Defaults(temperature=0.6, top_k=20)
     with live(

@@ -10,7 +10,7 @@ export function start() {
 }
 
 function draw({ state, info }) {
-	byId("words").textContent = WORDS[state];
+	if (byId("words").textContent !== WORDS[state]) byId("words").textContent = WORDS[state]; // which is read out
 	loading(state === "starting" ? info.loading : null);
 	if (!info) return;
 	list("runs", runs(info));
