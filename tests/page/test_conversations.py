@@ -13,7 +13,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from batching.types import Request
 from tests.live import BYTES, END, Live, live, scripted, tokens_of
 from tests.page.browser import DESK, PHONE, Browser, half_said
-from tests.server.test_app import remembering
+from tests.server.test_app import babble, remembering
 
 pytestmark = pytest.mark.browser
 
@@ -490,6 +490,21 @@ def test_an_answer_that_was_cut_goes_on_where_it_stopped(page: Browser) -> None:
         reload(page)
         assert page.texts(".mine, .said") == ["Hi", WHOLE]
     assert prompt(seen[1]) == prompt(seen[0]) + "Hello"
+
+
+def test_a_continuation_that_is_stopped_is_said_to_be_stopped(page: Browser) -> None:
+    with live(scripted(babble, stepped=True)) as service:
+        page.open(service.url)
+        page.id("max-tokens").send_keys("3")
+        page.say("Hi")
+        service.engine.release(3)
+        page.wait(lambda: page.text("#toast") == "Answered, 3 tokens", "it is cut")
+        page.press("Continue")
+        service.engine.release(1)
+        page.wait(lambda: page.text(".said") == "xxxx", "it goes on")
+        page.id("stop").click()
+        page.answered()
+        assert page.text("#toast") == "Stopped"
 
 
 def test_an_answer_after_a_thought_goes_on_outside_of_one(page: Browser) -> None:

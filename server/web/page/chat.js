@@ -209,7 +209,8 @@ function end(made, wrong) {
 	const question = open.tip;
 	made.end(wrong, ...(place < 0 ? [button("Try again", () => regenerate(question))] : actions(place)));
 	if (place < 0) open.show(question); // an earlier answer, if there is one
-	if (!wrong) toast(made.message.tokens ? `Answered, ${plural(made.message.tokens, "token")}` : "Stopped");
+	const { finish, tokens } = made.message;
+	if (!wrong) toast(finish === "stopped" ? "Stopped" : `Answered, ${plural(tokens, "token")}`);
 	list.draw(open);
 	if (!document.activeElement.matches("input, textarea, select")) focus(); // else somebody writes elsewhere
 }
