@@ -124,7 +124,7 @@ def _output(value: object) -> list[object]:
 OutputPart = Annotated[
     str | UnseenPart, PlainValidator(_output_part, json_schema_input_type=str | TextPart | UnseenPart)
 ]
-Output = Annotated[list[OutputPart], BeforeValidator(_output, json_schema_input_type=str | list[OutputPart])]
+Output = Annotated[list[OutputPart], BeforeValidator(_output, json_schema_input_type=str | list[OutputPart] | Any)]
 
 
 class CallOutputItem(Body):
