@@ -411,21 +411,17 @@ class ResponseRequest(Generation, ThinkingChoice):
         return self._tools
 
     @property
-    def flat_tools(self) -> Iterator[tuple[str | None, FlatTool | OtherTool]]:
-        return flat(self.tools)
-
-    @property
     def namespaced(self) -> dict[str, tuple[str, str]]:
         """The namespace and the name of each function in one, by its full name."""
         return {
             full_name(namespace, tool.name): (namespace, tool.name)
-            for namespace, tool in self.flat_tools
+            for namespace, tool in flat(self.tools)
             if namespace is not None and isinstance(tool, FlatTool)
         }
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        tools = [f"tools.{tool.type}" for _, tool in self.flat_tools if isinstance(tool, OtherTool)]
+        tools = [f"tools.{tool.type}" for _, tool in flat(self.tools) if isinstance(tool, OtherTool)]
         items = [f"input.{item.type}" for item in self.input if isinstance(item, OtherItem)]
         unseen = [name for item in self.input if isinstance(item, CallOutputItem) for name in item.unseen]
         return tuple(dict.fromkeys(tools + items + unseen))
@@ -481,7 +477,7 @@ def as_chat(request: ResponseRequest) -> ChatRequest:
         "logprobs": request.wants_logprobs,
         "top_logprobs": request.top_logprobs,
         "max_completion_tokens": request.max_output_tokens,
-        "tools": None if request.tools is None else [_chat_tool(*tool) for tool in request.flat_tools],
+        "tools": None if request.tools is None else [_chat_tool(*tool) for tool in flat(request.tools)],
         "response_format": ResponseFormat(type=wanted.type, json_schema=schema),
         "logit_bias": biases,
         "reasoning_effort": (request.reasoning and request.reasoning.effort) or request.reasoning_effort,
