@@ -30,13 +30,13 @@ class Scheduler:
     """One batch, from its first rows to the end of the last one that joined.
 
     The number of tokens in a forward pass, including those of decoding sequences, bounds how long these are delayed:
-    `prefill_chunk` while one prompt is computed with them, twice as many with more prompts. While more rows wait for
-    prefill than decode, larger passes serve many sooner and delay few, so each takes an eighth of what waits; and a
-    lone prompt has passes of up to `max_prefill_tokens`. A `gap_limit` decides instead while rows decode. A pass uses
-    all that it is padded to; if its prompts end before that, the last of them waits for a pass of its own where both
-    are less work. With `one_prompt_a_pass` no prompt shares a pass with another sequence, so that what is computed for
-    it does not depend on other rows; and nobody is preempted, because a prefill of output tokens may round otherwise
-    than decode steps.
+    `prefill_chunk` while one prompt is computed with them, twice as many with more prompts. While rows that wait for
+    prefill are more than half as many as those that decode, larger passes serve many sooner and delay few, so each
+    takes an eighth of what waits; and a lone prompt has passes of up to `max_prefill_tokens`. A `gap_limit` decides
+    instead while rows decode. A pass uses all that it is padded to; if its prompts end before that, the last of them
+    waits for a pass of its own where both are less work. With `one_prompt_a_pass` no prompt shares a pass with another
+    sequence, so that what is computed for it does not depend on other rows; and nobody is preempted, because a prefill
+    of output tokens may round otherwise than decode steps.
 
     A row starts with the blocks that its tokens need and gets more as it grows. When none are left, the youngest is
     preempted: its tokens are kept, and recomputed once there is room. Its next token is the same, because sampling
@@ -124,7 +124,7 @@ class Scheduler:
         if num_decoding and self._gap_limit:
             return self._gap_limit.room(self._max_prefill_tokens - num_decoding, self._prefill_chunk // 8)
         tokens = self._prefill_chunk * (2 if len(prompts) > 1 else 1)
-        if len(prompts) > num_decoding:
+        if len(prompts) * 2 > num_decoding:
             tokens = max(tokens, sum(sequence.remaining_prefill for sequence in prompts) // 8)
         tokens = min(self._padded(tokens), self._max_prefill_tokens)
         return max(tokens - num_decoding, tokens // 4)

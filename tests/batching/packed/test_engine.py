@@ -380,6 +380,19 @@ def test_a_prompt_is_computed_in_chunks_while_other_rows_go_on(prompt: int, pass
     assert all(decoding + tokens <= 32 for decoding, tokens in passes[1:])
 
 
+@pytest.mark.parametrize(("burst", "tokens"), [(2, 16), (3, 30)])
+def test_passes_are_larger_while_more_than_half_as_many_rows_wait_as_decode(
+    burst: int, tokens: int, monkeypatch: pytest.MonkeyPatch, passes: list[tuple[int, int]]
+) -> None:
+    engine = PackedEngine(tiny_model(), num_slots=8, token_budget=1000, prefill_chunk=8, prefix_caching=False)
+    monkeypatch.setattr(engine, "_max_prefill_tokens", 64)
+    running = [request((n,), max_tokens=60) for n in range(4)]
+    late = [request((n, *range(79)), max_tokens=1) for n in range(burst)]
+    Run(engine, [*running, *late], first=4, joining=lambda: burst if len(passes) == 6 else 0)
+    decoding, prompts = passes[6]
+    assert (decoding, decoding + prompts) == (4, tokens)
+
+
 def padding_engine(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> PackedEngine:
     monkeypatch.setattr(CPURunner, "mixed_sizes", (8, 16, 32, 48, 64))
     monkeypatch.setattr(scheduler, "PASS_TOKENS", 4)
