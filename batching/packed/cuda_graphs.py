@@ -7,13 +7,14 @@ two launches and a copy of the tokens back; a mixed pass is one copy more. Launc
 would each have to get the interpreter back from the event loop first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from batching.packed import triton_sampling
@@ -240,7 +241,7 @@ class GraphCapture:
     def _graph(self, run: Callable[[], object]) -> Graph:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), first_and_last_layer(self._model):
             run()  # loading and compilation at first use must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = Graph()
@@ -249,6 +250,23 @@ class GraphCapture:
         with torch.cuda.graph(graph, pool=self._memory_pool, stream=stream):
             run()
         return graph
+
+
+@contextmanager
+def first_and_last_layer(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out the layers between, which launch the same kernels as the first."""
+    base, count = model.base_model, model.config.get_text_config().num_hidden_layers
+    lists = ((name, part) for name, part in base.named_children() if isinstance(part, nn.ModuleList))
+    found = next(((name, part) for name, part in lists if len(part) == count), None)
+    if found is None:
+        yield
+        return
+    name, layers = found
+    setattr(base, name, layers[:1] + layers[1:][-1:])
+    try:
+        yield
+    finally:
+        setattr(base, name, layers)
 
 
 class Sized(Protocol):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from batching.engine import Steps
@@ -173,21 +173,9 @@ class PackedEngine:
     def _bytes_of_passes(self, num_slots: int) -> int:
         """What the largest pass takes. Compiles the kernels first, all at once."""
         runner = self._cuda_runner(num_slots, 1)
-        self._compile_kernels(runner)
+        runner.compile_kernels(*self._graph_sizes(num_slots))
         runner.profile_run(64)  # first calls load kernels, which stay and must not count
         return peak_bytes(self._model.device, lambda: runner.profile_run(self._max_prefill_tokens))
-
-    def _compile_kernels(self, runner: "CUDARunner") -> None:
-        """With two layers, because all but the last launch the same; what others need is compiled at its first use."""
-        base: Any = self._model.base_model
-        layers = getattr(base, "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            return
-        base.layers = layers[:1] + layers[1:][-1:]
-        try:
-            runner.compile_kernels(*self._graph_sizes(runner.num_slots))
-        finally:
-            base.layers = layers
 
     def _make_runner(self, num_slots: int, num_blocks: int) -> Runner:
         if self._model.device.type != "cuda":
