@@ -3,23 +3,33 @@
 from collections.abc import Awaitable, Callable
 
 from benchmarks.loops import OpenLoop
-from benchmarks.run import Run
+from benchmarks.run import Level, Run
 from benchmarks.summary import goodput
 
 MOST_PROBES = 16
+LONE = 0.1
+"""Requests under way on average, below which hardly one meets another."""
 
 
-async def search(holds: Callable[[float], Awaitable[bool]], first: float, precision: float) -> float | None:
-    """The highest rate for which `holds` was seen to be true, to within `precision` (a share of it).
+def lone(level: Level) -> bool:
+    """Whether the level's requests were alone on the server, so that a lower rate would not answer them any sooner."""
+    return sum(record.latency for record in level.records) < LONE * level.seconds
+
+
+async def search(holds: Callable[[float], Awaitable[bool | None]], first: float, precision: float) -> float | None:
+    """The highest rate for which `holds` was seen to be true, to within `precision` (a share of it). It is None for a
+    rate that fails as any lower one would.
 
     Doubles or halves from `first` until one rate holds and another does not, then halves the way between them. None
-    if none or all of 16 probes held, so a first guess may be off by a factor of 30,000.
+    if none can hold, or none or all of 16 probes held, so a first guess may be off by a factor of 30,000.
     """
     held, failed = 0.0, float("inf")
     rate = first
     for _ in range(MOST_PROBES):
-        if await holds(rate):
+        if held_here := await holds(rate):
             held = max(held, rate)
+        elif held_here is None and not held:
+            return None
         else:
             failed = min(failed, rate)
         if failed - held <= precision * held:
@@ -39,9 +49,11 @@ async def find(run: Run, first: float, share: float, precision: float) -> None:
     """Probe with levels of the run until its `capacity` is known: the rate at which `share` of requests meet the
     targets."""
 
-    async def holds(rate: float) -> bool:
+    async def holds(rate: float) -> bool | None:
         loop = OpenLoop(round(rate, 4), run.settings.burstiness)
         level = await run.measure(loop, run.settings.requests(loop))
-        return goodput(level.records, run.settings.targets) >= share
+        if goodput(level.records, run.settings.targets) >= share:
+            return True
+        return None if lone(level) else False
 
     run.capacity = await search(holds, first, precision)

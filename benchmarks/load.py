@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import flags
-from benchmarks.capacity import find
+from benchmarks.capacity import find, lone
 from benchmarks.run import Run, Settings
 from benchmarks.summary import Targets, goodput
 from benchmarks.table import failures, tables
@@ -228,8 +228,9 @@ def capacity_of(run: Run, share: float) -> str:
     if run.capacity is not None:
         return f"{run.capacity:.3g} requests/s, {goal}"
     last = run.levels[-1]
-    if goodput(last.records, run.settings.targets) < share:
-        return f"none was found, {goal}"
+    if (good := goodput(last.records, run.settings.targets)) < share:
+        alone = f": at {last.loop.label}, where requests are alone, {good:.0%} are" if lone(last) else ""
+        return f"none was found, {goal}{alone}"
     return (
         f"none was found: even at {last.loop.label} a level's requests are answered within the targets; "
         "set more of them with --duration or --requests-per-level"

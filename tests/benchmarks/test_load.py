@@ -9,9 +9,11 @@ import orjson
 import pytest
 
 from benchmarks.client import words_of
-from benchmarks.load import main, parse, run_loop
+from benchmarks.load import capacity_of, main, parse, run_loop
 from benchmarks.loops import ClosedLoop, OpenLoop
 from benchmarks.run import Run, RunFigures, Settings, load_run
+from benchmarks.summary import Targets
+from tests.benchmarks import figures
 from tests.benchmarks.scripted import ScriptedServer, serving
 from tests.live import live, scripted
 
@@ -252,6 +254,13 @@ def test_the_capacity_of_a_server_that_answers_all_but_never_in_time_is_not_foun
     assert [level.load for level in found.levels] == pytest.approx([1000 / 2**probe for probe in range(16)], abs=1e-3)
     assert not any(record["error"] for record in records)
     assert "capacity: none was found, with 95% of requests" in capsys.readouterr().out
+
+
+def test_a_search_that_ended_says_that_requests_were_alone() -> None:
+    found = figures.run(replace(figures.level(OpenLoop(0.25)), seconds=200.0), targets=Targets(ttft=1.0))
+    assert capacity_of(found, 0.95) == (
+        "none was found, with 95% of requests within the targets: at 0.25/s, where requests are alone, 25% are"
+    )
 
 
 def test_a_server_that_holds_at_every_rate_tried_has_no_capacity_as_the_highest_of_them(

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import Response
 
-from benchmarks.capacity import search
+from benchmarks.capacity import find, search
 from benchmarks.client import ChatClient, Record
 from benchmarks.loops import ClosedLoop, Loop, OpenLoop, arrivals
+from benchmarks.run import Level, Run
 from benchmarks.workloads import WORKLOADS
+from tests.benchmarks.figures import level, run
 from tests.benchmarks.scripted import ScriptedServer, serving
 
 SEED = 0
@@ -132,3 +134,41 @@ def test_a_server_that_always_holds_is_tried_faster_and_faster() -> None:
     found, probes = found_capacity(float("inf"), 1.0, 0.1)
     assert found is None
     assert probes[-1] == 2.0**15
+
+
+def test_no_slower_rate_is_tried_once_requests_that_are_alone_fail() -> None:
+    probes: list[float] = []
+
+    async def holds(rate: float) -> bool | None:
+        probes.append(rate)
+        return None if rate <= 0.25 else False
+
+    assert asyncio.run(search(holds, 1.0, 0.1)) is None
+    assert probes == [1.0, 0.5, 0.25]
+
+
+def test_the_capacity_is_the_highest_rate_that_held_though_requests_that_were_alone_failed_at_another() -> None:
+    async def holds(rate: float) -> bool | None:
+        return True if rate <= 3.0 else None
+
+    assert asyncio.run(search(holds, 1.0, 0.1)) == pytest.approx(3.0, rel=0.1)
+
+
+def test_requests_that_fail_at_once_are_alone_and_those_that_wait_for_others_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where nothing answers at the address, or the model or key is unknown there: for slower and slower requests."""
+    levels: list[Level] = []
+
+    async def measure(self: Run, loop: Loop, requests: int) -> Level:
+        made = level(loop, error="connection")
+        for record in made.records:
+            record.latency = 0.001 if len(levels) == 2 else 1.0
+        levels.append(made)
+        return made
+
+    monkeypatch.setattr(Run, "measure", measure)
+    made = run()
+    asyncio.run(find(made, first=1.0, share=0.95, precision=0.1))
+    assert made.capacity is None
+    assert [each.loop for each in levels] == [OpenLoop(1.0), OpenLoop(0.5), OpenLoop(0.25)]
