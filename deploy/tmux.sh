@@ -64,7 +64,8 @@ start() {
     from=$(wc -c <"$LOG")
     # A tmux server that runs already has the environment of whoever started it, and arguments can be seen by everyone.
     (umask 077 && export -p >"$HANDOVER")
-    tmux new-session -d -s "$SESSION" -c "$PWD" "$(printf '%q ' "$ROOT/deploy/tmux.sh" run "$HANDOVER" "$@")" \; \
+    # As words, which tmux runs by itself: some shells, such as fish, would stand between the pane and this script.
+    tmux new-session -d -s "$SESSION" -c "$PWD" "$ROOT/deploy/tmux.sh" run "$HANDOVER" "$@" \; \
         set-option @root "$root" \; set-option @log "$LOG"
     if wait_ready; then
         echo "ready at $root/v1 (session $SESSION, log $LOG)"

@@ -114,6 +114,16 @@ def test_a_server_that_fails_while_it_stops_is_not_started_again(script: Script)
     assert "started again" not in script.log.read_text()
 
 
+def test_it_starts_whatever_shell_its_user_has(script: Script) -> None:
+    shell = script.folder / "fish"
+    shell.write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n')  # a process of its own for each command, as fish has
+    shell.chmod(0o755)
+    started = script("start", *SMALL, "--name", "two words", SHELL=str(shell), START_TIMEOUT="60")
+    assert started.returncode == 0, started.stderr
+    assert Address(f"http://127.0.0.1:{script.port}").get("/v1/models").json()["data"][0]["id"] == "two words"
+    assert script("stop").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "reason"),
     [
