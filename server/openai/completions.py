@@ -76,8 +76,8 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
     kind = CompletionRequest
 
     def encode(self, model: ServedModel, body: CompletionRequest) -> list[Echoed]:
-        text = model.text
-        prompts = [text.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in body.prompt]
+        text, special = model.text, body.add_special_tokens is not False
+        prompts = [text.encode(p, special=special) if isinstance(p, str) else tuple(p) for p in body.prompt]
         for tokens in prompts:
             model.check_prompt(tokens, "prompt")
         if not body.echo:

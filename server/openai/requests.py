@@ -356,6 +356,8 @@ class CompletionRequest(Generation, TokenReports):
 
     prompt: Prompts
     """A text, token ids, or a list of either."""
+    add_special_tokens: Flag | None = None
+    """False: a text starts without what the tokenizer puts first, for prompts that already have it."""
     max_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
     """As for chat; 0 needs `echo` and generates nothing."""
     response_format: ResponseFormat | None = None

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from batching.types import Request
 from server.model.text import Text
 from server.openai.completions import starts_of
 from server.openai.endpoint import MAX_PROMPT_LOGPROBS
 from tests.fakes import SCORED, prompt_logprob
 from tests.live import BYTES, END, TEMPLATE, frames, live, scripted, tokens_of
-from tests.server.test_app import error_of
+from tests.server.test_app import error_of, remembering
 from tests.server.test_choices import telling
 from tests.server.test_completions import complete, echoing, logprobs_of, said
 
@@ -224,6 +225,22 @@ def test_what_a_tokenizer_puts_before_a_text_has_no_place_in_it() -> None:
         assert starts == sorted(starts)
         with_start = text.decode(tokens)
         assert starts_of(text, tokens, with_start)[1] == len("<s>")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_has_its_own_start_gets_no_second_one(stream: bool) -> None:
+    """A client that fills in a chat template itself writes the start of the text, too."""
+    tokenizer = byte_level_with_start()
+    seen: list[Request] = []
+    with live(scripted(remembering(seen, "there")), tokenizer=tokenizer) as service:
+        for fields in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+            response = complete(service, ["<s>Hi", [9]], stream=stream, **fields)
+            assert response.status_code == 200
+            assert "x-ignored-fields" not in response.headers
+        error_of(complete(service, add_special_tokens=1), 400, None)
+    start = tokenizer.bos_token_id
+    twice, once, ids = [(start,) * 2 + tuple(tokens_of("Hi")), (start, *tokens_of("Hi")), (9,)]
+    assert [request.prompt for request in seen] == [twice, ids, twice, ids, once, ids]
 
 
 def byte_level_with_start() -> PreTrainedTokenizerFast:
