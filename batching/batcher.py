@@ -21,6 +21,7 @@ from batching.errors import BatchingError, Drained, EngineError, NotReady, Queue
 from batching.events import (
     BatchEnded,
     BatchStarted,
+    MemoryHeld,
     Observer,
     PromptScored,
     QueueChanged,
@@ -297,10 +298,13 @@ class Batcher:
         for row in rows:
             row.stream.fail(error)
 
-    def on_batch_over(self, duration: float, memory: int) -> None:
-        self._observe(BatchEnded(len(self._running), duration, memory))
+    def on_batch_over(self, duration: float) -> None:
+        self._observe(BatchEnded(len(self._running), duration))
         if not self._batch_over.done():
             self._batch_over.set_result(None)
+
+    def on_memory(self, memory: int) -> None:
+        self._observe(MemoryHeld(memory))
 
     def on_worker_died(self, error: BaseException) -> None:
         if self.state is State.STARTING:

@@ -106,10 +106,16 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class BatchEnded:
-    """`memory` is the bytes the device's allocator holds now; `running` rows were handed over since the batch ended."""
+    """`running` rows were handed over since the batch ended."""
 
     running: int
     duration: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryHeld:
+    """Bytes that the device's allocator holds: told once the model is loaded, while a batch runs and after it."""
+
     memory: int
 
 
@@ -148,6 +154,7 @@ Event = (
     | Stepped
     | PromptScored
     | BatchEnded
+    | MemoryHeld
     | RowEnded
 )
 Observer = Callable[[Event], None]

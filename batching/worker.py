@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from batching.engine import NO_LOGPROBS, Engine
@@ -31,9 +32,13 @@ class Listener(Protocol):
         self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int
     ) -> None: ...
     def on_rows_failed(self, rows: Sequence[Row], error: BatchingError) -> None: ...
-    def on_batch_over(self, duration: float, memory: int) -> None: ...
+    def on_batch_over(self, duration: float) -> None: ...
+    def on_memory(self, memory: int) -> None: ...
     def on_worker_died(self, error: BaseException) -> None: ...
 
+
+MEMORY_SECONDS = 1.0
+"""How often the memory is told while a batch runs, which may be for days where rows join it."""
 
 Post = Callable[..., object]
 """`loop.call_soon_threadsafe`, or a stand-in for it."""
@@ -63,10 +68,12 @@ class Worker:
         try:
             engine = self._build()
             self._tell(self._listener.on_built, engine.info)
+            self._tell_memory(engine)
             while (rows := self._batches.get()) is not None:
                 started = time.monotonic()
                 self._run(engine, rows)
-                self._tell(self._listener.on_batch_over, time.monotonic() - started, engine.memory())
+                self._tell(self._listener.on_batch_over, time.monotonic() - started)
+                self._tell_memory(engine)
         except BaseException as error:
             if not isinstance(error, BatchingError):
                 logger.exception("the worker thread died")
@@ -77,7 +84,7 @@ class Worker:
         rows = [row for row in rows if not row.cancelled]
         if not rows:
             return
-        steps = BatchSteps(self._report, rows, self._joining, self._report_prompt)
+        steps = BatchSteps(partial(self._report, engine), rows, self._joining, self._report_prompt)
         try:
             engine.run(rows, steps)
             return
@@ -124,13 +131,20 @@ class Worker:
         if failed:
             self._tell(self._listener.on_rows_failed, failed, error)
 
-    def _report(self, tokens: NewTokens, running: int) -> None:
-        self._tell(self._listener.on_step, tokens, running, time.monotonic())
+    def _report(self, engine: Engine, tokens: NewTokens, running: int) -> None:
+        at = time.monotonic()
+        self._tell(self._listener.on_step, tokens, running, at)
+        if at >= self._memory_due:
+            self._tell_memory(engine)
 
     def _report_prompt(
         self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int
     ) -> None:
         self._tell(self._listener.on_prompt, row, logprobs, finish, running)
+
+    def _tell_memory(self, engine: Engine) -> None:
+        self._memory_due = time.monotonic() + MEMORY_SECONDS
+        self._tell(self._listener.on_memory, engine.memory())
 
     def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
         try:

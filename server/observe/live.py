@@ -17,6 +17,7 @@ from batching.events import (
     BatchEnded,
     BatchStarted,
     Event,
+    MemoryHeld,
     PromptScored,
     QueueChanged,
     RowEnded,
@@ -43,7 +44,7 @@ class Tick:
     `queued` and `running` are maximum numbers of rows; `batches` and `batch_rows` count batches that started and their
     rows, the two fields after them the prompt tokens of all rows that started. Times to first token are in seconds,
     None if no answer ended recently; `tokens_per_step` is a row's mean in a decode step, None if nothing was drafted
-    lately; `memory` is in bytes, None until the first batch ends.
+    lately; `memory` is in bytes, None until the model is loaded.
     """
 
     at: float
@@ -108,8 +109,9 @@ class Meter:
                 self._running.set(running)
                 self._prompt_tokens += prompt_tokens
                 self._padded_tokens += prompt_tokens
-            case BatchEnded(running=running, memory=memory):
+            case BatchEnded(running=running):
                 self._running.set(running)
+            case MemoryHeld(memory=memory):
                 self._memory = memory
             case RowEnded(ttft=float()):
                 self._recent.append((now, event))

@@ -22,6 +22,7 @@ from batching.events import (
     BatchEnded,
     BatchStarted,
     Event,
+    MemoryHeld,
     Outcome,
     PromptScored,
     QueueChanged,
@@ -173,9 +174,10 @@ class Metrics:
                 self._batch_started(event)
             case RowsJoined():
                 self._rows_joined(event)
-            case BatchEnded(running=running, duration=duration, memory=memory):
+            case BatchEnded(running=running, duration=duration):
                 self._running.set(running)
                 self._batch_seconds.observe(duration)
+            case MemoryHeld(memory=memory):
                 self._memory.set(memory)
             case RowEnded():
                 self._row_ended(event)

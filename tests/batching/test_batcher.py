@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import pytest
 
+from batching import worker
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine, Steps
 from batching.errors import (
@@ -29,6 +30,7 @@ from batching.events import (
     BatchEnded,
     BatchStarted,
     Event,
+    MemoryHeld,
     Observer,
     Outcome,
     PromptScored,
@@ -65,6 +67,9 @@ class Log:
 
     def of(self, kind: type[Kind]) -> list[Kind]:
         return [event for event in self.events if isinstance(event, kind)]
+
+    def but(self, kind: type[Event]) -> list[Event]:
+        return [event for event in self.events if not isinstance(event, kind)]
 
     async def until(self, true: Callable[[], bool]) -> None:
         while not true():
@@ -792,7 +797,7 @@ def test_a_drain_while_the_engine_is_built_does_not_wait_for_it(broken: bool, ru
         await spin()
         assert not worker.is_alive()
         assert batcher.state is State.STOPPED
-        assert log.events == [StateChanged(State.STOPPED)]
+        assert log.but(MemoryHeld) == [StateChanged(State.STOPPED)]
 
     run_async(main)
 
@@ -1074,7 +1079,7 @@ def test_the_life_of_a_request_is_told_in_order(run_async: Runner) -> None:
         async with serving(ScriptedEngine()) as (batcher, log):
             await all_tokens(batcher.submit(request((5, 6, 7), id="only", max_tokens=2)))
             await log.count(BatchEnded, 1)
-        kinds = [type(event) for event in log.events]
+        kinds = [type(event) for event in log.but(MemoryHeld)]
         queued, served = [StateChanged, QueueChanged], [QueueChanged, BatchStarted, RowStarted]
         steps = [Stepped, RowEnded, Stepped, BatchEnded]
         assert kinds == [*queued, *served, *steps, StateChanged, StateChanged]
@@ -1088,6 +1093,29 @@ def test_the_life_of_a_request_is_told_in_order(run_async: Runner) -> None:
         assert ended.ttft is not None
         assert 0 <= ended.queue_wait <= ended.ttft <= ended.duration
 
+    run_async(main)
+
+
+def test_memory_is_told_before_the_first_batch_and_while_one_runs(
+    run_async: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Growing(ScriptedEngine):
+        def memory(self) -> int:
+            return self.steps
+
+    async def main() -> None:
+        engine = Growing(stepped=True)
+        async with serving(engine) as (batcher, log):
+            assert await log.count(MemoryHeld, 1) == [MemoryHeld(0)]
+            answer = batcher.submit(request(max_tokens=3))
+            engine.release(2)
+            assert await log.count(MemoryHeld, 3) == [MemoryHeld(0), MemoryHeld(0), MemoryHeld(1)]
+            assert not log.of(BatchEnded)
+            engine.release()
+            assert await all_tokens(answer) == [1, 2, 3]
+            assert (await log.count(MemoryHeld, 5))[-1] == MemoryHeld(3)
+
+    monkeypatch.setattr(worker, "MEMORY_SECONDS", 0.0)
     run_async(main)
 
 

@@ -30,7 +30,7 @@ from batching.types import Request
 from server.http.errors import RETRIED
 from server.observe.log import JsonFormatter
 from server.replies import BUSY
-from tests.fakes import Script
+from tests.fakes import Script, ScriptedEngine
 from tests.live import (
     BYTES,
     END,
@@ -989,6 +989,12 @@ def test_every_state_is_shown_and_exactly_one_is_on() -> None:
         assert [service.sample("microbatch_state", state=state) for state in State] == [
             float(state is State.READY) for state in State
         ]
+
+
+def test_memory_is_shown_before_anything_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedEngine, "memory", lambda self: 77)
+    with live() as service:
+        eventually(lambda: service.sample("microbatch_device_memory_bytes") == 77, "the loaded model's memory is shown")
 
 
 def test_metrics_add_up_after_a_load(pool: ThreadPoolExecutor) -> None:

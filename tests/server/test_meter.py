@@ -11,6 +11,7 @@ from batching.events import (
     BatchEnded,
     BatchStarted,
     Event,
+    MemoryHeld,
     Outcome,
     QueueChanged,
     Rejected,
@@ -47,11 +48,15 @@ def column(ticks: list[Tick], name: str) -> list[Any]:
 
 def test_a_tick_has_the_most_rows_there_were_and_goes_on_with_the_last() -> None:
     queue = [(0.1, QueueChanged(5, 50)), (0.2, QueueChanged(0, 0))]
-    ticks = run(*queue, (0.2, started(5)), (0.7, Stepped(5, 2, 5)), (1.2, BatchEnded(0, 1.0, 77)), until=2.1)
+    ticks = run(*queue, (0.2, started(5)), (0.7, Stepped(5, 2, 5)), (1.2, BatchEnded(0, 1.0)), until=2.1)
     assert column(ticks, "at") == [0.5, 1.0, 1.5, 2.0]
     assert column(ticks, "queued") == [5, 0, 0, 0]
     assert column(ticks, "running") == [5, 5, 2, 0]
-    assert column(ticks, "memory") == [None, None, 77, 77]
+
+
+def test_a_tick_has_the_memory_that_was_told_last() -> None:
+    ticks = run((0.7, MemoryHeld(5)), (1.1, MemoryHeld(9)), (1.2, MemoryHeld(7)), until=2.1)
+    assert column(ticks, "memory") == [None, 5, 7, 7]
 
 
 def test_a_tick_counts_tokens_and_batches_of_its_own_half_second() -> None:
@@ -64,7 +69,7 @@ def test_a_tick_counts_tokens_and_batches_of_its_own_half_second() -> None:
 
 
 def test_rows_that_join_a_batch_run_with_it_and_need_no_padding() -> None:
-    joined, over = RowsJoined(2, 5, 10, (0.0, 0.0)), BatchEnded(2, 1.0, 77)
+    joined, over = RowsJoined(2, 5, 10, (0.0, 0.0)), BatchEnded(2, 1.0)
     ticks = run((0.1, started(3, 10, 16)), (0.2, joined), (0.3, Stepped(5, 5, 5)), (0.6, over), until=1.5)
     assert column(ticks, "running") == [5, 5, 2]
     assert [(tick.batches, tick.batch_rows) for tick in ticks] == [(1, 3), (0, 0), (0, 0)]

@@ -90,7 +90,7 @@ def watched(progress: Progress, lines: list[str]) -> Watched:
 def test_a_worker_without_work_is_not_stuck(progress: Progress, watched: Watched) -> None:
     assert watched.look(10 * watched.looks) == []
     progress(STARTED)
-    progress(BatchEnded(running=0, duration=1.0, memory=0))
+    progress(BatchEnded(running=0, duration=1.0))
     assert watched.look(10 * watched.looks) == []
 
 
