@@ -105,12 +105,15 @@ def completion_logprobs(
     return {
         "tokens": [name(text, token) for token in tokens],
         "token_logprobs": [None if entry is None else max(entry.logprob, LEAST) for entry in entries],
-        "top_logprobs": [
-            None if entry is None else {name(text, token): max(value, LEAST) for token, value in entry.top[:top]}
-            for entry in entries
-        ],
+        "top_logprobs": [None if entry is None else _likely(text, entry, top, name) for entry in entries],
         "text_offset": list(starts),
     }
+
+
+def _likely(text: Text, entry: TokenLogprob, top: int | None, name: Callable[[Text, int], str]) -> dict[str, float]:
+    """The `top` likeliest tokens, or all there are, and as in OpenAI's API the entry's own where it is none of them."""
+    likeliest = {name(text, token): max(value, LEAST) for token, value in entry.top[:top]}
+    return likeliest | {name(text, entry.token): max(entry.logprob, LEAST)}
 
 
 def prompt_logprobs(text: Text, entries: Sequence[PromptLogprob | None], top: int | None = None) -> replies.OfPrompt:

@@ -268,8 +268,12 @@ def test_each_token_is_told_with_where_its_text_starts(stream: bool) -> None:
     assert told["tokens"] == [*"Hi you", "<|end|>"]
     assert told["token_logprobs"] == [-token / 8 for token in tokens]
     assert told["text_offset"] == [0, 1, 2, 3, 4, 5, 6]
-    assert all(len(top) == 2 for top in told["top_logprobs"])
     assert told["top_logprobs"][0] == {"H": -tokens[0] / 8, "I": -tokens[0] / 8 - 1}
+    *among_likeliest, end = told["top_logprobs"]
+    assert all(len(top) == 2 for top in among_likeliest)
+    assert len(end) == 3
+    for top, token, value in zip(told["top_logprobs"], told["tokens"], told["token_logprobs"], strict=True):
+        assert top[token] == value, "a token has its place there though others are likelier"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -314,7 +318,9 @@ def test_log_probabilities_have_a_bound_and_are_not_told_unasked() -> None:
         for wrong in (21, -1, True, "1", 10**6):
             assert error_of(complete(service, logprobs=wrong), 400, None)["param"] == "logprobs"
         assert complete(service).json()["choices"][0]["logprobs"] is None
-        assert complete(service, logprobs=0).json()["choices"][0]["logprobs"]["top_logprobs"] == [{}, {}, {}]
+        assert complete(service, logprobs=0).json()["choices"][0]["logprobs"]["top_logprobs"] == [
+            {word: -token / 8} for word, token in zip(["H", "i", "<|end|>"], [*tokens_of("Hi"), END], strict=True)
+        ]
 
 
 def test_rows_of_completions_and_chats_share_a_batch(pool: ThreadPoolExecutor) -> None:

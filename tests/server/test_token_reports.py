@@ -123,7 +123,9 @@ def test_tokens_named_by_id_have_their_log_probabilities() -> None:
         names = [other["token"] for other in entry["top_logprobs"]]
         assert set(names) >= {"token_id:5", "token_id:7"}
         assert names[2:] == [name for name in ("token_id:5", "token_id:7") if name not in names[:2]]
-    assert [list(others) for others in text["logprobs"]["top_logprobs"]] == [["token_id:5", "token_id:7"]] * 3
+    own = text["logprobs"]["tokens"]
+    named = [list(dict.fromkeys(["token_id:5", "token_id:7", token])) for token in own]
+    assert [list(others) for others in text["logprobs"]["top_logprobs"]] == named
 
 
 @pytest.mark.parametrize(
