@@ -1,6 +1,7 @@
 """The balancer's file with a real HAProxy in front of scripted servers, each of which says who it is."""
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,16 @@ def test_the_file_waits_longer_than_the_service_and_keeps_connections_shorter() 
     assert seconds("server") > defaults.request_timeout_s
     assert seconds("client") > defaults.request_timeout_s
     assert seconds("http-keep-alive") < defaults.keep_alive_s
+
+
+def test_servers_that_are_started_as_the_guide_says_answer_to_the_name_that_clients_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guide = (CONFIGURATION.parent / "README.md").read_text()
+    for variable, value in re.findall(r"\b(MICROBATCH_\w+)='?([^'\s]+)'?", guide.partition("Clients use port")[0]):
+        monkeypatch.setenv(variable, value)
+    with live(allowed_hosts=parse([]).allowed_hosts) as server:
+        assert server.get("/v1/models", headers={"host": "gpus.example.com:21010"}).status_code == 200
 
 
 def test_without_affinity_no_rule_of_a_hash_is_left() -> None:
