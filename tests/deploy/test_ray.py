@@ -21,6 +21,7 @@ import yaml
 from openai import OpenAI
 
 from batching.types import DEFAULT_ROWS
+from server.http.middleware import allowed_hosts
 from server.settings import Settings
 from tests.live import QUESTION, ROOT, Address, environment, free_port
 
@@ -189,6 +190,8 @@ def test_the_file_waits_longer_than_the_service_and_has_only_its_settings() -> N
     assert 2 * DEFAULT_ROWS <= 2 * target <= defaults["queue_size"].default
     variables = deployment["ray_actor_options"]["runtime_env"]["env_vars"]
     assert {name.removeprefix("MICROBATCH_").lower() for name in variables} <= set(defaults)
+    assert variables["MICROBATCH_HOST"] == read["http_options"]["host"]
+    assert "*" in allowed_hosts(variables["MICROBATCH_HOST"], ()), "clients ask for the machine by any name"
 
 
 @pytest.mark.deploy
