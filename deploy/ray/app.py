@@ -10,14 +10,16 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
+from anyio import to_thread
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from starlette.applications import Starlette
 
-from batching.events import State
+from batching.events import Observer, State
 from batching.progress import Progress
 from deploy.ray.metrics import told
+from server.__main__ import tracing_of
 from server.app import create_app
 from server.garbage import spare_what_is_loaded
 from server.model.loader import ModelLoader
@@ -41,7 +43,9 @@ def replica_app() -> Starlette:
     progress, ready = Progress(), asyncio.Event()
     metrics = Metrics(progress)
     replica = serve.get_replica_context().replica_id.unique_id
-    service = Service(settings, ModelLoader(settings, progress), progress, [metrics, log_event])
+    tracing = tracing_of(settings)
+    observers: list[Observer] = [metrics, log_event, *([tracing] if tracing else [])]
+    service = Service(settings, ModelLoader(settings, progress), progress, observers)
 
     def when_ready(model: ServedModel) -> None:
         spare_what_is_loaded()
@@ -63,6 +67,8 @@ def replica_app() -> Starlette:
                     raise RuntimeError("the model could not be loaded; the replica's log says why")
                 yield
                 await service.drain()
+                if tracing:
+                    await to_thread.run_sync(tracing.close)
 
     app.router.lifespan_context = lifespan
     return app

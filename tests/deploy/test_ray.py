@@ -24,6 +24,7 @@ from batching.types import DEFAULT_ROWS
 from server.http.middleware import allowed_hosts
 from server.settings import Settings
 from tests.live import QUESTION, ROOT, Address, environment, free_port
+from tests.server.test_tracing import PARENT, TRACE, Collector, collecting
 
 CONFIG = ROOT / "deploy" / "ray" / "serve.yaml"
 LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 100}
@@ -66,6 +67,7 @@ class Cluster(Address):
 
     folder: Path
     popen: subprocess.Popen[str]
+    collector: Collector
     lines: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -138,14 +140,22 @@ def wait(condition: Any, what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def collector() -> Iterator[Collector]:
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Cluster]:
     folder, port = tmp_path_factory.mktemp("ray"), free_port()
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config(port, default_max_tokens="5")))
+    (folder / "serve.yaml").write_text(
+        yaml.safe_dump(config(port, default_max_tokens="5", otlp_endpoint=collector.url))
+    )
     command = [program("serve"), "run", str(folder / "serve.yaml")]
     with subprocess.Popen(
         command, cwd=ROOT, env=ray_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as popen:
-        found = Cluster(f"http://127.0.0.1:{port}", folder, popen)
+        found = Cluster(f"http://127.0.0.1:{port}", folder, popen, collector)
         reader = threading.Thread(target=lambda: found.lines.extend(popen.stdout or ()))
         reader.start()
         try:
@@ -206,6 +216,14 @@ def test_two_replicas_share_a_load(cluster: Cluster, pool: ThreadPoolExecutor) -
 
     wait(lambda: sum(shares()) == 64, "each replica has told what it answered")
     assert min(shares()) > 0
+
+
+@pytest.mark.deploy
+@pytest.mark.model
+def test_a_request_is_traced_as_the_settings_say(cluster: Cluster) -> None:
+    assert cluster.chat(headers={"traceparent": f"00-{TRACE}-{PARENT}-01"}).status_code == 200
+    trace = bytes.fromhex(TRACE)
+    wait(lambda: any(span.trace_id == trace for span in cluster.collector.spans), "its spans have come")
 
 
 @pytest.mark.deploy

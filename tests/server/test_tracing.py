@@ -28,8 +28,10 @@ class Collector:
         return span
 
 
-@pytest.fixture
-def collector() -> Iterator[Collector]:
+@contextlib.contextmanager
+def collecting() -> Iterator[Collector]:
+    """A collector on a port of its own."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
@@ -48,6 +50,12 @@ def collector() -> Iterator[Collector]:
             stack.callback(thread.join)
             stack.callback(server.shutdown)
             yield found
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with collecting() as found:
+        yield found
 
 
 def test_a_request_is_a_span_of_its_caller_s_trace_with_queue_batch_and_decoding_inside(collector: Collector) -> None:
