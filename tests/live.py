@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx2
 import orjson
 import uvicorn
-from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -43,6 +42,9 @@ from server.settings import PREFIX, Settings
 from server.watchdog import Watchdog
 from tests.fakes import INFO, Script, ScriptedEngine
 from tests.loop_guard import LoopGuard
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60.0
@@ -161,6 +163,8 @@ class Address:
 
     @contextlib.contextmanager
     def openai(self, **options: Any) -> Iterator[OpenAI]:
+        from openai import DefaultHttpxClient, OpenAI  # takes seconds, which stand-ins of the service have no use for
+
         defaults: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE}
         defaults["http_client"] = DefaultHttpxClient(verify=NO_CERTIFICATES)
         with OpenAI(base_url=f"{self.url}/v1", **defaults | options) as client:

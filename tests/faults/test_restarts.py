@@ -32,7 +32,7 @@ class Supervisor(Address):
     def wait_ready(self) -> None:
         """Until requests are taken. One thread at a time asks, so that the service's start has the cores."""
         with self._asking:
-            eventually(self._answers, "the service is ready", 5 * PATIENCE)
+            eventually(self._answers, "the service is ready", 5 * PATIENCE, pause=0.1)
 
     def _answers(self) -> bool:
         try:
