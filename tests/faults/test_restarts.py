@@ -13,12 +13,12 @@ import pytest
 
 from tests.live import PATIENCE, ROOT, Address, Process, environment, eventually, free_port, process
 
-COMMAND = [sys.executable, "-m", "benchmarks.rigged_server", "--step-ms", "20", "--max-batch-size", "4"]
 CLIENTS = 8
 
 
 class Supervisor(Address):
-    """Starts the service again whenever it ends, as systemd would, until it is told to stop."""
+    """Starts the service again whenever it ends, as systemd would, until it is told to stop. The first one's engine
+    hangs after a step. Batches are of four requests."""
 
     def __init__(self) -> None:
         self._port = free_port()
@@ -42,8 +42,10 @@ class Supervisor(Address):
 
     def _keep(self) -> None:
         while not self._over.is_set():
-            command = [*COMMAND, "--port", str(self._port), "--log-level", "error"]
-            with subprocess.Popen(command, cwd=ROOT, env=environment()) as self.running:
+            command = [sys.executable, "-m", "tests.failing_server", "--port", str(self._port), "--log-level", "error"]
+            command += ["--max-batch-size", "4", "--batch-window-ms", "10000"]
+            variables = environment(FAIL="nothing" if self.statuses else "hang")
+            with subprocess.Popen(command, cwd=ROOT, env=variables) as self.running:
                 self.statuses.append(self.running.wait())
 
     @contextlib.contextmanager
@@ -60,13 +62,13 @@ class Supervisor(Address):
 
 
 def ask_until_answered(service: Supervisor, number: int) -> tuple[str, int]:
-    """The answer to a question, and how many times it was asked for."""
-    messages = [{"role": "user", "content": "x" * number}]
+    """So many tokens' answer to a question, and how many times it was asked for."""
+    messages = [{"role": "user", "content": "Hi"}]
     attempts = 0
     while True:
         attempts += 1
         with contextlib.suppress(httpx2.TransportError):
-            answer = service.chat(messages=messages, max_tokens=40, ignore_eos=True)
+            answer = service.chat(messages=messages, max_tokens=number)
             if answer.status_code == 200:
                 return str(answer.json()["choices"][0]["message"]["content"]), attempts
         service.wait_ready()
@@ -75,27 +77,28 @@ def ask_until_answered(service: Supervisor, number: int) -> tuple[str, int]:
 def test_after_a_kill_every_client_that_tries_again_is_answered() -> None:
     supervisor = Supervisor()
     with supervisor.keeping(), ThreadPoolExecutor(CLIENTS) as pool:
-        expected = [answer for answer, _ in pool.map(lambda n: ask_until_answered(supervisor, n), range(CLIENTS))]
-        asked = [pool.submit(ask_until_answered, supervisor, n) for n in range(CLIENTS)]
+        numbers = [2 + n // 2 for n in range(CLIENTS)]
+        asked = [pool.submit(ask_until_answered, supervisor, number) for number in numbers]
         eventually(lambda: supervisor.sample("microbatch_running_rows") == 4, "a batch runs")
         assert supervisor.running is not None
         supervisor.running.send_signal(signal.SIGKILL)
         found = [one.result() for one in asked]
-        assert [answer for answer, _ in found] == expected
-        assert sum(attempts > 1 for _, attempts in found) >= 4, "a batch was lost, and asked for again"
+        assert [answer for answer, _ in found] == ["Hello!"[:number] for number in numbers]
+        assert all(attempts > 1 for _, attempts in found), "what was lost was asked for again"
     assert supervisor.statuses == [-signal.SIGKILL, 0]
 
 
 def test_a_signal_in_the_midst_of_answers_is_an_outcome_for_each() -> None:
     port = free_port()
-    command = [*COMMAND, "--port", str(port), "--drain-timeout-s", "0"]
+    command = [sys.executable, "-m", "benchmarks.rigged_server", "--step-ms", "20", "--max-batch-size", "4"]
+    command += ["--port", str(port), "--drain-timeout-s", "0"]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as popen:
         service = Process(f"http://127.0.0.1:{port}", popen)
         service.wait_ready()
         with ThreadPoolExecutor(CLIENTS) as pool:
             messages = [{"role": "user", "content": "Hi"}]
             asked = [
-                pool.submit(service.chat, messages=messages, max_tokens=60, ignore_eos=True, stream=bool(n % 2))
+                pool.submit(service.chat, messages=messages, max_tokens=4000, ignore_eos=True, stream=bool(n % 2))
                 for n in range(CLIENTS)
             ]
             eventually(lambda: service.sample("microbatch_output_tokens_total") >= 40, "a batch is in its midst")
