@@ -22,13 +22,16 @@ from tests.clients.answers import ANSWERS, written
 from tests.clients.model import QUESTIONS, scripted_model
 from tests.live import BYTES, END, TEMPLATE, Address, Live, byte_tokenizer, eventually, live, scripted
 
-anthropic: Any = pytest.importorskip("anthropic")
-
 Json = dict[str, Any]
 HI: list[Json] = [{"role": "user", "content": "Hi"}]
 BYE: Json = {"role": "user", "content": QUESTIONS["bye"]}
 TOOLS: list[Json] = [{"name": name, "input_schema": {"type": "object"}} for name in "fg"]
 FUNCTIONS: list[Json] = [{"type": "function", "function": {"name": n, "parameters": {"type": "object"}}} for n in "fg"]
+
+
+def anthropic() -> Any:
+    """Their library. It takes seconds, which every process that collects tests would wait for."""
+    return pytest.importorskip("anthropic")
 
 
 def asked(answer: Any) -> Json:
@@ -37,7 +40,7 @@ def asked(answer: Any) -> Json:
 
 @contextmanager
 def client_of(service: Address, **options: Any) -> Iterator[Any]:
-    with anthropic.Anthropic(**{"base_url": service.url, "api_key": "none", "max_retries": 0} | options) as client:
+    with anthropic().Anthropic(**{"base_url": service.url, "api_key": "none", "max_retries": 0} | options) as client:
         yield client
 
 
@@ -396,7 +399,7 @@ def test_a_run_of_tools_has_the_whole_conversation_in_each_request(talk: Any, st
     """The client would rather have the service keep it, and learns that it does not."""
     _, client, seen = talk
 
-    @anthropic.beta_tool  # type: ignore[untyped-decorator]
+    @anthropic().beta_tool  # type: ignore[untyped-decorator]
     def weather(city: str) -> str:
         """The weather in a city."""
         return f"Sunny in {city}."
@@ -557,9 +560,9 @@ def test_errors_have_the_form_and_the_class_of_the_api() -> None:
         error_in(post(service, headers=key, system="a" * 20_000), 413, "request_too_large")
         error_in(service.post(b"{", "/v1/messages", headers=key), 400, "invalid_request_error")
         error_in(post(service, "/v1/messages/count_tokens", key, messages=[]), 400, "invalid_request_error")
-        with client_of(service) as client, pytest.raises(anthropic.AuthenticationError):
+        with client_of(service) as client, pytest.raises(anthropic().AuthenticationError):
             create(client, HI)
-        with client_of(service, api_key="secret") as client, pytest.raises(anthropic.NotFoundError) as caught:
+        with client_of(service, api_key="secret") as client, pytest.raises(anthropic().NotFoundError) as caught:
             create(client, HI, model="claude")
         assert caught.value.request_id == caught.value.body["request_id"]
     with live(ready=False) as service:
@@ -594,7 +597,7 @@ def test_an_answer_that_fails_midway_ends_with_an_error_event() -> None:
         error_in(post(service), 500, "api_error")
         answer = post(service, stream=True)
         *events, last = events_of(answer)
-        with client_of(service) as client, pytest.raises(anthropic.APIStatusError, match="failed"):
+        with client_of(service) as client, pytest.raises(anthropic().APIStatusError, match="failed"):
             streamed(client, HI)
     assert "message_stop" not in {event["type"] for event in events}
     said = "The model failed on this request."
