@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -255,19 +255,33 @@ def test_a_cut_that_falls_on_a_token_falls_alike_alone_and_in_any_batch(seed: in
 # Draws
 
 
-@pytest.mark.parametrize("cuts", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}])
-def test_tokens_come_as_often_as_their_probability_says(cuts: dict[str, Any]) -> None:
-    draws = 8000
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5, 0.0, -9.0])
-    rows = [sampling(**{"temperature": 1.0, "seed": seed, **cuts}) for seed in range(draws)]
-    probabilities = Filter(rows[:1], CPU)(logits[None])[0].tolist()
-    by_seed = Counter(row[0] for row in draw(rows, logits.repeat(1, draws, 1)))
-    by_position = Counter(draw(rows[:1], logits.repeat(draws, 1, 1))[0])
-    for counts in (by_seed, by_position):
-        assert not any(counts[token] for token, p in enumerate(probabilities) if p == 0.0)
-        expected = {token: p * draws for token, p in enumerate(probabilities) if p > 0.0}
-        distance = sum((counts[token] - number) ** 2 / number for token, number in expected.items())
-        assert distance < 30  # chi-square with at most 7 degrees of freedom exceeds it once in 10,000 times
+EIGHT = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5, 0.0, -9.0])
+DRAWS = 8000
+
+
+def check_frequencies(row: Sampling, drawn: Iterable[int]) -> None:
+    """Raises unless so many tokens are as often among them as their probability says."""
+    counts = Counter(drawn)
+    probabilities = Filter([row], CPU)(EIGHT[None])[0].tolist()
+    assert not any(counts[token] for token, p in enumerate(probabilities) if p == 0.0)
+    expected = {token: p * DRAWS for token, p in enumerate(probabilities) if p > 0.0}
+    distance = sum((counts[token] - number) ** 2 / number for token, number in expected.items())
+    assert distance < 30  # chi-square with at most 7 degrees of freedom exceeds it once in 10,000 times
+
+
+SOME_CUTS: list[dict[str, Any]] = [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}]
+
+
+@pytest.mark.parametrize("cuts", SOME_CUTS)
+def test_over_seeds_tokens_come_as_often_as_their_probability_says(cuts: dict[str, Any]) -> None:
+    rows = [sampling(**{"temperature": 1.0, "seed": seed, **cuts}) for seed in range(DRAWS)]
+    check_frequencies(rows[0], [first for (first,) in draw(rows, EIGHT.repeat(1, DRAWS, 1))])
+
+
+def test_over_positions_tokens_come_as_often_as_their_probability_says() -> None:
+    rows = [sampling(**{"temperature": 1.0, "seed": 0, **cuts}) for cuts in SOME_CUTS]
+    for row, drawn in zip(rows, draw(rows, EIGHT.repeat(DRAWS, len(rows), 1)), strict=True):
+        check_frequencies(row, drawn)
 
 
 @given(LOGITS, CUTS, SEEDS)

@@ -46,36 +46,34 @@ class Case:
         return int(done.metadata.shared)
 
 
-def attention(stages: int, sizes: Sequence[int] = (128,)) -> Iterator[Case]:
-    """With heads of these sizes, which are padded to 128."""
+def attention(stages: int, size: int = 128) -> Iterator[Case]:
+    """With heads of this size, which is padded to 128."""
     places = {"q": HALF, "out": HALF, "block_tables": LONG, "max_blocks": "i32", "scale": "fp32"}
     decode = places | {"k_cache": HALF, "v_cache": HALF, "head_stride": "i32", "min_split": "i32"}
     decode |= dict.fromkeys(("slots", "seq_lens", "num_drafted", "arrived"), WHOLE)
     decode |= {"partial": SINGLE, "stats": SINGLE}
     block = 128
-    for size in sizes:
-        shape = {
-            "HEADS": 32,
-            "GROUP": 4,
-            "SIZE": size,
-            "BLOCK": block,
-            "QUERY_BLOCK": triton_attention.QUERY_BLOCK,
-            "KEY_BLOCK": triton_attention.KEY_BLOCK,
-        }
-        options = {"num_warps": 4, "num_stages": stages}
-        blocks = dict.fromkeys(("k_blocks", "v_blocks"), f"tensordesc<bf16[{triton_attention.KEY_BLOCK},{block}]>")
-        prefill = places | blocks | {"num_blocks": WHOLE, "blocks": WHOLE, "kv_blocks": "i32"}
-        yield Case(triton_attention._prefill_kernel, prefill, shape, (), options)
-        heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "BLOCK": block}
-        splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "SPLITS": 16, "MERGE_BLOCK": 16}
-        options = {"num_warps": 2, "num_stages": stages}
-        variants = ((False, 4, False), (True, 1, False), (False, 1, True))  # each branch once
-        for ahead, width, counted in variants if size == block else variants[:1]:  # padding is the same in all
-            step = triton_attention.DECODE_KEY_BLOCK if ahead else triton_attention.KEY_BLOCK
-            shape = heads | splits | {"AHEAD": ahead, "STEP": step, "WIDTH": width, "ROW_BLOCK": 4 * width}
-            number = {"num_sequences": LONG} if counted else {}
-            constants = shape | {"COUNTED": counted} | ({} if counted else {"num_sequences": None})
-            yield Case(triton_attention._decode_kernel, decode | number, constants, ("head_stride",), options)
+    shape = {
+        "HEADS": 32,
+        "GROUP": 4,
+        "SIZE": size,
+        "BLOCK": block,
+        "QUERY_BLOCK": triton_attention.QUERY_BLOCK,
+        "KEY_BLOCK": triton_attention.KEY_BLOCK,
+    }
+    options = {"num_warps": 4, "num_stages": stages}
+    blocks = dict.fromkeys(("k_blocks", "v_blocks"), f"tensordesc<bf16[{triton_attention.KEY_BLOCK},{block}]>")
+    prefill = places | blocks | {"num_blocks": WHOLE, "blocks": WHOLE, "kv_blocks": "i32"}
+    yield Case(triton_attention._prefill_kernel, prefill, shape, (), options)
+    heads = {"KV_HEADS": 8, "GROUP": 4, "SIZE": size, "DOT_ROWS": 16, "BLOCK": block}
+    splits = {"KEY_BLOCK": triton_attention.DECODE_KEY_BLOCK, "SPLITS": 16, "MERGE_BLOCK": 16}
+    options = {"num_warps": 2, "num_stages": stages}
+    for ahead, width, counted in ((False, 4, False), (True, 1, False), (False, 1, True)):  # each branch once
+        step = triton_attention.DECODE_KEY_BLOCK if ahead else triton_attention.KEY_BLOCK
+        shape = heads | splits | {"AHEAD": ahead, "STEP": step, "WIDTH": width, "ROW_BLOCK": 4 * width}
+        number = {"num_sequences": LONG} if counted else {}
+        constants = shape | {"COUNTED": counted} | ({} if counted else {"num_sequences": None})
+        yield Case(triton_attention._decode_kernel, decode | number, constants, ("head_stride",), options)
 
 
 def attention_on_hopper() -> Iterator[Case]:
@@ -169,7 +167,7 @@ def main() -> None:
     capability = int(sys.argv[1])
     match capability:
         case 80:
-            cases = [*attention(2, sizes=(128, 96)), *layer(), *sampling()]
+            cases = [*attention(2, size=96), *layer(), *sampling()]  # the other cards' heads fill the block
         case 89:  # with the least shared memory: what takes much of it
             cases = [*(case for case in attention(2) if case.constants.get("WIDTH") != 1), *products_in_fp8()]
         case _:
