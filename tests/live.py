@@ -417,7 +417,7 @@ class Process(Address):
 
     def _wait_for(self, path: str, what: str) -> None:
         """Until the process answers there or has ended. It takes seconds to start, and needs the cores for it."""
-        eventually(lambda: self.popen.poll() is not None or self._answers(path), what, pause=0.1)
+        eventually(lambda: self.popen.poll() is not None or self._answers(path), what, 5 * PATIENCE, pause=0.1)
 
     def _answers(self, path: str) -> bool:
         try:
