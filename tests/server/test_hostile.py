@@ -57,8 +57,9 @@ def beside_a_mate(service: Live, pool: ThreadPoolExecutor) -> Iterator[None]:
     In the block nothing else is answered, unless it releases steps itself.
     """
     engine = service.engine
+    run = sum(map(len, engine.batches))
     mate = pool.submit(service.chat, headers={"x-request-id": "mate"})
-    service.wait_running(sum(map(len, engine.batches)) + 1)
+    service.wait_running(run + 1)
     before = engine.steps  # not earlier: an answer is out before its last step is counted
     engine.release(2)
     eventually(lambda: engine.steps == before + 2, "two steps")
