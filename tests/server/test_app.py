@@ -1002,7 +1002,8 @@ def test_metrics_add_up_after_a_load(pool: ThreadPoolExecutor) -> None:
         answers = [pool.submit(service.chat, stream=False, max_tokens=3 + n % 5) for n in range(24)]
         usages = [answer.result().json()["usage"] for answer in answers]
         refused = [service.chat(n=0) for _ in range(3)]
-        eventually(lambda: service.sample("microbatch_running_rows") == 0, "the last batch ended")
+        begun = service.sample("microbatch_batches_total")
+        eventually(lambda: service.sample("microbatch_batch_duration_seconds_count") == begun, "the last batch ended")
         samples = {name: value for (name, labels), value in service.samples().items() if not labels}
         by_reason = [service.sample("microbatch_finished_requests_total", reason=why) for why in ("stop", "length")]
         answered = service.sample("microbatch_request_duration_seconds_count", outcome="answered")
