@@ -77,12 +77,12 @@ class Turns:
         self._work(loop)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self._later and self._left:
-            self._left -= 1
-            self._later.popleft()()
         if not self._begun:
             self._begun = True
             loop.call_soon(self._next, loop)
+        while self._later and self._left:
+            self._left -= 1
+            self._later.popleft()()
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
         self._begun, self._left = False, self._most
@@ -220,21 +220,24 @@ class Connection(asyncio.BufferedProtocol):
         self.regulate()
 
     def _parse(self, data: bytes) -> None:
-        """The first byte of a request begins an exchange."""
+        """The first byte of a request begins an exchange, and the end of its head the answer."""
         if self.exchange is None:
             self._expect(HEAD_SECONDS)
             self.exchange = Exchange(self)
-        if self.exchange.feed(data):
+        exchange, answering = self.exchange, self.exchange.answering
+        if exchange.feed(data):
             self._loop.call_soon(self._feed, b"")  # parses the rest
+        if exchange.answering and not answering:
+            self._answer(exchange)
         if self.exchange is not None and self.exchange.whole:  # it is None if this was the last of an answered one
             self._shared.receiving.pop(self, None)
 
-    def begun(self, exchange: Exchange, path: str) -> None:
-        """Run the exchange: the head of a request for this path has arrived."""
+    def _answer(self, exchange: Exchange) -> None:
+        """Run an exchange whose head has arrived."""
         self._expect(None)
         self._shared.receiving[self], self._body_begun = None, self._loop.time()
         run = partial(self._run, exchange)
-        if path in PROBES:
+        if exchange.scope["path"] in PROBES:
             run()
         else:
             self._shared.requests.call(self._loop, run)

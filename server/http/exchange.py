@@ -72,10 +72,6 @@ class Wire(Protocol):
         """Whether the connection closes after this answer."""
         ...
 
-    def begun(self, exchange: "Exchange", path: str) -> None:
-        """The head of the request has arrived: run the exchange."""
-        ...
-
     def answered(self, exchange: "Exchange") -> None:
         """The answer is complete. Called again if the rest of the request's body came after it."""
         ...
@@ -106,11 +102,11 @@ class Lines:
 
 
 class Exchange:
-    """One request, from its first byte, and its response. `feed` it with bytes, and `run` it once it has begun.
+    """One request, from its first byte, and its response. `feed` it with bytes, and `run` it once it is `answering`.
 
-    `body` has arrived and waits for the application; a request is `whole` once all of it has arrived. It is `behind`
-    while it has bytes that are not to be parsed yet. It is `answering` from its head to the end of its answer, which
-    may be the connection's `last`.
+    It is `answering` from the end of its head, when it has a `scope`, to the end of its answer, which may be the
+    connection's `last`. `body` has arrived and waits for the application; a request is `whole` once all of it has
+    arrived. It is `behind` while it has bytes that are not to be parsed yet.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -122,7 +118,7 @@ class Exchange:
         self._framing = 0  # bytes received that are not known to be body
         self._body_size = 0  # bytes of the body received
         self._held_back = False  # a pipelined request waits in the parser
-        self._scope: Scope = {}
+        self.scope: Scope = {}
         self._read = False  # the application has received the whole body
         self._over = False  # the client sends nothing more, or the answer is complete
         self._lost = False  # nothing can be sent to the client
@@ -184,12 +180,11 @@ class Exchange:
     def _begin(self, request: h11.Request) -> None:
         unparsed = len(self.unparsed)
         head, self._framing = self._framing - unparsed, unparsed
-        self._scope = scope_of(request, self._wire.transport, self._wire.app_state)
+        self.scope = scope_of(request, self._wire.transport, self._wire.app_state)
         if error := fault_of(request, head):
             return self._wire.refuse(error)
-        self._scope["extensions"] = {WRITE: self.write}
+        self.scope["extensions"] = {WRITE: self.write}
         self.answering = True
-        self._wire.begun(self, self._scope["path"])
 
     def _check_framing(self, *, more: bool) -> None:
         if self._lost or self._parser.their_state is not h11.SEND_BODY:
@@ -234,7 +229,7 @@ class Exchange:
     async def run(self, app: ASGIApp) -> None:
         """Run the application. An incomplete answer closes the connection, so that the client sees it was cut off."""
         try:
-            await app(self._scope, self._receive, self._send_message)
+            await app(self.scope, self._receive, self._send_message)
         except Exception:
             if not self._complete:  # otherwise the application has logged it
                 logger.exception("a request was not answered")
@@ -296,12 +291,12 @@ class Exchange:
         if self._wire.stopping or self._parser.they_are_waiting_for_100_continue:  # its body may never come
             headers.append((b"connection", b"close"))
         bounded = status in (204, 304) or any(name.lower() == b"content-length" for name, _ in headers)
-        self._chunked = not (bounded or self._bodiless) and self._scope["http_version"] == "1.1"
+        self._chunked = not (bounded or self._bodiless) and self.scope["http_version"] == "1.1"
         self._send(h11.Response(status_code=status, headers=headers, reason=reason(status)))
 
     @property
     def _bodiless(self) -> bool:
-        return self._scope.get("method") == "HEAD"
+        return self.scope.get("method") == "HEAD"
 
     def _continue(self, body: bytes, *, more: bool) -> None:
         if self._chunked:
