@@ -28,8 +28,8 @@ from batching.sampling import Sampler
 from batching.stream import Row
 from batching.types import Grammar, Request, Sampling
 from benchmarks.engine_rows import Clock
-from server.fields import Schema
 from server.grammar.compiler import Grammars
+from server.grammar.json_schema import Schema
 from server.grammar.source import Part
 from server.settings import Settings
 

@@ -28,7 +28,6 @@ from server.http.middleware import (
     RequestId,
     allowed_hosts,
 )
-from server.http.request import CLIENT_CLOSED
 from server.model.served_model import ServedModel, card, served_name
 from server.observe.log import log_refusal
 from server.observe.metrics import Metrics, Scrapes, scrape
@@ -36,6 +35,7 @@ from server.openai.anthropic import CountTokens, Messages
 from server.openai.anthropic_errors import response_of, speaks_anthropic
 from server.openai.chat import ChatCompletions
 from server.openai.completions import Completions
+from server.openai.endpoint import CLIENT_CLOSED
 from server.openai.responses import InputTokens, Responses, no_response, stored_response
 from server.openai.tokenize import Detokenize, Tokenize
 from server.service import Service

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from batching import checkpoint
 from batching.types import TokenBitmask
-from server.fields import Schema
 from server.grammar.compiler import Grammars, TokenGrammar, TokenMatcher
+from server.grammar.json_schema import Schema
 from server.grammar.source import Part
 from server.http.errors import RETRIED, ApiError
 from server.openai.constraints import any_object

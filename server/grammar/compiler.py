@@ -30,8 +30,7 @@ from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace
 
-from server.fields import Schema
-from server.grammar.json_schema import SchemaError, bound
+from server.grammar.json_schema import Schema, SchemaError, bound
 from server.grammar.pattern import Pattern, check
 from server.grammar.process import STACK
 from server.grammar.sandbox import Sandbox, Unavailable, Written

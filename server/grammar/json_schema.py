@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 from urllib.parse import unquote
 
-from server.fields import Schema
+Schema: TypeAlias = dict[str, Any]
+"""A JSON Schema, or any JSON object, as it was sent."""
 
 # The keywords of JSON Schema 2020-12, draft 7 and OpenAPI that hold schemas: by name, or alone or in a list.
 BY_NAME = frozenset(["properties", "patternProperties", "dependentSchemas", "$defs", "definitions", "schemas"])

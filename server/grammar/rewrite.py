@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Iterator
 from urllib.parse import quote
 
-from server.fields import Schema
 from server.grammar.json_schema import (
     PATTERN_PART,
     TYPES,
     Faults,
+    Schema,
     SchemaError,
     check_names,
     counts_properties,

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from server.fields import Schema
-from server.grammar.json_schema import MALFORMED, SchemaError
+from server.grammar.json_schema import MALFORMED, Schema, SchemaError
 from server.grammar.pattern import TOO_MUCH, Pattern, sentence_for, written
 from server.grammar.rewrite import inline, rewrite, without
 

@@ -1,13 +1,12 @@
-"""Reads a request's body, bounded in size (before and after decompression) and time, and detects disconnects."""
+"""Reads a request's body, bounded in size (before and after decompression) and time."""
 
 import asyncio
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 
 import anyio
 from starlette.requests import Request
-from starlette.responses import Response
 
 from server.http.errors import ApiError, bad_request
 
@@ -98,24 +97,3 @@ def _corrupt() -> ApiError:
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"The body is larger than the {limit / 2**20:.3g} MiB allowed.", code="body_too_large")
-
-
-CLIENT_CLOSED = 499
-"""nginx's status for a client that disconnected; it is never received, but appears in logs and tests."""
-
-
-async def until_disconnect(request: Request, work: Awaitable[Response]) -> Response:
-    """The response of `work`, or a 499 if the client disconnects first. The body must have been read."""
-    with anyio.CancelScope() as scope:
-        watcher = asyncio.create_task(_watch(request, scope))
-        try:
-            return await work
-        finally:
-            watcher.cancel()
-    return Response(status_code=CLIENT_CLOSED)
-
-
-async def _watch(request: Request, scope: anyio.CancelScope) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError, model_validator
 
-from server.fields import Body, Flag, Integral, NoEffect, Schema, Tokens
+from server.fields import Body, Flag, Integral, NoEffect, Tokens, explain
+from server.grammar.json_schema import Schema
 from server.http.errors import bad_request
 from server.openai.messages import MAX_CALLS, MAX_MESSAGES, CallId
-from server.openai.parsing import explain
 from server.openai.requests import UNSUPPORTED, ChatRequest, Generation, StopList, Thinking
 from server.openai.tools import MAX_TOOLS, Function, Name, OtherTool, Parameters
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import from_json
 
-from server.fields import Body, Flag, NoEffect, Schema
+from server.fields import Body, Flag, NoEffect
+from server.grammar.json_schema import Schema
 from server.grammar.pattern import Kind, Pattern
 from server.grammar.source import Part
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
+import anyio
 import orjson
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
@@ -21,12 +22,11 @@ from batching.stream import Stream, with_deltas
 from batching.types import Delta, Grammar, Request, Sampling
 from server import sse
 from server.callers import Caller
-from server.fields import RequestBody
+from server.fields import RequestBody, parse
 from server.http.errors import ApiError, bad_request, from_batching
 from server.http.exchange import WRITE
-from server.http.request import check_content_type, read_body, until_disconnect
+from server.http.request import check_content_type, read_body
 from server.model.served_model import ServedModel, served_name
-from server.openai.parsing import parse
 from server.openai.requests import Generation
 from server.service import Service
 
@@ -40,6 +40,9 @@ MAX_LOGPROBS = 2**18
 
 INLINE_BYTES = 16_384
 """Bytes of a body that is checked on the event loop; many short messages take 7 ms. Larger ones go to a thread."""
+
+CLIENT_CLOSED = 499
+"""nginx's status for a client that disconnected; it is never received, but appears in logs and tests."""
 
 MAX_NAMED = 20  # ignored fields listed in a header or a log line
 FIT = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -60,13 +63,13 @@ class Endpoint(ABC, Generic[Body, Encoded]):
         service: Service = http.app.state.service
         model = service.ready_model()
         caller: Caller = http.state.caller
-        body = await paced(service, caller, read(http, self.kind))
-        return await until_disconnect(http, paced(service, caller, self.respond(service, model, body, caller)))
+        body, size = await paced(service, caller, read(http, self.kind))
+        return await until_disconnect(http, paced(service, caller, self.respond(service, model, body, size, caller)))
 
-    async def respond(self, service: Service, model: ServedModel, body: Body, caller: Caller) -> Response:
-        """Handle a request whose body has been read. Raises `ApiError` and `BatchingError`."""
+    async def respond(self, service: Service, model: ServedModel, body: Body, size: int, caller: Caller) -> Response:
+        """Handle a request of `size` bytes that has been read. Raises `ApiError` and `BatchingError`."""
         served_name(model.names, body.model)
-        encoded = await service.encoders.run(partial(self.encode, model, body), body.size, caller)
+        encoded = await service.encoders.run(partial(self.encode, model, body), size, caller)
         return json_response(orjson.dumps(encoded))
 
     @abstractmethod
@@ -85,8 +88,26 @@ async def paced(service: Service, caller: Caller, work: Awaitable[Done]) -> Done
         raise refusal from None
 
 
-async def read(http: HttpRequest, kind: type[Body]) -> Body:
-    """Read and check a request's body. Raises `ApiError`: 400, 408, 413, 415, 429 or 503.
+async def until_disconnect(http: HttpRequest, work: Awaitable[Response]) -> Response:
+    """The response of `work`, or a 499 if the client disconnects first. The body must have been read."""
+    with anyio.CancelScope() as scope:
+        watcher = asyncio.create_task(cancel_at_disconnect(scope, http))
+        try:
+            return await work
+        finally:
+            watcher.cancel()
+    return Response(status_code=CLIENT_CLOSED)
+
+
+async def cancel_at_disconnect(scope: anyio.CancelScope, http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+async def read(http: HttpRequest, kind: type[Body]) -> tuple[Body, int]:
+    """Read and check a request's body; its size in bytes is returned, too. Raises `ApiError`: 400, 408, 413, 415, 429
+    or 503.
 
     The middleware names ignored fields in the response header `x-ignored-fields`.
     """
@@ -95,12 +116,12 @@ async def read(http: HttpRequest, kind: type[Body]) -> Body:
     content = await read_body(http, service.max_body_bytes)
     check = partial(parse, kind, content, refuse_unknown=service.settings.unknown_fields == "refuse")
     small = len(content) <= INLINE_BYTES
-    body = check() if small else await service.encoders.run(check, len(content), http.state.caller)
-    if body.ignored:
-        http.app.state.metrics.ignored_fields.inc(len(body.ignored))
-        http.state.ignored = ", ".join(name if FIT.fullmatch(name) else "?" for name in body.ignored[:MAX_NAMED])
+    body, ignored = check() if small else await service.encoders.run(check, len(content), http.state.caller)
+    if ignored:
+        http.app.state.metrics.ignored_fields.inc(len(ignored))
+        http.state.ignored = ", ".join(name if FIT.fullmatch(name) else "?" for name in ignored[:MAX_NAMED])
         logger.debug("request %s: ignored fields %s", http.state.caller.request_id, http.state.ignored)
-    return body
+    return body, len(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +138,12 @@ class Prompt:
 class GeneratingEndpoint(Endpoint[Generated, Encoded]):
     """A kind of request that is answered by generating tokens."""
 
-    async def respond(self, service: Service, model: ServedModel, body: Generated, caller: Caller) -> Response:
+    async def respond(
+        self, service: Service, model: ServedModel, body: Generated, size: int, caller: Caller
+    ) -> Response:
         name = served_name(model.names, body.model)
         with service.batcher.announce(caller.name):
-            encoded = await service.encoders.run(partial(self.encode, model, body), body.size, caller)
+            encoded = await service.encoders.run(partial(self.encode, model, body), size, caller)
             prompts = await self.prompts(model, body, encoded, caller)
             streams = submit(service, requests(model, prompts, caller))
         answer = self.answer(model, name, body, encoded, streams)

@@ -41,12 +41,15 @@ class Responses(ChatEndpoint[ResponseRequest]):
 
     kind = ResponseRequest
 
-    async def respond(self, service: Service, model: ServedModel, body: ResponseRequest, caller: Caller) -> Response:
+    async def respond(
+        self, service: Service, model: ServedModel, body: ResponseRequest, size: int, caller: Caller
+    ) -> Response:
         store = service.responses
         keep = partial(put, store, caller.name) if store.most and body.store is not False else None
-        body.place(items_before(store, body, caller), keep)
+        before = items_before(store, body, caller)
+        body.place(before, keep)
         try:
-            return await super().respond(service, model, body, caller)
+            return await super().respond(service, model, body, size + len(before), caller)
         except ApiError as error:
             raise renamed(error) from None
 
@@ -82,10 +85,13 @@ class InputTokens(Endpoint[ResponseRequest, replies.InputTokens]):
 
     kind = ResponseRequest
 
-    async def respond(self, service: Service, model: ServedModel, body: ResponseRequest, caller: Caller) -> Response:
-        body.place(items_before(service.responses, body, caller), None)
+    async def respond(
+        self, service: Service, model: ServedModel, body: ResponseRequest, size: int, caller: Caller
+    ) -> Response:
+        before = items_before(service.responses, body, caller)
+        body.place(before, None)
         try:
-            return await super().respond(service, model, body, caller)
+            return await super().respond(service, model, body, size + len(before), caller)
         except ApiError as error:
             raise renamed(error) from None
 

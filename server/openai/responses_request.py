@@ -23,12 +23,11 @@ from pydantic import (
 )
 from pydantic_core import to_json
 
-from server.fields import Body, Flag, Integral, NoEffect, Tokens
+from server.fields import Body, Flag, Integral, NoEffect, Tokens, explain
 from server.http.errors import ApiError
 from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
 from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Message, TextPart, text_of
-from server.openai.parsing import explain
 from server.openai.requests import (
     MAX_TOP_LOGPROBS,
     UNSUPPORTED,
@@ -438,7 +437,6 @@ class ResponseRequest(Generation, ThinkingChoice):
     def place(self, before: bytes, keep: Keep | None) -> None:
         """Take the items of the response before, as JSON, and what keeps this one, if anything does."""
         self._before, self._keep = before, keep
-        self.note(self.size + len(before), self._ignored)
 
     def remember(self) -> None:
         """Encode `shown_tools` and what `keep` needs. Takes milliseconds for many tools and long conversations."""

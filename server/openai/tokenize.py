@@ -6,12 +6,11 @@ import orjson
 from pydantic import Field, model_validator
 
 from server import replies
-from server.fields import Flag, RequestBody, TokenId
+from server.fields import MAX_ITEMS, Flag, RequestBody, TokenId
 from server.http.errors import bad_request, thousands
 from server.model.served_model import ServedModel
 from server.openai.endpoint import Endpoint
 from server.openai.messages import Messages, PromptEnd, names_in, render
-from server.openai.parsing import MAX_ITEMS
 from server.openai.prefill import prefill_of
 from server.openai.requests import UNSUPPORTED, ThinkingChoice
 from server.openai.tools import ToolUse

@@ -18,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from server.fields import Body, Flag, Schema
-from server.grammar.json_schema import bound
+from server.fields import Body, Flag
+from server.grammar.json_schema import Schema, bound
 from server.grammar.rewrite import tidied
 from server.output.tool_calls import NAME, ShownFunction, ShownTool
 

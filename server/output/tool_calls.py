@@ -6,9 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
-
-from server.fields import Schema
+from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
 
 NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,130}$"
 """Valid function names, whether defined by a client or made up by a model: two of the longest that OpenAI allows, 64
@@ -23,7 +21,7 @@ UNQUOTABLE = re.compile(r'["\\<>\[\]{}|]')
 class ShownFunction(TypedDict):
     name: str
     description: NotRequired[str]
-    parameters: NotRequired[Schema]
+    parameters: NotRequired[dict[str, Any]]
 
 
 class ShownTool(TypedDict):

@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks.attackers import LARGE, MIB, body, keys, many, of_schema, with_field
 from benchmarks.mischief import CHAT
+from server.fields import MAX_ITEMS
 from server.http.errors import ApiError
 from server.model.text import MAX_TOKENS, Text
-from server.openai.parsing import MAX_ITEMS
 from tests.live import BYTES, Live, byte_tokenizer, live, scripted, tokens_of
 
 HALF = tokens_of("中")[0]

@@ -12,12 +12,12 @@ from typing import Any
 import orjson
 from jsonschema_rs import validator_for
 
-from server.fields import Schema
 from server.grammar.json_schema import (
     ALONE_OR_LISTED,
     BY_NAME,
     FORMS,
     MAX_PATTERN,
+    Schema,
     SchemaError,
     bound,
     subschemas,

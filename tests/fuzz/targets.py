@@ -13,8 +13,8 @@ import orjson
 from pydantic import BaseModel
 
 from batching.types import Delta
-from server.fields import RequestBody, Schema
-from server.grammar.json_schema import SchemaError, bound
+from server.fields import RequestBody, parse
+from server.grammar.json_schema import Schema, SchemaError, bound
 from server.grammar.rewrite import inline, rewrite
 from server.grammar.source import Part
 from server.http.errors import RETRIED, ApiError, bad_request
@@ -22,7 +22,6 @@ from server.model.text import Text
 from server.openai import anthropic_request
 from server.openai.anthropic_request import CountRequest
 from server.openai.completions import TextAnswer
-from server.openai.parsing import parse
 from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.responses_output import framed
 from server.openai.responses_replies import ResponseEvent
@@ -119,7 +118,7 @@ def fuzz_request(data: bytes) -> None:
 
 def _refusal(kind: type[RequestBody], body: bytes) -> ApiError | None:
     try:
-        _use(parse(kind, body))
+        _use(parse(kind, body)[0])
     except ApiError as error:
         return error
     return None

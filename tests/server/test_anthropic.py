@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.fields import parse
 from server.http.errors import ApiError
 from server.openai.anthropic_output import arguments
 from server.openai.anthropic_request import MessageRequest, as_chat
-from server.openai.parsing import parse
 from server.openai.requests import ChatRequest
 from tests.clients.answers import ANSWERS, written
 from tests.clients.model import QUESTIONS, scripted_model
@@ -187,7 +187,7 @@ def test_what_is_no_object_is_an_empty_one(text: str) -> None:
 
 
 def chat_of(**fields: Any) -> ChatRequest:
-    return as_chat(parse(MessageRequest, orjson.dumps({"messages": HI, "max_tokens": 8} | fields)))
+    return as_chat(parse(MessageRequest, orjson.dumps({"messages": HI, "max_tokens": 8} | fields))[0])
 
 
 def shown(chat: ChatRequest) -> list[Any]:
@@ -263,13 +263,13 @@ def test_what_stands_beside_a_tool_s_result_is_replaced_as_in_it(kind: str, what
     result = {"type": "tool_result", "tool_use_id": "1", "content": "PDF file read: a.pdf"}
     pages = {"type": kind, "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}
     body: Json = {"messages": [*HI, {"role": "user", "content": [result, pages]}], "max_tokens": 8}
-    request = parse(MessageRequest, orjson.dumps(body))
+    request, ignored = parse(MessageRequest, orjson.dumps(body))
     told = [(turn["role"], turn["content"]) for turn in shown(as_chat(request))[1:]]
     assert told == [
         ("tool", "PDF file read: a.pdf"),
         ("user", f"[Here was {what}, which this model cannot see.]"),
     ]
-    assert request.ignored == (f"messages.{kind}",)
+    assert ignored == (f"messages.{kind}",)
 
 
 def test_what_anthropic_s_own_tools_did_is_skipped_and_named() -> None:
@@ -280,9 +280,9 @@ def test_what_anthropic_s_own_tools_did_is_skipped_and_named() -> None:
         {"type": "text", "text": "It rains."},
     ]
     body: Json = {"messages": [*HI, {"role": "assistant", "content": content}, *HI], "max_tokens": 8}
-    request = parse(MessageRequest, orjson.dumps(body))
+    request, ignored = parse(MessageRequest, orjson.dumps(body))
     assert [turn["content"] for turn in shown(as_chat(request))] == ["Hi", "It rains.", "Hi"]
-    assert request.ignored == ("messages.server_tool_use", "messages.text_editor_code_execution_tool_result")
+    assert ignored == ("messages.server_tool_use", "messages.text_editor_code_execution_tool_result")
 
 
 @pytest.mark.parametrize(
@@ -308,9 +308,9 @@ def test_a_tool_is_shown_as_a_chat_shows_it() -> None:
     tool = {"name": "f", "description": "Does.", "input_schema": schema, "cache_control": {"type": "ephemeral"}}
     function = {"name": "f", "description": "Does.", "parameters": schema}
     search = {"type": "web_search_20250305", "name": "web_search"}
-    request = parse(MessageRequest, orjson.dumps({"messages": HI, "max_tokens": 8, "tools": [tool, search]}))
+    request, ignored = parse(MessageRequest, orjson.dumps({"messages": HI, "max_tokens": 8, "tools": [tool, search]}))
     assert [each.for_template()["function"] for each in as_chat(request).offered] == [function]
-    assert request.ignored == ("tools.web_search_20250305",)
+    assert ignored == ("tools.web_search_20250305",)
 
 
 @pytest.mark.parametrize(

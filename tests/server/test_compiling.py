@@ -15,9 +15,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from batching.types import TokenBitmask
-from server.fields import Schema
 from server.grammar import sandbox
 from server.grammar.compiler import MAX_TRIALS, Grammars, TokenMatcher
+from server.grammar.json_schema import Schema
 from server.grammar.process import BEGUN, MEMORY, WALL_SECONDS
 from server.grammar.sandbox import ROOT, Sandbox
 from server.grammar.source import Part, PartError, Plan

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batching.packed.engine import PackedEngine
+from server.fields import parse
 from server.grammar.pattern import LITERAL, Kind, Pattern, written
 from server.grammar.source import Part
 from server.http.errors import ApiError
 from server.openai.constraints import MAX_OFFERED, MAX_TEXT
-from server.openai.parsing import parse
 from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.responses_request import ResponseRequest, as_chat
 from tests.grammars import INT, Kit, kit_of, record, refusal, run
@@ -90,7 +90,7 @@ ASKED: dict[Any, dict[str, Any]] = {
 
 def chat_of(kind: Any, fields: dict[str, Any]) -> Any:
     """The request as its endpoint sees it; of a response, the chat that it becomes."""
-    request = parse(kind, orjson.dumps(ASKED[kind] | fields))
+    request, _ = parse(kind, orjson.dumps(ASKED[kind] | fields))
     return as_chat(request) if isinstance(request, ResponseRequest) else request
 
 

@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from batching.errors import ModelError
 from batching.sampling import Sampler
 from batching.types import TokenBitmask
-from server.fields import Schema
-from server.grammar.json_schema import written_out
+from server.grammar.json_schema import Schema, written_out
 from server.grammar.rewrite import terminates
 from server.grammar.source import Part
 from server.model.text import Text

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 
 from batching.types import Delta, Finish
+from server.fields import parse
 from server.model.text import Text
 from server.openai.chat import EventReader, encode
-from server.openai.parsing import parse
 from server.openai.requests import ChatRequest
 from server.output.hermes import QwenParser
 from server.output.message import Event, MessageReader, Reasoning, complete_call, delta, fold
@@ -156,7 +156,7 @@ def test_the_reason_is_calls_only_when_a_complete_one_is_returned(
     said: str, one_call: bool, end: Finish, expected: str, cuts: list[int]
 ) -> None:
     fields = {"messages": QUESTION, "tools": [function("f")], "parallel_tool_calls": not one_call}
-    events = EventReader(Mock(), TEXT, encode(TEXT, parse(ChatRequest, orjson.dumps(fields)), thinking=False))
+    events = EventReader(Mock(), TEXT, encode(TEXT, parse(ChatRequest, orjson.dumps(fields))[0], thinking=False))
     deltas = [Delta(tuple(tokens_of(piece)), None, ()) for piece in split(said, cuts)]
     last = Delta((END,), end, ()) if end is Finish.STOP else Delta((), end, ())
     reasons = (events.push(delta)[1] for delta in [*deltas, last])

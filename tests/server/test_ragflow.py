@@ -29,8 +29,8 @@ from batching.errors import (
 )
 from batching.events import Outcome, State
 from batching.types import Request
+from server.fields import parse
 from server.http.errors import ApiError, bad_request, from_batching, internal, not_ready
-from server.openai.parsing import parse
 from server.openai.requests import ChatRequest, CompletionRequest
 from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.fakes import Script

@@ -26,8 +26,8 @@ from pydantic_core import to_json
 
 from batching.events import Outcome
 from batching.types import Request
+from server.fields import parse
 from server.model.defaults import Defaults
-from server.openai.parsing import parse
 from server.openai.requests import ChatRequest
 from server.openai.responses import head_of
 from server.openai.responses_request import ITEM_LIST, ResponseRequest, as_chat
@@ -503,7 +503,7 @@ def test_functions_in_a_namespace_are_offered_and_called_as_such() -> None:
 def test_a_choice_names_functions_in_a_namespace_as_calls_do(choice: Json, offered: int, demanded: list[str]) -> None:
     city, zone = GROUP | {"tools": [TOOL, OTHER | {"name": "news"}]}, GROUP | {"name": "mcp__zone", "tools": [OTHER]}
     body = {"input": "Hi", "tools": [city, OTHER, zone], "tool_choice": {"type": "function"} | choice}
-    chat = as_chat(parse(ResponseRequest, orjson.dumps(body)))
+    chat = as_chat(parse(ResponseRequest, orjson.dumps(body))[0])
     assert (len(chat.offered), sorted(tool.function.name for tool in chat.demanded)) == (offered, demanded)
 
 
@@ -524,7 +524,7 @@ def test_the_head_of_an_answer_costs_the_event_loop_no_more_for_many_tools() -> 
     """Those of several MCP servers, 1 MiB in all, took 16 ms to encode."""
     cost = []
     for count in (1, 500):
-        request = parse(ResponseRequest, orjson.dumps({"input": "Hi", "tools": [GROUP] * count}))
+        request, _ = parse(ResponseRequest, orjson.dumps({"input": "Hi", "tools": [GROUP] * count}))
         request.remember()
         assert len(head_of("m", request, Defaults())["tools"]) == count
         cost.append(calls_in(partial(head_of, "m", request, Defaults())))
@@ -723,10 +723,10 @@ def test_what_a_tool_returns_and_no_text_can_say_is_replaced_and_named(kind: str
     image = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "high"}
     parts = [{"type": "input_text", "text": "a.png: "}, image, {"type": "input_file", "file_id": "file-1"}]
     items = [called("f", {})[0], OF | {"type": kind, "output": parts}]
-    request = parse(ResponseRequest, orjson.dumps({"input": items}))
+    request, ignored = parse(ResponseRequest, orjson.dumps({"input": items}))
     told = "a.png: [Here was an image, which this model cannot see.][Here was a file, which this model cannot see.]"
     assert as_chat(request).messages[-1].content == told
-    assert request.ignored == ("function_call_output.input_image", "function_call_output.input_file")
+    assert ignored == ("function_call_output.input_image", "function_call_output.input_file")
     assert ITEM_LIST.validate_json(to_json(request.input)) == request.input
 
 
@@ -761,8 +761,8 @@ def test_the_same_conversation_is_the_same_as_in_chats(turns: list[Any], data: s
             messages.append({"role": "tool", "tool_call_id": str(n), "content": result})
             items.append({"type": "function_call_output", "call_id": str(n), "output": result})
     items = [data.draw(KEPT) | item for item in items]
-    asked = parse(ResponseRequest, orjson.dumps({"input": items, "instructions": "Be brief."}))
-    assert as_chat(asked).messages == parse(ChatRequest, orjson.dumps({"messages": messages})).messages
+    asked, _ = parse(ResponseRequest, orjson.dumps({"input": items, "instructions": "Be brief."}))
+    assert as_chat(asked).messages == parse(ChatRequest, orjson.dumps({"messages": messages}))[0].messages
 
 
 # Refusals

@@ -16,9 +16,8 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, TypeAdapter
 
-from server.fields import Schema
 from server.grammar.compiler import Grammars, TokenGrammar
-from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, SchemaError, bound, written_out
+from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, Schema, SchemaError, bound, written_out
 from server.grammar.rewrite import closed, tidied
 from server.grammar.source import Part
 from server.openai.chat import grammar_of

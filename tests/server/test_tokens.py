@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from batching.types import Request
-from server.openai.parsing import MAX_ITEMS
+from server.fields import MAX_ITEMS
 from tests.live import BYTES, END, QUESTION, Live, byte_tokenizer, live, scripted, tokens_of
 from tests.server.test_app import error_of, remembering
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
+from server.fields import explain
 from server.grammar.json_schema import MAX_DEPTH, MAX_LENGTH
 from server.http.errors import RETRIED
 from server.model.text import Text
 from server.openai.messages import MAX_CALLS, Message
-from server.openai.parsing import explain
 from server.openai.tools import MAX_TOOLS_LENGTH, ToolUse
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
