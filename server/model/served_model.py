@@ -7,7 +7,7 @@ from hashlib import sha256
 
 from batching.types import ModelInfo
 from server.grammar.compiler import Grammars
-from server.http.errors import ApiError, bad_request, thousands
+from server.http.errors import ApiError
 from server.model.defaults import Defaults
 from server.model.text import Text
 from server.replies import Model
@@ -57,29 +57,6 @@ class ServedModel:
         window = self.info.context_window
         answer = min(self.settings.default_max_tokens or WHOLE_ANSWER, self.settings.max_output_tokens)
         return max(window // 2, int(0.9 * (window - RAGFLOW_GUIDE - answer)))
-
-    def check_prompt(self, tokens: Sequence[int], param: str) -> None:
-        """Raises `ApiError` 400 for a prompt that would fail its batch: one of no tokens, or with one that only the
-        tokenizer has."""
-        if not tokens:
-            raise bad_request("A prompt must have at least one token.", param)
-        if max(tokens) >= self.info.vocab_size:
-            raise bad_request("The prompt has a token id beyond the model's vocabulary.", param)
-
-    def room(self, prompt_tokens: int, param: str, *, least: int = 1) -> int:
-        """Number of tokens that can follow the prompt; `param` is the prompt's field.
-
-        Raises `ApiError` 400 if there are fewer than `least`.
-        """
-        room = self.info.context_window - prompt_tokens
-        if room < least:
-            raise bad_request(
-                f"The prompt has {thousands(prompt_tokens)} tokens, but prompt and answer together must fit in the "
-                f"context window of {thousands(self.info.context_window)}; shorten the prompt.",
-                param,
-                "context_length_exceeded",
-            )
-        return room
 
 
 def fingerprint(settings: Settings, info: ModelInfo) -> str:

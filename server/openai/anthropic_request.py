@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag,
 from server.fields import Body, Flag, Integral, NoEffect, Tokens, explain
 from server.grammar.json_schema import Schema
 from server.http.errors import bad_request
-from server.openai.messages import MAX_CALLS, MAX_MESSAGES, CallId
-from server.openai.requests import UNSUPPORTED, ChatRequest, Generation, StopList, Thinking
+from server.openai.messages import MAX_CALLS, MAX_MESSAGES, CallId, Thinking
+from server.openai.requests import UNSUPPORTED, ChatRequest, Generation, StopList
 from server.openai.tools import MAX_TOOLS, Function, Name, OtherTool, Parameters
 
 Fields: TypeAlias = dict[str, Any]

@@ -13,17 +13,15 @@ import orjson
 from batching.stream import Stream
 from batching.types import Delta, Forced, Grammar
 from server import replies
-from server.callers import Caller
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
 from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
-from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Prompt
+from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Row
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import names_in, render
 from server.openai.prefill import Begun, begun, prefill_of
-from server.openai.requests import ChatRequest
-from server.openai.sampling import sampling, stop_tokens, truncated
+from server.openai.requests import ChatRequest, check_prompt, room_after, samplings, stop_tokens, truncated
 from server.output.answer import AnswerReader, StopScanner, first_of, one_by_one
 from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, complete_call, delta, end_of_first_call, fold
@@ -51,26 +49,36 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
     def as_chat(self, body: Generated) -> ChatRequest:
         """The request as a chat completion. Runs on a helper thread. Raises `ApiError` 400."""
 
-    def encode(self, model: ServedModel, body: Generated) -> Conversation:
-        conversation = encode(model.text, self.as_chat(body), model.settings.thinking)
-        model.check_prompt(conversation.tokens, "messages")
-        known = takewhile(lambda token: token < model.info.vocab_size, conversation.prediction)
-        tokens = truncated(model, conversation.chat, conversation.tokens)
-        return replace(conversation, tokens=tokens, prediction=tuple(known))
+    def encode(self, model: ServedModel, body: Generated) -> tuple[Conversation, list[Row]]:
+        """A row for each choice."""
+        chat = self.as_chat(body)
+        conversation = encode(model.text, chat, model.settings.thinking)
+        check_prompt(model, conversation.tokens, "messages")
+        tokens = truncated(model, chat, conversation.tokens)
+        room = room_after(model, tokens, "messages")
+        budget = chat.budget
+        forced = end_of_thought(model.text, chat, conversation.thought, budget) if budget else None
+        known = tuple(takewhile(lambda token: token < model.info.vocab_size, conversation.prediction))
+        rows = [Row(tokens, sampling, known[:room]) for sampling in samplings(model, chat, room, forced)]
+        return replace(conversation, tokens=tokens), rows
 
-    async def prompts(
-        self, model: ServedModel, body: Generated, encoded: Conversation, caller: Caller
-    ) -> Sequence[Prompt]:
-        """One for each choice. Raises `ApiError` 400, or 503 if too many grammars are being compiled."""
-        chat, tokens = encoded.chat, encoded.tokens
-        grammar = await grammar_of(model, chat, encoded.names, encoded.thought, caller.name or caller.request_id)
-        room = model.room(len(tokens), "messages")
-        forced = end_of_thought(model.text, chat, encoded.thought)
-        rest = grammar, chat.priority or 0, encoded.prediction[:room]
-        return [
-            Prompt(tokens, sampling(model, chat, room, choice=choice, forced=forced), *rest)
-            for choice in range(chat.n or 1)
-        ]
+    async def grammar(self, model: ServedModel, body: Generated, encoded: Conversation, client: str) -> Grammar | None:
+        """Of the whole answer, thought included. A required call is the whole answer. If calls are optional, the answer
+        is either calls or what is wanted otherwise."""
+        chat, thought = encoded.chat, encoded.thought
+        form = None if chat.demanded else chat.constraint
+        if chat.demanded or (form and chat.offered):
+            shown = encoded.names.shown
+            return await model.grammars.tool_calls(
+                [(shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
+                model.text.format.tools,
+                parallel=not (chat.one_call or chat.named),
+                otherwise=form,
+                thought=thought,
+                client=client,
+                param="functions" if chat.is_legacy else "tools",
+            )
+        return await model.grammars.of(form, thought=thought, client=client) if form else None
 
 
 class ChatCompletions(ChatEndpoint[ChatRequest]):
@@ -126,11 +134,12 @@ def reader(text: Text, conversation: Conversation) -> MessageReader:
     return MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
 
 
-def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState) -> Forced | None:
-    """How a thought is ended at its budget. Raises `ApiError` 400 if the model has no tokens for its thinking tags."""
-    if chat.budget is None or not thought.to_come:
+def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState, budget: int) -> Forced | None:
+    """How a thought is ended after `budget` tokens. Raises `ApiError` 400 if the model has no tokens for its thinking
+    tags."""
+    if not thought.to_come:
         return None
-    forced = text.format.forced_end(thought, chat.budget)
+    forced = text.format.forced_end(thought, budget)
     # If the request does not ask for thinking and the prompt leaves it to the model, there may be no thought to end.
     if forced is None and (chat.thinks or thought is ThoughtState.OPENED):
         raise bad_request(
@@ -356,25 +365,3 @@ class ChatChoice:
 
     def _reason(self, finish: replies.FinishReason) -> replies.FinishReason:
         return "function_call" if self._legacy and finish == "tool_calls" else finish
-
-
-async def grammar_of(
-    model: ServedModel, chat: ChatRequest, names: ToolNames, thought: ThoughtState, client: str
-) -> Grammar | None:
-    """The grammar of the answer, thought included; None if it is unconstrained. Clients take turns to compile.
-
-    A required call is the whole answer. If calls are optional, the answer is either calls or what is wanted otherwise.
-    Raises `ApiError`: 400 for a schema or pattern that cannot be enforced, 503 if too many are being compiled.
-    """
-    form = None if chat.demanded else chat.constraint
-    if chat.demanded or (form and chat.offered):
-        return await model.grammars.tool_calls(
-            [(names.shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
-            model.text.format.tools,
-            parallel=not (chat.one_call or chat.named),
-            otherwise=form,
-            thought=thought,
-            client=client,
-            param="functions" if chat.is_legacy else "tools",
-        )
-    return await model.grammars.of(form, thought=thought, client=client) if form else None

@@ -2,24 +2,111 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from batching.stream import Stream
-from batching.types import Delta, PromptLogprob
+from batching.types import Delta, Grammar, PromptLogprob
 from server import replies
-from server.callers import Caller
+from server.fields import Flag, Integral, TokenId
 from server.http.errors import bad_request
 from server.model.served_model import ServedModel
 from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
-from server.openai.endpoint import Answer, GeneratingEndpoint, Prompt
+from server.openai.constraints import ResponseFormat
+from server.openai.endpoint import Answer, GeneratingEndpoint, Row
 from server.openai.logprobs import CompletionLogprobs, EncodedLists, completion_logprobs, prompt_logprobs
-from server.openai.requests import MAX_CHOICES, CompletionRequest
-from server.openai.sampling import sampling, stop_tokens, truncated
+from server.openai.requests import (
+    MAX_CHOICES,
+    MAX_TOP_LOGPROBS,
+    UNSUPPORTED,
+    Generation,
+    TokenReports,
+    check_prompt,
+    room_after,
+    samplings,
+    stop_tokens,
+    truncated,
+)
 from server.output.answer import AnswerReader, StopScanner
 from server.output.detokenize import MAX_HELD
 
+MAX_PROMPTS = 64
+
 MAX_PROMPT_IDS = 262_144
 """Limit on the ids of prompt tokens in one answer: about 2 MB of JSON."""
+
+
+def _prompts(value: object) -> object:
+    """One prompt or several, text or token ids -> a list of prompts."""
+    single = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
+    return [value] if single else value
+
+
+def _prompt(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("a prompt must be a string or a list of token ids") from None
+
+
+TextOrIds = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[TextOrIds, WrapValidator(_prompt)]
+PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type=Prompt | PromptList)]
+
+
+class CompletionRequest(Generation, TokenReports):
+    """`POST /v1/completions`: one prompt or several, as text or token ids, each answered separately."""
+
+    unsupported = UNSUPPORTED | {"messages", "tools", "functions", "max_completion_tokens", "continue_final_message"}
+
+    prompt: Prompts
+    """A text, token ids, or a list of either."""
+    add_special_tokens: Flag | None = None
+    """False: a text starts without what the tokenizer puts first, for prompts that already have it."""
+    max_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
+    """As for chat; 0 needs `echo` and generates nothing."""
+    response_format: ResponseFormat | None = None
+    echo: Flag | None = None
+    """Start the answer with the prompt, and `logprobs` with the prompt's tokens (null for the first)."""
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), Integral] | None = None
+    """At most `n`, because every answer is returned."""
+
+    @model_validator(mode="after")
+    def _all_are_best(self) -> Self:
+        if (self.best_of or 1) > (self.n or 1):
+            raise ValueError("the field best_of may not be larger than n, because every answer is returned")
+        return self
+
+    @model_validator(mode="after")
+    def _generates_or_echoes(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("the field max_tokens may only be 0 when echo is true")
+        return self
+
+    @property
+    def useless_if_cut(self) -> bool:
+        return self.constraint is not None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def prompt_logprobs_with(self, choice: int) -> int | None:
+        """Each choice has its own. A row that generates nothing computes them whether or not they are wanted."""
+        echoed = self.logprobs if self.echo else None
+        counts = [wanted for wanted in (echoed, self.prompt_logprobs) if wanted is not None]
+        return max(counts, default=0 if self.max_tokens == 0 else None)
 
 
 @dataclass(frozen=True)
@@ -75,24 +162,9 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
 
     kind = CompletionRequest
 
-    def encode(self, model: ServedModel, body: CompletionRequest) -> list[Echoed]:
-        text, special = model.text, body.add_special_tokens is not False
-        prompts = [text.encode(p, special=special) if isinstance(p, str) else tuple(p) for p in body.prompt]
-        for tokens in prompts:
-            model.check_prompt(tokens, "prompt")
-        if not body.echo:
-            return [Echoed(truncated(model, body, tokens)) for tokens in prompts]
-        pairs = zip(body.prompt, prompts, strict=True)
-        return [echoed(model, p if isinstance(p, str) else None, tokens, body) for p, tokens in pairs]
-
-    async def prompts(
-        self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], caller: Caller
-    ) -> Sequence[Prompt]:
-        """In OpenAI's order: all choices of the first prompt come first.
-
-        Raises `ApiError` 400, or 503 if too many grammars are being compiled.
-        """
-        count = body.n or 1
+    def encode(self, model: ServedModel, body: CompletionRequest) -> tuple[list[Echoed], list[Row]]:
+        """In OpenAI's order: all choices of the first prompt come first."""
+        encoded, count = prompts_of(model, body), body.n or 1
         if body.return_token_ids and count * sum(len(prompt.tokens) for prompt in encoded) > MAX_PROMPT_IDS:
             raise bad_request(
                 f"An answer can have at most {MAX_PROMPT_IDS:,} ids of prompt tokens; ask for fewer choices.",
@@ -102,14 +174,17 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
         if count * len(encoded) > max(MAX_CHOICES, len(encoded)):
             raise bad_request(f"A request can have at most {MAX_CHOICES} choices: the number of prompts times n.", "n")
         least = 0 if body.max_tokens == 0 else 1
-        rooms = [model.room(len(prompt.tokens), "prompt", least=least) for prompt in encoded]
-        client = caller.name or caller.request_id
-        grammar = await model.grammars.of(body.constraint, client=client) if body.constraint else None
-        return [
-            Prompt(prompt.tokens, sampling(model, body, room, choice=choice), grammar, body.priority or 0)
+        rooms = [room_after(model, prompt.tokens, "prompt", least=least) for prompt in encoded]
+        return encoded, [
+            Row(prompt.tokens, sampling)
             for prompt, room in zip(encoded, rooms, strict=True)
-            for choice in range(count)
+            for sampling in samplings(model, body, room)
         ]
+
+    async def grammar(
+        self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], client: str
+    ) -> Grammar | None:
+        return await model.grammars.of(body.constraint, client=client) if body.constraint else None
 
     def answer(
         self, model: ServedModel, name: str, body: CompletionRequest, encoded: list[Echoed], streams: Sequence[Stream]
@@ -119,6 +194,18 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
             TextChoice(index, stream, model.text, body, encoded[index // count]) for index, stream in enumerate(streams)
         ]
         return TextAnswer(name, model.fingerprint, streams, choices, body)
+
+
+def prompts_of(model: ServedModel, body: CompletionRequest) -> list[Echoed]:
+    """Raises `ApiError` 400."""
+    text, special = model.text, body.add_special_tokens is not False
+    prompts = [text.encode(p, special=special) if isinstance(p, str) else tuple(p) for p in body.prompt]
+    for tokens in prompts:
+        check_prompt(model, tokens, "prompt")
+    if not body.echo:
+        return [Echoed(truncated(model, body, tokens)) for tokens in prompts]
+    pairs = zip(body.prompt, prompts, strict=True)
+    return [echoed(model, p if isinstance(p, str) else None, tokens, body) for p, tokens in pairs]
 
 
 def echoed(model: ServedModel, string: str | None, tokens: tuple[int, ...], body: CompletionRequest) -> Echoed:

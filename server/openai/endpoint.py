@@ -7,9 +7,8 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import anyio
 import orjson
@@ -124,34 +123,34 @@ async def read(http: HttpRequest, kind: type[Body]) -> tuple[Body, int]:
     return body, len(content)
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Row(NamedTuple):
     """One row's prompt and how to sample from it; `prediction` is what the client expects of the answer."""
 
     tokens: tuple[int, ...]
     sampling: Sampling
-    grammar: Grammar | None = None
-    priority: int = 0
     prediction: tuple[int, ...] = ()
 
 
-class GeneratingEndpoint(Endpoint[Generated, Encoded]):
-    """A kind of request that is answered by generating tokens."""
+class GeneratingEndpoint(Endpoint[Generated, tuple[Encoded, list[Row]]], Generic[Generated, Encoded]):
+    """A kind of request that is answered by generating tokens. `encode` returns what its grammar and its answer are
+    made from, and its rows."""
 
     async def respond(
         self, service: Service, model: ServedModel, body: Generated, size: int, caller: Caller
     ) -> Response:
         name = served_name(model.names, body.model)
         with service.batcher.announce(caller.name):
-            encoded = await service.encoders.run(partial(self.encode, model, body), size, caller)
-            prompts = await self.prompts(model, body, encoded, caller)
-            streams = submit(service, requests(model, prompts, caller))
+            encoded, rows = await service.encoders.run(partial(self.encode, model, body), size, caller)
+            grammar = await self.grammar(model, body, encoded, caller.name or caller.request_id)
+            check_logprobs(rows)
+            streams = submit(service, requests(model, rows, grammar, body.priority or 0, caller))
         answer = self.answer(model, name, body, encoded, streams)
         return await (streamed(answer, model.settings.first_byte_s) if body.stream else collected(answer))
 
     @abstractmethod
-    async def prompts(self, model: ServedModel, body: Generated, encoded: Encoded, caller: Caller) -> Sequence[Prompt]:
-        """One for each row. The last check of a request before the queue. Raises `ApiError`: 400 or 503."""
+    async def grammar(self, model: ServedModel, body: Generated, encoded: Encoded, client: str) -> Grammar | None:
+        """What the answer must match. Clients take turns to compile. Raises `ApiError`: 400 if it cannot be enforced,
+        503 if too many are being compiled."""
 
     @abstractmethod
     def answer(
@@ -160,28 +159,8 @@ class GeneratingEndpoint(Endpoint[Generated, Encoded]):
         """The writer of these rows' answer; `name` is the model's name in the reply."""
 
 
-def requests(model: ServedModel, prompts: Iterable[Prompt], caller: Caller) -> list[Request]:
-    salt = caller.name if model.settings.prefix_sharing == "key" else ""
-    return [
-        Request(
-            id=f"{caller.request_id}.{row}" if row else caller.request_id,  # the first row has the request's own
-            prompt=prompt.tokens,
-            sampling=prompt.sampling,
-            time_limit=model.settings.request_timeout_s,
-            client=caller.name,
-            weight=caller.share,
-            priority=prompt.priority,
-            grammar=prompt.grammar,
-            salt=salt,
-            prediction=prompt.prediction,
-            trace=caller.trace,
-        )
-        for row, prompt in enumerate(prompts)
-    ]
-
-
-def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
-    """Queue the rows of one HTTP request. Raises `BatchingError`, or `ApiError` 400 if they could never fit."""
+def check_logprobs(rows: Sequence[Row]) -> None:
+    """Raises `ApiError` 400 if an answer would hold too many."""
     if sum(map(num_prompt_logprobs, rows)) > MAX_PROMPT_LOGPROBS:
         raise bad_request(
             f"An answer can hold at most {MAX_PROMPT_LOGPROBS:,} log probabilities of prompt tokens; ask for fewer "
@@ -193,23 +172,49 @@ def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
             "An answer with this many log probabilities would be too large; ask for fewer tokens or choices.",
             "logprobs",
         )
+
+
+def num_prompt_logprobs(row: Row) -> int:
+    """Number of prompt log probabilities a row asks for: each token's own and the likeliest ones."""
+    top = row.sampling.prompt_logprobs
+    return 0 if top is None else (1 + top) * len(row.tokens)
+
+
+def num_logprobs(row: Row) -> int:
+    """Maximum number of log probabilities in a row's answer."""
+    top = row.sampling.top_logprobs
+    return 0 if top is None else row.sampling.max_tokens * (1 + top + len(row.sampling.logprob_token_ids))
+
+
+def requests(
+    model: ServedModel, rows: Iterable[Row], grammar: Grammar | None, priority: int, caller: Caller
+) -> list[Request]:
+    salt = caller.name if model.settings.prefix_sharing == "key" else ""
+    return [
+        Request(
+            id=f"{caller.request_id}.{n}" if n else caller.request_id,  # the first row has the request's own
+            prompt=row.tokens,
+            sampling=row.sampling,
+            time_limit=model.settings.request_timeout_s,
+            client=caller.name,
+            weight=caller.share,
+            priority=priority,
+            grammar=grammar,
+            salt=salt,
+            prediction=row.prediction,
+            trace=caller.trace,
+        )
+        for n, row in enumerate(rows)
+    ]
+
+
+def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
+    """Queue the rows of one HTTP request. Raises `BatchingError`, or `ApiError` 400 if they could never fit."""
     if not service.limits.allow(rows):
         raise bad_request(
             "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
         )
     return service.batcher.submit_all(rows)
-
-
-def num_prompt_logprobs(row: Request) -> int:
-    """Number of prompt log probabilities a row asks for: each token's own and the likeliest ones."""
-    top = row.sampling.prompt_logprobs
-    return 0 if top is None else (1 + top) * len(row.prompt)
-
-
-def num_logprobs(row: Request) -> int:
-    """Maximum number of log probabilities in a row's answer."""
-    top = row.sampling.top_logprobs
-    return 0 if top is None else row.sampling.max_tokens * (1 + top + len(row.sampling.logprob_token_ids))
 
 
 # The answer

@@ -1,4 +1,4 @@
-"""The turns of a conversation as clients send them and as chat templates read them.
+"""The turns of a conversation as clients send them and as chat templates read them, and how its prompt ends.
 
 Clients send back earlier answers, from this service or another, often with fields of their own.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from server.fields import Body, Flag
+from server.fields import Body, Flag, Tokens
 from server.grammar.json_schema import MAX_DEPTH, values
 from server.http.errors import bad_request
 from server.model.text import TemplateError, Text
@@ -177,6 +177,55 @@ def thought_of(turn: dict[str, object]) -> str | None:
         return None
     texts = [part.get("thinking") for part in parts if isinstance(part, dict) and part.get("type") == "thinking"]
     return "".join(text for text in texts if isinstance(text, str)) or None
+
+
+class TemplateOptions(Body):
+    """The chat template variables that a request may set; `thinking` is an alias of `enable_thinking`."""
+
+    enable_thinking: Flag | None = None
+    thinking: Flag | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _template_is_the_models(cls, value: object) -> object:
+        if isinstance(value, dict) and any(value.get(name) is not None for name in ("chat_template", "tokenize")):
+            raise ValueError("the model's chat template cannot be replaced")
+        return value
+
+    @property
+    def thinks(self) -> bool | None:
+        return self.thinking if self.enable_thinking is None else self.enable_thinking
+
+
+class Thinking(Body):
+    """As in Anthropic's API and the Go rewrite of RAGFlow. `budget_tokens` ends the thinking after that many."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
+    budget_tokens: Tokens | None = None
+
+    @property
+    def thinks(self) -> bool | None:
+        return {"enabled": True, "disabled": False}.get(self.type)
+
+
+class ThinkingChoice(Body):
+    """The fields that turn thinking on or off; request types inherit from this one."""
+
+    enable_thinking: Flag | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """"none" and "minimal" turn thinking off, other values on."""
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the request turns thinking on or off, whichever field says so; None if none does."""
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        for spelled in (self.chat_template_kwargs, self.thinking):
+            if spelled is not None and spelled.thinks is not None:
+                return spelled.thinks
+        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
 
 class PromptEnd(Body):

@@ -1,30 +1,29 @@
-"""Request bodies, as types that check them.
+"""Request bodies, as types that check them, and what they ask of the model, as `Sampling`.
 
 Exact about what would change the answer, liberal about the rest: null means the field is left out, an unknown field is
 ignored and named in a response header, and a known field that cannot be honoured is a 400.
 """
 
 import re
+import secrets
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
+from batching.types import Forced, Sampling
 from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens
+from server.http.errors import bad_request, thousands
+from server.model.served_model import ServedModel
+from server.model.text import Text
 from server.openai.constraints import CONSTRAINING, Constraint, Constraints, ResponseFormat, constraints_of
-from server.openai.messages import Messages, PromptEnd
+from server.openai.messages import Messages, PromptEnd, ThinkingChoice
 from server.openai.tools import ToolUse
+from server.settings import WHOLE_ANSWER, Settings
 
 MAX_STOPS = 16  # OpenAI allows 4
 MAX_CHOICES = 16
-MAX_PROMPTS = 64
 MAX_PREDICTED_PARTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -47,79 +46,11 @@ UNSUPPORTED = (
 """Fields of OpenAI's API and of other servers that would change the answer and are not implemented here."""
 
 
-def _prompts(value: object) -> object:
-    """One prompt or several, text or token ids -> a list of prompts."""
-    single = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
-    return [value] if single else value
-
-
-def _prompt(value: object, check: ValidatorFunctionWrapHandler) -> object:
-    try:
-        return check(value)
-    except ValidationError:
-        raise ValueError("a prompt must be a string or a list of token ids") from None
-
-
-TextOrIds = Annotated[str, Field(strict=True)] | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-Prompt = Annotated[TextOrIds, WrapValidator(_prompt)]
-PromptList = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-Prompts = Annotated[PromptList, BeforeValidator(_prompts, json_schema_input_type=Prompt | PromptList)]
-
-
 class StreamOptions(Body):
     include_usage: Flag | None = None
     """Send the usage in a final event of its own."""
     continuous_usage_stats: Flag | None = None
     """Send the usage so far in every event, as in vLLM; not for clients that add up usage across events."""
-
-
-class TemplateOptions(Body):
-    """The chat template variables that a request may set; `thinking` is an alias of `enable_thinking`."""
-
-    enable_thinking: Flag | None = None
-    thinking: Flag | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _template_is_the_models(cls, value: object) -> object:
-        if isinstance(value, dict) and any(value.get(name) is not None for name in ("chat_template", "tokenize")):
-            raise ValueError("the model's chat template cannot be replaced")
-        return value
-
-    @property
-    def thinks(self) -> bool | None:
-        return self.thinking if self.enable_thinking is None else self.enable_thinking
-
-
-class Thinking(Body):
-    """As in Anthropic's API and the Go rewrite of RAGFlow. `budget_tokens` ends the thinking after that many."""
-
-    type: Literal["enabled", "disabled", "adaptive", "auto"]
-    budget_tokens: Tokens | None = None
-
-    @property
-    def thinks(self) -> bool | None:
-        return {"enabled": True, "disabled": False}.get(self.type)
-
-
-class ThinkingChoice(Body):
-    """The fields that turn thinking on or off; request types inherit from this one."""
-
-    enable_thinking: Flag | None = None
-    chat_template_kwargs: TemplateOptions | None = None
-    thinking: Thinking | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """"none" and "minimal" turn thinking off, other values on."""
-
-    @property
-    def thinks(self) -> bool | None:
-        """Whether the request turns thinking on or off, whichever field says so; None if none does."""
-        if self.enable_thinking is not None:
-            return self.enable_thinking
-        for spelled in (self.chat_template_kwargs, self.thinking):
-            if spelled is not None and spelled.thinks is not None:
-                return spelled.thinks
-        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
 
 def _stops(value: object) -> object:
@@ -229,20 +160,19 @@ class Generation(RequestBody, Constraints):
 
     @model_validator(mode="after")
     def _one_constraint(self) -> Self:
-        if len(found := self._constraints) > 1:
-            names = " and ".join(each.param for each in found[:2])
-            raise ValueError(f"the fields {names} each constrain the answer, so send only one of them")
+        _ = self.constraint  # raises for several
         return self
 
     @cached_property
     def constraint(self) -> Constraint | None:
-        """What the answer must match; None for anything."""
-        return next(iter(self._constraints), None)
-
-    @cached_property
-    def _constraints(self) -> list[Constraint]:
-        wanted = getattr(self, "response_format", None)
-        return constraints_of(self, wanted) if self.model_fields_set & CONSTRAINING else []
+        """What the answer must match; None for anything. Raises ValueError for several."""
+        if not self.model_fields_set & CONSTRAINING:
+            return None
+        found = constraints_of(self, getattr(self, "response_format", None))
+        if len(found) > 1:
+            names = " and ".join(each.param for each in found[:2])
+            raise ValueError(f"the fields {names} each constrain the answer, so send only one of them")
+        return next(iter(found), None)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -349,46 +279,102 @@ class ChatRequest(Generation, TokenReports, ThinkingChoice, ToolUse, PromptEnd):
         return spelled or (self.thinking.budget_tokens if self.thinking else None)
 
 
-class CompletionRequest(Generation, TokenReports):
-    """`POST /v1/completions`: one prompt or several, as text or token ids, each answered separately."""
+GREEDY_BELOW = 0.01
+"""A lower temperature only adds rounding noise to argmax."""
 
-    unsupported = UNSUPPORTED | {"messages", "tools", "functions", "max_completion_tokens", "continue_final_message"}
+Value = TypeVar("Value", int, float)
 
-    prompt: Prompts
-    """A text, token ids, or a list of either."""
-    add_special_tokens: Flag | None = None
-    """False: a text starts without what the tokenizer puts first, for prompts that already have it."""
-    max_tokens: Annotated[int, Field(strict=True, ge=0), Integral] | None = None
-    """As for chat; 0 needs `echo` and generates nothing."""
-    response_format: ResponseFormat | None = None
-    echo: Flag | None = None
-    """Start the answer with the prompt, and `logprobs` with the prompt's tokens (null for the first)."""
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
-    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), Integral] | None = None
-    """At most `n`, because every answer is returned."""
 
-    @model_validator(mode="after")
-    def _all_are_best(self) -> Self:
-        if (self.best_of or 1) > (self.n or 1):
-            raise ValueError("the field best_of may not be larger than n, because every answer is returned")
-        return self
+def check_prompt(model: ServedModel, tokens: Sequence[int], param: str) -> None:
+    """Raises `ApiError` 400 for a prompt that would fail its batch: one of no tokens, or with one that only the
+    tokenizer has. `param` is the prompt's field."""
+    if not tokens:
+        raise bad_request("A prompt must have at least one token.", param)
+    if max(tokens) >= model.info.vocab_size:
+        raise bad_request("The prompt has a token id beyond the model's vocabulary.", param)
 
-    @model_validator(mode="after")
-    def _generates_or_echoes(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("the field max_tokens may only be 0 when echo is true")
-        return self
 
-    @property
-    def useless_if_cut(self) -> bool:
-        return self.constraint is not None
+def truncated(model: ServedModel, body: Generation, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """The end of the prompt, as long as the request says."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most < 0:
+        window = model.info.context_window
+        most = window - min(length(model.settings, body, window - 1), window - 1)
+    if most == 0:
+        raise bad_request("A prompt must have at least one token.", "truncate_prompt_tokens")
+    return prompt[-most:]
 
-    @property
-    def wanted_logprobs(self) -> int | None:
-        return self.logprobs
 
-    def prompt_logprobs_with(self, choice: int) -> int | None:
-        """Each choice has its own. A row that generates nothing computes them whether or not they are wanted."""
-        echoed = self.logprobs if self.echo else None
-        counts = [wanted for wanted in (echoed, self.prompt_logprobs) if wanted is not None]
-        return max(counts, default=0 if self.max_tokens == 0 else None)
+def room_after(model: ServedModel, prompt: Sequence[int], param: str, *, least: int = 1) -> int:
+    """Number of tokens that can follow the prompt. Raises `ApiError` 400 if there are fewer than `least`."""
+    room = model.info.context_window - len(prompt)
+    if room < least:
+        raise bad_request(
+            f"The prompt has {thousands(len(prompt))} tokens, but prompt and answer together must fit in the "
+            f"context window of {thousands(model.info.context_window)}; shorten the prompt.",
+            param,
+            "context_length_exceeded",
+        )
+    return room
+
+
+def samplings(model: ServedModel, body: Generation, room: int, forced: Forced | None = None) -> list[Sampling]:
+    """Sampling parameters of each choice, with `room` tokens left; unset fields take the service's defaults.
+
+    A length that does not fit is reduced. Choice i of a seeded request uses seed + i, so that each can be reproduced
+    alone. Raises `ApiError` 400 for a token id outside the model's vocabulary.
+    """
+    for name in ("logit_bias", "stop_token_ids", "logprob_token_ids"):
+        if any(token >= model.info.vocab_size for token in getattr(body, name) or ()):
+            raise bad_request("A token id is beyond the model's vocabulary.", name)
+    wanted = length(model.settings, body, room)
+    defaults = model.defaults
+    temperature, top_p = _or(body.temperature, defaults.temperature), _or(body.top_p, defaults.top_p)
+    greedy = body.do_sample is False or temperature < GREEDY_BELOW or top_p == 0
+    ends = frozenset() if body.ignore_eos else model.stop_token_ids
+    return [
+        Sampling(
+            max_tokens=wanted,
+            seed=secrets.randbits(63) if body.seed is None else _wrapped(body.seed + choice),
+            temperature=0.0 if greedy else temperature,
+            top_p=top_p,
+            top_k=max(_or(body.top_k, defaults.top_k), 0),
+            min_p=_or(body.min_p, defaults.min_p),
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+            stop_token_ids=ends | frozenset(body.stop_token_ids or ()),
+            min_tokens=min(body.min_tokens or 0, wanted),
+            logit_bias=tuple((body.logit_bias or {}).items()),
+            top_logprobs=body.wanted_logprobs,
+            logprob_token_ids=tuple(body.logprob_token_ids or ()),
+            prompt_logprobs=body.prompt_logprobs_with(choice),
+            forced=forced,
+        )
+        for choice in range(body.n or 1)
+    ]
+
+
+def stop_tokens(text: Text, body: Generation) -> frozenset[int]:
+    """The tokens that are reported as stop reasons: not the end of the model's own answers, unless that is ignored."""
+    ends = frozenset() if body.ignore_eos else text.stop_token_ids
+    return frozenset(body.stop_token_ids or ()) - ends
+
+
+def length(settings: Settings, body: Generation, room: int) -> int:
+    """The maximum length of an answer with `room` tokens left."""
+    default = settings.default_max_tokens or room
+    if body.useless_if_cut:
+        default = max(default, WHOLE_ANSWER)
+    return min(_or(body.wanted_tokens, default), settings.max_output_tokens, room)
+
+
+def _or(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+def _wrapped(seed: int) -> int:
+    """The signed 64-bit number with the same low bits."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -16,7 +16,7 @@ from server.model.defaults import Defaults
 from server.model.served_model import ServedModel
 from server.openai import responses_replies as replies
 from server.openai.chat import ChatEndpoint, Conversation, EventReader, prompt_length
-from server.openai.endpoint import Answer, Endpoint, Prompt, json_response
+from server.openai.endpoint import Answer, Endpoint, Row, json_response, num_logprobs
 from server.openai.requests import ChatRequest
 from server.openai.responses_output import ResponseAnswer
 from server.openai.responses_request import (
@@ -53,23 +53,17 @@ class Responses(ChatEndpoint[ResponseRequest]):
         except ApiError as error:
             raise renamed(error) from None
 
-    def encode(self, model: ServedModel, body: ResponseRequest) -> Conversation:
+    def encode(self, model: ServedModel, body: ResponseRequest) -> tuple[Conversation, list[Row]]:
         body.remember()
-        return super().encode(model, body)
-
-    def as_chat(self, body: ResponseRequest) -> ChatRequest:
-        return as_chat(body)
-
-    async def prompts(
-        self, model: ServedModel, body: ResponseRequest, encoded: Conversation, caller: Caller
-    ) -> Sequence[Prompt]:
-        prompts = await super().prompts(model, body, encoded, caller)
-        wanted = [(each.sampling.top_logprobs or 0) + 1 for each in prompts if body.wants_logprobs]
-        if sum(wanted) * prompts[0].sampling.max_tokens > MAX_LOGPROBS:
+        conversation, [row] = super().encode(model, body)
+        if body.wants_logprobs and num_logprobs(row) > MAX_LOGPROBS:
             raise bad_request(
                 "A response with this many log probabilities would be too large; ask for fewer tokens.", "top_logprobs"
             )
-        return prompts
+        return conversation, [row]
+
+    def as_chat(self, body: ResponseRequest) -> ChatRequest:
+        return as_chat(body)
 
     def answer(
         self, model: ServedModel, name: str, body: ResponseRequest, encoded: Conversation, streams: Sequence[Stream]

@@ -27,13 +27,20 @@ from server.fields import Body, Flag, Integral, NoEffect, Tokens, explain
 from server.http.errors import ApiError
 from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
-from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Message, TextPart, text_of
+from server.openai.messages import (
+    MAX_MESSAGES,
+    CalledFunction,
+    CallId,
+    Message,
+    TextPart,
+    ThinkingChoice,
+    text_of,
+)
 from server.openai.requests import (
     MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     ChatRequest,
     Generation,
-    ThinkingChoice,
     TokenReports,
 )
 from server.openai.tools import (

@@ -10,9 +10,9 @@ from server.fields import MAX_ITEMS, Flag, RequestBody, TokenId
 from server.http.errors import bad_request, thousands
 from server.model.served_model import ServedModel
 from server.openai.endpoint import Endpoint
-from server.openai.messages import Messages, PromptEnd, names_in, render
+from server.openai.messages import Messages, PromptEnd, ThinkingChoice, names_in, render
 from server.openai.prefill import prefill_of
-from server.openai.requests import UNSUPPORTED, ThinkingChoice
+from server.openai.requests import UNSUPPORTED
 from server.openai.tools import ToolUse
 
 MAX_STRINGS = 2**17

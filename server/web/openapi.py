@@ -16,7 +16,8 @@ from server import replies
 from server.observe.metrics import CONTENT_TYPE
 from server.openai import anthropic_replies, responses_replies
 from server.openai.anthropic_request import CountRequest, MessageRequest
-from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.completions import CompletionRequest
+from server.openai.requests import ChatRequest
 from server.openai.responses_request import ResponseRequest
 from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from server.sse import MEDIA_TYPE

@@ -21,8 +21,8 @@ from server.http.errors import RETRIED, ApiError, bad_request
 from server.model.text import Text
 from server.openai import anthropic_request
 from server.openai.anthropic_request import CountRequest
-from server.openai.completions import TextAnswer
-from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.completions import CompletionRequest, TextAnswer
+from server.openai.requests import ChatRequest
 from server.openai.responses_output import framed
 from server.openai.responses_replies import ResponseEvent
 from server.openai.responses_request import ResponseRequest, as_chat

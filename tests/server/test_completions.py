@@ -12,7 +12,8 @@ from tokenizers import decoders
 
 from batching.events import Outcome
 from batching.types import Request
-from server.openai.requests import MAX_CHOICES, MAX_PROMPTS
+from server.openai.completions import MAX_PROMPTS
+from server.openai.requests import MAX_CHOICES
 from tests.fakes import Script
 from tests.live import BYTES, END, Live, frames, live, says, scripted, tokens_of
 from tests.server.test_app import error_of, remembering

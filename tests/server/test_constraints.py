@@ -16,8 +16,9 @@ from server.fields import parse
 from server.grammar.pattern import LITERAL, Kind, Pattern, written
 from server.grammar.source import Part
 from server.http.errors import ApiError
+from server.openai.completions import CompletionRequest
 from server.openai.constraints import MAX_OFFERED, MAX_TEXT
-from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.requests import ChatRequest
 from server.openai.responses_request import ResponseRequest, as_chat
 from tests.grammars import INT, Kit, kit_of, record, refusal, run
 from tests.live import QUESTION, Live, byte_tokenizer, live

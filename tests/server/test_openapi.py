@@ -26,7 +26,8 @@ from schemathesis.specs.openapi.checks import (
 from server.app import OPEN_PATHS, routes
 from server.fields import RequestBody, parse
 from server.http.errors import ApiError
-from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.completions import CompletionRequest
+from server.openai.requests import ChatRequest
 from server.openai.responses_request import ResponseRequest
 from server.web.openapi import OPERATIONS, Operation, document, schemas
 from server.web.pages import ROUTES

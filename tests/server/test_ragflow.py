@@ -31,7 +31,8 @@ from batching.events import Outcome, State
 from batching.types import Request
 from server.fields import parse
 from server.http.errors import ApiError, bad_request, from_batching, internal, not_ready
-from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.completions import CompletionRequest
+from server.openai.requests import ChatRequest
 from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.fakes import Script
 from tests.live import BYTES, Live, frames, live, says, scripted, text_of

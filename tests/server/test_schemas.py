@@ -20,7 +20,7 @@ from server.grammar.compiler import Grammars, TokenGrammar
 from server.grammar.json_schema import MAX_LENGTH, MAX_LITERAL, MAX_MEMBERS, Schema, SchemaError, bound, written_out
 from server.grammar.rewrite import closed, tidied
 from server.grammar.source import Part
-from server.openai.chat import grammar_of
+from server.openai.chat import ChatCompletions, Conversation
 from server.openai.constraints import ResponseFormat
 from server.openai.requests import ChatRequest
 from server.openai.tools import ToolUse
@@ -555,7 +555,7 @@ def grammar_of_chat(demo: Kit, **fields: Any) -> Coroutine[Any, Any, Any]:
     chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}]} | fields)
     service: Any = SimpleNamespace(grammars=demo.grammars, text=SimpleNamespace(format=SimpleNamespace(tools=QWEN)))
     names = ToolNames([tool.function.name for tool in chat.offered], lambda name: True)
-    return grammar_of(service, chat, names, ThoughtState.CLOSED, "")
+    return ChatCompletions().grammar(service, chat, Conversation(chat, (), ThoughtState.CLOSED, names), "")
 
 
 def test_of_several_functions_only_the_named_one_is_called_and_once(demo: Kit) -> None:
