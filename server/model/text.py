@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -64,10 +64,6 @@ WORDS = frozenset(
 """Patterns of words, each of which ends at every `CUT` and is found without looking beyond it. GPT-2's is another."""
 
 Broken = TypeVar("Broken")
-
-
-class TemplateError(Exception):
-    """The model's chat template rejected the messages; carries the template's own message."""
 
 
 class Markers:
@@ -219,47 +215,44 @@ class Text:
         _check_template(tokenizer, checkpoint)
         return cls(tokenizer)
 
-    def as_text(self, messages: Sequence[Turn]) -> list[Turn]:
-        """Messages for `render` in which no text becomes a special token (`Markers`)."""
-        return [self._as_text(message) for message in messages]
+    def render(
+        self,
+        messages: Sequence[Turn],
+        tools: Sequence[ShownTool] = (),
+        *,
+        thinks: bool = False,
+        opens_answer: bool = True,
+        continued: str | None = None,
+    ) -> str:
+        """The rendered conversation, in which no text of a client becomes a special token (`Markers`).
+
+        It ends where the assistant's answer starts if it `opens_answer`, or with `continued`, after that field of the
+        last message. Raises `ApiError` 400 with the template's own message if it refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        turns, options = self.format.conversation(
+            [self._as_text(message) for message in messages], self._all_markers.broken([*tools])
+        )
+        try:
+            rendered = self._chat.apply_chat_template(
+                cast("list[dict[str, str]]", turns),  # the type that transformers declares
+                tokenize=False,
+                add_generation_prompt=opens_answer and continued is None,
+                continue_final_message=continued or False,
+                enable_thinking=thinks,
+                **options,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            message = f"The model's chat template refuses the messages: {first_line(error)}."
+            raise bad_request(message, "messages") from None
+        return str(rendered)
 
     def _as_text(self, message: Turn) -> Turn:
         markers = self._all_markers if message["role"] == "tool" else self._turn_markers
         kept = {key: markers.broken(value) for key, value in message.items() if key not in ("role", "tool_calls")}
         calls = {"tool_calls": self._all_markers.broken(message["tool_calls"])} if "tool_calls" in message else {}
         return cast(Turn, {"role": message["role"]} | kept | calls)
-
-    def as_data(self, tools: list[ShownTool]) -> list[ShownTool]:
-        """Tool definitions for `render` in which no text becomes a special token or a tag of a part of a turn."""
-        return self._all_markers.broken(tools)
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        options: Mapping[str, Any],
-        *,
-        opens_answer: bool = True,
-        continued: str | None = None,
-    ) -> str:
-        """The rendered conversation, up to the start of the assistant's answer if it `opens_answer`.
-
-        With `continued`, up to the end of that field of the last message. `options` are template variables; the caller
-        only passes harmless names. Raises `TemplateError`.
-        """
-        from jinja2 import TemplateError as JinjaError
-
-        turns = cast("list[dict[str, str]]", [*messages])  # the type that transformers declares
-        try:
-            rendered = self._chat.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=opens_answer,
-                continue_final_message=continued or False,
-                **options,
-            )
-        except (JinjaError, TypeError, ValueError) as error:
-            raise TemplateError(first_line(error)) from error
-        return str(rendered)
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """The token ids of a text. `special` adds the model's beginning and end tokens. Raises `ApiError` 400 for more

@@ -25,8 +25,8 @@ from server.openai.requests import ChatRequest, check_prompt, room_after, sampli
 from server.output.answer import AnswerReader, StopScanner, first_of, one_by_one
 from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, complete_call, delta, end_of_first_call, fold
+from server.output.model_format import ToolNames
 from server.output.reasoning import ThoughtState
-from server.output.tool_calls import ToolNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,8 @@ class ChatCompletions(ChatEndpoint[ChatRequest]):
 
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     """Render and tokenize; `thinking` is the default. Runs on a helper thread. Raises `ApiError` 400."""
-    thinks = thinking if chat.thinks is None else chat.thinks
     offered = chat.offered
+    thinks = thinking if chat.thinks is None else chat.thinks
     names = names_in(text, chat.messages, offered)
     prefill = prefill_of(chat.messages, chat.n or 1) if chat.continue_final_message else None
     rendered = render(
@@ -113,9 +113,9 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
         opens_answer=chat.add_generation_prompt is not False,
         continued=prefill.field if prefill else None,
     )
+    thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     tokens = text.encode(rendered)
     prediction = text.encode(chat.prediction.text) if chat.prediction else ()
-    thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     conversation = Conversation(chat, tokens, thought, names, prediction)
     if prefill is None:
         return conversation

@@ -12,10 +12,10 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from server.fields import Body, Flag, Tokens
 from server.grammar.json_schema import MAX_DEPTH, values
-from server.http.errors import bad_request
-from server.model.text import TemplateError, Text
+from server.model.text import Text
 from server.openai.tools import Name, Tool
-from server.output.tool_calls import ShownArguments, ShownCall, ToolNames, Turn
+from server.output.model_format import ToolNames
+from server.output.tool_calls import ShownArguments, ShownCall, Turn
 
 MAX_MESSAGES = 2048
 MAX_CALLS = 4096  # in one turn; more than an answer can make
@@ -92,10 +92,13 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    def for_template(self) -> ShownCall:
+    def for_template(self, names: ToolNames) -> ShownCall:
         """The call with its arguments parsed into an object for the template, or as they are if that fails."""
-        function: ShownArguments = {"name": self.function.name, "arguments": _arguments(self.function.arguments)}
-        return {"id": self.id, "type": "function", "function": function}
+        shown: ShownArguments = {
+            "name": names.shown(self.function.name),
+            "arguments": _arguments(self.function.arguments),
+        }
+        return {"id": self.id, "type": "function", "function": shown}
 
 
 def _arguments(text: str) -> object:
@@ -154,15 +157,16 @@ class Message(Body):
         result_of = [self.name] if self.role in ("tool", "function") and self.name else []
         return [call.function.name for call in self.tool_calls or ()] + result_of
 
-    def for_template(self) -> Turn:
+    def for_template(self, names: ToolNames) -> Turn:
+        """The turn as the chat template gets it."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         message: Turn = {"role": role, "content": self.content}
         if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+            message["tool_calls"] = [call.for_template(names) for call in self.tool_calls]
         if self.role == "tool" and self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         if self.name:
-            message["name"] = self.name
+            message["name"] = names.shown(self.name) if role == "tool" else self.name
         if self.reasoning_content:
             message["reasoning_content"] = self.reasoning_content
         return message
@@ -250,7 +254,7 @@ def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()
     """The names of all functions that a conversation mentions."""
     offered = [tool.function.name for tool in tools]
     called = [name for message in messages for name in message.functions]
-    return ToolNames(offered + called, text.format.tools.carries)
+    return text.format.names(offered + called)
 
 
 def render(
@@ -263,19 +267,7 @@ def render(
     opens_answer: bool = True,
     continued: str | None = None,
 ) -> str:
-    """The rendered text of a conversation, up to the end of the last message's field `continued` if there is one.
-
-    Raises `ApiError` 400.
-    """
-    shown = [names.in_turn(message.for_template()) for message in messages]
-    tools = [names.in_tool(tool.for_template()) for tool in offered]
-    turns, options = text.format.conversation(text.as_text(shown), text.as_data(tools))
-    try:
-        return text.render(
-            turns,
-            {"enable_thinking": thinks} | options,
-            opens_answer=opens_answer and continued is None,
-            continued=continued,
-        )
-    except TemplateError as error:
-        raise bad_request(f"The model's chat template refuses the messages: {error}.", "messages") from None
+    """The rendered text of a conversation, as `Text.render` says. Raises `ApiError` 400."""
+    turns = [message.for_template(names) for message in messages]
+    tools = [tool.for_template(names) for tool in offered]
+    return text.render(turns, tools, thinks=thinks, opens_answer=opens_answer, continued=continued)

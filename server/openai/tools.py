@@ -21,6 +21,7 @@ from pydantic import (
 from server.fields import Body, Flag
 from server.grammar.json_schema import Schema, bound
 from server.grammar.rewrite import tidied
+from server.output.model_format import ToolNames
 from server.output.tool_calls import NAME, ShownFunction, ShownTool
 
 MAX_TOOLS = 512  # OpenAI allows 128, but agents offer all tools of several MCP servers
@@ -63,9 +64,9 @@ class Tool(Body):
     type: Literal["function"] = "function"
     function: Function
 
-    def for_template(self) -> ShownTool:
+    def for_template(self, names: ToolNames) -> ShownTool:
         """The definition as the chat template gets it."""
-        shown: ShownFunction = {"name": self.function.name}
+        shown: ShownFunction = {"name": names.shown(self.function.name)}
         if self.function.description is not None:
             shown["description"] = self.function.description
         if self.function.parameters is not None:

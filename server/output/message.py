@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 from server import replies
+from server.output.model_format import ToolNames
 from server.output.reasoning import Part, ReasoningSplitter
-from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolNames, ToolParser
+from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser
 
 
 @dataclass(frozen=True, slots=True)

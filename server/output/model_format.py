@@ -7,16 +7,18 @@ and which tokens delimit turns.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
+from typing import Any
 
 from tokenizers import AddedToken
 
 from batching.types import Forced
 from server.output.hermes import CLOSE, OPEN, QwenFormat
 from server.output.llama import LlamaFormat
-from server.output.reasoning import THINK, ReasoningSplitter, ThinkTags, ThoughtState, thought_state
+from server.output.reasoning import THINK, ReasoningSplitter, ThinkTags, ThoughtState
 from server.output.tool_calls import ShownArguments, ShownTool, ToolFormat, Turn
 
 QWEN = QwenFormat()
@@ -59,15 +61,24 @@ class ModelFormat:
     thinking: Thinking | None
     turn_tokens: frozenset[str]
 
-    def conversation(self, turns: Sequence[Turn], tools: Sequence[ShownTool]) -> tuple[list[Turn], dict[str, object]]:
+    def conversation(self, turns: Sequence[Turn], tools: Sequence[ShownTool]) -> tuple[list[Turn], dict[str, Any]]:
         """The template's turns and variables for a conversation with tools."""
         if not self.renders_tools:
             return without_tools(turns, tools, in_system=self.renders_system), {}
         return self.tools.turns(turns), {"tools": tools} if tools else {}
 
+    def names(self, names: Iterable[str]) -> ToolNames:
+        """The function names of one request, as the model sees them."""
+        return ToolNames(names, self.tools.carries)
+
     def thought_after(self, prompt: str) -> ThoughtState:
-        """Whether a rendered prompt opens, closes or leaves open the thought before an answer."""
-        return thought_state(self.thinking.tags if self.thinking else None, prompt)
+        """The state at the end of a rendered prompt: templates may open a thought, or close it, too."""
+        if self.thinking is None:
+            return ThoughtState.UNKNOWN
+        tags, end = self.thinking.tags, prompt.rstrip()
+        if end.endswith(tags.open):
+            return ThoughtState.OPENED
+        return ThoughtState.CLOSED if end.endswith(tags.close) else ThoughtState.FREE
 
     def splitter(self, thought: ThoughtState) -> ReasoningSplitter | None:
         """A splitter for one answer's thought and content; None if the model has no thinking."""
@@ -121,6 +132,37 @@ def _is_tag(text: str) -> bool:
 
 def _only(tokens: tuple[int, ...]) -> int | None:
     return tokens[0] if len(tokens) == 1 else None
+
+
+MAX_STEM = 48  # characters kept of a name that has to be replaced
+
+
+class ToolNames:
+    """The function names of one request and the names that the model sees.
+
+    They are equal where the model's format can carry the name (`ToolFormat.carries`), otherwise similar. The mapping is
+    one-to-one, and the same names in the same order always map to the same names.
+    """
+
+    def __init__(self, names: Iterable[str], carries: Callable[[str], bool]) -> None:
+        given = dict.fromkeys(names)
+        numbers = defaultdict[str, Iterator[int]](lambda: count(1))  # for names with the same stem
+        self._shown = {name: name for name in given if carries(name)}
+        self._meant = dict(self._shown)
+        for name in given:
+            if name not in self._shown:
+                stem = "".join(char if carries(char) else "_" for char in name[:MAX_STEM])
+                shown = next(other for n in numbers[stem] if (other := f"{stem}_{n}") not in self._meant)
+                self._shown[name] = shown
+                self._meant[shown] = name
+
+    def shown(self, name: str) -> str:
+        """The name that the model sees for this function; one that the request does not mention is left as it is."""
+        return self._shown.get(name, name)
+
+    def meant(self, name: str) -> str:
+        """The function that the model means; a name that it made up is left as it is."""
+        return self._meant.get(name, name)
 
 
 HOW = f"""You can call functions. These are the functions, one JSON object a line:

@@ -34,16 +34,6 @@ class ThoughtState(Enum):
         return self in (ThoughtState.OPENED, ThoughtState.FREE)
 
 
-def thought_state(tags: ThinkTags | None, prompt: str) -> ThoughtState:
-    """The state at the end of a prompt for a model with these tags: templates may open a thought, or close it, too."""
-    if tags is None:
-        return ThoughtState.UNKNOWN
-    end = prompt.rstrip()
-    if end.endswith(tags.open):
-        return ThoughtState.OPENED
-    return ThoughtState.CLOSED if end.endswith(tags.close) else ThoughtState.FREE
-
-
 class ReasoningSplitter:
     """Splits `<think>...</think>` at the start of an answer from the content after it, in linear time.
 

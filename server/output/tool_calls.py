@@ -2,11 +2,9 @@
 
 import re
 import secrets
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
-from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict, TypeVar
+from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict
 
 NAME = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,130}$"
 """Valid function names, whether defined by a client or made up by a model: two of the longest that OpenAI allows, 64
@@ -149,51 +147,3 @@ def new_call_id() -> str:
 def quotable(name: str) -> bool:
     """Whether a name needs no escaping in a JSON string and cannot be part of one of a model's special tokens."""
     return not UNQUOTABLE.search(name)
-
-
-MAX_STEM = 48  # characters kept of a name that has to be replaced
-
-Named = TypeVar("Named", ShownTool, ShownCall)
-
-
-class ToolNames:
-    """The function names of one request and the names that the model sees.
-
-    They are equal where the model's format can carry the name (`ToolFormat.carries`), otherwise similar. The mapping is
-    one-to-one, and the same names in the same order always map to the same names.
-    """
-
-    def __init__(self, names: Iterable[str], carries: Callable[[str], bool]) -> None:
-        given = dict.fromkeys(names)
-        numbers = defaultdict[str, Iterator[int]](lambda: count(1))  # for names with the same stem
-        self._shown = {name: name for name in given if carries(name)}
-        self._meant = dict(self._shown)
-        for name in given:
-            if name not in self._shown:
-                stem = "".join(char if carries(char) else "_" for char in name[:MAX_STEM])
-                shown = next(other for n in numbers[stem] if (other := f"{stem}_{n}") not in self._meant)
-                self._shown[name] = shown
-                self._meant[shown] = name
-
-    def shown(self, name: str) -> str:
-        """The name that the model sees for this function; one that the request does not mention is left as it is."""
-        return self._shown.get(name, name)
-
-    def meant(self, name: str) -> str:
-        """The function that the model means; a name that it made up is left as it is."""
-        return self._meant.get(name, name)
-
-    def in_tool(self, tool: Named) -> Named:
-        """A definition for a template, with the name that the model sees."""
-        renamed = tool.copy()
-        renamed["function"] = tool["function"].copy()
-        renamed["function"]["name"] = self.shown(tool["function"]["name"])
-        return renamed
-
-    def in_turn(self, turn: Turn) -> Turn:
-        """A message for a template, with the names that the model sees in its calls or its tool result."""
-        if "tool_calls" in turn:
-            return {**turn, "tool_calls": [self.in_tool(call) for call in turn["tool_calls"]]}
-        if turn["role"] == "tool" and "name" in turn:
-            return {**turn, "name": self.shown(turn["name"])}
-        return turn

@@ -32,6 +32,7 @@ from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenParser
 from server.output.llama import LlamaParser
 from server.output.message import MessageReader, delta, fold
+from server.output.model_format import ToolNames
 from server.output.reasoning import ReasoningSplitter
 from server.output.tool_calls import NAME
 from server.replies import ChatMessage, TextChoice, TextChunkChoice
@@ -152,9 +153,10 @@ def _use(asked: BaseModel) -> None:
         asked = anthropic_request.as_chat(asked)
     if not isinstance(asked, ChatRequest):
         return
-    orjson.dumps([message.for_template() for message in asked.messages])
+    names = ToolNames((), bool)
+    orjson.dumps([message.for_template(names) for message in asked.messages])
     for tool in asked.offered:
-        orjson.dumps(tool.for_template())
+        orjson.dumps(tool.for_template(names))
         _compile(tool.function.parameters or {}, strict=False)
     if isinstance(form := asked.constraint, Part):
         _compile(form.schema, form.strict)

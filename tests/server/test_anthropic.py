@@ -18,6 +18,7 @@ from server.http.errors import ApiError
 from server.openai.anthropic_output import arguments
 from server.openai.anthropic_request import MessageRequest, as_chat
 from server.openai.requests import ChatRequest
+from server.output.model_format import ToolNames
 from tests.clients.answers import ANSWERS, written
 from tests.clients.model import QUESTIONS, scripted_model
 from tests.live import BYTES, END, TEMPLATE, Address, Live, byte_tokenizer, eventually, live, scripted
@@ -186,12 +187,15 @@ def test_what_is_no_object_is_an_empty_one(text: str) -> None:
 # Requests
 
 
+AS_SENT = ToolNames((), bool)
+
+
 def chat_of(**fields: Any) -> ChatRequest:
     return as_chat(parse(MessageRequest, orjson.dumps({"messages": HI, "max_tokens": 8} | fields))[0])
 
 
 def shown(chat: ChatRequest) -> list[Any]:
-    return [message.for_template() for message in chat.messages]
+    return [message.for_template(AS_SENT) for message in chat.messages]
 
 
 def test_system_is_a_text_or_blocks_and_comes_first(talk: Any) -> None:
@@ -309,7 +313,7 @@ def test_a_tool_is_shown_as_a_chat_shows_it() -> None:
     function = {"name": "f", "description": "Does.", "parameters": schema}
     search = {"type": "web_search_20250305", "name": "web_search"}
     request, ignored = parse(MessageRequest, orjson.dumps({"messages": HI, "max_tokens": 8, "tools": [tool, search]}))
-    assert [each.for_template()["function"] for each in as_chat(request).offered] == [function]
+    assert [each.for_template(AS_SENT)["function"] for each in as_chat(request).offered] == [function]
     assert ignored == ("tools.web_search_20250305",)
 
 

@@ -433,9 +433,8 @@ NO_SYSTEM = """
 @pytest.mark.parametrize("refusal", ["{{- raise_exception('no system role') }}", ""])
 def test_where_the_template_has_no_system_message_tools_are_described_in_the_first_question(refusal: str) -> None:
     text = Text(byte_tokenizer(NO_SYSTEM.replace("REFUSAL", refusal), HEADERS))
-    turns: list[Turn] = [{"role": "user", "content": "Rain?"}]
-    function: Any = {"type": "function", "function": {"name": "weather"}}
-    shown, options = text.format.conversation(turns, [function])
-    prompt = text.render(shown, options)
+    prompt = text.render(
+        [{"role": "user", "content": "Rain?"}], [{"type": "function", "function": {"name": "weather"}}]
+    )
     assert prompt.index('{"name":"weather"}') < prompt.index("Rain?")
     assert prompt.count("<|start_header_id|>") == 1

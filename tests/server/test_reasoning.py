@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.output.reasoning import THINK, ReasoningSplitter, ThoughtState, thought_state
+from server.output.model_format import format_of
+from server.output.reasoning import ReasoningSplitter, ThoughtState
 from tests.server.test_text import split
 
 TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</th", "\n", "a", " ", "ink>"])).map("".join)
@@ -125,6 +126,7 @@ def calls_in(function: Any) -> int:
 )
 def test_what_a_prompt_has_done_about_a_thought_is_read_from_its_end(end: str, state: ThoughtState) -> None:
     prompt = f"<|im_start|>user\n<think>a</think>b<think><|im_end|>\n<|im_start|>assistant\n{end}"
-    assert thought_state(THINK, prompt) is state
-    assert thought_state(None, prompt) is ThoughtState.UNKNOWN
+    thinking, plain = (format_of(template, (), lambda text: (0,)) for template in ("<think>", ""))
+    assert thinking.thought_after(prompt) is state
+    assert plain.thought_after(prompt) is ThoughtState.UNKNOWN
     assert state.to_come is (state in (ThoughtState.OPENED, ThoughtState.FREE))

@@ -24,9 +24,8 @@ from server.openai.chat import ChatCompletions, Conversation
 from server.openai.constraints import ResponseFormat
 from server.openai.requests import ChatRequest
 from server.openai.tools import ToolUse
-from server.output.model_format import QWEN
+from server.output.model_format import QWEN, ToolNames
 from server.output.reasoning import ThoughtState
-from server.output.tool_calls import ToolNames
 from tests.grammars import INT, TEXT, Kit, around, kit_of, many, record, refusal, run, strict, valid
 
 pytestmark = pytest.mark.model

@@ -20,8 +20,9 @@ import server.model.text
 from batching.errors import ModelError
 from batching.progress import Progress
 from batching.types import TokenLogprob
+from server.http.errors import ApiError
 from server.model.loader import ModelLoader
-from server.model.text import BREAK, CUT, WORDS, TemplateError, Text, can_be_cut, parts_of
+from server.model.text import BREAK, CUT, WORDS, Text, can_be_cut, parts_of
 from server.openai.logprobs import chat_logprobs
 from server.output.answer import StopScanner
 from server.output.detokenize import MAX_HELD, Detokenizer, Vocabulary
@@ -36,8 +37,8 @@ CUTS = st.lists(st.integers(0, 20))
 Whole = TypeVar("Whole", str, list[int])
 
 
-def prompt(text: Text, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[int, ...]:
-    return text.encode(text.render(messages, options))
+def prompt(text: Text, messages: Any, *, thinks: bool = False) -> tuple[int, ...]:
+    return text.encode(text.render(messages, thinks=thinks))
 
 
 def split(whole: Whole, cuts: list[int]) -> list[Whole]:
@@ -288,9 +289,7 @@ def test_any_tokens_of_the_demo_tokenizer_become_what_they_decode_to(ids: list[i
 
 @pytest.mark.model
 def test_the_demo_model_is_asked_in_its_own_words() -> None:
-    text = demo()._tokenizer.decode(
-        list(prompt(demo(), QUESTION, {"enable_thinking": False})), skip_special_tokens=False
-    )
+    text = demo()._tokenizer.decode(list(prompt(demo(), QUESTION)), skip_special_tokens=False)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -303,8 +302,8 @@ def decoded(ids: tuple[int, ...], text: Text | None = None) -> str:
 def test_a_prompt_ends_where_the_answer_starts() -> None:
     text = Text(BYTES)
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a\x00é😀"}]
-    assert decoded(prompt(text, messages, {})) == "<system>Be kind.<|end|><user>a\x00é😀<|end|><assistant>"
-    assert decoded(prompt(text, messages, {"enable_thinking": True})).endswith("<assistant><think>")
+    assert decoded(prompt(text, messages)) == "<system>Be kind.<|end|><user>a\x00é😀<|end|><assistant>"
+    assert decoded(prompt(text, messages, thinks=True)).endswith("<assistant><think>")
     assert text.stop_token_ids == {END}
 
 
@@ -434,8 +433,9 @@ def test_white_space_to_the_left_of_a_token_is_in_its_part() -> None:
 
 
 def test_what_the_template_refuses_has_its_own_words() -> None:
-    with pytest.raises(TemplateError, match=r"^unknown role$"):
-        prompt(Text(BYTES), [{"role": "ghost", "content": "boo"}], {})
+    with pytest.raises(ApiError) as caught:
+        prompt(Text(BYTES), [{"role": "ghost", "content": "boo"}])
+    assert caught.value.message == "The model's chat template refuses the messages: unknown role."
 
 
 def test_a_folder_without_a_tokenizer_or_a_template_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -450,13 +450,13 @@ def test_a_folder_without_a_tokenizer_or_a_template_is_refused_in_one_line(tmp_p
 
 def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path) -> None:
     BYTES.save_pretrained(tmp_path)
-    assert prompt(Text.load(str(tmp_path)), QUESTION, {}) == prompt(Text(BYTES), QUESTION, {})
+    assert prompt(Text.load(str(tmp_path)), QUESTION) == prompt(Text(BYTES), QUESTION)
 
 
 def thought(folder: str, think: bool) -> str:
     text = Text.load(folder)
     messages = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hi"}]
-    return decoded(prompt(text, messages, {"enable_thinking": think}), text)
+    return decoded(prompt(text, messages, thinks=think), text)
 
 
 def test_thinking_off_adds_an_empty_thought(thinking_tokenizer: str) -> None:

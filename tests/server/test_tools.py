@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from server.openai.tools import MAX_TOOLS_LENGTH, ToolUse
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenFormat, QwenParser
-from server.output.model_format import FORMATS
+from server.output.model_format import FORMATS, ToolNames
 from server.output.prefix_tree import any_of
 from server.output.tool_calls import (
     NAME,
@@ -31,12 +31,9 @@ from server.output.tool_calls import (
     CallEnded,
     CallStarted,
     Content,
-    ShownCall,
     ShownTool,
     ToolEvent,
-    ToolNames,
     ToolParser,
-    Turn,
     new_call_id,
 )
 from tests.server.test_reasoning import calls_in
@@ -55,6 +52,9 @@ NAMED: dict[str, Any] = {"type": "function", "function": {"name": "get_weather"}
 
 def tool(parameters: object) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+AS_SENT = ToolNames((), bool)
 
 
 def use(**fields: Any) -> ToolUse:
@@ -77,10 +77,10 @@ def refused(type_: type[ToolUse] | type[Message], body: str) -> str:
 
 def test_definitions_reach_the_template_as_they_were_sent_but_for_strict() -> None:
     sent = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
-    assert [offered.for_template() for offered in use(tools=[sent]).offered] == [WEATHER]
+    assert [offered.for_template(AS_SENT) for offered in use(tools=[sent]).offered] == [WEATHER]
     bare = {"type": "function", "function": {"name": "now"}}
     asked = use(tools=[bare])
-    assert [offered.for_template() for offered in asked.offered] == [bare]
+    assert [offered.for_template(AS_SENT) for offered in asked.offered] == [bare]
     assert ToolUse(tools=asked.tools) == asked
 
 
@@ -127,7 +127,7 @@ def test_a_choice_may_allow_some_of_the_tools(choice: object, offered: object, d
 
 def test_tools_that_are_no_functions_are_skipped_and_named() -> None:
     asked = use(tools=[*OTHERS, WEATHER, SEARCH])
-    assert [offered.for_template() for offered in asked.offered] == [WEATHER]
+    assert [offered.for_template(AS_SENT) for offered in asked.offered] == [WEATHER]
     assert asked.skipped_tools == ("tools.web_search", "tools.custom", "tools.mcp")
     assert use(tools=OTHERS, tool_choice="auto").offered == ()
 
@@ -323,20 +323,13 @@ def test_a_name_is_the_same_in_definitions_calls_and_results() -> None:
     known = ToolNames([plain, odd, "say _hi__1"], QwenFormat().carries)
     shown = known.shown(odd)
     assert shown == "say _hi__2"  # the first like it is another function's own
-    calls: list[ShownCall] = [
-        {"id": "call_1", "type": "function", "function": {"name": name, "arguments": {}}} for name in (odd, plain)
-    ]
-    turns: list[Turn] = [
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "name": odd, "content": "1"},
-        {"role": "user", "name": odd, "content": "1"},
-    ]
-    renamed = [known.in_turn(turn) for turn in turns]
-    assert [made["function"]["name"] for made in renamed[0]["tool_calls"]] == [shown, plain]
-    assert [turn["name"] for turn in renamed[1:]] == [shown, odd]
-    tool: ShownTool = {"type": "function", "function": {"name": odd}}
-    assert known.in_tool(tool)["function"] == {"name": shown}
-    assert tool["function"]["name"] == odd
+    calls = [{"function": {"name": name}} for name in (odd, plain)]
+    called = Message.model_validate({"role": "assistant", "tool_calls": calls}).for_template(known)
+    assert [made["function"]["name"] for made in called["tool_calls"]] == [shown, plain]
+    results = [Message(role=role, name=odd).for_template(known) for role in ("tool", "function", "user")]
+    assert [turn["name"] for turn in results] == [shown, shown, odd]
+    [tool] = use(tools=[{"function": {"name": odd}}]).offered
+    assert tool.for_template(known)["function"] == {"name": shown}
 
 
 def test_there_may_be_as_many_tools_as_several_mcp_servers_have_and_no_more() -> None:
@@ -373,20 +366,20 @@ def call(arguments: object, **fields: Any) -> dict[str, Any]:
 )
 def test_arguments_become_an_object_where_they_are_one(arguments: object, expected: object) -> None:
     turn = Message.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call(arguments)]}))
-    assert turn.for_template()["tool_calls"] == [call(expected)]
+    assert turn.for_template(AS_SENT)["tool_calls"] == [call(expected)]
 
 
 def test_the_index_that_a_client_sends_back_is_accepted_and_not_shown() -> None:
     turn = Message.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call("{}", index=0)]}))
-    assert turn.for_template()["tool_calls"] == [call({})]
+    assert turn.for_template(AS_SENT)["tool_calls"] == [call({})]
 
 
 def test_a_tool_message_carries_the_id_of_its_call() -> None:
     turn = Message.model_validate_json(json.dumps({"role": "tool", "tool_call_id": "call_1"}))
-    assert turn.for_template() == {"role": "tool", "content": "", "tool_call_id": "call_1"}
-    assert Message(role="assistant", tool_calls=[]).for_template() == {"role": "assistant", "content": ""}
-    assert Message(role="tool").for_template() == {"role": "tool", "content": ""}
-    assert Message(role="user", tool_call_id="call_1").for_template() == {"role": "user", "content": ""}
+    assert turn.for_template(AS_SENT) == {"role": "tool", "content": "", "tool_call_id": "call_1"}
+    assert Message(role="assistant", tool_calls=[]).for_template(AS_SENT) == {"role": "assistant", "content": ""}
+    assert Message(role="tool").for_template(AS_SENT) == {"role": "tool", "content": ""}
+    assert Message(role="user", tool_call_id="call_1").for_template(AS_SENT) == {"role": "user", "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -716,9 +709,9 @@ def test_more_than_the_bound_is_content_wherever_it_was_cut() -> None:
 # The real template and tokenizer.
 
 
-def rendered(folder: str, messages: list[Message], **options: Any) -> str:
+def rendered(folder: str, messages: list[Message], tools: Sequence[ShownTool] = ()) -> str:
     text = Text.load(folder)
-    ids = text.encode(text.render([message.for_template() for message in messages], options))
+    ids = text.encode(text.render([message.for_template(AS_SENT) for message in messages], tools))
     return str(tokenizer(folder).decode(list(ids), skip_special_tokens=False))
 
 
@@ -731,8 +724,8 @@ def test_definitions_calls_and_results_go_through_the_template(thinking_tokenize
     asked = Message.model_validate_json(json.dumps({"role": "assistant", "tool_calls": calls}))
     told = [Message(role="tool", content=weather, tool_call_id="call_1") for weather in ("sunny", "rainy")]
     messages = [Message(role="user", content="Weather?"), asked, *told]
-    tools = [offered.for_template() for offered in use(tools=[WEATHER]).offered]
-    text = rendered(thinking_tokenizer, messages, tools=tools, enable_thinking=False)
+    tools = [offered.for_template(AS_SENT) for offered in use(tools=[WEATHER]).offered]
+    text = rendered(thinking_tokenizer, messages, tools)
     assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in text
     assert f"<|im_start|>assistant\n{one(json.dumps({'city': 'Rome'}))}\n{one('oops')}<|im_end|>\n" in text
     responses = "\n<tool_response>\nsunny\n</tool_response>\n<tool_response>\nrainy\n</tool_response>"
@@ -741,7 +734,7 @@ def test_definitions_calls_and_results_go_through_the_template(thinking_tokenize
 
 def test_no_tools_leave_the_prompt_as_it_was(thinking_tokenizer: str) -> None:
     messages = [Message(role="user", content="Hi")]
-    assert rendered(thinking_tokenizer, messages, tools=[]) == rendered(thinking_tokenizer, messages)
+    assert rendered(thinking_tokenizer, messages, []) == rendered(thinking_tokenizer, messages)
 
 
 def test_the_template_is_known_to_write_this_format(thinking_tokenizer: str) -> None:
