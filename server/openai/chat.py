@@ -17,11 +17,11 @@ from server.http.errors import bad_request
 from server.model.served_model import ServedModel
 from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
-from server.openai.endpoint import Answer, Generated, GeneratingEndpoint, Row
+from server.openai.endpoint import Answer, Generated, GeneratingEndpoint
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import names_in, render
 from server.openai.prefill import Begun, begun, prefill_of
-from server.openai.requests import ChatRequest, check_prompt, room_after, samplings, stop_tokens, truncated
+from server.openai.requests import ChatRequest, Row, check_prompt, rows_of, stop_tokens, truncated
 from server.output.answer import AnswerReader, StopScanner, first_of, one_by_one
 from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, complete_call, delta, end_of_first_call, fold
@@ -54,12 +54,10 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
         chat = self.as_chat(body)
         conversation = encode(model.text, chat, model.settings.thinking)
         check_prompt(model, conversation.tokens, "messages")
-        tokens = truncated(model, chat, conversation.tokens)
-        room = room_after(model, tokens, "messages")
-        budget = chat.budget
+        tokens, budget = truncated(model, chat, conversation.tokens), chat.budget
         forced = end_of_thought(model.text, chat, conversation.thought, budget) if budget else None
         known = tuple(takewhile(lambda token: token < model.info.vocab_size, conversation.prediction))
-        rows = [Row(tokens, sampling, known[:room]) for sampling in samplings(model, chat, room, forced)]
+        rows = rows_of(model, chat, tokens, "messages", forced, known)
         return replace(conversation, tokens=tokens), rows
 
     async def grammar(self, model: ServedModel, body: Generated, encoded: Conversation, client: str) -> Grammar | None:

@@ -22,17 +22,17 @@ from server.model.served_model import ServedModel
 from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
 from server.openai.constraints import ResponseFormat
-from server.openai.endpoint import Answer, GeneratingEndpoint, Row
+from server.openai.endpoint import Answer, GeneratingEndpoint
 from server.openai.logprobs import CompletionLogprobs, EncodedLists, completion_logprobs, prompt_logprobs
 from server.openai.requests import (
     MAX_CHOICES,
     MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     Generation,
+    Row,
     TokenReports,
     check_prompt,
-    room_after,
-    samplings,
+    rows_of,
     stop_tokens,
     truncated,
 )
@@ -173,13 +173,7 @@ class Completions(GeneratingEndpoint[CompletionRequest, list[Echoed]]):
             )
         if count * len(encoded) > max(MAX_CHOICES, len(encoded)):
             raise bad_request(f"A request can have at most {MAX_CHOICES} choices: the number of prompts times n.", "n")
-        least = 0 if body.max_tokens == 0 else 1
-        rooms = [room_after(model, prompt.tokens, "prompt", least=least) for prompt in encoded]
-        return encoded, [
-            Row(prompt.tokens, sampling)
-            for prompt, room in zip(encoded, rooms, strict=True)
-            for sampling in samplings(model, body, room)
-        ]
+        return encoded, [row for prompt in encoded for row in rows_of(model, body, prompt.tokens, "prompt")]
 
     async def grammar(
         self, model: ServedModel, body: CompletionRequest, encoded: list[Echoed], client: str

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from functools import partial
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import anyio
 import orjson
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from batching.errors import BatchingError
 from batching.stream import Stream, with_deltas
-from batching.types import Delta, Grammar, Request, Sampling
+from batching.types import Delta, Grammar, Request
 from server import sse
 from server.callers import Caller
 from server.fields import RequestBody, parse
@@ -26,7 +26,7 @@ from server.http.errors import ApiError, bad_request, from_batching
 from server.http.exchange import WRITE
 from server.http.request import check_content_type, read_body
 from server.model.served_model import ServedModel, served_name
-from server.openai.requests import Generation
+from server.openai.requests import Generation, Row
 from server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -123,14 +123,6 @@ async def read(http: HttpRequest, kind: type[Body]) -> tuple[Body, int]:
     return body, len(content)
 
 
-class Row(NamedTuple):
-    """One row's prompt and how to sample from it; `prediction` is what the client expects of the answer."""
-
-    tokens: tuple[int, ...]
-    sampling: Sampling
-    prediction: tuple[int, ...] = ()
-
-
 class GeneratingEndpoint(Endpoint[Generated, tuple[Encoded, list[Row]]], Generic[Generated, Encoded]):
     """A kind of request that is answered by generating tokens. `encode` returns what its grammar and its answer are
     made from, and its rows."""
@@ -143,7 +135,7 @@ class GeneratingEndpoint(Endpoint[Generated, tuple[Encoded, list[Row]]], Generic
             encoded, rows = await service.encoders.run(partial(self.encode, model, body), size, caller)
             grammar = await self.grammar(model, body, encoded, caller.name or caller.request_id)
             check_logprobs(rows)
-            streams = submit(service, requests(model, rows, grammar, body.priority or 0, caller))
+            streams = service.batcher.submit_all(requests(service, rows, grammar, body.priority or 0, caller))
         answer = self.answer(model, name, body, encoded, streams)
         return await (streamed(answer, model.settings.first_byte_s) if body.stream else collected(answer))
 
@@ -177,7 +169,7 @@ def check_logprobs(rows: Sequence[Row]) -> None:
 def num_prompt_logprobs(row: Row) -> int:
     """Number of prompt log probabilities a row asks for: each token's own and the likeliest ones."""
     top = row.sampling.prompt_logprobs
-    return 0 if top is None else (1 + top) * len(row.tokens)
+    return 0 if top is None else (1 + top) * len(row.prompt)
 
 
 def num_logprobs(row: Row) -> int:
@@ -187,15 +179,16 @@ def num_logprobs(row: Row) -> int:
 
 
 def requests(
-    model: ServedModel, rows: Iterable[Row], grammar: Grammar | None, priority: int, caller: Caller
+    service: Service, rows: Iterable[Row], grammar: Grammar | None, priority: int, caller: Caller
 ) -> list[Request]:
-    salt = caller.name if model.settings.prefix_sharing == "key" else ""
-    return [
+    """The rows as the batcher takes them. Raises `ApiError` 400 if they could never fit in the queue."""
+    salt = caller.name if service.settings.prefix_sharing == "key" else ""
+    found = [
         Request(
             id=f"{caller.request_id}.{n}" if n else caller.request_id,  # the first row has the request's own
-            prompt=row.tokens,
+            prompt=row.prompt,
             sampling=row.sampling,
-            time_limit=model.settings.request_timeout_s,
+            time_limit=service.settings.request_timeout_s,
             client=caller.name,
             weight=caller.share,
             priority=priority,
@@ -206,15 +199,11 @@ def requests(
         )
         for n, row in enumerate(rows)
     ]
-
-
-def submit(service: Service, rows: Sequence[Request]) -> list[Stream]:
-    """Queue the rows of one HTTP request. Raises `BatchingError`, or `ApiError` 400 if they could never fit."""
-    if not service.limits.allow(rows):
+    if not service.limits.allow(found):
         raise bad_request(
             "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
         )
-    return service.batcher.submit_all(rows)
+    return found
 
 
 # The answer

@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -307,25 +307,28 @@ def truncated(model: ServedModel, body: Generation, prompt: tuple[int, ...]) -> 
     return prompt[-most:]
 
 
-def room_after(model: ServedModel, prompt: Sequence[int], param: str, *, least: int = 1) -> int:
-    """Number of tokens that can follow the prompt. Raises `ApiError` 400 if there are fewer than `least`."""
-    room = model.info.context_window - len(prompt)
-    if room < least:
-        raise bad_request(
-            f"The prompt has {thousands(len(prompt))} tokens, but prompt and answer together must fit in the "
-            f"context window of {thousands(model.info.context_window)}; shorten the prompt.",
-            param,
-            "context_length_exceeded",
-        )
-    return room
+class Row(NamedTuple):
+    """One row's prompt and how to sample from it; `prediction` is what the client expects of the answer."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    prediction: tuple[int, ...] = ()
 
 
-def samplings(model: ServedModel, body: Generation, room: int, forced: Forced | None = None) -> list[Sampling]:
-    """Sampling parameters of each choice, with `room` tokens left; unset fields take the service's defaults.
+def rows_of(
+    model: ServedModel,
+    body: Generation,
+    prompt: tuple[int, ...],
+    param: str,
+    forced: Forced | None = None,
+    prediction: tuple[int, ...] = (),
+) -> list[Row]:
+    """A row for each choice of a prompt, which came in the field `param`. Unset fields take the service's defaults.
 
     A length that does not fit is reduced. Choice i of a seeded request uses seed + i, so that each can be reproduced
-    alone. Raises `ApiError` 400 for a token id outside the model's vocabulary.
+    alone. Raises `ApiError` 400 for a token id outside the model's vocabulary, or if nothing fits after the prompt.
     """
+    room = room_after(model, prompt, param, least=0 if body.wanted_tokens == 0 else 1)
     for name in ("logit_bias", "stop_token_ids", "logprob_token_ids"):
         if any(token >= model.info.vocab_size for token in getattr(body, name) or ()):
             raise bad_request("A token id is beyond the model's vocabulary.", name)
@@ -334,7 +337,7 @@ def samplings(model: ServedModel, body: Generation, room: int, forced: Forced | 
     temperature, top_p = _or(body.temperature, defaults.temperature), _or(body.top_p, defaults.top_p)
     greedy = body.do_sample is False or temperature < GREEDY_BELOW or top_p == 0
     ends = frozenset() if body.ignore_eos else model.stop_token_ids
-    return [
+    samplings = (
         Sampling(
             max_tokens=wanted,
             seed=secrets.randbits(63) if body.seed is None else _wrapped(body.seed + choice),
@@ -354,7 +357,21 @@ def samplings(model: ServedModel, body: Generation, room: int, forced: Forced | 
             forced=forced,
         )
         for choice in range(body.n or 1)
-    ]
+    )
+    return [Row(prompt, sampling, prediction[:room]) for sampling in samplings]
+
+
+def room_after(model: ServedModel, prompt: Sequence[int], param: str, *, least: int) -> int:
+    """Number of tokens that can follow the prompt. Raises `ApiError` 400 if there are fewer than `least`."""
+    room = model.info.context_window - len(prompt)
+    if room < least:
+        raise bad_request(
+            f"The prompt has {thousands(len(prompt))} tokens, but prompt and answer together must fit in the "
+            f"context window of {thousands(model.info.context_window)}; shorten the prompt.",
+            param,
+            "context_length_exceeded",
+        )
+    return room
 
 
 def stop_tokens(text: Text, body: Generation) -> frozenset[int]:

@@ -16,8 +16,8 @@ from server.model.defaults import Defaults
 from server.model.served_model import ServedModel
 from server.openai import responses_replies as replies
 from server.openai.chat import ChatEndpoint, Conversation, EventReader, prompt_length
-from server.openai.endpoint import Answer, Endpoint, Row, json_response, num_logprobs
-from server.openai.requests import ChatRequest
+from server.openai.endpoint import Answer, Endpoint, json_response, num_logprobs
+from server.openai.requests import ChatRequest, Row
 from server.openai.responses_output import ResponseAnswer
 from server.openai.responses_request import (
     NOT_KEPT,

@@ -158,14 +158,15 @@ class ToolUse(Body):
     def _choice_can_be_met(self) -> Self:
         if self.tools and self.functions:
             raise ValueError("functions is the older form of tools, so send only one of the two")
-        if self.tools is None and not self.is_legacy and self._must_call:
+        must_call, offered = self._must_call, self.offered
+        if self.tools is None and not self.is_legacy and must_call:
             raise ValueError("the field tool_choice requires a call, but there is no field tools")
         if self.functions is None and isinstance(self.function_call, ChosenFunction):
             raise ValueError("the field function_call requires a call, but there is no field functions")
         if self._all and not self._mentioned <= {tool.function.name for tool in self._all}:
             field = "function_call" if self.is_legacy else "tool_choice"
             raise ValueError(f"the field {field} names a function that is not defined")
-        if self.tools and self._must_call and not self.offered:
+        if self.tools and must_call and not offered:
             raise ValueError("the field tool_choice requires a call, but no function may be called")
         return self
 
