@@ -28,7 +28,7 @@ from server.http.middleware import (
     RequestId,
     allowed_hosts,
 )
-from server.model.served_model import ServedModel, card, served_name
+from server.model.served_model import ServedModel, card
 from server.observe.log import log_refusal
 from server.observe.metrics import Metrics, Scrapes, scrape
 from server.openai.anthropic import CountTokens, Messages
@@ -161,12 +161,12 @@ async def version(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """The model's names, even while it loads, so that clients that list models then do not find an empty list."""
     service: Service = request.app.state.service
-    return _json({"object": "list", "data": [_card(service, name) for name in service.settings.served_names]})
+    return _json({"object": "list", "data": [_card(service, name) for name in service.names]})
 
 
 async def model(request: Request) -> Response:
     service: Service = request.app.state.service
-    return _json(_card(service, served_name(service.settings.served_names, request.path_params["name"])))
+    return _json(_card(service, service.served_name(request.path_params["name"])))
 
 
 def _card(service: Service, name: str) -> replies.Model:

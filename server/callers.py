@@ -1,6 +1,5 @@
 """API keys: their names and shares of the device. Only digests are kept."""
 
-import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -33,33 +32,14 @@ class Key:
     share: float = 1.0
 
 
-class Keys:
-    """All API keys. Empty: no authentication."""
-
-    def __init__(self, keys: Iterable[Key]) -> None:
-        self._keys = tuple(keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(key.name for key in self._keys)
-
-    def find(self, secret: bytes) -> Key | None:
-        """The key with this secret. Compares all keys, each in constant time, so that timing reveals nothing."""
-        digest = sha256(secret).digest()
-        matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
-        return matches[0] if matches else None
-
-
-def load_keys(secrets: Iterable[str], file: Path | None) -> Keys:
-    """Keys from the settings, named key-1, key-2, ..., and from a file with lines `name key [share]` (# for comments).
+def load_keys(secrets: Iterable[str], file: Path | None) -> tuple[Key, ...]:
+    """All keys, none for no authentication: those of the settings, named key-1, key-2, ..., and of a file with lines
+    `name key [share]` (# for comments).
 
     Raises `KeyFileError`, also for a file without keys, because the service would then be open to everyone.
     """
     listed = [Key(f"key-{n}", sha256(secret.encode()).digest()) for n, secret in enumerate(secrets, 1)]
-    return Keys([*listed, *(_from_file(file) if file else [])])
+    return *listed, *(_from_file(file) if file else [])
 
 
 def _from_file(file: Path) -> list[Key]:

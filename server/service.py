@@ -16,7 +16,7 @@ from batching.progress import Progress
 from batching.queue import QueueLimits
 from server.callers import load_keys
 from server.grammar.compiler import Grammars
-from server.http.errors import not_ready
+from server.http.errors import ApiError, not_ready
 from server.http.pace import Pace
 from server.model.defaults import Defaults
 from server.model.loader import Loading
@@ -67,6 +67,7 @@ class Service:
         self.begun = time.monotonic()
         self.live = LiveFeed()
         self.created = int(time.time())
+        self.names = settings.served_names
         self.model: ServedModel | None = None
         self._loader = loader
         keys = load_keys(settings.api_keys, settings.api_keys_file)
@@ -136,3 +137,12 @@ class Service:
             self.observe(Rejected("not_ready"))
             raise not_ready(self.batcher.state)
         return self.model
+
+    def served_name(self, requested: str | None) -> str:
+        """The model name for an answer. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""
+        if requested is None:
+            return self.names[0]
+        for name in (requested, requested.split("___")[0]):
+            if name in self.names:
+                return name
+        raise ApiError(404, f"No such model; available here: {', '.join(self.names)}.", code="model_not_found")

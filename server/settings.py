@@ -272,7 +272,7 @@ class Settings(BaseSettings):
         if self.default_max_tokens > self.max_output_tokens:
             raise ValueError("default-max-tokens is larger than max-output-tokens")
         keys = load_keys(self.api_keys, self.api_keys_file)
-        if keys and (unknown := set(self.admin_keys) - keys.names):
+        if keys and (unknown := set(self.admin_keys) - {key.name for key in keys}):
             raise ValueError(f"admin-keys has {min(unknown)}, which is not the name of an API key")
         if self.otlp_endpoint and not _can_trace():
             raise ValueError("otlp-endpoint needs the extra otel: pip install 'microbatch[otel]'")

@@ -1,14 +1,16 @@
 """What applies to every request: ids, API keys, budgets of memory, browser checks. Plain ASGI: streams pass through."""
 
 import asyncio
+import hmac
 import logging
 import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from ipaddress import ip_address
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from batching.errors import UNWINDING
-from server.callers import Caller, Keys
+from server.callers import Caller, Key
 from server.http.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class ApiKey:
     def __init__(
         self,
         app: ASGIApp,
-        keys: Keys,
+        keys: Collection[Key],
         open_paths: Container[str],
         refuse: Callable[[Request, ApiError], Awaitable[Response]],
     ) -> None:
@@ -92,7 +94,7 @@ class ApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._open_paths:
             return await self._app(scope, receive, send)
-        key = next(filter(None, map(self._keys.find, secrets_in(dict(scope["headers"])))), None)
+        key = next(filter(None, (key_of(self._keys, secret) for secret in secrets_in(dict(scope["headers"])))), None)
         if key is not None:
             state = scope["state"]
             state["caller"] = replace(state["caller"], name=key.name, share=key.share)
@@ -106,6 +108,13 @@ class ApiKey:
         )
         response = await self._refuse(Request(scope), error)
         await response(scope, receive, send)
+
+
+def key_of(keys: Iterable[Key], secret: bytes) -> Key | None:
+    """The key with this secret. Compares all keys, each in constant time, so that timing reveals nothing."""
+    digest = sha256(secret).digest()
+    matches = [key for key in keys if hmac.compare_digest(digest, key.digest)]
+    return matches[0] if matches else None
 
 
 def secrets_in(headers: Mapping[bytes, bytes]) -> Iterator[bytes]:

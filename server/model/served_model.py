@@ -1,13 +1,11 @@
 """The served model: everything known about it once it is loaded, in one immutable object."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 
 from batching.types import ModelInfo
 from server.grammar.compiler import Grammars
-from server.http.errors import ApiError
 from server.model.defaults import Defaults
 from server.model.text import Text
 from server.replies import Model
@@ -38,11 +36,6 @@ class ServedModel:
         return self.text.stop_token_ids | self.info.stop_token_ids
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names that clients may use for it."""
-        return self.settings.served_names
-
-    @cached_property
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: the same as long as answers with a seed are."""
         return fingerprint(self.settings, self.info)
@@ -63,16 +56,6 @@ def fingerprint(settings: Settings, info: ModelInfo) -> str:
     """A digest of what answers with a seed depend on, as far as the process can tell."""
     facts = (VERSION, settings.model, info.device, info.dtype, info.parameters, info.joins, settings.batch_invariant)
     return f"fp_{sha256(repr(facts).encode()).hexdigest()[:12]}"
-
-
-def served_name(names: Sequence[str], requested: str | None) -> str:
-    """The model name for an answer. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""
-    if requested is None:
-        return names[0]
-    for name in (requested, requested.split("___")[0]):
-        if name in names:
-            return name
-    raise ApiError(404, f"No such model; available here: {', '.join(names)}.", code="model_not_found")
 
 
 def card(name: str, created: int, model: ServedModel | None) -> Model:

@@ -25,7 +25,7 @@ from server.fields import RequestBody, parse
 from server.http.errors import ApiError, bad_request, from_batching
 from server.http.exchange import WRITE
 from server.http.request import check_content_type, read_body
-from server.model.served_model import ServedModel, served_name
+from server.model.served_model import ServedModel
 from server.openai.requests import Generation, Row
 from server.service import Service
 
@@ -67,7 +67,7 @@ class Endpoint(ABC, Generic[Body, Encoded]):
 
     async def respond(self, service: Service, model: ServedModel, body: Body, size: int, caller: Caller) -> Response:
         """Handle a request of `size` bytes that has been read. Raises `ApiError` and `BatchingError`."""
-        served_name(model.names, body.model)
+        service.served_name(body.model)
         encoded = await service.encoders.run(partial(self.encode, model, body), size, caller)
         return json_response(orjson.dumps(encoded))
 
@@ -130,7 +130,7 @@ class GeneratingEndpoint(Endpoint[Generated, tuple[Encoded, list[Row]]], Generic
     async def respond(
         self, service: Service, model: ServedModel, body: Generated, size: int, caller: Caller
     ) -> Response:
-        name = served_name(model.names, body.model)
+        name = service.served_name(body.model)
         with service.batcher.announce(caller.name):
             encoded, rows = await service.encoders.run(partial(self.encode, model, body), size, caller)
             grammar = await self.grammar(model, body, encoded, caller.name or caller.request_id)

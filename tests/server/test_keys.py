@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import server.service
 from batching.types import Request
-from server.callers import Key, KeyFileError, Keys, load_keys
+from server.callers import Key, KeyFileError, load_keys
+from server.http.middleware import key_of
 from server.settings import parse
 from tests.live import QUESTION, Live, eventually, live, raw_request, scripted
 from tests.server.test_app import error_of, remembering
@@ -62,7 +63,7 @@ def ask(service: Live, who: str, name: str | None = None, **fields: Any) -> http
 
 def test_a_file_has_a_name_a_key_and_perhaps_a_share_on_a_line(file: Path) -> None:
     keys = load_keys((), file)
-    found = [keys.find(f"{SECRET}-{who}".encode()) for who in "abcd"]
+    found = [key_of(keys, f"{SECRET}-{who}".encode()) for who in "abcd"]
     assert [(key.name, key.share) if key else None for key in found] == [
         ("alice", 1.0),
         ("bob", 3.0),
@@ -73,22 +74,22 @@ def test_a_file_has_a_name_a_key_and_perhaps_a_share_on_a_line(file: Path) -> No
 
 def test_a_file_may_begin_with_a_byte_order_mark_and_have_the_line_ends_of_windows(file: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbfalice one\r\nbob two\r\n")
-    assert load_keys((), file).names == {"alice", "bob"}
+    assert [key.name for key in load_keys((), file)] == ["alice", "bob"]
     file.write_bytes(b"\xef\xbb\xbf# ours\r\nbob two\r\n")
-    assert load_keys((), file).names == {"bob"}
+    assert [key.name for key in load_keys((), file)] == ["bob"]
 
 
 def test_keys_of_the_settings_and_of_the_file_are_all_good(file: Path) -> None:
     keys = load_keys(("one", "zwei-é"), file)
-    found = [keys.find(secret.encode()) for secret in ("one", "zwei-é", f"{SECRET}-b", "three", "")]
+    found = [key_of(keys, secret.encode()) for secret in ("one", "zwei-é", f"{SECRET}-b", "three", "")]
     assert [key.name if key else None for key in found] == ["key-1", "key-2", "bob", None, None]
     assert not load_keys((), None)
 
 
 def test_only_digests_are_kept(file: Path) -> None:
     keys = load_keys((SECRET,), file)
-    assert SECRET not in repr(vars(keys))
-    key = keys.find(SECRET.encode())
+    assert SECRET not in repr(keys)
+    key = key_of(keys, SECRET.encode())
     assert key is not None
     assert key.digest == sha256(SECRET.encode()).digest()
     assert SECRET not in repr(key)
@@ -96,12 +97,12 @@ def test_only_digests_are_kept(file: Path) -> None:
 
 @given(st.lists(st.binary(min_size=1), unique=True, min_size=1, max_size=5), st.binary())
 def test_a_key_is_found_by_its_own_secret_and_no_other(secrets: list[bytes], guess: bytes) -> None:
-    keys = Keys(Key(str(n), sha256(secret).digest()) for n, secret in enumerate(secrets))
+    keys = [Key(str(n), sha256(secret).digest()) for n, secret in enumerate(secrets)]
     for n, secret in enumerate(secrets):
-        found = keys.find(secret)
+        found = key_of(keys, secret)
         assert found is not None
         assert found.name == str(n)
-    assert (keys.find(guess) is not None) is (guess in secrets)
+    assert (key_of(keys, guess) is not None) is (guess in secrets)
 
 
 @pytest.mark.parametrize(
