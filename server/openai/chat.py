@@ -98,19 +98,9 @@ class ChatCompletions(ChatEndpoint[ChatRequest]):
 
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     """Render and tokenize; `thinking` is the default. Runs on a helper thread. Raises `ApiError` 400."""
-    offered = chat.offered
-    thinks = thinking if chat.thinks is None else chat.thinks
-    names = names_in(text, chat.messages, offered)
+    names = names_in(text, chat.messages, chat.offered)
     prefill = prefill_of(chat.messages, chat.n or 1) if chat.continue_final_message else None
-    rendered = render(
-        text,
-        chat.messages,
-        offered,
-        names,
-        thinks,
-        opens_answer=chat.add_generation_prompt is not False,
-        continued=prefill.field if prefill else None,
-    )
+    rendered = render(text, chat.messages, chat, names, thinking, prefill.field if prefill else None)
     thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     tokens = text.encode(rendered)
     prediction = text.encode(chat.prediction.text) if chat.prediction else ()

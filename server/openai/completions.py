@@ -83,13 +83,9 @@ class CompletionRequest(Generation, TokenReports):
     """At most `n`, because every answer is returned."""
 
     @model_validator(mode="after")
-    def _all_are_best(self) -> Self:
+    def _fields_agree(self) -> Self:
         if (self.best_of or 1) > (self.n or 1):
             raise ValueError("the field best_of may not be larger than n, because every answer is returned")
-        return self
-
-    @model_validator(mode="after")
-    def _generates_or_echoes(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("the field max_tokens may only be 0 when echo is true")
         return self

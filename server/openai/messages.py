@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from server.fields import Body, Flag, Tokens
 from server.grammar.json_schema import MAX_DEPTH, values
 from server.model.text import Text
-from server.openai.tools import Name, Tool
+from server.openai.tools import Name, Tool, ToolUse
 from server.output.model_format import ToolNames
 from server.output.tool_calls import ShownArguments, ShownCall, Turn
 
@@ -250,24 +250,29 @@ class PromptEnd(Body):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-def names_in(text: Text, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ToolNames:
+class Dialogue(ThinkingChoice, ToolUse, PromptEnd):
+    """The fields of a conversation beside its messages; request types inherit from this one."""
+
+
+def names_in(text: Text, messages: Sequence[Message], offered: Sequence[Tool]) -> ToolNames:
     """The names of all functions that a conversation mentions."""
-    offered = [tool.function.name for tool in tools]
     called = [name for message in messages for name in message.functions]
-    return text.format.names(offered + called)
+    return text.format.names([*(tool.function.name for tool in offered), *called])
 
 
 def render(
     text: Text,
     messages: Sequence[Message],
-    offered: Sequence[Tool],
+    body: Dialogue,
     names: ToolNames,
-    thinks: bool,
-    *,
-    opens_answer: bool = True,
+    thinking: bool,
     continued: str | None = None,
 ) -> str:
-    """The rendered text of a conversation, as `Text.render` says. Raises `ApiError` 400."""
-    turns = [message.for_template(names) for message in messages]
-    tools = [tool.for_template(names) for tool in offered]
-    return text.render(turns, tools, thinks=thinks, opens_answer=opens_answer, continued=continued)
+    """The rendered text of a conversation, as `Text.render` says; `thinking` is the default. Raises `ApiError` 400."""
+    return text.render(
+        [message.for_template(names) for message in messages],
+        [tool.for_template(names) for tool in body.offered],
+        thinks=thinking if body.thinks is None else body.thinks,
+        opens_answer=body.add_generation_prompt is not False,
+        continued=continued,
+    )

@@ -18,8 +18,7 @@ from server.http.errors import bad_request, thousands
 from server.model.served_model import ServedModel
 from server.model.text import Text
 from server.openai.constraints import CONSTRAINING, Constraint, Constraints, ResponseFormat, constraints_of
-from server.openai.messages import Messages, PromptEnd, ThinkingChoice
-from server.openai.tools import ToolUse
+from server.openai.messages import Dialogue, Messages
 from server.settings import WHOLE_ANSWER, Settings
 
 MAX_STOPS = 16  # OpenAI allows 4
@@ -147,19 +146,11 @@ class Generation(RequestBody, Constraints):
     drop_params: NoEffect = None
 
     @model_validator(mode="after")
-    def _prompt_logprobs_not_streamed(self) -> Self:
+    def _wishes_agree(self) -> Self:
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("the field prompt_logprobs may not be set when stream is true")
-        return self
-
-    @model_validator(mode="after")
-    def _tokens_are_named_with_logprobs(self) -> Self:
         if self.logprob_token_ids and self.wanted_logprobs is None:
             raise ValueError("the field logprob_token_ids may only be set when logprobs is set")
-        return self
-
-    @model_validator(mode="after")
-    def _one_constraint(self) -> Self:
         _ = self.constraint  # raises for several
         return self
 
@@ -227,7 +218,7 @@ class TokenReports(Body):
     """Name tokens in `logprobs` by their ids, as `token_id:7`."""
 
 
-class ChatRequest(Generation, TokenReports, ThinkingChoice, ToolUse, PromptEnd):
+class ChatRequest(Generation, TokenReports, Dialogue):
     """`POST /v1/chat/completions`."""
 
     messages: Messages

@@ -10,16 +10,15 @@ from server.fields import MAX_ITEMS, Flag, RequestBody, TokenId
 from server.http.errors import bad_request, thousands
 from server.model.served_model import ServedModel
 from server.openai.endpoint import Endpoint
-from server.openai.messages import Messages, PromptEnd, ThinkingChoice, names_in, render
+from server.openai.messages import Dialogue, Messages, names_in, render
 from server.openai.prefill import prefill_of
 from server.openai.requests import UNSUPPORTED
-from server.openai.tools import ToolUse
 
 MAX_STRINGS = 2**17
 """Limit on token strings in one answer: a few megabytes of JSON."""
 
 
-class TokenizeRequest(RequestBody, ThinkingChoice, ToolUse, PromptEnd):
+class TokenizeRequest(RequestBody, Dialogue):
     """`POST /tokenize`: a text, or a conversation as the model sees it."""
 
     unsupported = UNSUPPORTED
@@ -82,15 +81,8 @@ def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
     if body.messages is None:
         return model.text.encode(body.prompt or "", special=body.add_special_tokens is not False)
     names = names_in(model.text, body.messages, body.offered)
-    rendered = render(
-        model.text,
-        body.messages,
-        body.offered,
-        names,
-        model.settings.thinking if body.thinks is None else body.thinks,
-        opens_answer=body.add_generation_prompt is not False,
-        continued=prefill_of(body.messages).field if body.continue_final_message else None,
-    )
+    continued = prefill_of(body.messages).field if body.continue_final_message else None
+    rendered = render(model.text, body.messages, body, names, model.settings.thinking, continued)
     return model.text.encode(rendered, special=bool(body.add_special_tokens))
 
 

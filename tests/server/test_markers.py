@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import server.model.text
 from batching.types import Request
 from server.model.text import BREAK, Markers, Text
-from server.openai.messages import Message, names_in, render
-from server.openai.tools import Tool
+from server.openai.messages import Dialogue, Message, names_in, render
 from server.output.model_format import PART_TAGS, tokens_of_turns
 from tests.live import END, byte_tokenizer, live, scripted, tokens_of
 from tests.server.test_app import remembering
@@ -115,8 +114,8 @@ def text_of(tokenizer: PreTrainedTokenizerFast) -> Text:
 
 def prompt(text: Text, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
     parsed = [Message.model_validate_json(orjson.dumps(message)) for message in messages]
-    offered = [Tool.model_validate(tool) for tool in tools or []]
-    return text.encode(render(text, parsed, offered, names_in(text, parsed, offered), False))
+    body = Dialogue.model_validate({"tools": tools})
+    return text.encode(render(text, parsed, body, names_in(text, parsed, body.offered), False))
 
 
 def turn_tokens(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> list[int]:
