@@ -18,7 +18,6 @@ from starlette.routing import Route
 
 from batching.events import Rejected, State
 from server import replies
-from server.callers import load_keys
 from server.http.errors import ApiError, internal
 from server.http.middleware import (
     AnswerBudget,
@@ -134,8 +133,8 @@ def middleware(service: Service) -> list[Middleware]:
         )
     hosts = allowed_hosts(settings.host, settings.allowed_hosts)
     layers.append(Middleware(BrowserGuard, hosts=hosts, origins=settings.cors_origins, refuse=on_api_error))
-    if keys := load_keys(settings.api_keys, settings.api_keys_file):
-        layers.append(Middleware(ApiKey, keys=keys, open_paths=OPEN_PATHS, refuse=on_api_error))
+    if service.keys:
+        layers.append(Middleware(ApiKey, keys=service.keys, open_paths=OPEN_PATHS, refuse=on_api_error))
     return layers
 
 

@@ -70,9 +70,9 @@ class Service:
         self.names = settings.served_names
         self.model: ServedModel | None = None
         self._loader = loader
-        keys = load_keys(settings.api_keys, settings.api_keys_file)
+        self.keys = load_keys(settings.api_keys, settings.api_keys_file)
         self.limits = QueueLimits(
-            settings.queue_size, settings.key_queue_size, settings.key_queue_tokens, shared=len(keys) > 1
+            settings.queue_size, settings.key_queue_size, settings.key_queue_tokens, shared=len(self.keys) > 1
         )
         config = BatchingConfig(
             max_batch_rows=settings.max_batch_size,

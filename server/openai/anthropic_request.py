@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, model_validator
 
-from server.fields import Body, Flag, Integral, NoEffect, Tokens, explain
+from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.grammar.json_schema import Schema
 from server.http.errors import bad_request
 from server.openai.messages import MAX_CALLS, MAX_MESSAGES, CallId, Thinking
-from server.openai.requests import UNSUPPORTED, ChatRequest, Generation, StopList
+from server.openai.requests import UNSUPPORTED, ChatRequest, Generation, StopList, chat_of
 from server.openai.tools import MAX_TOOLS, Function, Name, OtherTool, Parameters
 
 Fields: TypeAlias = dict[str, Any]
@@ -365,22 +365,16 @@ class MessageRequest(CountRequest):
     max_tokens: Tokens
 
 
-SAME = ChatRequest.model_fields.keys() & CountRequest.model_fields.keys() - {"messages", "tools", "tool_choice"}
-"""Fields with the same meaning in both APIs."""
-
-
 def as_chat(request: CountRequest) -> ChatRequest:
     """The same request to chat completions. Raises `ApiError` 400."""
-    same: Fields = {name: getattr(request, name) for name in SAME}
     choice, wanted = request.tool_choice, request.wanted_format
-    fields: Fields = same | {
+    fields: Fields = {
         "messages": turns(request),
         "tools": None if request.tools is None else [_chat_tool(tool) for tool in request.tools],
         "tool_choice": choice and choice.as_chat(),
         "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
         "response_format": wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}},
         "stop": request.stop_sequences,
-        "logit_bias": {str(token): bias for token, bias in (request.logit_bias or {}).items()},
     }
     if request.prefill:
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
@@ -388,10 +382,7 @@ def as_chat(request: CountRequest) -> ChatRequest:
         fields["thinking"] = request.thinking.as_chat(request.messages)
     if request.prefill is not None:
         fields["thinking"] = Thinking(type="disabled")
-    try:
-        return ChatRequest(**fields)
-    except ValidationError as error:
-        raise explain(error) from None
+    return chat_of(request, fields)
 
 
 def turns(request: CountRequest) -> list[Fields]:

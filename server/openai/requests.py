@@ -8,12 +8,12 @@ import re
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from batching.types import Forced, Sampling
-from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens
+from server.fields import Body, Flag, Int64, Integral, NoEffect, Number, RequestBody, TokenId, Tokens, explain
 from server.http.errors import bad_request, thousands
 from server.model.served_model import ServedModel
 from server.model.text import Text
@@ -268,6 +268,19 @@ class ChatRequest(Generation, TokenReports, Dialogue):
         """Maximum number of thinking tokens, whichever field gives it."""
         spelled = self.thinking_budget or self.thinking_token_budget
         return spelled or (self.thinking.budget_tokens if self.thinking else None)
+
+
+def chat_of(request: Generation, fields: dict[str, Any], kind: type[ChatRequest] = ChatRequest) -> ChatRequest:
+    """A request of another API as a chat with these `fields`. The others that both have mean the same.
+
+    Raises `ApiError` 400.
+    """
+    same = ChatRequest.model_fields.keys() & type(request).model_fields.keys() - fields.keys()
+    biases = {str(token): bias for token, bias in (request.logit_bias or {}).items()}
+    try:
+        return kind(**{name: getattr(request, name) for name in same} | {"logit_bias": biases} | fields)
+    except ValidationError as error:
+        raise explain(error) from None
 
 
 GREEDY_BELOW = 0.01

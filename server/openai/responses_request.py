@@ -18,12 +18,11 @@ from pydantic import (
     PrivateAttr,
     Tag,
     TypeAdapter,
-    ValidationError,
     ValidationInfo,
 )
 from pydantic_core import to_json
 
-from server.fields import Body, Flag, Integral, NoEffect, Tokens, explain
+from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.http.errors import ApiError
 from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
@@ -42,6 +41,7 @@ from server.openai.requests import (
     ChatRequest,
     Generation,
     TokenReports,
+    chat_of,
 )
 from server.openai.tools import (
     MAX_TOOLS,
@@ -459,9 +459,6 @@ class ResponseRequest(Generation, ThinkingChoice):
 
 ITEM_LIST: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
 
-SAME = ChatRequest.model_fields.keys() & ResponseRequest.model_fields.keys() - {"tools", "top_logprobs"}
-"""Fields with the same meaning in both APIs."""
-
 
 class ResponseChat(ChatRequest):
     """The result of `as_chat`. Agents use this API and cannot use a truncated answer."""
@@ -475,22 +472,16 @@ def as_chat(request: ResponseRequest) -> ChatRequest:
     """The same request to chat completions. Raises `ApiError` 400 with that API's field names."""
     wanted = PlainFormat(type="text") if request.text is None else request.text.format
     schema = wanted if isinstance(wanted, SchemaFormat) else None
-    biases = {str(token): bias for token, bias in (request.logit_bias or {}).items()}
-    same: Fields = {name: getattr(request, name) for name in SAME}
-    fields = same | {
+    fields: Fields = {
         "messages": turns(request),
         "logprobs": request.wants_logprobs,
         "top_logprobs": request.top_logprobs,
         "max_completion_tokens": request.max_output_tokens,
         "tools": None if request.tools is None else [_chat_tool(*tool) for tool in flat(request.tools)],
         "response_format": ResponseFormat(type=wanted.type, json_schema=schema),
-        "logit_bias": biases,
         "reasoning_effort": (request.reasoning and request.reasoning.effort) or request.reasoning_effort,
     }
-    try:
-        return ResponseChat(**fields)
-    except ValidationError as error:
-        raise explain(error) from None
+    return chat_of(request, fields, ResponseChat)
 
 
 def _chat_tool(namespace: str | None, tool: FlatTool | OtherTool) -> Fields:
