@@ -37,7 +37,6 @@ class Conversation:
     tokens: tuple[int, ...]
     thought: ThoughtState
     names: ToolNames
-    prediction: tuple[int, ...] = ()
     begun: tuple[Begun, ...] = ()
     """One for each choice, if the client began the answer."""
 
@@ -56,7 +55,8 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
         check_prompt(model, conversation.tokens, "messages")
         tokens, budget = truncated(model, chat, conversation.tokens), chat.budget
         forced = end_of_thought(model.text, chat, conversation.thought, budget) if budget else None
-        known = tuple(takewhile(lambda token: token < model.info.vocab_size, conversation.prediction))
+        prediction = model.text.encode(chat.prediction.text) if chat.prediction else ()
+        known = tuple(takewhile(lambda token: token < model.info.vocab_size, prediction))
         rows = rows_of(model, chat, tokens, "messages", forced, known)
         return replace(conversation, tokens=tokens), rows
 
@@ -103,8 +103,7 @@ def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     rendered = render(text, chat.messages, chat, names, thinking, prefill.field if prefill else None)
     thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     tokens = text.encode(rendered)
-    prediction = text.encode(chat.prediction.text) if chat.prediction else ()
-    conversation = Conversation(chat, tokens, thought, names, prediction)
+    conversation = Conversation(chat, tokens, thought, names)
     if prefill is None:
         return conversation
     new_reader, echo = partial(reader, text, conversation), bool(chat.echo)

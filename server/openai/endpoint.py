@@ -105,10 +105,10 @@ async def cancel_at_disconnect(scope: anyio.CancelScope, http: HttpRequest) -> N
 
 
 async def read(http: HttpRequest, kind: type[Body]) -> tuple[Body, int]:
-    """Read and check a request's body; its size in bytes is returned, too. Raises `ApiError`: 400, 408, 413, 415, 429
-    or 503.
+    """Read and check a request's body. Returns it and its size in bytes.
 
-    The middleware names ignored fields in the response header `x-ignored-fields`.
+    The middleware names ignored fields in the response header `x-ignored-fields`. Raises `ApiError`: 400, 408, 413,
+    415, 429 or 503.
     """
     service: Service = http.app.state.service
     check_content_type(http.headers.get("content-type", ""))
