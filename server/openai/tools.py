@@ -158,12 +158,12 @@ class ToolUse(Body):
     def _choice_can_be_met(self) -> Self:
         if self.tools and self.functions:
             raise ValueError("functions is the older form of tools, so send only one of the two")
-        must_call, offered = self._must_call, self.offered
+        (must_call, mentioned), offered = self._rule, self.offered
         if self.tools is None and not self.is_legacy and must_call:
             raise ValueError("the field tool_choice requires a call, but there is no field tools")
         if self.functions is None and isinstance(self.function_call, ChosenFunction):
             raise ValueError("the field function_call requires a call, but there is no field functions")
-        if self._all and not self._mentioned <= {tool.function.name for tool in self._all}:
+        if self._all and not mentioned <= {tool.function.name for tool in self._all}:
             field = "function_call" if self.is_legacy else "tool_choice"
             raise ValueError(f"the field {field} names a function that is not defined")
         if self.tools and must_call and not offered:
@@ -188,21 +188,16 @@ class ToolUse(Body):
     @cached_property
     def offered(self) -> tuple[Tool, ...]:
         """The tools that are shown to the model and may be called."""
-        match self._choice:
-            case "none":
-                return ()
-            case AllowedChoice():
-                mentioned = self._mentioned
-                return tuple(tool for tool in self._all if tool.function.name in mentioned)
-            case _:
-                return self._all
+        if isinstance(self._choice, AllowedChoice):
+            _, mentioned = self._rule
+            return tuple(tool for tool in self._all if tool.function.name in mentioned)
+        return () if self._choice == "none" else self._all
 
     @cached_property
     def demanded(self) -> tuple[Tool, ...]:
         """The tools of which one must be called; empty if a call is optional."""
-        if not self._must_call:
-            return ()
-        return tuple(tool for tool in self.offered if self.named in (None, tool.function.name))
+        must_call, _ = self._rule
+        return tuple(tool for tool in self.offered if self.named in (None, tool.function.name)) if must_call else ()
 
     @property
     def named(self) -> str | None:
@@ -210,25 +205,15 @@ class ToolUse(Body):
         return self._choice.function.name if isinstance(self._choice, NamedChoice) else None
 
     @property
-    def _mentioned(self) -> set[str]:
-        """The functions that the choice names."""
+    def _rule(self) -> tuple[bool, set[str]]:
+        """Whether the choice requires a call, and the functions that it names."""
         match self._choice:
             case NamedChoice(function=function):
-                return {function.name}
+                return True, {function.name}
             case AllowedChoice(allowed_tools=allowed):
-                return {tool.function.name for tool in allowed.tools}
-            case _:
-                return set()
-
-    @property
-    def _must_call(self) -> bool:
-        match self._choice:
-            case "required" | NamedChoice():
-                return True
-            case AllowedChoice(allowed_tools=allowed):
-                return allowed.mode == "required"
-            case _:
-                return False
+                return allowed.mode == "required", {tool.function.name for tool in allowed.tools}
+            case choice:
+                return choice == "required", set()
 
     @property
     def _all(self) -> tuple[Tool, ...]:
