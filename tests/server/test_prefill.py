@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -70,6 +70,9 @@ def ended(answer: MessageReader, before: Sequence[Event], rest: str) -> list[Eve
 @given(TEXTS, st.integers(0, 200), st.booleans())
 def test_an_answer_reads_the_same_whoever_began_it(text: str, cut: int, thinks: bool) -> None:
     first, rest = text[:cut], text[cut:]
+    # A client that sends a part of a tag has shown it as text, which it is no more once the model completes the tag.
+    within = (text.startswith(tag, cut - n) for tag in TAGS[:2] for n in range(1, min(len(tag), cut + 1)))
+    assume(not (thinks and any(within)))
     whole = message(ended(reader(thinks), (), text))
     answer = begun(partial(reader, thinks), Prefill("content", first))
     events = ended(answer.reader, answer.take(), rest)
