@@ -18,8 +18,7 @@ from batching.events import Observer
 from batching.progress import Progress
 from server.app import create_app
 from server.garbage import search_seldom, spare_imports, spare_what_is_loaded
-from server.http.connection import Connections
-from server.http.listener import listener
+from server.http.connection import Connections, listener
 from server.model.loader import ModelLoader
 from server.model.served_model import ServedModel
 from server.observe.log import configure, log_event

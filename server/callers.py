@@ -1,5 +1,7 @@
-"""API keys: their names and shares of the device. Only digests are kept."""
+"""API keys: their names and shares of the device, and how often each may call. Only digests are kept."""
 
+import asyncio
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -64,3 +66,23 @@ def _from_line(words: list[str], file: Path, number: int) -> Key:
             f"line {number} of {file} is not a name, a key and optionally a share between 0 and 1000"
         ) from None
     return Key(name, sha256(secret.encode()).digest(), float(share))
+
+
+class Pace:
+    """Lets `burst` calls of a client through at once, and `rate` a second after that (a leaky bucket). A call waits for
+    `longest` seconds at most. Event loop only."""
+
+    def __init__(self, burst: int, rate: float, longest: float) -> None:
+        self._interval = 1 / rate
+        self._ahead = burst / rate
+        self._longest = longest
+        self._empty: dict[str, float] = {}  # when each client's bucket will be
+
+    async def wait(self, client: str) -> None:
+        await asyncio.sleep(self.delay(client, time.monotonic()))
+
+    def delay(self, client: str, now: float) -> float:
+        """Seconds that a call at this time waits."""
+        empty = max(now, self._empty.get(client, now)) + self._interval
+        self._empty[client] = min(empty, now + self._ahead + self._longest)
+        return max(0.0, self._empty[client] - now - self._ahead)

@@ -14,10 +14,9 @@ from batching.errors import UNWINDING, ModelError, NotReady, Stuck
 from batching.events import Observer, Rejected, State, broadcast
 from batching.progress import Progress
 from batching.queue import QueueLimits
-from server.callers import load_keys
+from server.callers import Pace, load_keys
 from server.grammar.compiler import Grammars
 from server.http.errors import ApiError, not_ready
-from server.http.pace import Pace
 from server.model.defaults import Defaults
 from server.model.loader import Loading
 from server.model.served_model import ServedModel

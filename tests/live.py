@@ -29,8 +29,7 @@ from batching.events import Event, RowEnded, State
 from batching.progress import Progress
 from batching.types import Request
 from server.app import create_app
-from server.http.connection import Connections
-from server.http.listener import listener
+from server.http.connection import Connections, listener
 from server.model.defaults import Defaults
 from server.model.loader import Loading
 from server.model.served_model import ServedModel

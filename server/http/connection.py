@@ -1,10 +1,12 @@
 """One client's connection: bytes in and out, in bounded amounts and bounded time. Event loop only.
 
-uvicorn accepts connections, runs the lifespan and shuts down; `Exchange` parses requests and writes their responses.
+uvicorn accepts connections on a `listener`, runs the lifespan and shuts down; `Exchange` parses requests and writes
+their responses.
 """
 
 import asyncio
 import contextlib
+import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +50,9 @@ LINGERING = 64
 WAITING_BYTES = 32_768
 """Bytes of an answer that wait for the client before writing pauses."""
 
+SEND_BYTES = 65_536
+"""Kernel send buffer for a client that does not read: about 300 tokens of a stream. The default reaches megabytes."""
+
 TOO_MANY = ApiError(
     503,
     "Too many connections are open; try again in 1 s.",
@@ -61,6 +66,15 @@ TOO_SLOW = ApiError(
     "All connections were in use, and the body had come the slowest; send the request again.",
     code="request_timeout",
 )
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections have bounded buffers; `::` includes IPv4. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # whatever the system's default is
+    listening = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # inherited by accepted sockets
+    return listening
 
 
 class Turns:

@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from server.__main__ import announce, url_of
-from server.http.listener import listener
+from server.http.connection import listener
 from tests.live import SMALL, live, process
 
 needs_ipv6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")

@@ -6,8 +6,8 @@ from functools import partial
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.callers import Pace
 from server.http.connection import Turns
-from server.http.pace import Pace
 
 
 @given(most=st.integers(1, 5), asked=st.lists(st.integers(0, 12), max_size=8))

@@ -17,8 +17,7 @@ from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from server.http.connection import Connection, Connections
-from server.http.listener import listener
+from server.http.connection import Connection, Connections, listener
 from tests.live import ROOT, settings_of
 
 
