@@ -30,8 +30,7 @@ from server.http.middleware import (
 from server.model.served_model import ServedModel, card
 from server.observe.log import log_refusal
 from server.observe.metrics import Metrics, Scrapes, scrape
-from server.openai.anthropic import CountTokens, Messages
-from server.openai.anthropic_errors import response_of, speaks_anthropic
+from server.openai.anthropic import CountTokens, Messages, response_of, speaks_anthropic
 from server.openai.chat import ChatCompletions
 from server.openai.completions import Completions
 from server.openai.endpoint import CLIENT_CLOSED

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from server.fields import parse
 from server.http.errors import ApiError
-from server.openai.anthropic_output import arguments
+from server.openai.anthropic import arguments
 from server.openai.anthropic_request import MessageRequest, as_chat
 from server.openai.requests import ChatRequest
 from server.output.model_format import ToolNames
