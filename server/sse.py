@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
+import orjson
 from starlette.types import Send
 
 DONE = b"data: [DONE]\n\n"
@@ -14,10 +15,14 @@ HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 """The second header stops nginx from buffering events."""
 
 
-def event(json: bytes, name: str = "") -> bytes:
-    """One event, with a name or without. `json` contains no line breaks, because JSON text escapes them."""
-    named = f"event: {name}\n".encode() if name else b""
-    return b"%bdata: %b\n\n" % (named, json)
+def event(json: bytes) -> bytes:
+    """One event. `json` contains no line breaks, because JSON text escapes them."""
+    return b"data: %b\n\n" % json
+
+
+def framed(events: Iterable[Mapping[str, object]]) -> bytes:
+    """Events with types. Each type is sent twice, in the frame and in the JSON."""
+    return b"".join(f"event: {each['type']}\n".encode() + event(orjson.dumps(each)) for each in events)
 
 
 class Pinged:

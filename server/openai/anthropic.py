@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import orjson
@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from batching.stream import Stream
 from batching.types import Delta
-from server import sse
 from server.http.errors import ApiError
 from server.model.served_model import ServedModel
 from server.openai import anthropic_replies as replies
@@ -27,6 +26,7 @@ from server.openai.requests import ChatRequest
 from server.output.message import Event, Reasoning
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
 from server.replies import FinishReason
+from server.sse import framed
 
 
 class Messages(ChatEndpoint[MessageRequest]):
@@ -273,11 +273,6 @@ class MessageAnswer(Answer):
             "cache_read_input_tokens": cached,
             "output_tokens": counts["completion_tokens"],
         }
-
-
-def framed(events: Iterable[replies.MessageEvent]) -> bytes:
-    """Events as frames. Each event's type is sent twice, in the frame and in the JSON."""
-    return b"".join(sse.event(orjson.dumps(event), event["type"]) for event in events)
 
 
 # Errors

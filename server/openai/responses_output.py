@@ -13,7 +13,6 @@ import orjson
 
 from batching.stream import Stream
 from batching.types import Delta, Finish
-from server import sse
 from server.http.errors import ApiError
 from server.model.text import Text
 from server.openai import responses_replies as replies
@@ -25,6 +24,7 @@ from server.output.answer import one_by_one
 from server.output.message import Event, Reasoning
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
 from server.replies import FinishReason
+from server.sse import framed
 
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 Kind: TypeAlias = Literal[
@@ -438,8 +438,3 @@ def covering(tokens: deque[SizedLogprob], event: Event) -> list[orjson.Fragment]
 
 def built(changes: Iterable[Change]) -> Iterator[replies.ResponseEvent]:
     return (event for change in changes for event in change())
-
-
-def framed(events: Iterable[replies.ResponseEvent]) -> bytes:
-    """Events as frames. Each event's type is sent twice, in the frame and in the JSON."""
-    return b"".join(sse.event(orjson.dumps(event), event["type"]) for event in events)

@@ -23,7 +23,6 @@ from server.openai import anthropic_request
 from server.openai.anthropic_request import CountRequest
 from server.openai.completions import CompletionRequest, TextAnswer
 from server.openai.requests import ChatRequest
-from server.openai.responses_output import framed
 from server.openai.responses_replies import ResponseEvent
 from server.openai.responses_request import ResponseRequest, as_chat
 from server.openai.tokenize import DetokenizeRequest, TokenizeRequest
@@ -36,6 +35,7 @@ from server.output.model_format import ToolNames
 from server.output.reasoning import ReasoningSplitter
 from server.output.tool_calls import NAME
 from server.replies import ChatMessage, TextChoice, TextChunkChoice
+from server.sse import framed
 from tests.fuzz.schemas import fuzz_pattern, fuzz_schema
 from tests.live import BYTES, END
 from tests.server.test_text import byte_fallback
