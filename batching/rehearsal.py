@@ -4,7 +4,8 @@ The model's own answers are those of stock transformers to each prompt alone. Th
 the model over. Worker thread only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from batching.engine import NO_LOGPROBS, Engine
+from batching.engine import Engine
 from batching.stream import Row
-from batching.types import PromptLogprob, Request, Sampling, TokenLogprob
+from batching.types import Finish, PromptLogprob, Request, Sampling
+from batching.worker import BatchSteps, NewTokens
 
 LENGTHS = (5, 12)
 """Tokens of the prompts. They differ, so that padding or packing them together is part of what is tried."""
@@ -75,7 +77,7 @@ def disagreement(engine: Engine, model: PreTrainedModel, own: Sequence[Answer]) 
     requests = [Request(str(place), prompt, sampling, time_limit=0.0) for place, prompt in enumerate(prompts(model))]
     rows = [Row(request, stream=None, arrived=0.0) for request in requests]  # type: ignore[arg-type]  # nobody reads
     given = Given()
-    engine.run(rows, given)
+    engine.run(rows, BatchSteps(given.take, rows, report_prompt=given.take_prompt))
     errors = [error for row, answer in zip(rows, own, strict=True) for error in _errors(given.of(row), answer)]
     mean = sum(errors) / len(errors)
     if mean <= _tolerance(model):
@@ -107,30 +109,22 @@ def _errors(given: Answer, own: Answer) -> list[float]:
 
 
 class Given:
-    """`Steps` of a batch that nobody else joins: keeps what each row is given."""
+    """What each row of a batch is given."""
 
     def __init__(self) -> None:
-        self._tokens: dict[Row, list[tuple[int, float]]] = {}
-        self._prompts: dict[Row, list[float]] = {}
+        self._tokens = defaultdict[Row, list[tuple[int, float]]](list)
+        self._prompts = defaultdict[Row, list[float]](list)
 
     def of(self, row: Row) -> Answer:
         tokens, logprobs = zip(*self._tokens[row], strict=True)
         return Answer(tokens, logprobs, tuple(self._prompts[row]))
 
-    def emit(
-        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob] = NO_LOGPROBS
-    ) -> list[bool]:
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if not row.over:
-                row.push(token)
-                self._tokens.setdefault(row, []).append((token, logprobs[place].logprob))
-        return [row.over for row in rows]
+    def take(self, tokens: NewTokens, running: int) -> None:
+        for row, token, _, logprob in tokens:
+            if logprob is not None:
+                self._tokens[row].append((token, logprob.logprob))
 
-    def emit_prompt(self, row: Row, start: int, logprobs: Sequence[PromptLogprob | None]) -> bool:
-        fresh = logprobs[row.num_prompt_logprobs - start :]
-        row.push_prompt(len(fresh))
-        self._prompts.setdefault(row, []).extend(entry.logprob for entry in fresh if entry is not None)
-        return row.over
-
-    def admit(self) -> list[Row]:
-        return []
+    def take_prompt(
+        self, row: Row, logprobs: Sequence[PromptLogprob | None], finish: Finish | None, running: int
+    ) -> None:
+        self._prompts[row] += [entry.logprob for entry in logprobs if entry is not None]
