@@ -60,11 +60,6 @@ class BlockPool:
         """Available blocks, including those cached for later prompts."""
         return len(self._free) + len(self._evictable)
 
-    @property
-    def num_evictable(self) -> int:
-        """Blocks cached for later prompts."""
-        return len(self._evictable)
-
     def start(self, salt: str, tokens: Sequence[int], reserve: int = 0, *, sharing: bool = True) -> Started | None:
         """Blocks for `tokens`, reusing the longest cached prefix, but never all tokens, because one must be computed.
 
