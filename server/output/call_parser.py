@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
 from itertools import groupby
+from typing import Any
+
+import orjson
 
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ToolEvent, new_call_id
 
@@ -33,6 +36,8 @@ class CallParser(ABC):
         self._held = StringIO()
         self._max_held = MAX_HELD
         self._announced = False  # the current call
+        self._extent: JsonExtent  # of the value that is coming
+        self._value_start: int  # where that begins in what is held back
         self._state: Callable[[str, int], int]
 
     @property
@@ -69,7 +74,34 @@ class CallParser(ABC):
         """The match stopped: at the end of the text more may follow, elsewhere it is malformed or too long."""
         return at if at == len(text) else self._not_a_call(at)
 
-    def _started(self, name: str) -> None:
+    def _hold_value(self, text: str, at: int) -> int:
+        """Hold back as much of the value that is coming as there is and may be held back. Returns where that ends."""
+        to = self._extent.scan(text, at, self._limit(text, at))
+        self._held.write(text[at:to])
+        return to
+
+    def _value(self) -> tuple[Any, str]:
+        """The value that is held back, and its JSON. Raises `orjson.JSONDecodeError`."""
+        self._held.seek(self._value_start)
+        source = self._held.read()
+        return orjson.loads(source), source
+
+    def _in_arguments(self, text: str, at: int) -> int:
+        """Inside the arguments of an announced call, which are not held back."""
+        to = self._extent.scan(text, at, len(text))
+        self._argue(text[at:to])
+        if self._extent.ended:
+            self._end()
+        return to
+
+    def _call_whole(self, name: str, arguments: str) -> None:
+        self._announce(name)
+        self._argue(arguments)
+        self._end()
+
+    def _announce(self, name: str) -> None:
+        self._announced = True
+        self._state = self._in_arguments
         self._call += 1
         self._out.append(CallStarted(self._call, self._new_id(), name))
 
@@ -77,7 +109,7 @@ class CallParser(ABC):
         if text:
             self._out.append(CallArguments(self._call, text))
 
-    def _ended(self) -> None:
+    def _end(self) -> None:
         self._out.append(CallEnded(self._call))
 
 

@@ -11,15 +11,7 @@ from typing import Literal
 import orjson
 
 from server.output.call_parser import MAX_SPACE, NO_ARGUMENTS, SIGNS_OR_TAG, SPACE, CallParser, JsonExtent
-from server.output.tool_calls import (
-    NAME,
-    Content,
-    ToolEvent,
-    ToolParser,
-    Turn,
-    new_call_id,
-    quotable,
-)
+from server.output.tool_calls import NAME, Content, ToolEvent, ToolParser, Turn, new_call_id, quotable
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 CLOSERS = re.compile(r"[ \t\r\n}\]]*")
@@ -139,8 +131,7 @@ class QwenParser(CallParser):
 
     def _in_value(self, text: str, at: int) -> int:
         """Inside a key, or inside a value that is held back."""
-        to = self._extent.scan(text, at, self._limit(text, at))
-        self._held.write(text[at:to])
+        to = self._hold_value(text, at)
         return self._after_value(to) if self._extent.ended else self._more(text, to)
 
     def _in_scalar(self, text: str, at: int) -> int:
@@ -148,10 +139,8 @@ class QwenParser(CallParser):
         return self._after_value(to) if to < end else self._more(text, to)
 
     def _after_value(self, at: int) -> int:
-        self._held.seek(self._value_start)
-        source = self._held.read()
         try:
-            value = orjson.loads(source)
+            value, source = self._value()
         except orjson.JSONDecodeError:
             return self._not_a_call(at)
         self._state = self._in_frame
@@ -178,37 +167,36 @@ class QwenParser(CallParser):
         return True
 
     def _in_arguments(self, text: str, at: int) -> int:
-        to = self._extent.scan(text, at, len(text))
-        self._argue(text[at:to])
+        to = super()._in_arguments(text, at)
         if self._extent.ended:
-            self._end()
             return to
-        tag = text[to : to + len(CLOSE)]
-        if tag == CLOSE:
-            self._state = self._in_content
-            return to + len(CLOSE)
-        if CLOSE.startswith(tag):
-            self._carry = tag
-            return len(text)
+        if (after := self._past_close(text, to)) is not None:
+            return after
         self._argue(text[to])
         return to + 1
 
     def _after_arguments(self, text: str, at: int) -> int:
         to = CLOSERS.match(text, at).end()  # type: ignore[union-attr]  # always matches, if only the empty string
-        tag = text[to : to + len(CLOSE)]
-        if tag == CLOSE:
-            self._state = self._in_content
-            return to + len(CLOSE)
-        if CLOSE.startswith(tag):
-            self._carry = tag
-            return len(text)
-        if tag[0] != ",":
+        if (after := self._past_close(text, to)) is not None:
+            return after
+        if text[to] != ",":
             self._state = self._in_content
             return to
         self._reset()
         self._announced, self._next, self._state = True, "key", self._in_frame
         self._held.write(",")
         return to + 1
+
+    def _past_close(self, text: str, at: int) -> int | None:
+        """The position after a closing tag, or after what may be one at the text's end; None if neither is here."""
+        tag = text[at : at + len(CLOSE)]
+        if tag == CLOSE:
+            self._state = self._in_content
+        elif CLOSE.startswith(tag):
+            self._carry = tag
+        else:
+            return None
+        return at + len(tag)
 
     def _not_a_call(self, at: int) -> int:
         held = self._held.getvalue()
@@ -219,17 +207,11 @@ class QwenParser(CallParser):
 
     def _announce(self, name: str) -> None:
         self._reset()
-        self._announced, self._after_call, self._space = True, True, ""
-        self._started(name)
-        self._state = self._in_arguments
-
-    def _call_whole(self, name: str, arguments: str) -> None:
-        self._announce(name)
-        self._argue(arguments)
-        self._end()
+        self._after_call, self._space = True, ""
+        super()._announce(name)
 
     def _end(self) -> None:
-        self._ended()
+        super()._end()
         self._state = self._after_arguments
 
     def _say(self, text: str) -> None:

@@ -12,15 +12,7 @@ from typing import Literal
 import orjson
 
 from server.output.call_parser import MAX_HELD, MAX_SPACE, NO_ARGUMENTS, SPACE, CallParser, JsonExtent
-from server.output.tool_calls import (
-    NAME,
-    Content,
-    ToolEvent,
-    ToolParser,
-    Turn,
-    new_call_id,
-    quotable,
-)
+from server.output.tool_calls import NAME, Content, ToolEvent, ToolParser, Turn, new_call_id, quotable
 
 TAG = "<|python_tag|>"
 """May precede a call. Tokenizers that flag it as special leave it out of the text."""
@@ -128,7 +120,6 @@ class LlamaParser(CallParser):
                 return self._expect(EMPTY, at)
             case "arguments", "{" if self._name:
                 self._announce(self._name)
-                self._state = self._in_arguments
             case ("arguments", "{") | ("name", '"'):
                 self._extent = JsonExtent()
                 self._value_start = self._held.tell()
@@ -168,18 +159,15 @@ class LlamaParser(CallParser):
 
     def _in_value(self, text: str, at: int) -> int:
         """Inside a name, or inside arguments that come before it."""
-        to = self._extent.scan(text, at, self._limit(text, at))
-        self._held.write(text[at:to])
+        to = self._hold_value(text, at)
         if self._key == "name" and CONTROL.search(text, at, to):
             return self._not_a_call(to)
         if not self._extent.ended:
             return self._more(text, to)
         self._max_held = MAX_HELD
         self._state = self._in_frame
-        self._held.seek(self._value_start)
-        source = self._held.read()
         try:
-            value = orjson.loads(source)
+            value, source = self._value()
         except orjson.JSONDecodeError:
             return self._not_a_call(to)
         if self._key == "name":
@@ -196,16 +184,7 @@ class LlamaParser(CallParser):
         if self._announced:
             self._forget()
         elif self._name and self._arguments:
-            self._announce(self._name)
-            self._argue(self._arguments)
-            self._end()
-
-    def _in_arguments(self, text: str, at: int) -> int:
-        to = self._extent.scan(text, at, len(text))
-        self._argue(text[at:to])
-        if self._extent.ended:
-            self._end()
-        return to
+            self._call_whole(self._name, self._arguments)
 
     def _after_call(self, at: int) -> int:
         self._forget()
@@ -228,12 +207,11 @@ class LlamaParser(CallParser):
 
     def _announce(self, name: str) -> None:
         self._forget()
-        self._announced = True
         self._extent = JsonExtent()
-        self._started(name)
+        super()._announce(name)
 
     def _end(self) -> None:
-        self._ended()
+        super()._end()
         self._next, self._state = ",", self._in_frame
 
 
