@@ -202,29 +202,20 @@ class Batcher:
         for row in rows:
             row.stream.started(now, len(self._running))
         self._queue_changed()
-        self._observe(self._joined(rows, now) if joining else self._started(rows, now, opened))
+        self._observe(self._handed_over(rows, now, None if joining else opened))
         for row in rows:
             request = row.request
             self._observe(RowStarted(request.id, now, now - row.arrived, len(self._running), request.client))
         return rows
 
-    def _started(self, rows: Sequence[Row], now: float, opened: float) -> BatchStarted:
+    def _handed_over(self, rows: Sequence[Row], now: float, opened: float | None) -> BatchStarted | RowsJoined:
+        """What to tell of rows that begin a batch, which was `opened` then, or join the running one."""
         prompts = [len(row.request.prompt) for row in rows]
-        return BatchStarted(
-            rows=len(rows),
-            prompt_tokens=sum(prompts),
-            padded_tokens=len(rows) * max(prompts) if self._limits.padded else sum(prompts),
-            window_wait=now - opened,
-            queue_waits=tuple(now - row.arrived for row in rows),
-        )
-
-    def _joined(self, rows: Sequence[Row], now: float) -> RowsJoined:
-        return RowsJoined(
-            rows=len(rows),
-            running=len(self._running),
-            prompt_tokens=sum(len(row.request.prompt) for row in rows),
-            queue_waits=tuple(now - row.arrived for row in rows),
-        )
+        waits = tuple(now - row.arrived for row in rows)
+        if opened is None:
+            return RowsJoined(len(rows), len(self._running), sum(prompts), waits)
+        padded = len(rows) * max(prompts) if self._limits.padded else sum(prompts)
+        return BatchStarted(len(rows), sum(prompts), padded, now - opened, waits)
 
     def _seconds_late(self, requests: Sequence[Request], ahead: int) -> float:
         at_once = self._at_once(requests)

@@ -82,10 +82,6 @@ class Client:
         self.priorities.unschedule(request)
         self.rows.sort(key=lambda row: row.rank)
 
-    def cost_until(self, place: int) -> int:
-        """Tokens of the rows before a place."""
-        return sum(row.request.total_tokens for row in self.rows[:place])
-
 
 class FairOrder:
     """Waiting rows by virtual finish time: self-clocked fair queueing (Golestani 1994) between clients.
@@ -131,7 +127,7 @@ class FairOrder:
         """How many rows would be served before this request."""
         client = self._clients.get(request.client) or Client(self._start_of(request.client))
         place = client.place_of(client.priorities.finish_time(request))
-        cost = client.cost_until(place) + request.total_tokens
+        cost = sum(row.request.total_tokens for row in client.rows[:place]) + request.total_tokens
         finish = client.start + cost / request.weight
         others = (row for row in self.rows() if row.request.client != request.client)
         return place + sum(row.virtual_finish <= finish for row in others)

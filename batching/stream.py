@@ -136,21 +136,15 @@ class Stream:
             last = not (self._tokens or self._prompt_logprobs)
             self.has_news = not last or self.over
             return Delta((), finish if last else None, (), piece)
-        if len(self._tokens) > self._most:
-            return self._first_tokens()
         if self._tokens:
-            delta = Delta(tuple(self._tokens), finish, tuple(self._logprobs))
-            self._tokens, self._logprobs, self.has_news = [], [], self._finish is not None
+            most, last = self._most, len(self._tokens) <= self._most
+            delta = Delta(tuple(self._tokens[:most]), finish if last else None, tuple(self._logprobs[:most]))
+            del self._tokens[:most], self._logprobs[:most]
+            self.has_news = not last or self.over
             return delta
         if self._error is not None:
             raise self._error
         return None
-
-    def _first_tokens(self) -> Delta:
-        most = self._most
-        delta = Delta(tuple(self._tokens[:most]), None, tuple(self._logprobs[:most]))
-        del self._tokens[:most], self._logprobs[:most]
-        return delta
 
     def started(self, at: float, batch_size: int) -> None:
         """The row was handed to the worker, which runs `batch_size` rows with it."""

@@ -106,6 +106,7 @@ class Operation:
 
 
 HI = [{"role": "user", "content": "Say hello."}]
+ASK: JsonObject = {"messages": HI, "max_tokens": 64}
 SAY: JsonObject = {"input": "Say hello."}
 ONCE: JsonObject = {"prompt": "Once upon a time"}
 STREAMED: JsonObject = {"stream": True, "stream_options": {"include_usage": True}}
@@ -120,7 +121,7 @@ OPERATIONS = (
         ChatRequest,
         replies.ChatChunk,
         CHUNKS,
-        {"Plain": {"messages": HI, "max_tokens": 64}, "Streamed": {"messages": HI} | STREAMED},
+        {"Plain": ASK, "Streamed": {"messages": HI} | STREAMED},
     ),
     Operation(
         "/v1/completions",
@@ -138,10 +139,7 @@ OPERATIONS = (
         ResponseRequest,
         responses_replies.ResponseEvent,
         EVENTS,
-        {
-            "Plain": {"input": "Say hello.", "max_output_tokens": 64},
-            "Streamed": {"input": "Say hello.", "stream": True},
-        },
+        {"Plain": SAY | {"max_output_tokens": 64}, "Streamed": SAY | {"stream": True}},
     ),
     Operation(
         "/v1/responses/input_tokens",
@@ -165,10 +163,7 @@ OPERATIONS = (
         MessageRequest,
         anthropic_replies.MessageEvent,
         MESSAGE_EVENTS,
-        {
-            "Plain": {"messages": HI, "max_tokens": 64},
-            "Streamed": {"messages": HI, "max_tokens": 64, "stream": True},
-        },
+        {"Plain": ASK, "Streamed": ASK | {"stream": True}},
         error=anthropic_replies.AnthropicError,
     ),
     Operation(
