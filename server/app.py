@@ -19,14 +19,7 @@ from starlette.routing import Route
 from batching.events import Rejected, State
 from server import replies
 from server.http.errors import ApiError, internal
-from server.http.middleware import (
-    AnswerBudget,
-    ApiKey,
-    BodyBudget,
-    BrowserGuard,
-    RequestId,
-    allowed_hosts,
-)
+from server.http.middleware import AnswerBudget, ApiKey, BodyBudget, BrowserGuard, RequestId, allowed_hosts
 from server.model.served_model import ServedModel, card
 from server.observe.log import log_refusal
 from server.observe.metrics import Metrics, Scrapes, scrape

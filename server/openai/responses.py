@@ -16,7 +16,7 @@ from server.model.defaults import Defaults
 from server.model.served_model import ServedModel
 from server.openai import responses_replies as replies
 from server.openai.chat import ChatEndpoint, Conversation, EventReader, prompt_length
-from server.openai.endpoint import Answer, Endpoint, json_response, num_logprobs
+from server.openai.endpoint import Answer, Encoded, Endpoint, json_response, num_logprobs
 from server.openai.requests import ChatRequest, Row
 from server.openai.responses_output import ResponseAnswer
 from server.openai.responses_request import (
@@ -36,8 +36,8 @@ MAX_LOGPROBS = 2**16
 """Limit on log probabilities in one response: 4 MB of JSON, which the end of a stream repeats four times."""
 
 
-class Responses(ChatEndpoint[ResponseRequest]):
-    """`POST /v1/responses`."""
+class Continued(Endpoint[ResponseRequest, Encoded]):
+    """A kind of request that may continue the conversation of a stored response."""
 
     kind = ResponseRequest
 
@@ -52,6 +52,10 @@ class Responses(ChatEndpoint[ResponseRequest]):
             return await super().respond(service, model, body, size + len(before), caller)
         except ApiError as error:
             raise renamed(error) from None
+
+
+class Responses(Continued[tuple[Conversation, list[Row]]], ChatEndpoint[ResponseRequest]):
+    """`POST /v1/responses`."""
 
     def encode(self, model: ServedModel, body: ResponseRequest) -> tuple[Conversation, list[Row]]:
         body.remember()
@@ -74,20 +78,8 @@ class Responses(ChatEndpoint[ResponseRequest]):
         return ResponseAnswer(stream, reader, model.text, head, body.namespaced, body.keep)
 
 
-class InputTokens(Endpoint[ResponseRequest, replies.InputTokens]):
+class InputTokens(Continued[replies.InputTokens]):
     """`POST /v1/responses/input_tokens`: the length of a response's prompt."""
-
-    kind = ResponseRequest
-
-    async def respond(
-        self, service: Service, model: ServedModel, body: ResponseRequest, size: int, caller: Caller
-    ) -> Response:
-        before = items_before(service.responses, body, caller)
-        body.place(before, None)
-        try:
-            return await super().respond(service, model, body, size + len(before), caller)
-        except ApiError as error:
-            raise renamed(error) from None
 
     def encode(self, model: ServedModel, body: ResponseRequest) -> replies.InputTokens:
         return {"object": "response.input_tokens", "input_tokens": prompt_length(model, as_chat(body))}

@@ -26,32 +26,9 @@ from server.fields import Body, Flag, Integral, NoEffect, Tokens
 from server.http.errors import ApiError
 from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
-from server.openai.messages import (
-    MAX_MESSAGES,
-    CalledFunction,
-    CallId,
-    Message,
-    TextPart,
-    ThinkingChoice,
-    text_of,
-)
-from server.openai.requests import (
-    MAX_TOP_LOGPROBS,
-    UNSUPPORTED,
-    ChatRequest,
-    Generation,
-    TokenReports,
-    chat_of,
-)
-from server.openai.tools import (
-    MAX_TOOLS,
-    ChosenFunction,
-    Function,
-    Name,
-    OtherTool,
-    ToolChoice,
-    is_other,
-)
+from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Message, TextPart, ThinkingChoice, text_of
+from server.openai.requests import MAX_TOP_LOGPROBS, UNSUPPORTED, ChatRequest, Generation, TokenReports, chat_of
+from server.openai.tools import MAX_TOOLS, ChosenFunction, Function, Name, OtherTool, ToolChoice, is_other
 
 Fields: TypeAlias = dict[str, Any]
 """A JSON object that has not been checked yet."""
