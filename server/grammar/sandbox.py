@@ -131,17 +131,10 @@ def _spawned(tokenizer: str, eos: int | None) -> tuple[socket.socket, subprocess
     text = tokenizer.encode()
     with ExitStack() as undone:
         ours, theirs = map(undone.enter_context, socket.socketpair())
+        arguments = str(theirs.fileno()), json.dumps(eos), str(len(text))
         process = subprocess.Popen(
             # -P: the working folder may have a package of the same name.
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "server.grammar.process",
-                str(theirs.fileno()),
-                json.dumps(eos),
-                str(len(text)),
-            ],
+            [sys.executable, "-P", "-m", "server.grammar.process", *arguments],
             stdin=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": paths},
