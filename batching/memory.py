@@ -5,8 +5,7 @@ No state. `peak_bytes` resets the process's peak counter, so one caller at a tim
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -149,26 +148,18 @@ def _status_bytes(field: str) -> int:
 
 def _sampled_peak(device: torch.device, run: Callable[[], object]) -> int:
     """The highest of samples taken during `run`; may miss a peak shorter than the interval."""
-    start = used_bytes(device)
-    levels = [start]
-    with _sampling(lambda: levels.append(used_bytes(device))):
-        run()
-    levels.append(used_bytes(device))
-    return max(levels) - start
-
-
-@contextmanager
-def _sampling(sample: Callable[[], object]) -> Iterator[None]:
+    levels = [used_bytes(device)]
     over = threading.Event()
 
-    def loop() -> None:
+    def sample() -> None:
         while not over.wait(SAMPLE_SECONDS):
-            sample()
+            levels.append(used_bytes(device))
 
-    thread = threading.Thread(target=loop, name="memory-sampler", daemon=True)
+    thread = threading.Thread(target=sample, name="memory-sampler", daemon=True)
     thread.start()
     try:
-        yield
+        run()
     finally:
         over.set()
         thread.join()
+    return max(*levels, used_bytes(device)) - levels[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from batching.fp8 import FP8Linear
 from batching.packed import reference
@@ -19,6 +20,8 @@ from batching.packed.attention import AttentionMetadata
 
 FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 """Layers of exactly this form, by name: others look alike and differ in a factor."""
+
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 class FusedLayer(nn.Module):
@@ -154,7 +157,7 @@ def _joined(ops: Any, *parts: Any) -> Projection | FP8Projection:
 
 def _fusable(layer: Any) -> bool:
     """Whether it has the right shape, and weights that can be joined; other quantised ones only their modules read."""
-    if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, _SILU):
+    if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, SILU):
         return False
     parts: list[Any] = [*_projections(layer.self_attn), *_projections(layer.mlp)]
     return all(map(_is_plain, parts)) or all(map(_is_joinable_fp8, parts))
@@ -212,12 +215,3 @@ def logits_of(model: PreTrainedModel, ids: Tensor, positions: Tensor, metadata: 
         attention_metadata=metadata,
     ).logits
     return found[0]
-
-
-def _silu_types() -> tuple[type, ...]:
-    from transformers.activations import ACT2FN
-
-    return (nn.SiLU, type(ACT2FN["silu"]))
-
-
-_SILU = _silu_types()

@@ -3,7 +3,7 @@
 A draft continues the latest earlier place at which the row's last tokens stood (Saxena 2023, prompt lookup decoding).
 The check is exact: what is sampled at a position depends on the row's tokens, its seed and the position alone, so the
 answer is the same with and without drafts, and a draft is accepted as far as its tokens are the ones that were sampled.
-`triton_sampling.advance` is the twin of `propose` and `Acceptance` on a GPU.
+`triton_sampling.advance` is the twin of `propose` and `History` on a GPU.
 """
 
 from collections.abc import Sequence
