@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Iterable
-from http import HTTPStatus
+from http.client import responses as reasons
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -218,7 +218,7 @@ class Exchange:
         body = error.body()
         headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
         headers += [("connection", "close"), *error.headers.items()]
-        self._send(h11.Response(status_code=error.status, headers=headers, reason=reason(error.status)))
+        self._send(h11.Response(status_code=error.status, headers=headers, reason=reasons.get(error.status, "")))
         if not self._bodiless:
             self._send(h11.Data(data=body))
         self._send(h11.EndOfMessage())
@@ -292,7 +292,7 @@ class Exchange:
             headers.append((b"connection", b"close"))
         bounded = status in (204, 304) or any(name.lower() == b"content-length" for name, _ in headers)
         self._chunked = not (bounded or self._bodiless) and self.scope["http_version"] == "1.1"
-        self._send(h11.Response(status_code=status, headers=headers, reason=reason(status)))
+        self._send(h11.Response(status_code=status, headers=headers, reason=reasons.get(status, "")))
 
     @property
     def _bodiless(self) -> bool:
@@ -339,14 +339,6 @@ def refusal_of(error: h11.RemoteProtocolError) -> ApiError:
             return ApiError(501, "The only supported transfer coding is chunked.")
         case _:
             return ApiError(400, "Malformed HTTP request.", code="malformed_request")
-
-
-def reason(status: int) -> str:
-    """The reason phrase of a status."""
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
 
 
 def scope_of(request: h11.Request, transport: asyncio.BaseTransport, app_state: dict[str, object]) -> Scope:
