@@ -41,7 +41,9 @@ def find(model: str | None, load_format: LoadFormat) -> str:
             _check_gguf(demo, load_format)
             return str(demo)
         if not _is_path(model):
-            return _hub_id(model, load_format)
+            if load_format == "gguf":
+                raise ModelError(f"a GGUF model must be a local file or folder, and there is no {model}")
+            return model
         return str(_checked_path(home_expanded(Path(model)), load_format))
 
 
@@ -80,12 +82,6 @@ def _demo_file() -> Path:
 def _is_path(model: str) -> bool:
     looks_like_one = model.startswith(("/", ".", "~")) or model.endswith(".gguf") or model.count("/") > 1
     return looks_like_one or Path(model).exists()
-
-
-def _hub_id(model: str, load_format: LoadFormat) -> str:
-    if load_format == "gguf":
-        raise ModelError(f"a GGUF model must be a local file or folder, and there is no {model}")
-    return model
 
 
 def _checked_path(path: Path, load_format: LoadFormat) -> Path:
