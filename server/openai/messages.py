@@ -254,10 +254,10 @@ class Dialogue(ThinkingChoice, ToolUse, PromptEnd):
     """The fields of a conversation beside its messages; request types inherit from this one."""
 
 
-def names_in(text: Text, messages: Sequence[Message], offered: Sequence[Tool]) -> ToolNames:
+def names_in(messages: Sequence[Message], offered: Sequence[Tool]) -> ToolNames:
     """The names of all functions that a conversation mentions."""
     called = [name for message in messages for name in message.functions]
-    return text.format.names([*(tool.function.name for tool in offered), *called])
+    return ToolNames([*(tool.function.name for tool in offered), *called])
 
 
 def render(

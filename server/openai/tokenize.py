@@ -80,7 +80,7 @@ def token_ids(model: ServedModel, body: TokenizeRequest) -> tuple[int, ...]:
     """Raises `ApiError` 400."""
     if body.messages is None:
         return model.text.encode(body.prompt or "", special=body.add_special_tokens is not False)
-    names = names_in(model.text, body.messages, body.offered)
+    names = names_in(body.messages, body.offered)
     continued = prefill_of(body.messages).field if body.continue_final_message else None
     rendered = render(model.text, body.messages, body, names, model.settings.thinking, continued)
     return model.text.encode(rendered, special=bool(body.add_special_tokens))

@@ -11,7 +11,7 @@ from typing import Literal
 import orjson
 
 from server.output.call_parser import MAX_SPACE, NO_ARGUMENTS, SIGNS_OR_TAG, SPACE, CallParser, JsonExtent
-from server.output.tool_calls import NAME, Content, ToolEvent, ToolParser, Turn, new_call_id, quotable
+from server.output.tool_calls import NAME, Content, ToolEvent, ToolParser, Turn, new_call_id
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 CLOSERS = re.compile(r"[ \t\r\n}\]]*")
@@ -250,9 +250,6 @@ class QwenFormat:
 
     def fits(self, template: str) -> bool:
         return OPEN in template and "<function=" not in template  # Qwen3-Coder writes XML between the same tags
-
-    def carries(self, name: str) -> bool:
-        return quotable(name)
 
     def parser(self) -> ToolParser:
         return QwenParser()

@@ -12,7 +12,7 @@ from typing import Literal
 import orjson
 
 from server.output.call_parser import MAX_HELD, MAX_SPACE, NO_ARGUMENTS, SPACE, CallParser, JsonExtent
-from server.output.tool_calls import NAME, Content, ToolEvent, ToolParser, Turn, new_call_id, quotable
+from server.output.tool_calls import NAME, Content, ToolEvent, ToolParser, Turn, new_call_id
 
 TAG = "<|python_tag|>"
 """May precede a call. Tokenizers that flag it as special leave it out of the text."""
@@ -224,9 +224,6 @@ class LlamaFormat:
 
     def fits(self, template: str) -> bool:
         return "ipython" in template and '"parameters": ' in template and "<function=" not in template
-
-    def carries(self, name: str) -> bool:
-        return quotable(name)
 
     def parser(self) -> ToolParser:
         return LlamaParser()

@@ -19,7 +19,7 @@ from batching.types import Forced
 from server.output.hermes import CLOSE, OPEN, QwenFormat
 from server.output.llama import LlamaFormat
 from server.output.reasoning import THINK, ReasoningSplitter, ThinkTags, ThoughtState
-from server.output.tool_calls import ShownArguments, ShownTool, ToolFormat, Turn
+from server.output.tool_calls import ShownArguments, ShownTool, ToolFormat, Turn, quotable
 
 QWEN = QwenFormat()
 FORMATS: tuple[ToolFormat, ...] = (QWEN, LlamaFormat())
@@ -66,10 +66,6 @@ class ModelFormat:
         if not self.renders_tools:
             return without_tools(turns, tools, in_system=self.renders_system), {}
         return self.tools.turns(turns), {"tools": tools} if tools else {}
-
-    def names(self, names: Iterable[str]) -> ToolNames:
-        """The function names of one request, as the model sees them."""
-        return ToolNames(names, self.tools.carries)
 
     def thought_after(self, prompt: str) -> ThoughtState:
         """The state at the end of a rendered prompt: templates may open a thought, or close it, too."""
@@ -140,18 +136,18 @@ MAX_STEM = 48  # characters kept of a name that has to be replaced
 class ToolNames:
     """The function names of one request and the names that the model sees.
 
-    They are equal where the model's format can carry the name (`ToolFormat.carries`), otherwise similar. The mapping is
+    They are equal where prompts and calls can have the name as it is (`quotable`), otherwise similar. The mapping is
     one-to-one, and the same names in the same order always map to the same names.
     """
 
-    def __init__(self, names: Iterable[str], carries: Callable[[str], bool]) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         given = dict.fromkeys(names)
         numbers = defaultdict[str, Iterator[int]](lambda: count(1))  # for names with the same stem
-        self._shown = {name: name for name in given if carries(name)}
+        self._shown = {name: name for name in given if quotable(name)}
         self._meant = dict(self._shown)
         for name in given:
             if name not in self._shown:
-                stem = "".join(char if carries(char) else "_" for char in name[:MAX_STEM])
+                stem = "".join(char if quotable(char) else "_" for char in name[:MAX_STEM])
                 shown = next(other for n in numbers[stem] if (other := f"{stem}_{n}") not in self._meant)
                 self._shown[name] = shown
                 self._meant[shown] = name

@@ -120,13 +120,6 @@ class ToolFormat(Protocol):
         """Whether a chat template instructs its model to write calls this way."""
         ...
 
-    def carries(self, name: str) -> bool:
-        """Whether prompts and calls can contain this function name verbatim.
-
-        If this holds for each character, it must hold for names of up to 64 of them with digits at the end.
-        """
-        ...
-
     def parser(self) -> ToolParser:
         """A new parser for one answer that may have calls."""
         ...

@@ -153,7 +153,7 @@ def _use(asked: BaseModel) -> None:
         asked = anthropic_request.as_chat(asked)
     if not isinstance(asked, ChatRequest):
         return
-    names = ToolNames((), bool)
+    names = ToolNames(())
     orjson.dumps([message.for_template(names) for message in asked.messages])
     for tool in asked.offered:
         orjson.dumps(tool.for_template(names))

@@ -187,7 +187,7 @@ def test_what_is_no_object_is_an_empty_one(text: str) -> None:
 # Requests
 
 
-AS_SENT = ToolNames((), bool)
+AS_SENT = ToolNames(())
 
 
 def chat_of(**fields: Any) -> ChatRequest:

@@ -115,7 +115,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast) -> Text:
 def prompt(text: Text, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
     parsed = [Message.model_validate_json(orjson.dumps(message)) for message in messages]
     body = Dialogue.model_validate({"tools": tools})
-    return text.encode(render(text, parsed, body, names_in(text, parsed, body.offered), False))
+    return text.encode(render(text, parsed, body, names_in(parsed, body.offered), False))
 
 
 def turn_tokens(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> list[int]:

@@ -44,7 +44,7 @@ def refused_field(name: str, json: str) -> dict[str, Any]:
 
 
 def for_template(*messages: object) -> list[Turn]:
-    return [message.for_template(ToolNames((), bool)) for message in accepted(messages=messages).messages]
+    return [message.for_template(ToolNames(())) for message in accepted(messages=messages).messages]
 
 
 REFUSED = {

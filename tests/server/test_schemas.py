@@ -553,7 +553,7 @@ def test_a_call_that_is_demanded_comes_before_the_format(
 def grammar_of_chat(demo: Kit, **fields: Any) -> Coroutine[Any, Any, Any]:
     chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}]} | fields)
     service: Any = SimpleNamespace(grammars=demo.grammars, text=SimpleNamespace(format=SimpleNamespace(tools=QWEN)))
-    names = ToolNames([tool.function.name for tool in chat.offered], lambda name: True)
+    names = ToolNames([tool.function.name for tool in chat.offered])
     return ChatCompletions().grammar(service, chat, Conversation(chat, (), ThoughtState.CLOSED, names), "")
 
 

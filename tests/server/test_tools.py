@@ -23,7 +23,7 @@ from server.openai.tools import MAX_TOOLS_LENGTH, ToolUse
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenFormat, QwenParser
-from server.output.model_format import FORMATS, ToolNames
+from server.output.model_format import ToolNames
 from server.output.prefix_tree import any_of
 from server.output.tool_calls import (
     NAME,
@@ -35,6 +35,7 @@ from server.output.tool_calls import (
     ToolEvent,
     ToolParser,
     new_call_id,
+    quotable,
 )
 from tests.server.test_reasoning import calls_in
 from tests.server.test_text import split
@@ -54,7 +55,7 @@ def tool(parameters: object) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
 
-AS_SENT = ToolNames((), bool)
+AS_SENT = ToolNames(())
 
 
 def use(**fields: Any) -> ToolUse:
@@ -272,30 +273,25 @@ def test_a_name_is_any_text_of_a_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["智能体_0", "search.docs_0", "get weather", "mcp:a/b-c", "é" * 128, "😀"])
-def test_a_name_that_the_format_carries_is_shown_as_it_is(name: str) -> None:
-    assert all(ToolNames([name], known.carries).shown(name) == name for known in FORMATS)
+def test_a_name_that_calls_can_have_as_it_is_is_shown_as_it_is(name: str) -> None:
+    assert ToolNames([name]).shown(name) == name
 
 
-ASCII_ONLY: Callable[[str], bool] = re.compile("[a-z_0-9]{1,64}").fullmatch  # type: ignore[assignment]
-
-
-@given(st.lists(NAMES, max_size=6), st.sampled_from([*(known.carries for known in FORMATS), ASCII_ONLY]))
-def test_every_name_is_shown_as_one_that_the_format_carries_and_is_found_again(
-    names: list[str], carries: Callable[[str], bool]
-) -> None:
-    known = ToolNames(names, carries)
+@given(st.lists(NAMES, max_size=6))
+def test_every_name_is_shown_as_one_that_calls_can_have_and_is_found_again(names: list[str]) -> None:
+    known = ToolNames(names)
     shown = [known.shown(name) for name in names]
-    assert all(map(carries, shown))
+    assert all(map(quotable, shown))
     assert [known.meant(name) for name in shown] == names
-    assert shown == list(map(ToolNames(names, carries).shown, names))
-    assert all(known.shown(name) == name for name in names if carries(name))
+    assert shown == list(map(ToolNames(names).shown, names))
+    assert all(known.shown(name) == name for name in names if quotable(name))
     made_up = "".join(shown) + "x"
     assert known.meant(made_up) == made_up
 
 
 def test_names_with_the_same_start_take_work_in_proportion_to_their_number() -> None:
     def work(names: int) -> int:
-        return lines_in(lambda: ToolNames([f"[{'x' * 60}{n}" for n in range(names)], QwenFormat().carries))
+        return lines_in(lambda: ToolNames([f"[{'x' * 60}{n}" for n in range(names)]))
 
     assert work(400) <= 2.1 * work(200)
 
@@ -320,7 +316,7 @@ def lines_in(function: Callable[[], object]) -> int:
 
 def test_a_name_is_the_same_in_definitions_calls_and_results() -> None:
     odd, plain = 'say "hi"', "f"
-    known = ToolNames([plain, odd, "say _hi__1"], QwenFormat().carries)
+    known = ToolNames([plain, odd, "say _hi__1"])
     shown = known.shown(odd)
     assert shown == "say _hi__2"  # the first like it is another function's own
     calls = [{"function": {"name": name}} for name in (odd, plain)]
