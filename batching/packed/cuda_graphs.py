@@ -7,7 +7,7 @@ two launches and a copy of the tokens back; a mixed pass is one copy more. Launc
 would each have to get the interpreter back from the event loop first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -241,7 +241,7 @@ class GraphCapture:
     def _graph(self, run: Callable[[], object]) -> Graph:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), first_and_last_layer(self._model):
+        with torch.cuda.stream(stream), one_layer_of_each_form(self._model):
             run()  # loading and compilation at first use must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = Graph()
@@ -253,8 +253,8 @@ class GraphCapture:
 
 
 @contextmanager
-def first_and_last_layer(model: PreTrainedModel) -> Iterator[None]:
-    """Leave out the layers between, which launch the same kernels as the first."""
+def one_layer_of_each_form(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out layers that launch the same kernels as one that is left. The last layer is, whatever its form."""
     base, count = model.base_model, model.config.get_text_config().num_hidden_layers
     lists = ((name, part) for name, part in base.named_children() if isinstance(part, nn.ModuleList))
     found = next(((name, part) for name, part in lists if len(part) == count), None)
@@ -262,11 +262,17 @@ def first_and_last_layer(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     name, layers = found
-    setattr(base, name, layers[:1] + layers[1:][-1:])
+    unlike = {form_of(layer): layer for layer in layers[:-1]}
+    setattr(base, name, nn.ModuleList([*unlike.values(), layers[-1]]))
     try:
         yield
     finally:
         setattr(base, name, layers)
+
+
+def form_of(layer: nn.Module) -> Hashable:
+    """The same for layers whose weights have the same names, shapes and types."""
+    return tuple((name, weight.shape, weight.dtype) for name, weight in layer.state_dict().items())
 
 
 class Sized(Protocol):

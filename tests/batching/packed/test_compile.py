@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 pytest.importorskip("triton")
+
+from batching.packed.cuda_graphs import one_layer_of_each_form
+from tests.tiny import tiny_model
 
 CARDS = {"A100": (80, 163 * 1024, 10), "L40S": (89, 99 * 1024, 6), "H100": (90, 227 * 1024, 17)}
 """Compute capability, the most shared memory of a program (NVIDIA's tuning guides for Ampere, Ada and Hopper), and the
@@ -25,3 +29,17 @@ def test_kernels_compile_and_fit(card: str, tmp_path: Path) -> None:
     sizes = json.loads(told.stdout)
     assert len({name for name, _ in sizes}) == kernels
     assert [pair for pair in sizes if pair[1] > most] == []
+
+
+def test_each_form_of_layer_is_run_before_a_pass_is_captured() -> None:
+    """Where the first and the last layer alone are kept out of FP8, the others have kernels of their own."""
+    model = tiny_model(num_hidden_layers=6)
+    layers = model.model.layers
+    for layer in layers[1:-1]:
+        layer.mlp.down_proj = nn.Linear(128, 64)
+    with one_layer_of_each_form(model):
+        first, other, last = model.model.layers
+        assert first is layers[0]
+        assert other in layers[1:-1]
+        assert last is layers[-1]
+    assert model.model.layers is layers
