@@ -125,6 +125,7 @@ class GraphCapture:
     def __init__(self, model: PreTrainedModel, kv_cache: Tensor, state: SamplingState, max_tokens: int) -> None:
         self.only_run = False
         self._model = model
+        self._few_layers = FewLayers(model)
         self._kv_cache = kv_cache
         self._state = state
         self._memory_pool = torch.cuda.graph_pool_handle()
@@ -241,7 +242,7 @@ class GraphCapture:
     def _graph(self, run: Callable[[], object]) -> Graph:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), one_layer_of_each_form(self._model):
+        with torch.cuda.stream(stream), self._few_layers.alone():
             run()  # loading and compilation at first use must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = Graph()
@@ -252,22 +253,31 @@ class GraphCapture:
         return graph
 
 
-@contextmanager
-def one_layer_of_each_form(model: PreTrainedModel) -> Iterator[None]:
-    """Leave out layers that launch the same kernels as one that is left. The last layer is, whatever its form."""
-    base, count = model.base_model, model.config.get_text_config().num_hidden_layers
-    lists = ((name, part) for name, part in base.named_children() if isinstance(part, nn.ModuleList))
-    found = next(((name, part) for name, part in lists if len(part) == count), None)
-    if found is None:
-        yield
-        return
-    name, layers = found
-    unlike = {form_of(layer): layer for layer in layers[:-1]}
-    setattr(base, name, nn.ModuleList([*unlike.values(), layers[-1]]))
-    try:
-        yield
-    finally:
-        setattr(base, name, layers)
+class FewLayers:
+    """A model's list of layers, and one layer of each form, which launch what all of them do. The last one is among
+    them, whatever its form."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._base = model.base_model
+        count = model.config.get_text_config().num_hidden_layers
+        lists = ((name, part) for name, part in self._base.named_children() if isinstance(part, nn.ModuleList))
+        self._name, self._all = next(
+            ((name, part) for name, part in lists if len(part) == count), ("", nn.ModuleList())
+        )
+        unlike = {form_of(layer): layer for layer in self._all[:-1]}
+        self._few = nn.ModuleList([*unlike.values(), *self._all[-1:]])
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The model has no other layers meanwhile, if its layers are a list."""
+        if not self._name:
+            yield
+            return
+        setattr(self._base, self._name, self._few)
+        try:
+            yield
+        finally:
+            setattr(self._base, self._name, self._all)
 
 
 def form_of(layer: nn.Module) -> Hashable:

@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from batching.packed.cuda_graphs import one_layer_of_each_form
+from batching.packed.cuda_graphs import FewLayers
 from tests.tiny import tiny_model
 
 CARDS = {"A100": (80, 163 * 1024, 10), "L40S": (89, 99 * 1024, 6), "H100": (90, 227 * 1024, 17)}
@@ -37,7 +37,7 @@ def test_each_form_of_layer_is_run_before_a_pass_is_captured() -> None:
     layers = model.model.layers
     for layer in layers[1:-1]:
         layer.mlp.down_proj = nn.Linear(128, 64)
-    with one_layer_of_each_form(model):
+    with FewLayers(model).alone():
         first, other, last = model.model.layers
         assert first is layers[0]
         assert other in layers[1:-1]
