@@ -23,6 +23,7 @@ SAMPLE_SECONDS = 0.002
 
 ALLOWED: dict[str, str] = {
     "formatException": "a fault's traceback, for which the text of its lines is read from files",
+    "_accept_connection": "asyncio's own, which accepts all connections that wait: on a busy machine a crowd's at once",
 }
 """Functions that may take longer, by what `stack_of` calls them, and why."""
 
