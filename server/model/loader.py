@@ -90,6 +90,7 @@ class ModelLoader:
         self._progress = progress
         self._when_imported = when_imported
         self._imported = False
+        self._refused: ModelError | None = None
         for name, value in LIBRARY_SETTINGS.items():
             os.environ.setdefault(name, value)
         if not sys.stderr.isatty():
@@ -121,8 +122,14 @@ class ModelLoader:
         from batching.model import usable_device
 
         usable_device(self._settings.device, self._settings.quantization)  # else told after minutes of conversion
-        with self._locating:  # two threads call this, but a GGUF file is converted only once
-            self._found = prepare(self._found, self._settings.cache_dir)
+        with self._locating:  # two threads call this, but a GGUF file is converted, or refused, only once
+            if self._refused is not None:
+                raise ModelError(*self._refused.args)
+            try:
+                self._found = prepare(self._found, self._settings.cache_dir)
+            except ModelError as error:
+                self._refused = error
+                raise
             return self._found
 
     def defaults(self) -> Defaults:

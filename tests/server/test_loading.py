@@ -9,6 +9,7 @@ from transformers.utils.logging import set_tqdm_hook, tqdm
 
 from batching.errors import ModelError
 from batching.progress import Progress
+from server.model import loader as loading
 from server.model.loader import Loading, ModelLoader, counted, follow_bars
 from server.settings import parse
 from tests.live import byte_tokenizer
@@ -95,6 +96,23 @@ def test_a_gguf_file_is_not_converted_for_a_device_that_cannot_run_it(
         with pytest.raises(ModelError, match=reason):
             part()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_gguf_file_that_cannot_be_converted_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the tokenizer and the engine are loaded on a thread each, which both need it."""
+    tried: list[str] = []
+
+    def damaged(model: str, cache: Path) -> str:
+        tried.append(model)
+        raise ModelError("damaged")
+
+    monkeypatch.setattr(loading, "prepare", damaged)
+    loader = ModelLoader(parse(["--model", str(tmp_path), "--device", "cpu"]), Progress())
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for part in (loader.text, loader.engine):
+        with pytest.raises(ModelError, match="damaged"):
+            part()
+    assert len(tried) == 1
 
 
 @pytest.mark.usefixtures("bars")
