@@ -52,6 +52,7 @@ class Worker:
         self._listener = listener
         self._post = post
         self._batches: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()
+        self._memory_due = 0.0  # when the memory is told next
         # A daemon, so that a hung kernel cannot keep the process alive.
         self._thread = threading.Thread(target=self._main, name="gpu-worker", daemon=True)
 
