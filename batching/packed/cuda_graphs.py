@@ -235,9 +235,7 @@ class GraphCapture:
         return self._mixed_decodes.of_first(len(inputs.ids), inputs.num_decodes)
 
     def _decode_attention(self, slots: Tensor, width: int = 1) -> DecodeAttention:
-        _, _, kv_heads, _, size = self._kv_cache.shape
-        group = self._num_heads // kv_heads
-        return DecodeAttention.of(slots, self._state.block_tables, kv_heads, group, size, width=width)
+        return DecodeAttention.of(slots, self._state.block_tables, self._kv_cache.shape[2], width=width)
 
     def _graph(self, run: Callable[[], object]) -> Graph:
         stream = self._stream

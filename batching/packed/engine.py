@@ -58,7 +58,7 @@ GPU_ROWS = 256
 COMPILERS = (os.environ.get("CC", ""), "gcc", "clang", "cc")
 """The compilers that Triton can build its kernel launchers with."""
 
-GRAPH_BYTES = 768 * 2**20
+GRAPH_BYTES = 544 * 2**20
 """GPU memory for CUDA graphs and what torch loads for them, in addition to that of the forward passes."""
 
 

@@ -23,6 +23,10 @@ FUSABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLa
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
+MLP_TOKENS = 4096
+"""Tokens that a layer's MLP computes at a time: enough to keep the matrix units busy, and gate and up of all tokens of
+a long prompt would take most of a forward pass's memory."""
+
 
 class FusedLayer(nn.Module):
     """`ops` is the module `triton_layer` or `reference` of this package."""
@@ -53,8 +57,17 @@ class FusedLayer(nn.Module):
         **_: Any,
     ) -> Tensor:
         """hidden [1, tokens, size], overwritten -> the same; of the last layer only the wanted tokens."""
-        residual = hidden[0]
-        metadata, attend = attention_metadata, attention_metadata.attend
+        residual = self._attended(hidden[0], position_embeddings, attention_metadata)
+        for some in torch.split(residual, MLP_TOKENS):
+            x = self.gate_up.norm(some, self.post_attention_norm, self._eps)
+            self.down.add_product(some, self.gate_up.gated_product(x))
+        return residual[None]
+
+    def _attended(
+        self, residual: Tensor, position_embeddings: tuple[Tensor, Tensor], metadata: AttentionMetadata
+    ) -> Tensor:
+        """residual [tokens, size] with attention added; of the last layer only the wanted tokens."""
+        attend = metadata.attend
         k_cache, v_cache = metadata.kv_cache[self._layer_index]
         cos, sin = position_embeddings
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm, self._eps)
@@ -65,9 +78,7 @@ class FusedLayer(nn.Module):
             residual, q = residual[places], q[places]
         attended = attend(q, k_cache, v_cache, self._scale)
         self.o.add_product(residual, attended.flatten(1))
-        x = self.gate_up.norm(residual, self.post_attention_norm, self._eps)
-        self.down.add_product(residual, self.gate_up.gated_product(x))
-        return residual[None]
+        return residual
 
 
 class Projection(nn.Module):

@@ -310,15 +310,13 @@ class DecodeAttention:
     `slots`, `seq_lens` and `num_drafted` [sequences, int32] are read at each call: the row of `block_tables` [slots,
     blocks of the KV cache, int64] that each sequence has, how many keys, and how many of its queries come after the
     first, each of which sees a key more; without keys its part of the result is not written. So is `num_sequences` [1],
-    how many there are (None: all). `partial`, `stats` and `arrived` are scratch memory, left as it was found.
+    how many there are (None: all). `arrived` is zero, and left as found.
     """
 
     slots: Tensor
     seq_lens: Tensor
     num_drafted: Tensor
     block_tables: Tensor
-    partial: Tensor
-    stats: Tensor
     arrived: Tensor
     splits: int
     min_split: int
@@ -331,25 +329,19 @@ class DecodeAttention:
         slots: Tensor,
         block_tables: Tensor,
         kv_heads: int,
-        group: int,
-        size: int,
         min_split: int | None = None,
         width: int = 1,
     ) -> "DecodeAttention":
-        """With `seq_lens` and `num_drafted` to be written, and scratch memory. `min_split`: fewest keys of a split;
-        None: by the number of sequences, so that few of them keep a GPU busy and a long one does not hold up many short
-        ones."""
+        """With `seq_lens` and `num_drafted` to be written. `min_split`: fewest keys of a split; None: by the number of
+        sequences, so that few of them keep a GPU busy and a long one does not hold up many short ones."""
         sequences, device = len(slots), slots.device
         min_split = min_split or min(1024, max(64, 4 * sequences * kv_heads))
         splits = 32 if sequences == 1 else 16 if sequences <= 16 else 8
-        parts = sequences * kv_heads * splits, triton.next_power_of_2(group * width)
         return cls(
             slots,
             torch.zeros(sequences, device=device, dtype=torch.int32),
             torch.zeros(sequences, device=device, dtype=torch.int32),
             block_tables,
-            torch.empty(*parts, triton.next_power_of_2(size), device=device, dtype=torch.float32),
-            torch.empty(*parts, NUM_STATS.value, device=device, dtype=torch.float32),
             torch.zeros(sequences * kv_heads, device=device, dtype=torch.int32),
             splits,
             min_split,
@@ -359,7 +351,7 @@ class DecodeAttention:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that a call reads or writes beside its arguments."""
-        return self.slots, self.seq_lens, self.num_drafted, self.partial, self.stats, self.arrived
+        return self.slots, self.seq_lens, self.num_drafted, self.arrived
 
     def of_first(self, sequences: int, num_sequences: Tensor) -> "DecodeAttention":
         """The same for at most `sequences` of them, and at each call for the first `num_sequences` [1]."""
@@ -374,17 +366,21 @@ class DecodeAttention:
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Written to `out` if that is given."""
-        _, heads, size = q.shape
-        sequences, kv_heads, (row_block, block) = len(self.slots), k_cache.shape[0], self.partial.shape[1:]
+        (_, heads, size), sequences, kv_heads = q.shape, len(self.slots), k_cache.shape[0]
+        group = heads // kv_heads
+        row_block, block = triton.next_power_of_2(group * self.width), triton.next_power_of_2(size)
+        # What splits leave to be merged. Not kept: captured graphs share the memory, because only one runs at a time.
+        parts = sequences * kv_heads * self.splits, row_block
+        partial, stats = (q.new_empty(*parts, each, dtype=torch.float32) for each in (block, NUM_STATS.value))
         few = sequences <= 8
         merge_block = max(1, 8192 // (row_block * block))  # sums of splits that fit into a program's registers
         out = torch.empty_like(q) if out is None else out
         counted = self.num_sequences is not None
         programs = min(sequences, DECODES_BESIDE) if counted else sequences
         _decode_kernel[(programs, kv_heads, self.splits)](
-            q, k_cache, v_cache, out, self.partial, self.stats, self.arrived, self.num_sequences, self.slots,
+            q, k_cache, v_cache, out, partial, stats, self.arrived, self.num_sequences, self.slots,
             self.seq_lens, self.num_drafted, self.block_tables, self.block_tables.shape[1], k_cache.stride(0), scale,
-            self.min_split, KV_HEADS=kv_heads, GROUP=heads // kv_heads, WIDTH=self.width, SIZE=size,
+            self.min_split, KV_HEADS=kv_heads, GROUP=group, WIDTH=self.width, SIZE=size,
             DOT_ROWS=max(16, row_block), ROW_BLOCK=row_block, BLOCK=block, KEY_BLOCK=DECODE_KEY_BLOCK,
             SPLITS=self.splits, MERGE_BLOCK=min(self.splits, merge_block), AHEAD=few,
             STEP=DECODE_KEY_BLOCK if few else BLOCK_SIZE, COUNTED=counted, num_warps=2, num_stages=_stages(q),

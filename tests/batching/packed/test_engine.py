@@ -115,10 +115,9 @@ def test_every_row_is_as_it_is_alone(kind: str, fused: bool, monkeypatch: pytest
     assert any(row.num_cached_tokens for row in run.rows)
 
 
-def test_of_a_prompt_the_last_layer_computes_only_the_token_that_is_sampled_from(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = PackedEngine(tiny_model(), prefill_chunk=8)
+@pytest.fixture
+def mlp_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each of the layers' MLPs is called with."""
     tokens: list[int] = []
     gated_product = reference.gated_product
 
@@ -127,8 +126,22 @@ def test_of_a_prompt_the_last_layer_computes_only_the_token_that_is_sampled_from
         return gated_product(x, pair, bias)
 
     monkeypatch.setattr(reference, "gated_product", noting)
+    return tokens
+
+
+def test_of_a_prompt_the_last_layer_computes_only_the_token_that_is_sampled_from(mlp_tokens: list[int]) -> None:
+    engine = PackedEngine(tiny_model(), prefill_chunk=8)
+    mlp_tokens.clear()  # of those that measured steps
     Run(engine, [request(tuple(range(20)), max_tokens=1)])
-    assert tokens == [8, 0, 8, 0, 4, 1]  # by layers, for each of three chunks
+    assert mlp_tokens == [8, 0, 8, 0, 4, 1]  # by layers, for each of three chunks
+
+
+def test_the_mlp_takes_a_long_pass_in_parts(mlp_tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "MLP_TOKENS", 8)
+    engine, prompt = PackedEngine(tiny_model()), request(tuple(range(20)), max_tokens=2)
+    mlp_tokens.clear()
+    assert Run(engine, [prompt]).answers == alone("qwen3", [prompt])
+    assert mlp_tokens[:4] == [8, 8, 4, 1]
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

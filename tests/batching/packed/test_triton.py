@@ -230,7 +230,7 @@ def test_decode_attention_of_sequences_of_any_length_anywhere_in_the_kv_cache(
     slots = torch.tensor([2, 0, 1, 3, *[2] * (1 + more)], dtype=torch.int32, device=DEVICE)
     lengths = [1, 250, 321, 65, *[0] * (1 + more)]
     q = noise(5 + more, kv_heads * group, size)
-    attend = triton_attention.DecodeAttention.of(slots, tables.to(DEVICE), kv_heads, group, size, min_split)
+    attend = triton_attention.DecodeAttention.of(slots, tables.to(DEVICE), kv_heads, min_split)
     if beside is not None:
         monkeypatch.setattr(triton_attention, "DECODES_BESIDE", beside)
         attend = attend.of_first(5 + more, torch.tensor([4], device=DEVICE))
@@ -249,7 +249,7 @@ def test_decode_attention_of_a_lone_long_sequence() -> None:
     k_cache, v_cache = noise(1, 40 * BLOCK_SIZE, 16), noise(1, 40 * BLOCK_SIZE, 16)
     table, slot = torch.randperm(40), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     q = noise(1, 2, 16)
-    attend = triton_attention.DecodeAttention.of(slot, table[None].to(DEVICE), 1, 2, 16)
+    attend = triton_attention.DecodeAttention.of(slot, table[None].to(DEVICE), 1)
     for length in (2433, 400):
         attend.seq_lens.fill_(length)
         wanted = TorchAttention([Chunk(table.tolist(), length - 1, 1)])(q, k_cache, v_cache, 0.25)
@@ -266,9 +266,7 @@ def test_each_token_of_a_draft_sees_those_before_it(min_split: int) -> None:
     lengths, drafted = [1, 66, 131, 323, 4], [0, 3, 2, 3, 1]
     slots = torch.tensor([2, 0, 0, 1, 2], dtype=torch.int32, device=DEVICE)
     q = noise(5 * width, kv_heads * group, size)
-    attend = triton_attention.DecodeAttention.of(
-        slots, tables.to(DEVICE), kv_heads, group, size, min_split, width=width
-    )
+    attend = triton_attention.DecodeAttention.of(slots, tables.to(DEVICE), kv_heads, min_split, width=width)
     attend.seq_lens.copy_(torch.tensor(lengths))
     attend.num_drafted.copy_(torch.tensor(drafted))
     for _ in range(2):
