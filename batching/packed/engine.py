@@ -58,8 +58,8 @@ GPU_ROWS = 256
 COMPILERS = (os.environ.get("CC", ""), "gcc", "clang", "cc")
 """The compilers that Triton can build its kernel launchers with."""
 
-GRAPH_BYTES = 544 * 2**20
-"""GPU memory for CUDA graphs and what torch loads for them, in addition to that of the forward passes."""
+GRAPH_BYTES = 160 * 2**20
+"""GPU memory for CUDA graphs and what torch loads for them, in addition to that of the rows and forward passes."""
 
 
 class PackedEngine:
@@ -171,11 +171,13 @@ class PackedEngine:
 
     @torch.inference_mode()
     def _bytes_of_passes(self, num_slots: int) -> int:
-        """What the largest pass takes. Compiles the kernels first, all at once."""
+        """What the rows' state and the largest pass take. Compiles the kernels first, all at once."""
+        before = self.memory()
         runner = self._cuda_runner(num_slots, 1)
+        state = self.memory() - before
         runner.compile_kernels(*self._graph_sizes(num_slots))
         runner.profile_run(64)  # first calls load kernels, which stay and must not count
-        return peak_bytes(self._model.device, lambda: runner.profile_run(self._max_prefill_tokens))
+        return state + peak_bytes(self._model.device, lambda: runner.profile_run(self._max_prefill_tokens))
 
     def _make_runner(self, num_slots: int, num_blocks: int) -> Runner:
         if self._model.device.type != "cuda":
