@@ -116,7 +116,8 @@ class Thought(Block):
 
 
 class Call(Block):
-    """A use of a tool; its text is its arguments."""
+    """A use of a tool; its text is its arguments. A stream has them at the block's end, once they are known to be JSON:
+    Anthropic's clients raise an error about any other. Until then, empty deltas show clients that the answer goes on."""
 
     def __init__(self, started: CallStarted) -> None:
         super().__init__()
@@ -127,11 +128,17 @@ class Call(Block):
             "type": "tool_use",
             "id": self._started.id,
             "name": self._started.name,
-            "input": orjson.Fragment(to_json(arguments(self.text))),
+            "input": orjson.Fragment(self._input()),
         }
 
     def delta(self, text: str) -> replies.InputDelta:
-        return {"type": "input_json_delta", "partial_json": text}
+        return {"type": "input_json_delta", "partial_json": ""}
+
+    def last_delta(self) -> replies.InputDelta:
+        return {"type": "input_json_delta", "partial_json": self._input().decode()}
+
+    def _input(self) -> bytes:
+        return to_json(arguments(self.text))
 
 
 def arguments(text: str) -> dict[str, object]:

@@ -169,6 +169,24 @@ def test_an_answer_that_is_cut_off_says_so_and_keeps_what_can_be_read(talk: Any,
         assert (block["name"], block["input"]) == ("f", {"x": "a"})
 
 
+@pytest.mark.parametrize(
+    ("written_as", "given_to"),
+    [
+        ('{"x": "a", "y": True}', {}),
+        ('{"x": "a\nb"}', {}),
+        ('{"x": "a", "y": [1, {"z": null}]}', {"x": "a", "y": [1, {"z": None}]}),
+    ],
+)
+def test_a_client_reads_a_streamed_call_whose_arguments_are_no_json(talk: Any, written_as: str, given_to: Json) -> None:
+    """The same object comes whole and streamed: an error of the tool, which the model can mend."""
+    _, client, _ = talk
+    call = f'<tool_call>\n{{"name": "f", "arguments": {written_as}}}\n</tool_call>'
+    for ask in (create, streamed):
+        message = ask(client, [{"role": "user", "content": f"[[{call}]]"}], tools=TOOLS)
+        [block] = message.content
+        assert (block.name, block.input) == ("f", given_to)
+
+
 @given(
     st.dictionaries(st.text(), st.recursive(st.integers() | st.text() | st.none(), st.lists, max_leaves=5)), st.data()
 )
