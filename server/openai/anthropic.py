@@ -116,8 +116,11 @@ class Thought(Block):
 
 
 class Call(Block):
-    """A use of a tool; its text is its arguments. A stream has them at the block's end, once they are known to be JSON:
-    Anthropic's clients raise an error about any other. Until then, empty deltas show clients that the answer goes on."""
+    """A use of a tool; its text is its arguments.
+
+    A stream has them at the block's end, once they are known to be JSON: Anthropic's clients raise an error about
+    anything else. Until then, empty deltas show that the answer goes on.
+    """
 
     def __init__(self, started: CallStarted) -> None:
         super().__init__()
