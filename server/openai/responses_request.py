@@ -18,6 +18,7 @@ from pydantic import (
     PrivateAttr,
     Tag,
     TypeAdapter,
+    ValidationError,
     ValidationInfo,
 )
 from pydantic_core import to_json
@@ -28,7 +29,16 @@ from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
 from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Message, TextPart, ThinkingChoice, text_of
 from server.openai.requests import MAX_TOP_LOGPROBS, UNSUPPORTED, ChatRequest, Generation, TokenReports, chat_of
-from server.openai.tools import MAX_TOOLS, ChosenFunction, Function, Name, OtherTool, ToolChoice, is_other
+from server.openai.tools import (
+    MAX_TOOLS,
+    WRONG_CHOICE,
+    ChosenFunction,
+    Function,
+    Name,
+    OtherTool,
+    ToolChoice,
+    is_other,
+)
 
 Fields: TypeAlias = dict[str, Any]
 """A JSON object that has not been checked yet."""
@@ -283,7 +293,7 @@ def _choice(value: object, info: ValidationInfo) -> object:
         allowed = (one for tool in value["tools"] for one in _named(tool, meant))
         return {"type": "allowed_tools", "allowed_tools": value | {"tools": [*islice(allowed, MAX_TOOLS + 1)]}}
     named = _named(value, meant)
-    return named[0] if len(named) == 1 else _nested(value)
+    return named[0] if len(named) == 1 else {"function": {"name": _said(value)}}
 
 
 def _in_namespaces(tools: Iterable[FlatTool | Namespace | OtherTool] | None) -> dict[tuple[object, ...], list[str]]:
@@ -303,16 +313,23 @@ def _in_namespaces(tools: Iterable[FlatTool | Namespace | OtherTool] | None) -> 
 
 
 def _named(value: object, meant: Mapping[tuple[object, ...], list[str]]) -> list[object]:
-    """What an object of a choice names."""
+    """What an object of a choice names. Raises ValueError."""
     if not isinstance(value, dict):
         return [value]
     said = value.get("type", "function"), value.get("name"), value.get("namespace")
     names = meant.get(said) if all(isinstance(part, str | None) for part in said) else None
-    return [{"function": {"name": name}} for name in names] if names else [_nested(value)]
+    if names is None:
+        return [value if is_other(value) else {"function": {"name": _said(value)}}]
+    return [{"function": {"name": name}} for name in names]
 
 
-def _nested(choice: Fields) -> Fields:
-    return {"type": choice.get("type"), "function": {key: choice[key] for key in choice if key != "type"}}
+def _said(choice: Fields) -> str:
+    """The full name that a choice of a function gives it. Raises ValueError."""
+    try:
+        chosen = FlatChoice.model_validate(choice)
+    except ValidationError:
+        raise ValueError(WRONG_CHOICE) from None
+    return full_name(chosen.namespace, chosen.name)
 
 
 FlatToolChoice = Literal["none", "auto", "required"] | FlatChoice | FlatAllowed

@@ -124,11 +124,14 @@ class AllowedChoice(Body):
     allowed_tools: AllowedTools
 
 
+WRONG_CHOICE = 'must be "none", "auto", "required" or an object that names functions'
+
+
 def _choice(value: object, check: ValidatorFunctionWrapHandler) -> object:
     try:
         return check(value)
     except ValidationError:
-        raise ValueError('must be "none", "auto", "required" or an object that names functions') from None
+        raise ValueError(WRONG_CHOICE) from None
 
 
 Choice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice

@@ -512,11 +512,12 @@ def test_a_choice_names_functions_in_a_namespace_as_calls_do(choice: Json, offer
     [
         {"type": "function", "name": "weather"},
         {"type": "function", "name": "weather", "namespace": "c"},
+        {"type": "function", "name": "time", "namespace": "c"},
         {"type": "allowed_tools", "tools": [{"type": "function", "name": "made_up", "namespace": "a"}]},
     ],
 )
 def test_a_choice_that_could_be_any_or_is_none_is_refused(refusing: Live, choice: Json) -> None:
-    tools = [GROUP | {"name": "a"}, GROUP | {"name": "b"}]
+    tools = [GROUP | {"name": "a"}, GROUP | {"name": "b"}, TOOL | {"name": "time"}]
     assert "names a function that is not defined" in refusal(refusing, 400, tools=tools, tool_choice=choice)["message"]
 
 
@@ -848,6 +849,7 @@ def test_what_asks_for_no_stored_state_is_answered() -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name"),
         ({"tools": [TOOL], "tool_choice": "weather"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": [{"name": "f", "namespace": ""}]}}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.json_schema.schema"),
         ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
