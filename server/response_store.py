@@ -17,10 +17,16 @@ OVERHEAD = 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response and the items of its conversation up to its own, both as JSON."""
+    """A response and the items of its conversation up to its own, both as JSON. Its own begin at `begin`."""
 
     response: bytes
     items: bytes
+    begin: int = 0
+
+    @property
+    def output(self) -> bytes:
+        """Its own items, as JSON."""
+        return b"[" + self.items[self.begin :]
 
     @property
     def size(self) -> int:

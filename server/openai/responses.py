@@ -21,7 +21,9 @@ from server.openai.requests import ChatRequest, Row
 from server.openai.responses_output import ResponseAnswer
 from server.openai.responses_request import (
     NOT_KEPT,
+    RESPONSE,
     ReasoningConfig,
+    ReferenceItem,
     ResponseRequest,
     TextConfig,
     as_chat,
@@ -46,10 +48,13 @@ class Continued(Endpoint[ResponseRequest, Encoded]):
     ) -> Response:
         store = service.responses
         keep = partial(put, store, caller.name) if store.most and body.store is not False else None
-        before = items_before(store, body, caller)
-        body.place(before, keep)
+        before, referred = items_before(store, body, caller), outputs_referred_to(store, body, caller)
+        size += len(before) + sum(map(len, referred))
+        if size > service.max_body_bytes and referred:
+            raise bad_request("The items that the input refers to are too long; send fewer.", "input", "too_large")
+        body.place(before, referred, keep)
         try:
-            return await super().respond(service, model, body, size + len(before), caller)
+            return await super().respond(service, model, body, size, caller)
         except ApiError as error:
             raise renamed(error) from None
 
@@ -100,10 +105,17 @@ def items_before(store: ResponseStore, body: ResponseRequest, caller: Caller) ->
     )
 
 
+def outputs_referred_to(store: ResponseStore, body: ResponseRequest, caller: Caller) -> list[bytes]:
+    """The output of each stored response with an item that the input refers to, as JSON. Those that are not stored are
+    left out."""
+    names = dict.fromkeys(item.response for item in body.input if isinstance(item, ReferenceItem))
+    return [found.output for name in names if (found := store.get(caller.name, name)) is not None]
+
+
 def put(store: ResponseStore, client: str, items: bytes, response: replies.Response) -> None:
     """Store an ended response, with the items before its own."""
     output = memoryview(orjson.dumps(response["output"]))  # megabytes, copied as rarely as it can be
-    stored = StoredResponse(orjson.dumps(response), b"".join([items.removesuffix(b"]"), b",", output[1:]]))
+    stored = StoredResponse(orjson.dumps(response), b"".join([items.removesuffix(b"]"), b",", output[1:]]), len(items))
     store.add(client, response["id"], stored)
 
 
@@ -133,7 +145,7 @@ def head_of(model: str, body: ResponseRequest, defaults: Defaults) -> replies.Re
     """The response before any output. Some clients require even the fields that never vary here."""
     reasoning = body.reasoning or ReasoningConfig()
     return {
-        "id": f"resp_{secrets.token_hex(12)}",
+        "id": f"{RESPONSE}{secrets.token_hex(12)}",
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,

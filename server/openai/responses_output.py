@@ -1,6 +1,5 @@
 """A response's output items, and the typed events that report their progress. Runs on the event loop."""
 
-import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,6 +19,7 @@ from server.openai.chat import EventReader
 from server.openai.choices import usage
 from server.openai.endpoint import Answer, Step
 from server.openai.logprobs import chat_logprobs
+from server.openai.responses_request import RESPONSE
 from server.output.answer import one_by_one
 from server.output.message import Event, Reasoning
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
@@ -41,11 +41,12 @@ class Item(ABC):
 
     prefix: ClassVar[str]
 
-    def __init__(self, place: int, numbers: Iterator[int]) -> None:
+    def __init__(self, place: int, numbers: Iterator[int], response: str) -> None:
+        """`response` is the response's id, which can be read from the item's."""
         self.status: Status = "in_progress"
         self._place = place
         self._numbers = numbers
-        self._id = f"{self.prefix}_{secrets.token_hex(12)}"
+        self._id = f"{self.prefix}_{response.removeprefix(RESPONSE)}_{place}"
         self._texts: list[str] = []
 
     @property
@@ -155,8 +156,8 @@ class Said(TextItem):
 
     prefix = "msg"
 
-    def __init__(self, place: int, numbers: Iterator[int]) -> None:
-        super().__init__(place, numbers)
+    def __init__(self, place: int, numbers: Iterator[int], response: str) -> None:
+        super().__init__(place, numbers, response)
         self._logprobs: list[orjson.Fragment] = []
         self._new: list[orjson.Fragment] = []  # those of the latest text
 
@@ -186,10 +187,15 @@ class Call(Item):
     prefix = "fc"
 
     def __init__(
-        self, place: int, numbers: Iterator[int], started: CallStarted, namespaced: tuple[str, str] | None
+        self,
+        place: int,
+        numbers: Iterator[int],
+        response: str,
+        started: CallStarted,
+        namespaced: tuple[str, str] | None,
     ) -> None:
         """`namespaced` are the function's namespace and its name there."""
-        super().__init__(place, numbers)
+        super().__init__(place, numbers, response)
         self._started = started
         self._namespaced = namespaced
 
@@ -225,9 +231,10 @@ class Output:
     Only the last item grows. A call without a `CallEnded` was cut off or is malformed, and is incomplete.
     """
 
-    def __init__(self, namespaced: Mapping[str, tuple[str, str]], *, summarized: bool) -> None:
-        """`namespaced`: the namespace and the name there of functions that have one. `summarized`: thoughts are sent as
-        summaries."""
+    def __init__(self, response: str, namespaced: Mapping[str, tuple[str, str]], *, summarized: bool) -> None:
+        """`response`: the response's id. `namespaced`: the namespace and the name there of functions that have one.
+        `summarized`: thoughts are sent as summaries."""
+        self._response = response
         self.numbers = count()  # sequence numbers of the stream's events
         self._namespaced = namespaced
         self._thought: type[Thought | Summary] = Summary if summarized else Thought
@@ -244,7 +251,8 @@ class Output:
             case Content():
                 yield from self._write(Said, event.text, logprobs)
             case CallStarted():
-                yield from self._open(Call(len(self._items), self.numbers, event, self._namespaced.get(event.name)))
+                namespaced = self._namespaced.get(event.name)
+                yield from self._open(Call(len(self._items), self.numbers, self._response, event, namespaced))
             case CallArguments():
                 yield self._grow(event.text)
             case CallEnded():
@@ -253,14 +261,14 @@ class Output:
     def end(self, *, cut: bool) -> Iterator[Change]:
         """Finish the output; `cut` if the answer reached its length limit. Without any item it gets an empty text."""
         if not self._items:
-            yield from self._open(Said(0, self.numbers))
+            yield from self._open(Said(0, self.numbers, self._response))
         yield from self._settle(cut)
 
     def _write(
         self, kind: type[Thought | Summary | Said], text: str, logprobs: Sequence[orjson.Fragment] = ()
     ) -> Iterator[Change]:
         if not isinstance(self._growing, kind):
-            yield from self._open(kind(len(self._items), self.numbers))
+            yield from self._open(kind(len(self._items), self.numbers, self._response))
         yield self._grow(text, logprobs)
 
     def _open(self, item: Item) -> Iterator[Change]:
@@ -311,7 +319,7 @@ class ResponseAnswer(Answer):
         self._text = text
         self._head = head
         self._keep = keep
-        self._output = Output(namespaced, summarized=head["reasoning"]["summary"] is not None)
+        self._output = Output(head["id"], namespaced, summarized=head["reasoning"]["summary"] is not None)
         self._waiting = deque[SizedLogprob]()  # of tokens whose text has not come yet
         self._finish: FinishReason | None = None
         self._begun = False

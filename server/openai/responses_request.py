@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeAlias
 
+import orjson
 from orjson import Fragment
 from pydantic import (
     BeforeValidator,
@@ -24,7 +25,7 @@ from pydantic import (
 from pydantic_core import to_json
 
 from server.fields import Body, Flag, Integral, NoEffect, Tokens
-from server.http.errors import ApiError
+from server.http.errors import ApiError, bad_request
 from server.openai import responses_replies as replies
 from server.openai.constraints import JsonSchema, ResponseFormat
 from server.openai.messages import MAX_MESSAGES, CalledFunction, CallId, Message, TextPart, ThinkingChoice, text_of
@@ -48,6 +49,9 @@ CHAT_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning
 
 TOKEN_REPORTS = TokenReports.model_fields.keys() | {"logprob_token_ids", "prompt_logprobs"}
 """Fields about choices, of which a response has none."""
+
+RESPONSE = "resp_"
+"""How the id of a response begins."""
 
 ABOUT_THE_ITEM = frozenset(["type", "id", "call_id", "name", "status"])
 UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"])
@@ -154,7 +158,19 @@ def _joined(parts: object) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+class ReferenceItem(Body):
+    """An item of a stored response of the same API key."""
+
+    type: Literal["item_reference"]
+    id: Annotated[str, Field(strict=True, max_length=256)]
+
+    @property
+    def response(self) -> str:
+        """The id of its response."""
+        return RESPONSE + "".join(self.id.split("_")[1:-1])
+
+
+ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
 
 class OtherItem(Body):
@@ -173,6 +189,7 @@ AnyItem = Annotated[
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[CallOutputItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ReferenceItem, Tag("item_reference")]
     | Annotated[OtherItem, Tag("other")],
     Discriminator(_kind),
 ]
@@ -186,10 +203,6 @@ def _checked(value: object) -> Fields:
     kind = item.setdefault("type", "message" if "role" in item else "item_reference")
     if not isinstance(kind, str):
         raise ValueError("the field type must be a string")
-    if kind == "item_reference":
-        raise ValueError(
-            "an item_reference cannot be followed here, so send the item itself, as clients do with store: false"
-        )
     if kind in UNREADABLE:
         raise ValueError(f"an item of type {kind} can be read only by the service that made it")
     return item
@@ -398,6 +411,7 @@ class ResponseRequest(Generation, ThinkingChoice):
     include: list[str] | None = None
     """`message.output_text.logprobs`; reasoning is returned in plain text rather than encrypted."""
     _before: bytes = PrivateAttr(b"")
+    _referred: list[bytes] = PrivateAttr(default_factory=list)
     _items: bytes = PrivateAttr(b"")
     _tools: list[Fragment] = PrivateAttr(default_factory=list)
     _keep: Keep | None = PrivateAttr(None)
@@ -432,12 +446,16 @@ class ResponseRequest(Generation, ThinkingChoice):
 
     @property
     def conversation_items(self) -> list[AnyItem]:
-        """Those of the response that this one continues, and the input. Takes milliseconds for long ones."""
-        return [*(ITEM_LIST.validate_json(self._before) if self._before else ()), *self.input]
+        """Those of the response that this one continues, and the input, in which items stand in place of references.
+        Takes milliseconds for long ones. Raises `ApiError` 400."""
+        known = {item["id"]: item for output in self._referred for item in orjson.loads(output)}
+        before = ITEM_LIST.validate_json(self._before) if self._before else ()
+        return [*before, *(_meant(item, known) for item in self.input)]
 
-    def place(self, before: bytes, keep: Keep | None) -> None:
-        """Take the items of the response before, as JSON, and what keeps this one, if anything does."""
-        self._before, self._keep = before, keep
+    def place(self, before: bytes, referred: list[bytes], keep: Keep | None) -> None:
+        """Take the items of the response before, the items of responses that the input refers to, each response's as
+        JSON, and what keeps this one, if anything does."""
+        self._before, self._referred, self._keep = before, referred, keep
 
     def remember(self) -> None:
         """Encode `shown_tools` and what `keep` needs. Takes milliseconds for many tools and long conversations."""
@@ -452,6 +470,20 @@ class ResponseRequest(Generation, ThinkingChoice):
 
 
 ITEM_LIST: TypeAdapter[list[AnyItem]] = TypeAdapter(list[Item])
+ITEM: TypeAdapter[AnyItem] = TypeAdapter(Item)
+
+
+def _meant(item: AnyItem, known: dict[str, Fields]) -> AnyItem:
+    """What a reference refers to, once: each takes its item away. Raises `ApiError` 400."""
+    if not isinstance(item, ReferenceItem):
+        return item
+    if (found := known.pop(item.id, None)) is None:
+        raise bad_request(
+            "The input refers to an item that is not stored here, or no longer, or to one twice; send the item itself, "
+            "as clients do with store: false.",
+            "input",
+        )
+    return ITEM.validate_python(found)
 
 
 class ResponseChat(ChatRequest):

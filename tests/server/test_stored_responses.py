@@ -128,6 +128,49 @@ def test_calls_and_thoughts_are_part_of_what_is_continued(stream: bool) -> None:
     assert seen[1].prompt == seen[2].prompt
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reference_means_the_item_of_a_stored_response(stream: bool) -> None:
+    """The AI SDK's provider for OpenAI sends references to what was answered, beside calls as they were."""
+    seen: list[Request] = []
+    answer = '<think>Hm.</think>So:<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    tokenizer = byte_tokenizer(TEMPLATES["shows thoughts"], TAGS)
+    with live(telling(remembering(seen, answer)), tokenizer=tokenizer, **KEPT) as service:
+        asked = {"role": "user", "content": "one"}
+        first = respond(service, input=[asked], tools=[SEARCH], stream=stream)
+        output = (events(first.text)[-1]["response"] if stream else first.json())["output"]
+        result = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "7"}
+        thought, said, _ = ({"type": "item_reference", "id": item["id"]} for item in output)
+        referring = respond(service, input=[asked, thought, said, output[2], result], tools=[SEARCH]).json()
+        respond(service, input=[asked, *output, result], tools=[SEARCH])
+        assert seen[1].prompt == seen[2].prompt
+        respond(service, input="two", tools=[SEARCH], previous_response_id=referring["id"])
+        whole = [asked, *output, result, *referring["output"], {"role": "user", "content": "two"}]
+        respond(service, input=whole, tools=[SEARCH])
+        assert seen[3].prompt == seen[4].prompt
+
+
+def test_a_reference_to_what_is_not_the_key_s_or_stands_there_already_is_refused() -> None:
+    with live(scripted("Hello!"), api_keys=("one", "two"), max_body_mib=0.01, **KEPT) as service:
+        [item] = respond(service, "one").json()["output"]
+        reference = {"type": "item_reference", "id": item["id"]}
+        assert respond(service, "one", input=[reference]).status_code == 200
+        assert respond(service, "one", "/v1/responses/input_tokens", input=[reference]).status_code == 200
+        past_the_end = reference | {"id": item["id"].removesuffix("0") + "1"}
+        wrong = [[reference, reference], [past_the_end], [reference | {"id": "msg"}], [reference | {"id": ""}]]
+        for answer in [respond(service, "two", input=[reference])] + [
+            respond(service, "one", input=it) for it in wrong
+        ]:
+            assert error_of(answer, 400, None)["param"] == "input"
+
+
+def test_a_conversation_is_not_longer_than_a_body_because_it_refers_to_items() -> None:
+    with live(scripted("x" * 600), max_body_mib=1500 / 2**20, **KEPT) as service:
+        items = [respond(service).json()["output"][0]["id"] for _ in range(2)]
+        references = [{"type": "item_reference", "id": name} for name in items]
+        assert respond(service, input=references[:1]).status_code == 200
+        error_of(respond(service, input=references), 400, "too_large")
+
+
 def test_a_chain_has_no_more_turns_than_a_conversation_may_have() -> None:
     turns = [{"role": "user", "content": "x"}] * 2046
     with live(scripted("Hi", context_window=10**6, token_budget=10**7), **KEPT) as service:
