@@ -312,7 +312,6 @@ def _guarded(node: Schema) -> Schema:
 
 
 def _guard(pattern: str) -> str:
+    """The first character of a class stays itself: a bracket would now end it, and a dash make a range."""
     parts = (part[0] for part in PATTERN_PART.finditer(pattern))
-    return "".join(
-        re.sub(r"^\[\^(\]?)", lambda start: "[^\\x01" + start[1].replace("]", "\\]"), part) for part in parts
-    )
+    return "".join(re.sub(r"^\[\^([]-]?)", lambda start: "[^\\x01" + re.escape(start[1]), part) for part in parts)

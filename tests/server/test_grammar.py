@@ -241,6 +241,7 @@ SHAPES: list[Case] = [
             ({"pattern": "^\\w+@\\w+$"}, "a@b"),
             ({"pattern": '^[^"\\\\]*$'}, "plain"),
             ({"pattern": "^\\S+ \\S+$"}, "a b"),
+            ({"pattern": "^[^-a\\s]+$"}, "2B"),
             ({"pattern": "^.{2,4}$"}, "日本語"),
             ({"pattern": "^a$|^b$"}, "b"),
         )
