@@ -20,6 +20,7 @@ from server.openai.endpoint import Answer, Encoded, Endpoint, json_response, num
 from server.openai.requests import ChatRequest, Row
 from server.openai.responses_output import ResponseAnswer
 from server.openai.responses_request import (
+    ENCRYPTED,
     NOT_KEPT,
     RESPONSE,
     ReasoningConfig,
@@ -80,7 +81,8 @@ class Responses(Continued[tuple[Conversation, list[Row]]], ChatEndpoint[Response
         [stream] = streams
         head = head_of(name, body, model.defaults)
         reader = EventReader(stream, model.text, encoded)
-        return ResponseAnswer(stream, reader, model.text, head, body.namespaced, body.keep)
+        encrypted = ENCRYPTED in (body.include or ())
+        return ResponseAnswer(stream, reader, model.text, head, body.namespaced, encrypted=encrypted, keep=body.keep)
 
 
 class InputTokens(Continued[replies.InputTokens]):

@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count
 from typing import ClassVar, Literal, TypeAlias
@@ -19,7 +20,7 @@ from server.openai.chat import EventReader
 from server.openai.choices import usage
 from server.openai.endpoint import Answer, Step
 from server.openai.logprobs import chat_logprobs
-from server.openai.responses_request import RESPONSE
+from server.openai.responses_request import RESPONSE, UNENCRYPTED
 from server.output.answer import one_by_one
 from server.output.message import Event, Reasoning
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content
@@ -32,21 +33,30 @@ Kind: TypeAlias = Literal[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a response's items share: its id, which can be read from theirs, and the sequence numbers of the stream's
+    events. `encrypted`: a thought is also in `encrypted_content`, the only form in which some clients send it back."""
+
+    response: str
+    encrypted: bool
+    numbers: Iterator[int] = field(default_factory=count)
+
+
 class Item(ABC):
     """One output item. It is opened once, grows by pieces of text, and is closed once.
 
     `opened`, `grown` and `closed` return the events for that, each built when it is requested, from the item's state
-    then and with the next of `numbers`.
+    then and with the next number.
     """
 
     prefix: ClassVar[str]
 
-    def __init__(self, place: int, numbers: Iterator[int], response: str) -> None:
-        """`response` is the response's id, which can be read from the item's."""
+    def __init__(self, place: int, shared: Shared) -> None:
         self.status: Status = "in_progress"
         self._place = place
-        self._numbers = numbers
-        self._id = f"{self.prefix}_{response.removeprefix(RESPONSE)}_{place}"
+        self._shared = shared
+        self._id = f"{self.prefix}_{shared.response.removeprefix(RESPONSE)}_{place}"
         self._texts: list[str] = []
 
     @property
@@ -72,13 +82,13 @@ class Item(ABC):
     def _whole(self, kind: Literal["response.output_item.added", "response.output_item.done"]) -> replies.ResponseEvent:
         return {
             "type": kind,
-            "sequence_number": next(self._numbers),
+            "sequence_number": next(self._shared.numbers),
             "output_index": self._place,
             "item": self.json(),
         }
 
     def _of_item(self) -> replies.OfItem:
-        return {"sequence_number": next(self._numbers), "item_id": self._id, "output_index": self._place}
+        return {"sequence_number": next(self._shared.numbers), "item_id": self._id, "output_index": self._place}
 
 
 class TextItem(Item):
@@ -106,12 +116,29 @@ class TextItem(Item):
         return {**self._of_item(), "content_index": 0}
 
 
-class Thought(TextItem):
+class Reasoned(Item):
+    """A thought, in one form or the other."""
+
     prefix = "rs"
 
     def json(self) -> replies.OutputReasoning:
-        content = [] if self.status == "in_progress" else [self.part()]
-        return {"id": self._id, "type": "reasoning", "status": self.status, "summary": [], "content": content}
+        found: replies.OutputReasoning = {
+            "id": self._id,
+            "type": "reasoning",
+            "status": self.status,
+            "summary": [],
+            "content": [],
+        }
+        if self._shared.encrypted and self.status != "in_progress":
+            found["encrypted_content"] = UNENCRYPTED + self.text
+        return found
+
+
+class Thought(Reasoned, TextItem):
+    def json(self) -> replies.OutputReasoning:
+        found = super().json()
+        found["content"] = [] if self.status == "in_progress" else [self.part()]
+        return found
 
     def part(self) -> replies.ReasoningText:
         return {"type": "reasoning_text", "text": self.text}
@@ -123,14 +150,13 @@ class Thought(TextItem):
         return {"type": "response.reasoning_text.done", **self._of_part(), "text": self.text}
 
 
-class Summary(Item):
+class Summary(Reasoned):
     """A thought as its own summary, the only form in which many clients read one."""
 
-    prefix = "rs"
-
     def json(self) -> replies.OutputReasoning:
-        summary = [] if self.status == "in_progress" else [self.part()]
-        return {"id": self._id, "type": "reasoning", "status": self.status, "summary": summary, "content": []}
+        found = super().json()
+        found["summary"] = [] if self.status == "in_progress" else [self.part()]
+        return found
 
     def part(self) -> replies.SummaryText:
         return {"type": "summary_text", "text": self.text}
@@ -156,8 +182,8 @@ class Said(TextItem):
 
     prefix = "msg"
 
-    def __init__(self, place: int, numbers: Iterator[int], response: str) -> None:
-        super().__init__(place, numbers, response)
+    def __init__(self, place: int, shared: Shared) -> None:
+        super().__init__(place, shared)
         self._logprobs: list[orjson.Fragment] = []
         self._new: list[orjson.Fragment] = []  # those of the latest text
 
@@ -186,16 +212,9 @@ class Call(Item):
 
     prefix = "fc"
 
-    def __init__(
-        self,
-        place: int,
-        numbers: Iterator[int],
-        response: str,
-        started: CallStarted,
-        namespaced: tuple[str, str] | None,
-    ) -> None:
+    def __init__(self, place: int, shared: Shared, started: CallStarted, namespaced: tuple[str, str] | None) -> None:
         """`namespaced` are the function's namespace and its name there."""
-        super().__init__(place, numbers, response)
+        super().__init__(place, shared)
         self._started = started
         self._namespaced = namespaced
 
@@ -231,11 +250,10 @@ class Output:
     Only the last item grows. A call without a `CallEnded` was cut off or is malformed, and is incomplete.
     """
 
-    def __init__(self, response: str, namespaced: Mapping[str, tuple[str, str]], *, summarized: bool) -> None:
-        """`response`: the response's id. `namespaced`: the namespace and the name there of functions that have one.
-        `summarized`: thoughts are sent as summaries."""
-        self._response = response
-        self.numbers = count()  # sequence numbers of the stream's events
+    def __init__(self, shared: Shared, namespaced: Mapping[str, tuple[str, str]], *, summarized: bool) -> None:
+        """`namespaced`: the namespace and the name there of functions that have one. `summarized`: thoughts are sent as
+        summaries."""
+        self._shared = shared
         self._namespaced = namespaced
         self._thought: type[Thought | Summary] = Summary if summarized else Thought
         self._items: list[Item] = []
@@ -252,7 +270,7 @@ class Output:
                 yield from self._write(Said, event.text, logprobs)
             case CallStarted():
                 namespaced = self._namespaced.get(event.name)
-                yield from self._open(Call(len(self._items), self.numbers, self._response, event, namespaced))
+                yield from self._open(Call(len(self._items), self._shared, event, namespaced))
             case CallArguments():
                 yield self._grow(event.text)
             case CallEnded():
@@ -261,14 +279,14 @@ class Output:
     def end(self, *, cut: bool) -> Iterator[Change]:
         """Finish the output; `cut` if the answer reached its length limit. Without any item it gets an empty text."""
         if not self._items:
-            yield from self._open(Said(0, self.numbers, self._response))
+            yield from self._open(Said(0, self._shared))
         yield from self._settle(cut)
 
     def _write(
         self, kind: type[Thought | Summary | Said], text: str, logprobs: Sequence[orjson.Fragment] = ()
     ) -> Iterator[Change]:
         if not isinstance(self._growing, kind):
-            yield from self._open(kind(len(self._items), self.numbers, self._response))
+            yield from self._open(kind(len(self._items), self._shared))
         yield self._grow(text, logprobs)
 
     def _open(self, item: Item) -> Iterator[Change]:
@@ -311,15 +329,18 @@ class ResponseAnswer(Answer):
         text: Text,
         head: replies.Response,
         namespaced: Mapping[str, tuple[str, str]],
+        *,
+        encrypted: bool,
         keep: Keep | None = None,
     ) -> None:
-        """`keep` is called with the ended response, if it is to be stored."""
+        """`encrypted` as in `Shared`. `keep` is called with the ended response, if it is to be stored."""
         self.streams = [stream]
         self._reader = reader
         self._text = text
         self._head = head
         self._keep = keep
-        self._output = Output(head["id"], namespaced, summarized=head["reasoning"]["summary"] is not None)
+        self._shared = Shared(head["id"], encrypted)
+        self._output = Output(self._shared, namespaced, summarized=head["reasoning"]["summary"] is not None)
         self._waiting = deque[SizedLogprob]()  # of tokens whose text has not come yet
         self._finish: FinishReason | None = None
         self._begun = False
@@ -389,7 +410,7 @@ class ResponseAnswer(Answer):
         return [self._changed(kind, self._response("in_progress")) for kind in kinds]
 
     def _changed(self, kind: Kind, response: replies.Response) -> replies.ResponseEvent:
-        return {"type": kind, "sequence_number": next(self._output.numbers), "response": response}
+        return {"type": kind, "sequence_number": next(self._shared.numbers), "response": response}
 
     def _ended(self) -> replies.Response:
         if self._finish == "length":

@@ -47,6 +47,8 @@ class OutputReasoning(Item):
     type: Literal["reasoning"]
     summary: list[SummaryText]
     content: list[ReasoningText]
+    encrypted_content: NotRequired[str]
+    """The reasoning for clients to send back, though not encrypted. Only if the request includes it."""
 
 
 class OutputCall(Item):

@@ -58,6 +58,9 @@ UNREADABLE = frozenset(["compaction", "compaction_summary", "context_compaction"
 """Items that replace part of the conversation, encrypted by the service that made them."""
 
 TOKEN_LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"
+UNENCRYPTED = "unencrypted:"
+"""How the `encrypted_content` of this service's own reasoning begins, which is that reasoning as it is."""
 
 
 Keep: TypeAlias = Callable[[bytes, replies.Response], None]
@@ -140,7 +143,7 @@ class CallOutputItem(Body):
 
 class ReasoningItem(Body):
     """Reasoning. Clients that read only summaries send back nothing else; here, they are the reasoning itself. What is
-    encrypted is skipped with its summary, which another service wrote."""
+    encrypted is skipped with its summary, which another service wrote; what this one says it is, is not."""
 
     type: Literal["reasoning"]
     content: object = None
@@ -149,7 +152,10 @@ class ReasoningItem(Body):
 
     @property
     def text(self) -> str:
-        return _joined(self.content) or ("" if self.encrypted_content else _joined(self.summary))
+        sealed = self.encrypted_content
+        if isinstance(sealed, str) and sealed.startswith(UNENCRYPTED):
+            return sealed.removeprefix(UNENCRYPTED)
+        return _joined(self.content) or ("" if sealed else _joined(self.summary))
 
 
 def _joined(parts: object) -> str:
@@ -409,7 +415,7 @@ class ResponseRequest(Generation, ThinkingChoice):
     conversation: Unstored = None
     prompt: Unstored = None
     include: list[str] | None = None
-    """`message.output_text.logprobs`; reasoning is returned in plain text rather than encrypted."""
+    """`message.output_text.logprobs`; `reasoning.encrypted_content`, for clients that send back no other reasoning."""
     _before: bytes = PrivateAttr(b"")
     _referred: list[bytes] = PrivateAttr(default_factory=list)
     _items: bytes = PrivateAttr(b"")

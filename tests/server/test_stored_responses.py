@@ -149,6 +149,28 @@ def test_a_reference_means_the_item_of_a_stored_response(stream: bool) -> None:
         assert seen[3].prompt == seen[4].prompt
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reasoning", [{}, {"summary": "auto"}])
+def test_a_thought_can_come_back_as_its_encrypted_content_alone(stream: bool, reasoning: dict[str, str]) -> None:
+    """The AI SDK's provider for OpenAI sends back no other where nothing is stored."""
+    seen: list[Request] = []
+    answer = '<think>Hm.</think><tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    tokenizer = byte_tokenizer(TEMPLATES["shows thoughts"], TAGS)
+    with live(telling(remembering(seen, answer)), tokenizer=tokenizer) as service:
+        asked: dict[str, Any] = {"tools": [SEARCH], "reasoning": reasoning}
+        assert "encrypted_content" not in respond(service, **asked).json()["output"][0]
+        asked["include"] = ["reasoning.encrypted_content"]
+        first = respond(service, stream=stream, **asked)
+        thought, call = (events(first.text)[-1]["response"] if stream else first.json())["output"]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "7"}
+        sealed = {"type": "reasoning", "summary": [], "encrypted_content": thought["encrypted_content"]}
+        read = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}
+        for sent in (thought, sealed, read):
+            respond(service, input=[{"role": "user", "content": "Hi"}, sent, call, result], tools=[SEARCH])
+    assert "Hm." in BYTES.decode(list(seen[-1].prompt))
+    assert seen[-1].prompt == seen[-2].prompt == seen[-3].prompt
+
+
 def test_a_reference_to_what_is_not_the_key_s_or_stands_there_already_is_refused() -> None:
     with live(scripted("Hello!"), api_keys=("one", "two"), max_body_mib=0.01, **KEPT) as service:
         [item] = respond(service, "one").json()["output"]
