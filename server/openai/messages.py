@@ -92,6 +92,15 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: CalledFunction
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_function(cls, value: object) -> object:
+        """Accept a call of a tool of another service that takes free text."""
+        match value:
+            case {"type": "custom", "custom": {"name": name, "input": text}, **rest}:
+                return rest | {"function": {"name": name, "arguments": {"input": text}}}
+        return value
+
     def for_template(self, names: ToolNames) -> ShownCall:
         """The call with its arguments parsed into an object for the template, or as they are if that fails."""
         shown: ShownArguments = {

@@ -220,6 +220,18 @@ def test_a_refusal_of_another_service_is_what_it_said(speaking: tuple[Ask, Speak
     assert re.search(r"assistant>?\s*No\.(<|user)", speaker.prompts[0])
 
 
+def test_a_call_of_another_service_s_free_text_tool_is_one_of_a_function(speaking: tuple[Ask, Speaker]) -> None:
+    """As in /v1/responses."""
+    ask, speaker = speaking
+    speaker.prompts.clear()
+    custom = {"type": "custom", "custom": {"name": "shell", "input": "ls"}}
+    function = {"type": "function", "function": {"name": "shell", "arguments": '{"input": "ls"}'}}
+    for call in (custom, function):
+        turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"} | call]}
+        ask(CHAT, messages=[*QUESTION, turn, *results_of(turn), *QUESTION])
+    assert speaker.prompts[0] == speaker.prompts[1]
+
+
 def test_any_answer_can_be_shown_to_qwen3(thinking_tokenizer: str) -> None:
     model = Text.load(thinking_tokenizer)
 
