@@ -67,6 +67,7 @@ Keep: TypeAlias = Callable[[bytes, replies.Response], None]
 """Keeps a response; the bytes are the items before its own, as JSON."""
 
 NOT_KEPT = "stored state is not kept here, so the field input must hold the whole conversation"
+NOT_LATER = "no answer is made in the background here, so leave the field out and wait for it, or let it stream"
 
 
 def as_json(value: object) -> Fragment:
@@ -74,12 +75,12 @@ def as_json(value: object) -> Fragment:
     return Fragment(to_json(value, by_alias=True, inf_nan_mode="null"))
 
 
-def only(*allowed: object) -> BeforeValidator:
+def only(*allowed: object, otherwise: str = NOT_KEPT) -> BeforeValidator:
     """For a field about stored state: accepts only the values that ask for none."""
 
     def check(value: object) -> object:
         if value not in allowed:
-            raise ValueError(NOT_KEPT)
+            raise ValueError(otherwise)
         return value
 
     return BeforeValidator(check)
@@ -408,7 +409,7 @@ class ResponseRequest(Generation, ThinkingChoice):
     thinking_budget: Tokens | None = None
     thinking_token_budget: Tokens | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Integral] | None = None
-    background: Annotated[Flag | None, only(False, None)] = None
+    background: Annotated[Flag | None, only(False, None, otherwise=NOT_LATER)] = None
     previous_response_id: Annotated[str, Field(strict=True, max_length=256)] | None = None
     """A stored response of the same API key, whose conversation the input continues."""
     store: Annotated[object, Field(description="False: do not store the response where responses are stored.")] = None

@@ -784,13 +784,18 @@ def refusing() -> Iterator[Live]:
         ("conversation", "conv_1", "conversation"),
         ("conversation", {"id": "conv_1"}, "conversation"),
         ("prompt", {"id": "pmpt_1"}, "prompt"),
-        ("background", True, "background"),
     ],
 )
 def test_what_needs_stored_state_is_refused_by_name(refusing: Live, field: str, value: Any, param: str) -> None:
     error = refusal(refusing, 400, **{field: value})
     assert error["param"] == param
     assert "stored state is not kept here" in error["message"]
+
+
+def test_who_wants_an_answer_later_is_told_to_wait_for_it(refusing: Live) -> None:
+    error = refusal(refusing, 400, background=True)
+    assert error["param"] == "background"
+    assert "leave the field out" in error["message"]
 
 
 @pytest.mark.parametrize("item", [{"type": "item_reference"}, {}, {"type": None}])
