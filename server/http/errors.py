@@ -31,6 +31,9 @@ FINAL = {"x-should-retry": "false"}
 """A retry would do the same work and fail the same way. OpenAI's SDKs, which otherwise send a request up to three times
 on a status of 500 or above, honour this header."""
 
+LATER = {"retry-after": "5"}
+"""Loading and restarting take seconds, in which OpenAI's SDKs would otherwise have sent all their retries."""
+
 
 @dataclass
 class ApiError(Exception):
@@ -102,7 +105,8 @@ def from_batching(error: BatchingError) -> ApiError:
         case NotReady():
             return not_ready(error.state)
         case Drained():
-            return ApiError(503, "The service is shutting down; send the request again.", "server_error", "stopping")
+            message = "The service is shutting down; send the request again."
+            return ApiError(503, message, "server_error", "stopping", headers=LATER)
         case DeadlineExceeded():
             message = "The request did not finish within the time limit."
             return ApiError(504, message, "server_error", "deadline_exceeded", headers=FINAL)
@@ -123,7 +127,7 @@ def not_ready(state: str) -> ApiError:
         "stopped": "The service has stopped.",
         "failed": "The model is down; the service needs a restart.",
     }[state]
-    return ApiError(503, message, "server_error", f"service_{state}", headers={"retry-after": "5"})
+    return ApiError(503, message, "server_error", f"service_{state}", headers=LATER)
 
 
 def internal() -> ApiError:
