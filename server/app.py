@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from batching.events import Rejected, State
 from server import replies
+from server.callers import Caller
 from server.http.errors import ApiError, internal
 from server.http.middleware import AnswerBudget, ApiKey, BodyBudget, BrowserGuard, RequestId, allowed_hosts
 from server.model.served_model import ServedModel, card
@@ -176,7 +177,8 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
     if error.reason:
         request.app.state.service.observe(Rejected(error.reason))
     if error.refusal:
-        log_refusal(request.state.caller.request_id, request.scope["path"], error.status, error.code)
+        caller: Caller = request.state.caller
+        log_refusal(caller.request_id, request.scope["path"], error.status, error.code, caller.name)
     return _error(request, error)
 
 

@@ -51,17 +51,18 @@ def log_event(event: Event) -> None:
             logger.info("state %s", state)
 
 
-def log_refusal(request_id: str, path: str, status: int, code: str | None) -> None:
-    """Log a request that was refused before the queue."""
+def log_refusal(request_id: str, path: str, status: int, code: str | None, key: str = "") -> None:
+    """Log a request that was refused before the queue. `key` is the name of its API key, if it has one."""
     # Quoted, because a path can contain line breaks and terminal control characters.
     shown = quote(path if len(path) <= PATH_CHARACTERS else path[:PATH_CHARACTERS] + "…")
-    facts = {"id": request_id, "path": shown, "status": status, "code": code}
+    facts: dict[str, object] = {"id": request_id, **_named(key), "path": shown, "status": status, "code": code}
     logger.info("refused  %s", _words(facts), extra={"facts": facts})
 
 
 def _log_row(event: RowEnded) -> None:
-    facts = {
+    facts: dict[str, object] = {
         "id": event.id,
+        **_named(event.client),
         "outcome": event.outcome,
         "finish": event.finish,
         "prompt_tokens": event.prompt_tokens,
@@ -73,6 +74,10 @@ def _log_row(event: RowEnded) -> None:
     }
     level = logging.INFO if event.outcome in (Outcome.ANSWERED, Outcome.CANCELLED) else logging.WARNING
     logger.log(level, "request  %s", _words(facts), extra={"facts": facts})
+
+
+def _named(key: str) -> dict[str, str]:
+    return {"key": key} if key else {}
 
 
 def _rounded(seconds: float | None) -> float | None:

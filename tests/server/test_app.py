@@ -1075,6 +1075,17 @@ def test_each_request_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture, p
         assert "outcome=" in line or "status=" in line
 
 
+def test_a_line_names_the_key_and_never_shows_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with live(api_keys=KEYS) as service:
+        for fields in ({}, {"n": 0}):
+            service.chat(headers={"authorization": "Bearer secret-one"}, **fields)
+        service.chat(headers={"authorization": "Bearer unknown"})
+    lines = [record.getMessage() for record in ours(caplog)]
+    assert sum(" key=key-1 " in line for line in lines) == 2
+    assert not any(secret in line for line in lines for secret in ("secret-one", "unknown "))
+
+
 def test_what_clients_write_is_never_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     with live(scripted("my-answer"), api_keys=("my-key",)) as service:
