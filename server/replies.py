@@ -33,6 +33,15 @@ BUSY = (
 )
 """Why requests are refused with a 429 or 503 above the batcher, which has reasons of its own."""
 
+FAULTS = (
+    *("unknown_api_key", "unknown_host", "unknown_origin", "unknown_url", "unknown_method"),
+    *("malformed_request", "headers_too_large", "request_timeout", "body_too_large", "corrupt_body"),
+    *("unsupported_content_type", "unsupported_encoding", "invalid_json", "unsupported_field", "unsupported_schema"),
+    *("context_length_exceeded", "too_large"),
+    *("model_not_found", "response_not_found", "previous_response_not_found"),
+)
+"""Why requests are refused for a fault of their own, where it has a name."""
+
 
 class ErrorDetails(TypedDict):
     message: str

@@ -35,7 +35,7 @@ from batching.events import (
 )
 from batching.progress import Progress
 from batching.types import Finish, ModelInfo
-from server.replies import BUSY
+from server.replies import BUSY, FAULTS
 from server.settings import Settings
 
 SECONDS_TO_FIRST = (
@@ -154,7 +154,7 @@ class Metrics:
             self._duration.labels(outcome)
         for finish in Finish:
             self._finished.labels(finish)
-        for reason in (*REFUSALS, *BUSY, "bad_request"):
+        for reason in (*REFUSALS, *BUSY, *FAULTS, "bad_request"):
             self._rejected.labels(reason)
 
     def __call__(self, event: Event) -> None:

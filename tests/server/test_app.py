@@ -1,12 +1,12 @@
 """Laws of the HTTP service, on a live server with an engine that says what a script tells it to."""
 
+import ast
 import contextlib
 import functools
 import json
 import logging
 import operator
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +29,7 @@ from batching.events import REFUSALS, Outcome, State
 from batching.types import Request
 from server.http.errors import RETRIED
 from server.observe.log import JsonFormatter
-from server.replies import BUSY
+from server.replies import BUSY, FAULTS
 from tests.fakes import Script, ScriptedEngine
 from tests.live import (
     BYTES,
@@ -935,15 +935,25 @@ def test_metrics_keep_their_names_types_and_labels() -> None:
 def test_a_refusal_has_a_series_before_the_first_one() -> None:
     with live() as service:
         samples = service.samples()
-    for reason in (*REFUSALS, *BUSY, "bad_request"):
+    for reason in (*REFUSALS, *BUSY, *FAULTS, "bad_request"):
         assert samples["microbatch_rejected_requests_total", (("reason", reason),)] == 0.0
 
 
-def test_each_reason_of_a_429_or_503_has_its_series() -> None:
-    made = re.compile(r'ApiError\(\s*(?:429|503),[^()]*?"(?:rate_limit|server)_error",\s*"(\w+)"')
-    codes = {code for file in Path("server").rglob("*.py") for code in made.findall(file.read_text())}
-    of_accepted_requests = {"stopping"}
-    assert codes == {*BUSY, "queue_full", "too_busy"} | of_accepted_requests
+def codes_in(tree: ast.AST) -> Iterator[str]:
+    """The codes that calls of `ApiError` and `bad_request` name, by their place or by their name."""
+    places = {"ApiError": 3, "bad_request": 2}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in places:
+            place = places[call.func.id]
+            named = [*call.args[place : place + 1], *(each.value for each in call.keywords if each.arg == "code")]
+            yield from (each.value for each in named if isinstance(each, ast.Constant) and isinstance(each.value, str))
+
+
+def test_each_reason_of_a_refusal_has_its_series() -> None:
+    codes = {code for file in Path("server").rglob("*.py") for code in codes_in(ast.parse(file.read_text()))}
+    of_accepted_requests = {"stopping", "deadline_exceeded", "out_of_memory", "engine_error", "internal_error"}
+    of_starlette = {"unknown_url", "unknown_method"}
+    assert codes | of_starlette == {*FAULTS, *BUSY, "queue_full", "too_busy"} | of_accepted_requests
 
 
 @pytest.mark.parametrize("code", BUSY)
