@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeAlias
+from urllib.parse import quote
 
 import orjson
 from starlette.applications import Starlette
@@ -13,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from batching.events import Rejected, State
 from server import replies
@@ -80,6 +82,8 @@ def create_app(service: Service, metrics: Metrics, when_ready: Callable[[ServedM
         exception_handlers=handlers,
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # to an absolute URL, of which a proxy may have another scheme and prefix
+    app.router.default = without_slash
     app.state.service = service
     app.state.metrics = metrics
     app.state.scrapes = Scrapes(metrics)
@@ -129,6 +133,18 @@ def middleware(service: Service) -> list[Middleware]:
     if service.keys:
         layers.append(Middleware(ApiKey, keys=service.keys, open_paths=OPEN_PATHS, refuse=on_api_error))
     return layers
+
+
+async def without_slash(scope: Scope, receive: Receive, send: Send) -> None:
+    """Redirect a path with a needless slash at its end, by a reference relative to itself. Any other is a 404."""
+    path = scope["path"].removesuffix("/")
+    if path == scope["path"] or not any(
+        route.matches({**scope, "path": path})[0].value for route in scope["app"].routes
+    ):
+        raise HTTPException(404)
+    query = Request(scope).url.query
+    response = RedirectResponse(f"../{quote(path.rpartition('/')[2])}{query and '?'}{query}")
+    await response(scope, receive, send)
 
 
 async def live(request: Request) -> Response:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import httpx2
 import openai
@@ -788,6 +789,22 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(caplog: pyte
         eventually(lambda: not service.connections, "the connection is closed")
         assert service.chat().status_code == 200
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(("path", "right"), [("/v1/tokenize/?a=b%26", "/v1/tokenize?a=b%26"), ("/docs/", "/docs")])
+def test_a_slash_too_many_stays_on_the_client_s_side_of_a_proxy(path: str, right: str) -> None:
+    with live() as service:
+        location = service.get(path).headers["location"]
+    # The proxy ends TLS, and its paths have a prefix.
+    assert urljoin(f"https://proxy.example/llm{path}", location) == f"https://proxy.example/llm{right}"
+
+
+def test_a_slash_too_many_does_not_cost_the_answer() -> None:
+    with live() as service, service.http(follow_redirects=True) as client:
+        body = orjson.dumps({"messages": QUESTION})
+        assert client.post("/v1/chat/completions/", content=body).json()["choices"][0]["message"]["content"] == "Hello!"
+        for path in ("/nothing/", "/v1/nothing/"):
+            error_of(client.get(path), 404, "unknown_url")
 
 
 # Who may ask
