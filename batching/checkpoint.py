@@ -5,6 +5,7 @@ take seconds, so that a bad path is reported at once.
 """
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from batching.errors import ModelError
 from batching.gguf import converted
+
+logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
@@ -43,6 +46,8 @@ def find(model: str | None, load_format: LoadFormat) -> str:
         if not _is_path(model):
             if load_format == "gguf":
                 raise ModelError(f"a GGUF model must be a local file or folder, and there is no {model}")
+            # Where there is no network, transformers tries for more than a minute.
+            logger.info("there is no file or folder %s here, so it is taken for the id of a model on the hub", model)
             return model
         return str(_checked_path(home_expanded(Path(model)), load_format))
 

@@ -1,5 +1,6 @@
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -68,9 +69,13 @@ def empty(file: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["org/name", "gpt2", "Qwen/Qwen3-0.6B"])
 @pytest.mark.parametrize("load_format", ["auto", "safetensors", "dummy"])
-def test_a_hub_id_is_answered_unchanged(name: str, load_format: LoadFormat, cache: Path) -> None:
-    assert locate(name, load_format, cache) == name
+def test_a_hub_id_is_answered_unchanged(
+    name: str, load_format: LoadFormat, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert locate(name, load_format, cache) == name
     assert not cache.exists()
+    assert [name in line and "no file or folder" in line for line in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./no", "~/no/such", "no/such/folder", "org/no-such.gguf"])
