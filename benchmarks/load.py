@@ -5,7 +5,7 @@ python -m benchmarks.load --url http://127.0.0.1:21010 --model NAME --rate 0.5,1
 python -m benchmarks.load --url http://127.0.0.1:21010 --model NAME --find-capacity --ttft-target-ms 1000
 
 A table row a level on standard output, progress on standard error. `--json` writes what `benchmarks.report` draws,
-`--records` every request. Exits with 1 if any request failed, or no
+`--records` every request; Ctrl-C leaves those of the levels before. Exits with 1 if any request failed, or no
 capacity was found where that was asked for.
 """
 
@@ -41,6 +41,9 @@ class Command:
     json: Path | None
     records: Path | None
 
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, by the shells' convention: 128 and the signal's number."""
 
 PROGRAM = "python -m benchmarks.load"
 
@@ -248,7 +251,7 @@ def wide_console() -> Console:
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """The command, called `program` in its messages.
 
-    Returns its exit code: 0; 1 if any request failed or no capacity was found; 2 for a bad file.
+    Returns its exit code: 0; 1 if any request failed or no capacity was found; 2 for a bad file; 130 after Ctrl-C.
     """
     settings, command = parse(arguments, program)
     try:
@@ -257,7 +260,14 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     except (OSError, ValueError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    measure(run, command)
+    try:
+        measure(run, command)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; only whole levels are shown", file=sys.stderr)
+        if run.levels:
+            write(run, command)
+            show(run, replace(command, find_capacity=False))
+        return INTERRUPTED
     write(run, command)
     show(run, command)
     if command.find_capacity:  # which goes where requests fail, to find the edge

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.client import words_of
 from benchmarks.load import capacity_of, main, parse, run_loop
-from benchmarks.loops import ClosedLoop, OpenLoop
-from benchmarks.run import Run, RunFigures, Settings, load_run
+from benchmarks.loops import ClosedLoop, Loop, OpenLoop
+from benchmarks.run import Level, Run, RunFigures, Settings, load_run
 from benchmarks.summary import Targets
 from tests.benchmarks import figures
 from tests.benchmarks.scripted import ScriptedServer, serving
@@ -227,6 +227,26 @@ def test_all_levels_are_measured_where_none_is_limited(tmp_path: Path) -> None:
     _, found, _ = load(ScriptedServer("500"), tmp_path, "--concurrency", "1,2")
     assert len(found.levels) == 2
     assert found.left_out == {}
+
+
+@pytest.mark.parametrize("flags", [["--concurrency", "1,2,3"], ["--find-capacity", "--ttft-target-ms", "1e9"]])
+def test_an_interrupted_run_shows_and_writes_the_levels_that_it_measured(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = Run.measure
+
+    async def interrupted(run: Run, loop: Loop, requests: int) -> Level:
+        if run.levels:
+            raise KeyboardInterrupt
+        return await measure(run, loop, requests)
+
+    monkeypatch.setattr(Run, "measure", interrupted)
+    code, found, records = load(ScriptedServer(), tmp_path, *flags, "--requests-per-level", "2")
+    assert (code, len(found.levels), len(records)) == (130, 1, 2)
+    shown = capsys.readouterr()
+    assert found.levels[0].label in shown.out
+    assert "capacity" not in shown.out
+    assert "interrupted" in shown.err
 
 
 def test_a_failed_warm_up_ends_with_1(tmp_path: Path) -> None:
