@@ -271,8 +271,8 @@ class Settings(BaseSettings):
     def _agree(self) -> Self:
         if self.default_max_tokens > self.max_output_tokens:
             raise ValueError("default-max-tokens is larger than max-output-tokens")
-        keys = load_keys(self.api_keys, self.api_keys_file)
-        if keys and (unknown := set(self.admin_keys) - {key.name for key in keys}):
+        names = {key.name for key in load_keys(self.api_keys, self.api_keys_file)}
+        if unknown := set(self.admin_keys) - names:
             raise ValueError(f"admin-keys has {min(unknown)}, which is not the name of an API key")
         if self.otlp_endpoint and not _can_trace():
             raise ValueError("otlp-endpoint needs the extra otel: pip install 'microbatch[otel]'")

@@ -28,7 +28,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "api_keys": ("a,b", ("a", "b")),
     "api_keys_file": ("keys", Path("keys")),
     "allowed_hosts": ("a.example,b", ("a.example", "b")),
-    "admin_keys": ("alice,bob", ("alice", "bob")),
+    "admin_keys": ("key-1,key-2", ("key-1", "key-2")),
     "cors_origins": ("*", ("*",)),
     "page": ("false", False),
     "max_batch_size": ("7", 7),
@@ -70,6 +70,11 @@ def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def set_what_it_needs(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if field == "admin_keys":
+        monkeypatch.setenv(variable("api_keys"), "a,b")
+
+
 def flag(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
@@ -94,7 +99,8 @@ def test_this_file_knows_every_setting() -> None:
 
 
 @pytest.mark.parametrize("field", VALUES)
-def test_a_setting_has_a_flag(field: str) -> None:
+def test_a_setting_has_a_flag(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_what_it_needs(field, monkeypatch)
     text, value = VALUES[field]
     switches = {True: flag(field), False: flag(f"no_{field}")}
     arguments = [switches[value]] if isinstance(value, bool) else [flag(field), text]
@@ -104,6 +110,7 @@ def test_a_setting_has_a_flag(field: str) -> None:
 @pytest.mark.parametrize("field", VALUES)
 def test_a_setting_has_a_variable(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text, value = VALUES[field]
+    set_what_it_needs(field, monkeypatch)
     monkeypatch.setenv(variable(field), text)
     assert getattr(parse([]), field) == value
 
@@ -124,6 +131,7 @@ def test_the_model_may_come_first_without_its_flag_but_not_twice(capsys: pytest.
 def test_an_admin_s_key_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(["--api-keys-file", "keys", "--admin-keys", "somebody"]).admin_keys == ("somebody",)
     assert "nobody" in told(capsys, "--api-keys-file", "keys", "--admin-keys", "nobody")
+    assert "nobody" in told(capsys, "--admin-keys", "nobody")  # else a forgotten file of keys leaves the service open
 
 
 def test_origins_and_hosts_that_no_browser_sends_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
