@@ -133,6 +133,7 @@ def test_compose_mounts_what_exists_builds_what_there_is_and_waits_long_enough()
             assert ROOT / build["dockerfile"] == DOCKERFILE
             assert build["target"] in STAGES
             drain = Settings.model_fields["drain_timeout_s"].default
+            assert service["init"] is True
             assert float(service["stop_grace_period"].removesuffix("s")) >= drain + 10
     assert services["microbatch"]["profiles"] == ["gpu"]
     assert services["demo"]["profiles"] == ["cpu"]
