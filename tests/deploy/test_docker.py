@@ -124,6 +124,8 @@ def test_compose_is_what_its_specification_allows() -> None:
 def test_compose_mounts_what_exists_builds_what_there_is_and_waits_long_enough() -> None:
     services = compose(MODEL=str(ROOT))["services"]
     for service in services.values():
+        # When a machine is shut down, the server drains and ends with 0, which is no failure.
+        assert service["restart"] == "unless-stopped"
         for mount in service.get("volumes", []):
             source = mount.split(":")[0] if isinstance(mount, str) else mount["source"]
             if source.startswith((".", "/")):
