@@ -300,4 +300,10 @@ class BrowserGuard:
         return "*" in self._hosts or host_name(host) in self._hosts
 
     def _may(self, origin: str, host: str) -> bool:
-        return "*" in self._origins or origin in self._origins or origin.partition("://")[2].lower() == host.lower()
+        return "*" in self._origins or origin in self._origins or is_own(origin, host)
+
+
+def is_own(origin: str, host: str) -> bool:
+    """Whether a page of this origin came from this host. Some proxies add the port that browsers leave out."""
+    scheme, _, name = origin.lower().partition("://")
+    return host.lower() in (name, name + {"http": ":80", "https": ":443"}.get(scheme, ""))

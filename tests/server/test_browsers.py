@@ -94,6 +94,22 @@ def test_the_service_s_own_page_and_allowed_origins_may_ask() -> None:
         assert service.post(BODY, headers=JSON | {"origin": EVIL}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        ("https://llm.example", "llm.example:443", 200),
+        ("http://llm.example", "LLM.example:80", 200),
+        ("https://llm.example:8443", "llm.example:8443", 200),
+        ("https://llm.example", "llm.example:80", 403),
+        ("https://llm.example:8443", "llm.example:443", 403),
+        ("https://evil.example", "llm.example:443", 403),
+    ],
+)
+def test_a_proxy_may_add_the_port_that_a_browser_leaves_out(origin: str, host: str, status: int) -> None:
+    with live(allowed_hosts=("llm.example",)) as service:
+        assert service.post(BODY, headers=JSON | {"origin": origin, "host": host}).status_code == status
+
+
 def test_an_allowed_origin_may_end_with_a_slash() -> None:
     with live(cors_origins=("http://app.example/",)) as service:
         answer = service.post(BODY, headers=JSON | {"origin": "http://app.example"})
