@@ -135,8 +135,11 @@ def test_a_body_that_is_longer_than_the_buffer_arrives_whole(three: Address) -> 
 
 
 @pytest.mark.deploy
-def test_metrics_are_not_behind_the_balancer(three: Address) -> None:
-    assert three.get("/metrics").status_code == 404
+@pytest.mark.parametrize("path", ["/metrics", "/metrics?all", "/%6Detrics", "http://localhost/metric%73"])
+def test_metrics_are_not_behind_the_balancer_however_they_are_spelled(path: str, three: Address) -> None:
+    with three.connect() as bare:
+        bare.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert bare.recv(1024).startswith(b"HTTP/1.1 404 ")
 
 
 @pytest.mark.deploy
