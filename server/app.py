@@ -105,7 +105,7 @@ def routes(*, page: bool = True) -> list[Route]:
             *(Route(prefix + path, handle, methods=["POST"]) for path, handle in ENDPOINTS.items()),
             Route(f"{prefix}/responses/{{name}}", stored_response, methods=["GET", "DELETE"]),
             Route(f"{prefix}/responses/{{name}}/{{rest:path}}", no_response, methods=["GET", "POST", "DELETE"]),
-            Route(f"{prefix}/models", models),
+            *(Route(f"{prefix}/models{slash}", models) for slash in ("", "/")),  # else the slash would begin a name
             Route(f"{prefix}/models/{{name:path}}", model),
         ]
     return paths

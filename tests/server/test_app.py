@@ -803,6 +803,7 @@ def test_a_slash_too_many_does_not_cost_the_answer() -> None:
     with live() as service, service.http(follow_redirects=True) as client:
         body = orjson.dumps({"messages": QUESTION})
         assert client.post("/v1/chat/completions/", content=body).json()["choices"][0]["message"]["content"] == "Hello!"
+        assert client.get("/v1/models/").json() == client.get("/v1/models").json()
         for path in ("/nothing/", "/v1/nothing/"):
             error_of(client.get(path), 404, "unknown_url")
 
