@@ -105,7 +105,7 @@ def routes(*, page: bool = True) -> list[Route]:
             *(Route(prefix + path, handle, methods=["POST"]) for path, handle in ENDPOINTS.items()),
             Route(f"{prefix}/responses/{{name}}", stored_response, methods=["GET", "DELETE"]),
             Route(f"{prefix}/responses/{{name}}/{{rest:path}}", no_response, methods=["GET", "POST", "DELETE"]),
-            *(Route(f"{prefix}/models{slash}", models) for slash in ("", "/")),  # else the slash would begin a name
+            Route(f"{prefix}/models", models),
             Route(f"{prefix}/models/{{name:path}}", model),
         ]
     return paths
@@ -173,6 +173,8 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
+    if not request.path_params["name"]:  # the path is that of all models, with a slash at its end
+        return await models(request)
     service: Service = request.app.state.service
     return _json(_card(service, service.served_name(request.path_params["name"])))
 
