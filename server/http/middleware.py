@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -83,7 +83,7 @@ class ApiKey:
         self,
         app: ASGIApp,
         keys: Collection[Key],
-        open_paths: Container[str],
+        open_paths: frozenset[str],
         refuse: Callable[[Request, ApiError], Awaitable[Response]],
     ) -> None:
         self._app = app
@@ -92,7 +92,8 @@ class ApiKey:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths:
+        # With a slash too many it is redirected to one of them.
+        if scope["type"] != "http" or {scope["path"], scope["path"].removesuffix("/")} & self._open_paths:
             return await self._app(scope, receive, send)
         key = next(filter(None, (key_of(self._keys, secret) for secret in secrets_in(dict(scope["headers"])))), None)
         if key is not None:

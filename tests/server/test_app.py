@@ -845,6 +845,9 @@ def test_probes_and_scrapers_need_no_key() -> None:
     with live(api_keys=KEYS) as service:
         paths = ("/health", "/health/live", "/health/ready", "/metrics")
         assert [service.get(path).status_code for path in paths] == [200] * 4
+        with service.http(follow_redirects=True) as client:
+            assert [client.get(f"{path}/").status_code for path in (*paths, "/docs")] == [200] * 5
+            assert client.get("/v1/models/").status_code == 401
         assert service.get("/healthy").status_code == service.get("/metricsx").status_code == 401
 
 
