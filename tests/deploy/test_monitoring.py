@@ -171,6 +171,16 @@ def test_every_query_of_the_dashboard_finds_data(query: str, scraped: Prometheus
 
 @pytest.mark.deploy
 @pytest.mark.model
+def test_reasons_that_refused_nothing_are_in_no_legend(scraped: Prometheus) -> None:
+    [panel] = [panel for panel in panels() if panel["title"] == "Refused"]
+    query = expression(panel["targets"][0]["expr"])
+    eventually(partial(has_data, scraped, query), "data for the refused")
+    shown = {series["metric"]["reason"] for series in scraped.get("query", query=query)["result"]}
+    assert shown <= {"queue_full", "too_busy"}
+
+
+@pytest.mark.deploy
+@pytest.mark.model
 def test_the_dashboard_s_variables_offer_the_server_and_its_model(scraped: Prometheus) -> None:
     offered = {}
     for variable in orjson.loads(DASHBOARD.read_bytes())["templating"]["list"][1:]:
