@@ -29,7 +29,7 @@ from server.observe.metrics import Metrics, Scrapes, scrape
 from server.openai.anthropic import CountTokens, Messages, response_of, speaks_anthropic
 from server.openai.chat import ChatCompletions
 from server.openai.completions import Completions
-from server.openai.endpoint import CLIENT_CLOSED
+from server.openai.endpoint import CLIENT_CLOSED, served_name
 from server.openai.responses import InputTokens, Responses, no_response, stored_response
 from server.openai.tokenize import Detokenize, Tokenize
 from server.service import Service
@@ -155,9 +155,10 @@ async def live(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """200 while requests are accepted."""
-    service: Service = request.app.state.service
-    headers = {} if service.ready else {"retry-after": "5"}
-    return _json({"state": service.batcher.state}, 200 if service.ready else 503, headers)
+    state = request.app.state.service.batcher.state
+    if state is State.READY:
+        return _json({"state": state})
+    return _json({"state": state}, 503, {"retry-after": "5"})
 
 
 async def version(request: Request) -> Response:
@@ -176,7 +177,7 @@ async def model(request: Request) -> Response:
     if not request.path_params["name"]:  # the path is that of all models, with a slash at its end
         return await models(request)
     service: Service = request.app.state.service
-    return _json(_card(service, service.served_name(request.path_params["name"])))
+    return _json(_card(service, served_name(service.names, request.path_params["name"])))
 
 
 def _card(service: Service, name: str) -> replies.Model:

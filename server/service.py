@@ -11,12 +11,11 @@ from anyio import to_thread
 from batching.batcher import Batcher, BatchingConfig
 from batching.engine import Engine
 from batching.errors import UNWINDING, ModelError, NotReady, Stuck
-from batching.events import Observer, Rejected, State, broadcast
+from batching.events import Observer, State, broadcast
 from batching.progress import Progress
 from batching.queue import QueueLimits
 from server.callers import Pace, load_keys
 from server.grammar.compiler import Grammars
-from server.http.errors import ApiError, not_ready
 from server.model.defaults import Defaults
 from server.model.loader import Loading
 from server.model.served_model import ServedModel
@@ -48,7 +47,7 @@ class Loader(Protocol):
 
 
 class Service:
-    """One served model, once `run` has loaded it; before that, and from its end on, `ready_model` refuses.
+    """One served model, once `run` has loaded it.
 
     `stopped` is set once the process should end, and `exit_code` then says how.
     """
@@ -125,23 +124,3 @@ class Service:
     @property
     def loading(self) -> Loading:
         return self._loader.loading
-
-    @property
-    def ready(self) -> bool:
-        return self.batcher.state is State.READY
-
-    def ready_model(self) -> ServedModel:
-        """The model. Raises `ApiError` 503 unless requests are accepted."""
-        if self.model is None or not self.ready:
-            self.observe(Rejected("not_ready"))
-            raise not_ready(self.batcher.state)
-        return self.model
-
-    def served_name(self, requested: str | None) -> str:
-        """The model name for an answer. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""
-        if requested is None:
-            return self.names[0]
-        for name in (requested, requested.split("___")[0]):
-            if name in self.names:
-                return name
-        raise ApiError(404, f"No such model; available here: {', '.join(self.names)}.", code="model_not_found")

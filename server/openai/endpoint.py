@@ -17,12 +17,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from batching.errors import BatchingError
+from batching.events import Rejected, State
 from batching.stream import Stream, with_deltas
 from batching.types import Delta, Grammar, Request
 from server import sse
 from server.callers import Caller
 from server.fields import RequestBody, parse
-from server.http.errors import ApiError, bad_request, from_batching
+from server.http.errors import ApiError, bad_request, from_batching, not_ready
 from server.http.exchange import WRITE
 from server.http.request import check_content_type, read_body
 from server.model.served_model import ServedModel
@@ -60,20 +61,39 @@ class Endpoint(ABC, Generic[Body, Encoded]):
     async def handle(self, http: HttpRequest) -> Response:
         """The route's handler. Raises `ApiError`."""
         service: Service = http.app.state.service
-        model = service.ready_model()
+        model = ready_model(service)
         caller: Caller = http.state.caller
         body, size = await paced(service, caller, read(http, self.kind))
         return await until_disconnect(http, paced(service, caller, self.respond(service, model, body, size, caller)))
 
     async def respond(self, service: Service, model: ServedModel, body: Body, size: int, caller: Caller) -> Response:
         """Handle a request of `size` bytes that has been read. Raises `ApiError` and `BatchingError`."""
-        service.served_name(body.model)
+        served_name(service.names, body.model)
         encoded = await service.encoders.run(partial(self.encode, model, body), size, caller)
         return json_response(orjson.dumps(encoded))
 
     @abstractmethod
     def encode(self, model: ServedModel, body: Body) -> Encoded:
         """The slow part, templates and tokenizing, on a helper thread. Raises `ApiError` 400."""
+
+
+def ready_model(service: Service) -> ServedModel:
+    """Raises `ApiError` 503 unless requests are accepted."""
+    state = service.batcher.state
+    if service.model is None or state is not State.READY:
+        service.observe(Rejected("not_ready"))
+        raise not_ready(state)
+    return service.model
+
+
+def served_name(names: Sequence[str], requested: str | None) -> str:
+    """The model name for an answer. RAGFlow may append `___` and a provider to it. Raises `ApiError` 404."""
+    if requested is None:
+        return names[0]
+    for name in (requested, requested.split("___")[0]):
+        if name in names:
+            return name
+    raise ApiError(404, f"No such model; available here: {', '.join(names)}.", code="model_not_found")
 
 
 async def paced(service: Service, caller: Caller, work: Awaitable[Done]) -> Done:
@@ -130,7 +150,7 @@ class GeneratingEndpoint(Endpoint[Generated, tuple[Encoded, list[Row]]], Generic
     async def respond(
         self, service: Service, model: ServedModel, body: Generated, size: int, caller: Caller
     ) -> Response:
-        name = service.served_name(body.model)
+        name = served_name(service.names, body.model)
         with service.batcher.announce(caller.name):
             encoded, rows = await service.encoders.run(partial(self.encode, model, body), size, caller)
             grammar = await self.grammar(model, body, encoded, caller.name or caller.request_id)
