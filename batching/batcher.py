@@ -17,7 +17,7 @@ from typing import Any, Never
 
 from batching.admission import ServiceRate, seconds_late
 from batching.engine import Engine
-from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull, TooBusy
+from batching.errors import BatchingError, Drained, EngineError, NotReady, QueueFull, TooBusy, TooLarge
 from batching.events import (
     BatchEnded,
     BatchStarted,
@@ -106,10 +106,12 @@ class Batcher:
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
-        """Queue requests, all or none of them. Raises `NotReady`, `QueueFull` or `TooBusy`.
+        """Queue one client's requests, all or none of them. Raises `TooLarge`, `NotReady`, `QueueFull` or `TooBusy`.
 
         The caller has checked them: prompt and output of each fit the context window and the token budget.
         """
+        if not self._config.queue.allow(requests):
+            raise TooLarge
         if self.state is not State.READY:
             self._observe(Rejected("not_ready"))
             raise NotReady(self.state)

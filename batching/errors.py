@@ -41,6 +41,10 @@ class TooBusy(BatchingError):
         self.retry_after = retry_after
 
 
+class TooLarge(BatchingError):
+    """Not even an empty queue would have room for these requests together."""
+
+
 class DeadlineExceeded(BatchingError):
     """The request's time limit passed before its answer was complete."""
 

@@ -69,14 +69,10 @@ class Service:
         self.model: ServedModel | None = None
         self._loader = loader
         self.keys = load_keys(settings.api_keys, settings.api_keys_file)
-        self.limits = QueueLimits(
+        queue = QueueLimits(
             settings.queue_size, settings.key_queue_size, settings.key_queue_tokens, shared=len(self.keys) > 1
         )
-        config = BatchingConfig(
-            max_batch_rows=settings.max_batch_size,
-            window=settings.batch_window_ms / 1000,
-            queue=self.limits,
-        )
+        config = BatchingConfig(settings.max_batch_size, settings.batch_window_ms / 1000, queue)
         self.observe = broadcast([progress, *observers, *([self.live] if settings.page else [])])
         self.batcher = Batcher(loader.engine, config, [self.observe])
 

@@ -22,6 +22,7 @@ from batching.errors import (
     OutOfMemory,
     QueueFull,
     TooBusy,
+    TooLarge,
 )
 from server.replies import BUSY, Error, ErrorDetails
 
@@ -102,6 +103,9 @@ def from_batching(error: BatchingError) -> ApiError:
             seconds = str(round(error.retry_after))
             message = f"The queue is too long to answer this request in time; try again in {seconds} s."
             return ApiError(429, message, "rate_limit_error", "too_busy", headers={"retry-after": seconds})
+        case TooLarge():
+            message = "This request exceeds the queue limits; ask for fewer choices or fewer tokens."
+            return bad_request(message, code="too_large")
         case NotReady():
             return not_ready(error.state)
         case Drained():

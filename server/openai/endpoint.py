@@ -201,9 +201,9 @@ def num_logprobs(row: Row) -> int:
 def requests(
     service: Service, rows: Iterable[Row], grammar: Grammar | None, priority: int, caller: Caller
 ) -> list[Request]:
-    """The rows as the batcher takes them. Raises `ApiError` 400 if they could never fit in the queue."""
+    """The rows as the batcher takes them."""
     salt = caller.name if service.settings.prefix_sharing == "key" else ""
-    found = [
+    return [
         Request(
             id=f"{caller.request_id}.{n}" if n else caller.request_id,  # the first row has the request's own
             prompt=row.prompt,
@@ -219,11 +219,6 @@ def requests(
         )
         for n, row in enumerate(rows)
     ]
-    if not service.limits.allow(found):
-        raise bad_request(
-            "This request exceeds the queue limits; ask for fewer choices or fewer tokens.", code="too_large"
-        )
-    return found
 
 
 # The answer

@@ -26,6 +26,7 @@ from batching.errors import (
     OutOfMemory,
     QueueFull,
     TooBusy,
+    TooLarge,
 )
 from batching.events import Outcome, State
 from batching.types import Request
@@ -292,7 +293,10 @@ BATCHING: st.SearchStrategy[BatchingError] = st.one_of(
     st.builds(QueueFull, st.floats(1, 10_000)),
     st.builds(TooBusy, st.floats(1, 60)),
     st.builds(NotReady, st.sampled_from([state.value for state in State if state is not State.READY])),
-    *(st.builds(kind, WORDS) for kind in (DeadlineExceeded, Drained, EngineError, OutOfMemory, BatchingError)),
+    *(
+        st.builds(kind, WORDS)
+        for kind in (TooLarge, DeadlineExceeded, Drained, EngineError, OutOfMemory, BatchingError)
+    ),
 )
 
 
