@@ -33,7 +33,15 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: object) -> object:
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return cls._prepared({key: item for key, item in value.items() if item is not None})
+
+    @classmethod
+    def _prepared(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields, none of them null, as they are to be checked: types that accept other spellings, or refuse some,
+        do it here. Raises ValueError."""
+        return fields
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> JsonSchemaValue:

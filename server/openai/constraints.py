@@ -68,26 +68,26 @@ class ResponseFormat(Body):
     value: object = None
     """What the type needs, as in TGI: a schema, a regular expression or a grammar."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _value_by_its_name(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        named = value | ({"regex": value["pattern"]} if value.get("type") == "regex" and "pattern" in value else {})
-        given = named.pop("value", None)
-        if given is None:
-            return named
-        match named.get("type"):
+    def _prepared(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Puts the field `value`, or `pattern`, under the name that its type says."""
+        kind = fields.get("type")
+        if kind == "regex" and "pattern" in fields:
+            fields["regex"] = fields["pattern"]
+        if "value" not in fields:
+            return fields
+        given = fields.pop("value")
+        match kind:
             case "json" | "json_object" | "json_schema":
                 whole = isinstance(given, dict) and isinstance(given.get("schema"), dict)
-                field = "json_schema" if whole and named["type"] == "json_schema" else "schema"
+                field = "json_schema" if whole and kind == "json_schema" else "schema"
             case "regex" | "grammar":
-                field = named["type"]
+                field = kind
             case _:
                 raise ValueError("value needs the type json, json_object, json_schema, regex or grammar")
-        if named.get(field) is not None:
+        if field in fields:
             raise ValueError(f"value and {field} are the same, so send only one of the two")
-        return named | {field: given}
+        return fields | {field: given}
 
     @model_validator(mode="after")
     def _has_what_its_type_needs(self) -> Self:
@@ -128,13 +128,12 @@ class StructuredOutputs(Body):
     disable_fallback: NoEffect = None
     disable_any_whitespace: NoEffect = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _all_supported(cls, value: object) -> object:
+    def _prepared(cls, fields: dict[str, Any]) -> dict[str, Any]:
         for name in ("structural_tag", "whitespace_pattern", "disable_additional_properties"):
-            if isinstance(value, dict) and value.get(name):
+            if fields.get(name):
                 raise ValueError(f"{name} is not supported")
-        return value
+        return fields
 
     @property
     def constraints(self) -> list[Constraint]:

@@ -6,7 +6,7 @@ Clients send back earlier answers, from this service or another, often with fiel
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -138,21 +138,16 @@ class Message(Body):
     name: str | None = None
     reasoning_content: Thought = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _as_today(cls, value: object) -> object:
-        """Accept other spellings of a turn: `reasoning`, a refusal in place of content, `function_call`."""
-        if not isinstance(value, dict):
-            return value
-        turn = dict(value)
-        if turn.get("reasoning_content") is None:
-            turn["reasoning_content"] = thought_of(turn)
-        if not turn.get("content") and isinstance(turn.get("refusal"), str):
-            turn["content"] = turn["refusal"]
-        call = turn.get("function_call")
-        if isinstance(call, dict) and not turn.get("tool_calls"):
-            turn["tool_calls"] = [{"function": call}]
-        return turn
+    def _prepared(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Accepts other spellings of a turn: `reasoning`, a refusal in place of content, `function_call`."""
+        if "reasoning_content" not in fields and (thought := thought_of(fields)) is not None:
+            fields["reasoning_content"] = thought
+        if not fields.get("content") and isinstance(fields.get("refusal"), str):
+            fields["content"] = fields["refusal"]
+        if isinstance(call := fields.get("function_call"), dict) and not fields.get("tool_calls"):
+            fields["tool_calls"] = [{"function": call}]
+        return fields
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -198,12 +193,11 @@ class TemplateOptions(Body):
     enable_thinking: Flag | None = None
     thinking: Flag | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _template_is_the_models(cls, value: object) -> object:
-        if isinstance(value, dict) and any(value.get(name) is not None for name in ("chat_template", "tokenize")):
+    def _prepared(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if "chat_template" in fields or "tokenize" in fields:
             raise ValueError("the model's chat template cannot be replaced")
-        return value
+        return fields
 
     @property
     def thinks(self) -> bool | None:
