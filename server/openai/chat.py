@@ -19,13 +19,12 @@ from server.model.text import Text
 from server.openai.choices import ChoicesAnswer
 from server.openai.endpoint import Answer, Generated, GeneratingEndpoint
 from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
-from server.openai.messages import names_in, render
+from server.openai.messages import ToolNames, names_in, render
 from server.openai.prefill import Begun, begun, prefill_of
 from server.openai.requests import ChatRequest, Row, check_prompt, rows_of, stop_tokens, truncated
 from server.output.answer import AnswerReader, StopScanner, first_of, one_by_one
 from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, complete_call, delta, end_of_first_call, fold
-from server.output.model_format import ToolNames
 from server.output.reasoning import ThoughtState
 
 
@@ -118,7 +117,7 @@ def prompt_length(model: ServedModel, chat: ChatRequest) -> int:
 def reader(text: Text, conversation: Conversation) -> MessageReader:
     """A new reader of an answer in this conversation."""
     parser = text.format.tools.parser() if conversation.chat.offered else None
-    return MessageReader(text.format.splitter(conversation.thought), parser, conversation.names)
+    return MessageReader(text.format.splitter(conversation.thought), parser, conversation.names.meant)
 
 
 def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState, budget: int) -> Forced | None:

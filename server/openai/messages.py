@@ -5,7 +5,9 @@ Clients send back earlier answers, from this service or another, often with fiel
 
 import json
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -14,8 +16,7 @@ from server.fields import Body, Flag, Tokens
 from server.grammar.json_schema import MAX_DEPTH, values
 from server.model.text import Text
 from server.openai.tools import Name, Tool, ToolUse
-from server.output.model_format import ToolNames
-from server.output.tool_calls import ShownArguments, ShownCall, Turn
+from server.output.tool_calls import ShownArguments, ShownCall, Turn, quotable
 
 MAX_MESSAGES = 2048
 MAX_CALLS = 4096  # in one turn; more than an answer can make
@@ -101,13 +102,13 @@ class ToolCall(Body):
                 return rest | {"function": {"name": name, "arguments": {"input": text}}}
         return value
 
-    def for_template(self, names: ToolNames) -> ShownCall:
+    def for_template(self, shown: Callable[[str], str]) -> ShownCall:
         """The call with its arguments parsed into an object for the template, or as they are if that fails."""
-        shown: ShownArguments = {
-            "name": names.shown(self.function.name),
+        called: ShownArguments = {
+            "name": shown(self.function.name),
             "arguments": _arguments(self.function.arguments),
         }
-        return {"id": self.id, "type": "function", "function": shown}
+        return {"id": self.id, "type": "function", "function": called}
 
 
 def _arguments(text: str) -> object:
@@ -161,16 +162,16 @@ class Message(Body):
         result_of = [self.name] if self.role in ("tool", "function") and self.name else []
         return [call.function.name for call in self.tool_calls or ()] + result_of
 
-    def for_template(self, names: ToolNames) -> Turn:
-        """The turn as the chat template gets it."""
+    def for_template(self, shown: Callable[[str], str]) -> Turn:
+        """The turn as the chat template gets it, with the names of functions as they are `shown`."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         message: Turn = {"role": role, "content": self.content}
         if self.tool_calls:
-            message["tool_calls"] = [call.for_template(names) for call in self.tool_calls]
+            message["tool_calls"] = [call.for_template(shown) for call in self.tool_calls]
         if self.role == "tool" and self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         if self.name:
-            message["name"] = names.shown(self.name) if role == "tool" else self.name
+            message["name"] = shown(self.name) if role == "tool" else self.name
         if self.reasoning_content:
             message["reasoning_content"] = self.reasoning_content
         return message
@@ -257,6 +258,37 @@ class Dialogue(ThinkingChoice, ToolUse, PromptEnd):
     """The fields of a conversation beside its messages; request types inherit from this one."""
 
 
+MAX_STEM = 48  # characters kept of a name that has to be replaced
+
+
+class ToolNames:
+    """The function names of one request and the names that the model sees.
+
+    They are equal where prompts and calls can have the name as it is (`quotable`), otherwise similar. The mapping is
+    one-to-one, and the same names in the same order always map to the same names.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        given = dict.fromkeys(names)
+        numbers = defaultdict[str, Iterator[int]](lambda: count(1))  # for names with the same stem
+        self._shown = {name: name for name in given if quotable(name)}
+        self._meant = dict(self._shown)
+        for name in given:
+            if name not in self._shown:
+                stem = "".join(char if quotable(char) else "_" for char in name[:MAX_STEM])
+                shown = next(other for n in numbers[stem] if (other := f"{stem}_{n}") not in self._meant)
+                self._shown[name] = shown
+                self._meant[shown] = name
+
+    def shown(self, name: str) -> str:
+        """The name that the model sees for this function; one that the request does not mention is left as it is."""
+        return self._shown.get(name, name)
+
+    def meant(self, name: str) -> str:
+        """The function that the model means; a name that it made up is left as it is."""
+        return self._meant.get(name, name)
+
+
 def names_in(messages: Sequence[Message], offered: Sequence[Tool]) -> ToolNames:
     """The names of all functions that a conversation mentions."""
     called = [name for message in messages for name in message.functions]
@@ -273,8 +305,8 @@ def render(
 ) -> str:
     """The rendered text of a conversation, as `Text.render` says; `thinking` is the default. Raises `ApiError` 400."""
     return text.render(
-        [message.for_template(names) for message in messages],
-        [tool.for_template(names) for tool in body.offered],
+        [message.for_template(names.shown) for message in messages],
+        [tool.for_template(names.shown) for tool in body.offered],
         thinks=thinking if body.thinks is None else body.thinks,
         opens_answer=body.add_generation_prompt is not False,
         continued=continued,

@@ -3,6 +3,7 @@
 Definitions are only checked as far as needed to show them to the model; `server/grammar` decides what is enforced.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Literal, Self
 
@@ -21,7 +22,6 @@ from pydantic import (
 from server.fields import Body, Flag
 from server.grammar.json_schema import Schema, bound
 from server.grammar.rewrite import tidied
-from server.output.model_format import ToolNames
 from server.output.tool_calls import NAME, ShownFunction, ShownTool
 
 MAX_TOOLS = 512  # OpenAI allows 128, but agents offer all tools of several MCP servers
@@ -64,14 +64,14 @@ class Tool(Body):
     type: Literal["function"] = "function"
     function: Function
 
-    def for_template(self, names: ToolNames) -> ShownTool:
-        """The definition as the chat template gets it."""
-        shown: ShownFunction = {"name": names.shown(self.function.name)}
+    def for_template(self, shown: Callable[[str], str]) -> ShownTool:
+        """The definition as the chat template gets it, with the function's name as it is `shown`."""
+        function: ShownFunction = {"name": shown(self.function.name)}
         if self.function.description is not None:
-            shown["description"] = self.function.description
+            function["description"] = self.function.description
         if self.function.parameters is not None:
-            shown["parameters"] = self.function.parameters
-        return {"type": "function", "function": shown}
+            function["parameters"] = self.function.parameters
+        return {"type": "function", "function": function}
 
 
 class OtherTool(Body):

@@ -1,11 +1,10 @@
 """Parses an answer's text into an OpenAI message: reasoning, content and tool calls. Runs on the event loop."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 from server import replies
-from server.output.model_format import ToolNames
 from server.output.reasoning import Part, ReasoningSplitter
 from server.output.tool_calls import CallArguments, CallEnded, CallStarted, Content, ToolEvent, ToolParser
 
@@ -25,18 +24,18 @@ class MessageReader:
     """Parses one answer's text as it arrives. Without a splitter and a parser, all of it is content.
 
     The folded events of an answer do not depend on how its text was split. Calls are only parsed in content: a call
-    inside a think block is reasoning. `names` maps the names that the model uses to the client's functions.
+    inside a think block is reasoning. `meant` maps the names that the model uses to the client's functions.
     """
 
     def __init__(
         self,
         reasoning: ReasoningSplitter | None = None,
         tools: ToolParser | None = None,
-        names: ToolNames | None = None,
+        meant: Callable[[str], str] = str,
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools
-        self._names = names
+        self._name_meant = meant
 
     @property
     def thinking(self) -> bool:
@@ -74,9 +73,7 @@ class MessageReader:
         return events
 
     def _meant(self, event: ToolEvent) -> ToolEvent:
-        if self._names is None or not isinstance(event, CallStarted):
-            return event
-        return replace(event, name=self._names.meant(event.name))
+        return replace(event, name=self._name_meant(event.name)) if isinstance(event, CallStarted) else event
 
 
 def fold(events: Iterable[Event]) -> replies.ChatMessage:

@@ -7,10 +7,9 @@ and which tokens delimit turns.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken
@@ -19,7 +18,7 @@ from batching.types import Forced
 from server.output.hermes import CLOSE, OPEN, QwenFormat
 from server.output.llama import LlamaFormat
 from server.output.reasoning import THINK, ReasoningSplitter, ThinkTags, ThoughtState
-from server.output.tool_calls import ShownArguments, ShownTool, ToolFormat, Turn, quotable
+from server.output.tool_calls import ShownArguments, ShownTool, ToolFormat, Turn
 
 QWEN = QwenFormat()
 FORMATS: tuple[ToolFormat, ...] = (QWEN, LlamaFormat())
@@ -128,37 +127,6 @@ def _is_tag(text: str) -> bool:
 
 def _only(tokens: tuple[int, ...]) -> int | None:
     return tokens[0] if len(tokens) == 1 else None
-
-
-MAX_STEM = 48  # characters kept of a name that has to be replaced
-
-
-class ToolNames:
-    """The function names of one request and the names that the model sees.
-
-    They are equal where prompts and calls can have the name as it is (`quotable`), otherwise similar. The mapping is
-    one-to-one, and the same names in the same order always map to the same names.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        given = dict.fromkeys(names)
-        numbers = defaultdict[str, Iterator[int]](lambda: count(1))  # for names with the same stem
-        self._shown = {name: name for name in given if quotable(name)}
-        self._meant = dict(self._shown)
-        for name in given:
-            if name not in self._shown:
-                stem = "".join(char if quotable(char) else "_" for char in name[:MAX_STEM])
-                shown = next(other for n in numbers[stem] if (other := f"{stem}_{n}") not in self._meant)
-                self._shown[name] = shown
-                self._meant[shown] = name
-
-    def shown(self, name: str) -> str:
-        """The name that the model sees for this function; one that the request does not mention is left as it is."""
-        return self._shown.get(name, name)
-
-    def meant(self, name: str) -> str:
-        """The function that the model means; a name that it made up is left as it is."""
-        return self._meant.get(name, name)
 
 
 HOW = f"""You can call functions. These are the functions, one JSON object a line:

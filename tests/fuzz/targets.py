@@ -31,7 +31,6 @@ from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenParser
 from server.output.llama import LlamaParser
 from server.output.message import MessageReader, delta, fold
-from server.output.model_format import ToolNames
 from server.output.reasoning import ReasoningSplitter
 from server.output.tool_calls import NAME
 from server.replies import ChatMessage, TextChoice, TextChunkChoice
@@ -153,10 +152,9 @@ def _use(asked: BaseModel) -> None:
         asked = anthropic_request.as_chat(asked)
     if not isinstance(asked, ChatRequest):
         return
-    names = ToolNames(())
-    orjson.dumps([message.for_template(names) for message in asked.messages])
+    orjson.dumps([message.for_template(str) for message in asked.messages])
     for tool in asked.offered:
-        orjson.dumps(tool.for_template(names))
+        orjson.dumps(tool.for_template(str))
         _compile(tool.function.parameters or {}, strict=False)
     if isinstance(form := asked.constraint, Part):
         _compile(form.schema, form.strict)

@@ -13,7 +13,6 @@ from server import fields as request_fields
 from server.fields import MAX_BARE_BYTES, MAX_ITEMS, MAX_PARTS, parse, structure
 from server.http.errors import RETRIED, ApiError
 from server.openai.requests import MAX_STOP_LENGTH, MAX_STOPS, ChatRequest
-from server.output.model_format import ToolNames
 from server.output.tool_calls import Turn
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -44,7 +43,7 @@ def refused_field(name: str, json: str) -> dict[str, Any]:
 
 
 def for_template(*messages: object) -> list[Turn]:
-    return [message.for_template(ToolNames(())) for message in accepted(messages=messages).messages]
+    return [message.for_template(str) for message in accepted(messages=messages).messages]
 
 
 REFUSED = {

@@ -22,9 +22,10 @@ from server.grammar.rewrite import closed, tidied
 from server.grammar.source import Part
 from server.openai.chat import ChatCompletions, Conversation
 from server.openai.constraints import ResponseFormat
+from server.openai.messages import names_in
 from server.openai.requests import ChatRequest
 from server.openai.tools import ToolUse
-from server.output.model_format import QWEN, ToolNames
+from server.output.model_format import QWEN
 from server.output.reasoning import ThoughtState
 from tests.grammars import INT, TEXT, Kit, around, kit_of, many, record, refusal, run, strict, valid
 
@@ -553,7 +554,7 @@ def test_a_call_that_is_demanded_comes_before_the_format(
 def grammar_of_chat(demo: Kit, **fields: Any) -> Coroutine[Any, Any, Any]:
     chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}]} | fields)
     service: Any = SimpleNamespace(grammars=demo.grammars, text=SimpleNamespace(format=SimpleNamespace(tools=QWEN)))
-    names = ToolNames([tool.function.name for tool in chat.offered])
+    names = names_in((), chat.offered)
     return ChatCompletions().grammar(service, chat, Conversation(chat, (), ThoughtState.CLOSED, names), "")
 
 

@@ -18,12 +18,11 @@ from server.fields import explain
 from server.grammar.json_schema import MAX_DEPTH, MAX_LENGTH
 from server.http.errors import RETRIED
 from server.model.text import Text
-from server.openai.messages import MAX_CALLS, Message
+from server.openai.messages import MAX_CALLS, Message, ToolNames
 from server.openai.tools import MAX_TOOLS_LENGTH, ToolUse
 from server.output.call_parser import MAX_HELD, MAX_SPACE
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.hermes import QwenFormat, QwenParser
-from server.output.model_format import ToolNames
 from server.output.prefix_tree import any_of
 from server.output.tool_calls import (
     NAME,
@@ -55,7 +54,7 @@ def tool(parameters: object) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
 
-AS_SENT = ToolNames(())
+AS_SENT = str  # names as they are
 
 
 def use(**fields: Any) -> ToolUse:
@@ -320,12 +319,12 @@ def test_a_name_is_the_same_in_definitions_calls_and_results() -> None:
     shown = known.shown(odd)
     assert shown == "say _hi__2"  # the first like it is another function's own
     calls = [{"function": {"name": name}} for name in (odd, plain)]
-    called = Message.model_validate({"role": "assistant", "tool_calls": calls}).for_template(known)
+    called = Message.model_validate({"role": "assistant", "tool_calls": calls}).for_template(known.shown)
     assert [made["function"]["name"] for made in called["tool_calls"]] == [shown, plain]
-    results = [Message(role=role, name=odd).for_template(known) for role in ("tool", "function", "user")]
+    results = [Message(role=role, name=odd).for_template(known.shown) for role in ("tool", "function", "user")]
     assert [turn["name"] for turn in results] == [shown, shown, odd]
     [tool] = use(tools=[{"function": {"name": odd}}]).offered
-    assert tool.for_template(known)["function"] == {"name": shown}
+    assert tool.for_template(known.shown)["function"] == {"name": shown}
 
 
 def test_there_may_be_as_many_tools_as_several_mcp_servers_have_and_no_more() -> None:
