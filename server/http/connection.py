@@ -6,6 +6,7 @@ their responses.
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from batching.events import Observer, Rejected
-from server.http.errors import ApiError
+from server.http.errors import ApiError, internal
 from server.http.exchange import Exchange
 from server.observe.log import log_refusal
 from server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 READ_BYTES = 8192
 """Maximum bytes per read: even made of the smallest chunks, they are parsed in a few milliseconds."""
@@ -252,16 +255,27 @@ class Connection(asyncio.BufferedProtocol):
         """Run an exchange whose head has arrived."""
         self._expect(None)
         self._shared.receiving[self], self._body_begun = None, self._loop.time()
-        run = partial(self._run, exchange)
+        start = partial(self._start, exchange)
         if exchange.scope["path"] in PROBES:
-            run()
+            start()
         else:
-            self._shared.requests.call(self._loop, run)
+            self._shared.requests.call(self._loop, start)
 
-    def _run(self, exchange: Exchange) -> None:
-        task = self._loop.create_task(exchange.run(self._app))
+    def _start(self, exchange: Exchange) -> None:
+        task = self._loop.create_task(self._run(exchange))
         self._server.tasks.add(task)
         task.add_done_callback(self._server.tasks.discard)
+
+    async def _run(self, exchange: Exchange) -> None:
+        """Run the application. An incomplete answer closes the connection, so that the client sees it was cut off."""
+        try:
+            await self._app(exchange.scope, exchange.receive, exchange.send)
+        except Exception:
+            if not exchange.complete:  # otherwise the application has logged it
+                logger.exception("a request was not answered")
+        finally:
+            if exchange.answering:
+                self.close() if self.client_ended else self.refuse(internal())
 
     @property
     def is_slow(self) -> bool:

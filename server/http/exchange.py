@@ -6,7 +6,6 @@ costs a tenth of a millisecond a request and nothing a token: the chunks of a st
 """
 
 import asyncio
-import logging
 import re
 from collections.abc import Iterable
 from http.client import responses as reasons
@@ -14,11 +13,9 @@ from typing import Protocol
 from urllib.parse import unquote
 
 import h11
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import Message, Scope
 
-from server.http.errors import ApiError, internal
-
-logger = logging.getLogger(__name__)
+from server.http.errors import ApiError
 
 EVENTS_A_TURN = 128
 """Parser events handled per event loop iteration: a few milliseconds of work."""
@@ -80,7 +77,6 @@ class Wire(Protocol):
     async def writable(self) -> None: ...
     def regulate(self) -> None: ...
     def refuse(self, error: ApiError) -> None: ...
-    def close(self) -> None: ...
 
 
 class Lines:
@@ -102,16 +98,17 @@ class Lines:
 
 
 class Exchange:
-    """One request, from its first byte, and its response. `feed` it with bytes, and `run` it once it is `answering`.
+    """One request, from its first byte, and its response. `feed` it with bytes, and once it is `answering` run the
+    application with its `receive` and `send`.
 
-    It is `answering` from the end of its head, when it has a `scope`, to the end of its answer, which may be the
-    connection's `last`. `body` has arrived and waits for the application; a request is `whole` once all of it has
-    arrived. It is `behind` while it has bytes that are not to be parsed yet.
+    It is `answering` from the end of its head, when it has a `scope`, until its answer is `complete` or nobody is left
+    to send it to; the answer may be the connection's `last`. `body` has arrived and waits for the application; a
+    request is `whole` once all of it has arrived. It is `behind` while it has bytes that are not to be parsed yet.
     """
 
     def __init__(self, wire: Wire) -> None:
         self.body = bytearray()
-        self.whole = self.behind = self.answering = self.last = False
+        self.whole = self.behind = self.answering = self.complete = self.last = False
         self._wire = wire
         self._parser = h11.Connection(h11.SERVER, HEAD_BYTES)
         self._lines = Lines()
@@ -122,7 +119,6 @@ class Exchange:
         self._read = False  # the application has received the whole body
         self._over = False  # the client sends nothing more, or the answer is complete
         self._lost = False  # nothing can be sent to the client
-        self._complete = False  # the answer
         self._chunked = False
         self._news = asyncio.Event()
         self._turn = asyncio.Lock()  # no message comes between the pieces of another
@@ -163,13 +159,13 @@ class Exchange:
             case h11.Data():
                 self._framing -= len(event.data)
                 self._body_size += len(event.data)
-                if not self._complete:
+                if not self.complete:
                     self.body += event.data
                     self._news.set()
             case h11.EndOfMessage():
                 self.whole = True
                 self._news.set()
-                if self._complete:
+                if self.complete:
                     self._wire.answered(self)
                     return False
             case _:
@@ -218,28 +214,18 @@ class Exchange:
         body = error.body()
         headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
         headers += [("connection", "close"), *error.headers.items()]
-        self._send(h11.Response(status_code=error.status, headers=headers, reason=reasons.get(error.status, "")))
+        self._emit(h11.Response(status_code=error.status, headers=headers, reason=reasons.get(error.status, "")))
         if not self._bodiless:
-            self._send(h11.Data(data=body))
-        self._send(h11.EndOfMessage())
+            self._emit(h11.Data(data=body))
+        self._emit(h11.EndOfMessage())
         return True
 
     # The application
 
-    async def run(self, app: ASGIApp) -> None:
-        """Run the application. An incomplete answer closes the connection, so that the client sees it was cut off."""
-        try:
-            await app(self.scope, self._receive, self._send_message)
-        except Exception:
-            if not self._complete:  # otherwise the application has logged it
-                logger.exception("a request was not answered")
-        finally:
-            if not self._complete and not self._lost:
-                self._wire.close() if self._over else self._wire.refuse(internal())
-
-    async def _receive(self) -> Message:
+    async def receive(self) -> Message:
+        """ASGI's."""
         if self._parser.they_are_waiting_for_100_continue and not self._over:
-            self._send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
+            self._emit(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
         while not (self._over or self.body or (self.whole and not self._read)):
             self._news.clear()
             await self._news.wait()
@@ -250,7 +236,8 @@ class Exchange:
         self._wire.regulate()
         return {"type": "http.request", "body": body, "more_body": not self.whole}
 
-    async def _send_message(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
+        """ASGI's."""
         body, more = message.get("body", b""), message.get("more_body", False)
         if message["type"] == "http.response.start":
             if await self._has_room():
@@ -292,7 +279,7 @@ class Exchange:
             headers.append((b"connection", b"close"))
         bounded = status in (204, 304) or any(name.lower() == b"content-length" for name, _ in headers)
         self._chunked = not (bounded or self._bodiless) and self.scope["http_version"] == "1.1"
-        self._send(h11.Response(status_code=status, headers=headers, reason=reasons.get(status, "")))
+        self._emit(h11.Response(status_code=status, headers=headers, reason=reasons.get(status, "")))
 
     @property
     def _bodiless(self) -> bool:
@@ -303,16 +290,16 @@ class Exchange:
             if body:
                 self._wire.write(b"%x\r\n%b\r\n" % (len(body), body))
         elif not self._bodiless:
-            self._send(h11.Data(data=body))
+            self._emit(h11.Data(data=body))
         if not more:
-            self._send(h11.EndOfMessage())
-            self._complete = self._over = True
+            self._emit(h11.EndOfMessage())
+            self.complete = self._over = True
             self.answering, self.last = False, self._parser.our_state is not h11.DONE
             self.body.clear()
             self._news.set()
             self._wire.answered(self)
 
-    def _send(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None:
+    def _emit(self, event: h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage) -> None:
         """Raises `h11.LocalProtocolError` if it does not fit what was sent before."""
         self._wire.write(self._parser.send(event))
 

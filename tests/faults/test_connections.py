@@ -297,7 +297,6 @@ class Paper:
     def regulate(self) -> None: ...
     def answered(self, exchange: Exchange) -> None: ...
     def refuse(self, error: ApiError) -> None: ...
-    def close(self) -> None: ...
 
 
 def test_messages_that_are_sent_at_once_are_not_mixed() -> None:
@@ -314,7 +313,7 @@ def test_messages_that_are_sent_at_once_are_not_mixed() -> None:
         paper = Paper()
         exchange = Exchange(paper)
         exchange.feed(b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await exchange.run(app)
+        await app(exchange.scope, exchange.receive, exchange.send)
         return paper.written[1:-1]  # without the head and the end
 
     chunks = [chunk.split(b"\r\n")[1] for chunk in asyncio.run(main())]
