@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from batching.events import Observer, Rejected
 from server.http.errors import ApiError, internal
-from server.http.exchange import Exchange
+from server.http.exchange import BODY_BYTES, Exchange
 from server.observe.log import log_refusal
 from server.settings import Settings
 
@@ -34,9 +34,6 @@ REQUESTS_A_TURN = 4
 
 PROBES = frozenset(["/health", "/health/live"])
 """Paths whose requests skip that queue: they ask whether the event loop is alive."""
-
-BODY_BYTES = 32_768
-"""Bytes of a body that wait for the application before reading stops."""
 
 HEAD_SECONDS = 10.0
 """Time limit for the request line and headers, from the connection or the first byte."""

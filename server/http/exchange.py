@@ -29,6 +29,9 @@ LINE_BYTES = 4096
 MOST_HEADERS = 100
 """Apache's limit. A short header takes a hundred times its bytes in Python objects."""
 
+BODY_BYTES = 32_768
+"""Bytes of a body that wait for the application before reading stops."""
+
 PIECE_BYTES = 65_536
 """So much of an answer is written at a time."""
 
@@ -233,7 +236,8 @@ class Exchange:
             return {"type": "http.disconnect"}
         body, self.body = bytes(self.body), bytearray()
         self._read = self.whole
-        self._wire.regulate()
+        if len(body) > BODY_BYTES:
+            self._wire.regulate()
         return {"type": "http.request", "body": body, "more_body": not self.whole}
 
     async def send(self, message: Message) -> None:
