@@ -43,6 +43,11 @@ class Body(BaseModel):
         do it here. Raises ValueError."""
         return fields
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Parts of known fields that are ignored, as reported to the client."""
+        return ()
+
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> JsonSchemaValue:
         """In the document, too, a field that may be left out may be null."""
@@ -69,11 +74,6 @@ class RequestBody(Body):
     unsupported: ClassVar[frozenset[str]] = frozenset()
 
     model: str | None = None
-
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Parts of known fields that are ignored."""
-        return ()
 
 
 def _integral(value: object) -> object:

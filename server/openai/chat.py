@@ -62,15 +62,14 @@ class ChatEndpoint(GeneratingEndpoint[Generated, Conversation]):
     async def grammar(self, model: ServedModel, body: Generated, encoded: Conversation, client: str) -> Grammar | None:
         """Of the whole answer, thought included. A required call is the whole answer. If calls are optional, the answer
         is either calls or what is wanted otherwise."""
-        chat, thought = encoded.chat, encoded.thought
-        form = None if chat.demanded else chat.constraint
-        if chat.demanded or (form and chat.offered):
+        chat, thought, form = encoded.chat, encoded.thought, encoded.chat.constraint
+        if chat.offered and (chat.demanded or form):
             shown = encoded.names.shown
             return await model.grammars.tool_calls(
                 [(shown(tool.function.name), tool.function.parameters) for tool in chat.demanded or chat.offered],
                 model.text.format.tools,
                 parallel=not (chat.one_call or chat.named),
-                otherwise=form,
+                otherwise=None if chat.demanded else form,
                 thought=thought,
                 client=client,
                 param="functions" if chat.is_legacy else "tools",

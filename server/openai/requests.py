@@ -260,10 +260,6 @@ class ChatRequest(Generation, TokenReports, Dialogue):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def skipped(self) -> tuple[str, ...]:
-        return self.skipped_tools
-
-    @property
     def budget(self) -> int | None:
         """Maximum number of thinking tokens, whichever field gives it."""
         spelled = self.thinking_budget or self.thinking_token_budget

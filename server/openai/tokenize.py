@@ -37,10 +37,6 @@ class TokenizeRequest(RequestBody, Dialogue):
             raise ValueError("one of the fields prompt and messages must be given")
         return self
 
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        return self.skipped_tools
-
 
 class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""

@@ -184,8 +184,8 @@ class ToolUse(Body):
         return self.is_legacy or self.parallel_tool_calls is False
 
     @property
-    def skipped_tools(self) -> tuple[str, ...]:
-        """The types of the tools that were skipped, as reported to the client."""
+    def skipped(self) -> tuple[str, ...]:
+        """The types of tools that are not offered to the model."""
         return tuple(dict.fromkeys(f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, OtherTool)))
 
     @cached_property

@@ -128,7 +128,7 @@ def test_a_choice_may_allow_some_of_the_tools(choice: object, offered: object, d
 def test_tools_that_are_no_functions_are_skipped_and_named() -> None:
     asked = use(tools=[*OTHERS, WEATHER, SEARCH])
     assert [offered.for_template(AS_SENT) for offered in asked.offered] == [WEATHER]
-    assert asked.skipped_tools == ("tools.web_search", "tools.custom", "tools.mcp")
+    assert asked.skipped == ("tools.web_search", "tools.custom", "tools.mcp")
     assert use(tools=OTHERS, tool_choice="auto").offered == ()
 
 
