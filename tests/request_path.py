@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = tuple(f"{ROOT / room}/" for room in ("server", "batching"))
 RESUME = bytes([opmap["RESUME"]])
 WATCHDOG = "server/watchdog.py"
+COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
 APART = (WATCHDOG, "batching/worker.py")
 """Threads that start here have work of their own, whoever asks; the worker's is also a request's."""
 
@@ -24,7 +25,7 @@ class RequestPath:
     first bytes that arrive.
 
     A stay is a run of calls into one file; a call into one that was left before is one more stay. Going on after an
-    `await` is no call.
+    `await` is no call, nor is a comprehension, which newer Pythons run in place.
     """
 
     stays: list[str] = field(default_factory=list)
@@ -45,7 +46,7 @@ class RequestPath:
         """For `threading.setprofile`."""
         here = project_file(frame)
         self.begun = self.begun or frame.f_code.co_qualname == "Connection.buffer_updated"
-        if here is None or event != "call" or not self.begun or self.over:
+        if here is None or event != "call" or not self.begun or self.over or frame.f_code.co_name in COMPREHENSIONS:
             return
         if not begun_in(frame, WATCHDOG):
             self.entered.add(here)
