@@ -91,10 +91,6 @@ class CompletionRequest(Generation, TokenReports):
         return self
 
     @property
-    def useless_if_cut(self) -> bool:
-        return self.constraint is not None
-
-    @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 

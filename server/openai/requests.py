@@ -173,7 +173,7 @@ class Generation(RequestBody, Constraints):
     @property
     def useless_if_cut(self) -> bool:
         """Whether a program will parse the answer, so that a truncated one is useless."""
-        return False
+        return self.constraint is not None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -253,7 +253,7 @@ class ChatRequest(Generation, TokenReports, Dialogue):
 
     @property
     def useless_if_cut(self) -> bool:
-        return bool(self.offered) or self.constraint is not None
+        return bool(self.offered) or super().useless_if_cut
 
     @property
     def wanted_logprobs(self) -> int | None:
