@@ -170,18 +170,15 @@ async def version(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """The model's names, even while it loads, so that clients that list models then do not find an empty list."""
     service: Service = request.app.state.service
-    return _json({"object": "list", "data": [_card(service, name) for name in service.names]})
+    return _json({"object": "list", "data": [card(name, service.created, service.model) for name in service.names]})
 
 
 async def model(request: Request) -> Response:
     if not request.path_params["name"]:  # the path is that of all models, with a slash at its end
         return await models(request)
     service: Service = request.app.state.service
-    return _json(_card(service, served_name(service.names, request.path_params["name"])))
-
-
-def _card(service: Service, name: str) -> replies.Model:
-    return card(name, service.created, service.model)
+    name = served_name(service.names, request.path_params["name"])
+    return _json(card(name, service.created, service.model))
 
 
 def _json(
