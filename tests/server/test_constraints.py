@@ -54,6 +54,7 @@ NAMES: dict[Kind | str, list[dict[str, Any]]] = {
         {"regex": "a+"},
         {"response_format": {"type": "regex", "regex": "a+"}},
         {"response_format": {"type": "regex", "pattern": "a+"}},
+        {"response_format": {"type": "regex", "regex": "a+", "pattern": None}},
         {"response_format": {"type": "regex", "value": "a+"}},
     ],
     "choice": [{"structured_outputs": {"choice": ["yes", "no"]}}, {"guided_choice": ["yes", "no"]}],
