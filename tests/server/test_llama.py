@@ -189,6 +189,7 @@ def is_call(text: str) -> bool:
 
 WHOLE = [
     *(one("{}"), f"{TAG}{one('{}')}", one("null"), one('""'), '{"arguments": {}, "name": "f"}'),
+    '{"parameters": {}, "name": "f"}',
     *('{"type": "function", "name": "f", "parameters": {}}', '{"name": "f", "type": "function", "arguments": {}}'),
 ]
 REST = sorted({whole[at:] for whole in WHOLE for at in range(len(whole))})
