@@ -93,14 +93,13 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    @model_validator(mode="before")
     @classmethod
-    def _as_function(cls, value: object) -> object:
+    def _prepared(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Accept a call of a tool of another service that takes free text."""
-        match value:
+        match fields:
             case {"type": "custom", "custom": {"name": name, "input": text}, **rest}:
                 return rest | {"function": {"name": name, "arguments": {"input": text}}}
-        return value
+        return fields
 
     def for_template(self, shown: Callable[[str], str]) -> ShownCall:
         """The call with its arguments parsed into an object for the template, or as they are if that fails."""
