@@ -67,9 +67,11 @@ class PromptTokens(TypedDict):
 
 
 class CompletionTokens(TypedDict):
-    accepted_prediction_tokens: int
-    """Tokens that were guessed rightly before they were computed."""
-    rejected_prediction_tokens: int
+    reasoning_tokens: NotRequired[int]
+    """Tokens of thoughts, tags included, if there are any."""
+    accepted_prediction_tokens: NotRequired[int]
+    """If the request has a `prediction`: tokens that were guessed rightly before they were computed."""
+    rejected_prediction_tokens: NotRequired[int]
     """Tokens that were guessed wrongly; the answer has others in their place."""
 
 
@@ -81,7 +83,6 @@ class Usage(TypedDict):
     total_tokens: int
     prompt_tokens_details: PromptTokens
     completion_tokens_details: NotRequired[CompletionTokens]
-    """If the request has a `prediction`."""
 
 
 class LikelyToken(TypedDict):

@@ -234,7 +234,7 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
         body: ChatRequest,
     ) -> None:
         super().__init__(model, fingerprint, streams, choices, body)
-        self._of_prompt = choices[0].of_prompt
+        self._chat_choices = choices
         self._prompt_ids: replies.OfPrompt = {}
         if body.return_token_ids:
             self._prompt_ids = {"prompt_token_ids": list(streams[0].row.request.prompt)}
@@ -250,8 +250,14 @@ class ChatAnswer(ChoicesAnswer[replies.ChatChoice, replies.ChunkChoice]):
             "choices": choices,
             "usage": usage,
             **self._prompt_ids,
-            **self._of_prompt(),
+            **self._chat_choices[0].of_prompt(),
         }
+
+    def usage(self) -> replies.Usage:
+        counts = super().usage()
+        if thought := sum(choice.thought_tokens for choice in self._chat_choices):
+            counts.setdefault("completion_tokens_details", {})["reasoning_tokens"] = thought
+        return counts
 
     def empty_chunk(self) -> replies.ChatChunk:
         return {
@@ -292,6 +298,10 @@ class ChatChoice:
             self._logprobs.add(chat_logprobs(self._text, arrived.logprobs, as_ids=self._as_ids))
         if self._prompt_logprobs and arrived.prompt_logprobs:
             self._prompt_logprobs.add(prompt_logprobs(self._text, arrived.prompt_logprobs))
+
+    @property
+    def thought_tokens(self) -> int:
+        return self._reader.thought_tokens
 
     def of_prompt(self) -> replies.OfPrompt:
         """The prompt's fields, which stand beside the choices."""

@@ -71,6 +71,10 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
     def empty_chunk(self) -> replies.ChatChunk | replies.TextChunk:
         """A chunk without choices; `choices` is its last field."""
 
+    def usage(self) -> replies.Usage:
+        """Token counts so far."""
+        return usage(self.streams)
+
     def add(self, row: int, arrived: Delta) -> None:
         self._choices[row].add(arrived)
 
@@ -79,14 +83,14 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
         for choice in self._choices:
             choices.append(choice.whole())
             await asyncio.sleep(0)  # a message of many calls takes a millisecond
-        return orjson.dumps(self.completion(choices, usage(self.streams)))
+        return orjson.dumps(self.completion(choices, self.usage()))
 
     def frames(self, step: Step) -> bytes:
         """Includes the usage so far if the request asked for it."""
         chunks = [orjson.dumps(chunk) for row, arrived in step for chunk in self._choices[row].chunks(arrived)]
         end = b"]}\n\n"
         if self._usage_always:
-            end = b'],"usage":' + orjson.dumps(usage(self.streams)) + b"}\n\n"
+            end = b'],"usage":' + orjson.dumps(self.usage()) + b"}\n\n"
         frames = [self._chunk_start + chunk + end for chunk in chunks]
         if frames and self._extra:
             frames[0] = frames[0].removesuffix(b"}\n\n") + b"," + self._extra.removeprefix(b"{") + b"\n\n"
@@ -98,7 +102,7 @@ class ChoicesAnswer(Answer, Generic[Whole, Chunk]):
         if not self._usage:
             return [sse.DONE]
         counts = self.empty_chunk()
-        counts["usage"] = usage(self.streams)
+        counts["usage"] = self.usage()
         return [sse.event(orjson.dumps(counts)) + sse.DONE]
 
     def failed(self, error: ApiError) -> bytes:

@@ -178,6 +178,15 @@ def test_an_answer_to_a_prompt_that_has_opened_a_thought_begins_with_it(stream: 
     assert (said["reasoning_content"], said["content"]) == ("hm", "Yes.")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_usage_says_how_many_tokens_are_thoughts(stream: bool) -> None:
+    with live(scripted("hm\n</think>\n\nYes."), tokenizer=byte_tokenizer(TEMPLATES["always opens"])) as service:
+        fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = service.chat(n=2, **fields)
+        counts = (frames(answer)[-2] if stream else answer.json())["usage"]
+    assert counts["completion_tokens_details"] == {"reasoning_tokens": 2 * len(tokens_of("hm\n</think>"))}
+
+
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("pieces", [1, 50])
 def test_the_tokens_of_a_long_thought_are_counted_whatever_comes_at_once(closed: bool, pieces: int) -> None:
