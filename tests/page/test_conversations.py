@@ -11,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from batching.types import Request
-from tests.live import BYTES, END, Live, live, scripted, tokens_of
+from tests.live import BYTES, END, Live, byte_tokenizer, live, scripted, tokens_of
 from tests.page.browser import DESK, PHONE, Browser, half_said
 from tests.server.test_app import babble, remembering
 
@@ -520,6 +520,34 @@ def test_an_answer_after_a_thought_goes_on_outside_of_one(page: Browser) -> None
         page.answered()
     assert prompt(seen[0]).endswith("<assistant><think>")
     assert prompt(seen[1]).endswith("<assistant>He")
+
+
+ALWAYS_THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+)
+
+
+def test_an_answer_of_a_model_that_always_thinks_goes_on_outside_of_a_thought(page: Browser) -> None:
+    seen: list[Request] = []
+    script = remembering(seen, "Hm.\n</think>\nHello")
+    with live(scripted(script), tokenizer=byte_tokenizer(ALWAYS_THINKS)) as service:
+        page.open(service.url)
+        page.id("max-tokens").send_keys("15")
+        ask(page, "Hi")
+        page.press("Continue")
+        page.wait(lambda: len(seen) == 2, "it goes on")
+        page.answered()
+    assert prompt(seen[1]).endswith("<user>Hi<|end|><assistant>He")
+
+
+def test_an_answer_that_was_cut_after_a_space_goes_on_after_it(page: Browser) -> None:
+    with live(scripted(rest)) as service:
+        page.open(service.url)
+        page.id("max-tokens").send_keys("7")
+        ask(page, "Hi")
+        page.press("Continue")
+        answers(page, WHOLE)
 
 
 def test_as_much_is_asked_for_as_fits(page: Browser) -> None:

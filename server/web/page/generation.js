@@ -3,7 +3,6 @@
 import { ask, events } from "./api.js";
 
 export const CHAT = "v1/chat/completions";
-const COMPLETIONS = "v1/completions";
 
 // Streams an answer to `messages` into `message`, whose `asked` are the other fields of the request. `changed` is called
 // after each piece. Raises what `ask` does; what was written until then is kept.
@@ -11,16 +10,12 @@ export function begin(message, messages, options) {
 	return run(message, CHAT, { ...message.asked, messages }, options);
 }
 
-// Goes on where an answer stopped: the prompt is that of the chat and the answer so far, token by token, without its
-// thought, which is over.
-export async function goOn(message, messages, options) {
-	const tokens = async (body) => (await (await ask("v1/tokenize", { body, signal: options.signal })).json()).tokens;
-	const [before, after] = await Promise.all([
-		tokens({ messages, enable_thinking: false }),
-		tokens({ prompt: message.content, add_special_tokens: false }),
-	]);
-	const { enable_thinking: _, ...asked } = message.asked;
-	return run(message, COMPLETIONS, { ...asked, prompt: [...before, ...after] }, options);
+// Goes on where an answer stopped. What it thought is over, whether or not the model's template opens a thought.
+export function goOn(message, messages, options) {
+	const { content, thought } = message;
+	const begun = { role: "assistant", content, reasoning_content: thought };
+	const body = { ...message.asked, messages: [...messages, begun], continue_final_message: true, add_generation_prompt: false };
+	return run(message, CHAT, body, options);
 }
 
 async function run(message, path, body, { id, signal, changed }) {
@@ -30,7 +25,7 @@ async function run(message, path, body, { id, signal, changed }) {
 	for await (const { choices: [choice], usage } of events(response)) {
 		if (usage) clock.end(usage.completion_tokens);
 		if (!choice) continue;
-		const { content = choice.text, reasoning_content: thought } = choice.delta ?? {};
+		const { content, reasoning_content: thought } = choice.delta;
 		if (content || thought) clock.token();
 		message.content += content ?? "";
 		if (thought) message.thought = (message.thought ?? "") + thought;
