@@ -227,6 +227,43 @@ def test_what_another_tab_keeps_is_listed(page: Browser, service: Live) -> None:
     page.wait(lambda: page.texts("#conversations .name") == ["From the other tab"], "the first tab lists it")
 
 
+def test_two_tabs_that_write_in_one_conversation_keep_what_both_wrote(page: Browser) -> None:
+    with half_said(page) as service:
+        first = page.driver.current_window_handle
+        page.driver.switch_to.new_window("tab")
+        page.look(DESK, "light")
+        page.open(service.url)
+        page.press("Hi", "#conversations")
+        page.say("More")
+        service.wait_queued(1)
+        page.id("stop").click()
+        page.wait(lambda: page.id("send").is_displayed(), "it is stopped")
+        page.driver.close()
+        page.driver.switch_to.window(first)
+        page.id("stop").click()
+        page.answered()
+        reload(page)
+        assert page.texts(".mine, .said") == ["Hi", "xxx"]
+        page.press(LATER)
+        assert page.texts(".mine, .said") == ["More"]
+
+
+def test_a_tab_stays_in_its_branch_while_another_begins_one(page: Browser, service: Live) -> None:
+    page.open(service.url)
+    ask(page, "Hi", "More")
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.look(DESK, "light")
+    page.open(service.url)
+    page.press("Hi", "#conversations")
+    edit(page, "Less")
+    answers(page, "answer 1", "answer 3")
+    page.driver.close()
+    page.driver.switch_to.window(first)
+    page.wait(lambda: "2" in page.text(".turn .branches"), "the first tab has the branch")
+    assert page.texts(".mine") == ["Hi", "More"]
+
+
 FILL = """
 for (let size = 2 ** 22; size >= 1; size /= 2) {
   try { localStorage["x" + size] = "x".repeat(size); } catch {}

@@ -218,6 +218,7 @@ function end(made, wrong) {
 // Keeping it
 
 function keep({ message, conversation }) {
+	conversation.follow(store.load(conversation.id)?.messages ?? []);
 	if (!message.content && !message.thought) return;
 	if (!conversation.messages.includes(message)) conversation.add(message);
 	if (store.load(conversation.id)) save(conversation); // else it was deleted meanwhile
@@ -237,6 +238,7 @@ function changedElsewhere({ key }) {
 	if (key !== null && key !== store.entry(open.id)) return list.draw(open);
 	const found = store.load(open.id);
 	if (running || !found) return list.draw(open);
+	found.show(open.tip); // whichever branch the other tab shows
 	open = found;
 	draw();
 }

@@ -32,6 +32,11 @@ export class Conversation {
 		if (!this.title) this.title = message.content.trim().split("\n")[0].slice(0, 80);
 	}
 
+	// Takes over what was added to `kept`, which began as these messages: by another tab.
+	follow(kept) {
+		this.messages.push(...kept.slice(this.messages.length));
+	}
+
 	// The places of the messages that follow the same one, itself among them.
 	branches(place) {
 		const { parent } = this.messages[place];
