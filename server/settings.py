@@ -345,14 +345,18 @@ def parse(arguments: list[str] | None = None, program: str = "python -m server")
 
 
 def _with_model_flag(arguments: list[str]) -> list[str]:
-    """The arguments with a positional model as a flag. Raises ValueError if the model is named twice."""
+    """The arguments with a positional model, the first or the last, as a flag. Raises ValueError if the model is named
+    twice."""
     match arguments:
         case [model, *flags] if not model.startswith("-"):
-            if any(flag.partition("=")[0] == "--model" for flag in flags):
-                raise ValueError(f"the model is named twice, as {model} and with --model; leave one out")
-            return ["--model", model, *flags]
+            pass
+        case [*flags, before, model] if not model.startswith("-") and ("=" in before or not before.startswith("-")):
+            flags = [*flags, before]
         case _:
             return arguments
+    if any(flag.partition("=")[0] == "--model" for flag in flags):
+        raise ValueError(f"the model is named twice, as {model} and with --model; leave one out")
+    return ["--model", model, *flags]
 
 
 def _refuse_empty(arguments: list[str]) -> None:

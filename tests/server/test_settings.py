@@ -122,10 +122,15 @@ def test_an_empty_variable_is_as_good_as_none(field: str, monkeypatch: pytest.Mo
     assert getattr(parse([]), field) == default
 
 
-def test_the_model_may_come_first_without_its_flag_but_not_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse(["/models/some", "--port", "1"]) == parse(["--model", "/models/some", "--port", "1"])
-    for flags in (["--model", "two"], ["--model=two"]):
-        assert "named twice" in told(capsys, "one", *flags)
+@pytest.mark.parametrize("flags", [["--port", "1"], ["--port=1"], ["--no-page", "--port", "1"]])
+def test_the_model_may_come_first_or_last_without_its_flag_but_not_twice(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["/models/some", *flags], [*flags, "/models/some"]):
+        assert parse(arguments) == parse(["--model", "/models/some", *flags])
+    for model in (["--model", "two"], ["--model=two"]):
+        assert "named twice" in told(capsys, "one", *model)
+        assert "named twice" in told(capsys, *model, "one")
 
 
 def test_an_admin_s_key_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
