@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, groupby, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers
@@ -207,7 +208,11 @@ class Text:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         with explained(f"no usable tokenizer in {checkpoint}"):
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+            except Exception:
+                _check_for_tokenizer(Path(checkpoint))
+                raise
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ModelError(f"the tokenizer in {checkpoint} has no fast form (tokenizer.json), which streaming needs")
         if not tokenizer.chat_template:
@@ -289,6 +294,12 @@ class Text:
         """A detokenizer for one row, whose text continues that of the tokens `after`, or of none; special tokens appear
         in the text if `special`."""
         return Detokenizer(self.vocabulary, special=special, after=after)
+
+
+def _check_for_tokenizer(folder: Path) -> None:
+    """Raises `ModelError` if a local folder has no file of any kind of tokenizer."""
+    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in ("tokenizer.*", "vocab.*", "*.model")):
+        raise ModelError(f"there is no tokenizer (tokenizer.json) in {folder}")
 
 
 def _renders_system(tokenizer: PreTrainedTokenizerFast) -> bool:

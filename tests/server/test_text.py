@@ -439,7 +439,10 @@ def test_what_the_template_refuses_has_its_own_words() -> None:
 
 
 def test_a_folder_without_a_tokenizer_or_a_template_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no usable tokenizer") as empty:
+    with pytest.raises(ModelError, match=r"^there is no tokenizer \(tokenizer.json\) in .*$") as empty:
+        Text.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="no usable tokenizer"):
         Text.load(str(tmp_path))
     bare = type(BYTES)(tokenizer_object=BYTES.backend_tokenizer, eos_token="<|end|>")
     bare.save_pretrained(tmp_path)
