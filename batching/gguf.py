@@ -158,6 +158,7 @@ def _save(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _check_whole(file)
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     auto: Any = AutoModelForCausalLM  # its types leave out that there may be a report
     # Without `dequantize` the model counts as quantised, and the library refuses to save it.
@@ -174,6 +175,14 @@ def _save(file: Path, folder: Path) -> None:
     model.generation_config.eos_token_id = sorted(ends) or None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_whole(file: Path) -> None:
+    """Raises ModelError if the file ends before its tensors do: a download may have been interrupted."""
+    from gguf import GGUFReader
+
+    with explained(f"{file} is damaged or incomplete"):
+        GGUFReader(str(file))  # as the library calls it
 
 
 def _ends(file: Path) -> set[int]:

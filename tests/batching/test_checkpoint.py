@@ -257,9 +257,13 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, cache: Path) -> None:
         locate(str(empty(tmp_path / "model.safetensors")), "auto", cache)
 
 
-def test_a_bad_gguf_file_leaves_nothing_in_the_cache(gguf: Path, cache: Path) -> None:
-    gguf.write_bytes(b"GGUF, and no more of it")
-    with pytest.raises(ModelError, match="cannot be converted") as raised:
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_gguf_file_that_was_cut_short_is_told_and_leaves_nothing_in_the_cache(
+    share: float, gguf: Path, cache: Path
+) -> None:
+    whole = gguf.read_bytes()
+    gguf.write_bytes(whole[: int(share * len(whole))] or b"GGUF, and no more of it")
+    with pytest.raises(ModelError, match=r"tiny\.gguf is damaged or incomplete") as raised:
         locate(str(gguf), "auto", cache)
     assert "\n" not in str(raised.value)
     assert contents(cache) == []
