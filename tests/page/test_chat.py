@@ -262,7 +262,7 @@ def test_markdown_becomes_elements(page: Browser) -> None:
         assert page.texts(".said ol > li > ul > li > ul > li") == ["deeper"]
         assert page.texts(".said li.task") == ["☑ done", "☐ to do"]
         assert page.texts(".said td strong") == ["2"]
-        assert page.js(f"return {ALIGNMENTS}") == ["left", "center", "right"]
+        assert page.js(f"return {ALIGNMENTS}") == ["start", "center", "right"]
         assert page.texts(".said pre code") == ['print("<b>hi</b>")']
         assert page.texts(".said .hljs-string") == ['"<b>hi</b>"']
         links = [link.get_attribute("href") for link in page.all(".said a")]
@@ -272,6 +272,19 @@ def test_markdown_becomes_elements(page: Browser) -> None:
         assert page.axe() == []
 
 
+def test_each_block_runs_in_the_direction_of_its_script_and_code_from_left_to_right(page: Browser) -> None:
+    answer = "English.\n\nשלום (לכם).\n\n- דבר\n\n  ```\n  דבר = 1\n  ```"
+    with live(scripted(answer)) as service:
+        page.open(service.url)
+        page.say("שלום")
+        page.answered()
+        found = page.js(
+            "return [...document.querySelectorAll(arguments[0])].map((e) => getComputedStyle(e).direction)", BLOCKS
+        )
+        assert found == ["rtl", "ltr", "rtl", "rtl", "ltr"]
+
+
+BLOCKS = ".mine, .said > p, .said > ul, .said pre"
 ALIGNMENTS = "[...document.querySelectorAll('.said td')].map((each) => getComputedStyle(each).textAlign)"
 SIZES = "[...document.querySelectorAll('.said code')].map((each) => getComputedStyle(each).fontSize)"
 
@@ -310,7 +323,7 @@ def test_what_a_model_writes_stays_text(page: Browser) -> None:
         assert {name for name, _ in found["attributes"]} <= ATTRIBUTES
 
 
-ATTRIBUTES = {"href", "rel", "target", "class", "type", "tabindex", "role", "aria-label", "start"}
+ATTRIBUTES = {"href", "rel", "target", "class", "type", "tabindex", "role", "aria-label", "start", "dir"}
 MARKS = "abc <>&\"'`*_~#-+|()[]!:/\\\n\t1.>=" + "\u202e\u0000é"
 
 

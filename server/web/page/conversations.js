@@ -27,6 +27,7 @@ export class ConversationList {
 	item(conversation, current) {
 		const name = button(conversation.title || "Untitled", () => this.open(latest(conversation)));
 		name.classList.add("name");
+		name.dir = "auto";
 		if (!current) return element("li", {}, name);
 		name.setAttribute("aria-current", "true");
 		return element("li", {}, name, this.actions(conversation, name));

@@ -179,7 +179,7 @@ class Row {
 		this.place = place;
 		this.said = element("div.said");
 		this.foot = element("p.foot", {}, "Queued");
-		this.card = element("article.card", {}, element("h4", {}, `${place + 1}. ${question}`), this.said, this.foot);
+		this.card = element("article.card", {}, element("h4", { dir: "auto" }, `${place + 1}. ${question}`), this.said, this.foot);
 		this.draw = soon(() => show(this.said, this.shown()));
 	}
 

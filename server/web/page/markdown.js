@@ -65,7 +65,9 @@ function draw(html) {
 	for (const link of made.querySelectorAll("a")) Object.assign(link, { rel: "noopener noreferrer", target: "_blank" });
 	for (const table of made.querySelectorAll("table")) table.replaceWith(scrolled(table.cloneNode(true)));
 	for (const pre of made.querySelectorAll("pre")) pre.replaceWith(code(pre.firstElementChild));
-	return made.firstElementChild ?? element("p");
+	const block = made.firstElementChild ?? element("p");
+	block.dir ||= "auto"; // Arabic and Hebrew run from right to left
+	return block;
 }
 
 function scrolled(table) {
@@ -76,7 +78,7 @@ function code({ className, textContent }) {
 	const language = className.replace("language-", "");
 	const text = textContent.replace(/\n$/, "");
 	const bar = element("div.bar", {}, element("span", {}, language || "code"), button("Copy", () => copy(text)));
-	return element("div.code", {}, bar, element("pre", { tabindex: "0" }, element("code", {}, coloured(text, language))));
+	return element("div.code", { dir: "ltr" }, bar, element("pre", { tabindex: "0" }, element("code", {}, coloured(text, language))));
 }
 
 function coloured(text, language) {

@@ -8,13 +8,13 @@ const FINISHES = { length: "Stopped at the token limit", stopped: "Stopped", err
 export function questionCard(text, edit, branches) {
 	const card = element("article.turn", { "aria-label": "You" });
 	const start = button("Edit", () => card.replaceChildren(editor(text, edit, () => (draw(), start.focus()))));
-	const draw = () => card.replaceChildren(element("div.mine", {}, text), element("p.foot", {}, start, branches));
+	const draw = () => card.replaceChildren(element("div.mine", { dir: "auto" }, text), element("p.foot", {}, start, branches));
 	draw();
 	return card;
 }
 
 function editor(text, edit, cancel) {
-	const area = element("textarea", { "aria-label": "Your message, edited", rows: Math.min(12, text.split("\n").length + 1) });
+	const area = element("textarea", { "aria-label": "Your message, edited", dir: "auto", rows: Math.min(12, text.split("\n").length + 1) });
 	area.value = text;
 	area.onkeydown = (event) => {
 		if (composing(event)) return;
