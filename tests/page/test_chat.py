@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from batching.events import Outcome
 from batching.types import Request
 from tests.live import BYTES, SMALL, live, process, scripted, text_of
-from tests.page.browser import Browser, half_said
+from tests.page.browser import PHONE, Browser, half_said
 from tests.server.test_app import remembering
 
 pytestmark = pytest.mark.browser
@@ -273,15 +273,30 @@ def test_markdown_becomes_elements(page: Browser) -> None:
 
 
 def test_each_block_runs_in_the_direction_of_its_script_and_code_from_left_to_right(page: Browser) -> None:
-    answer = "English.\n\nשלום (לכם).\n\n- דבר\n\n  ```\n  דבר = 1\n  ```"
+    answer = "English.\n\nשבת (שבת).\n\n- שבת\n\n  ```\n  שבת = 1\n  ```"
     with live(scripted(answer)) as service:
         page.open(service.url)
-        page.say("שלום")
+        page.say("שבת")
         page.answered()
         found = page.js(
             "return [...document.querySelectorAll(arguments[0])].map((e) => getComputedStyle(e).direction)", BLOCKS
         )
         assert found == ["rtl", "ltr", "rtl", "rtl", "ltr"]
+
+
+def test_a_table_that_is_too_wide_for_a_phone_is_scrolled_and_breaks_no_word(page: Browser) -> None:
+    row = "| discipline | committee | functional | paradigm | appeared |\n"
+    with live(scripted(row + "| - | - | - | - | - |\n" + row)) as service:
+        page.look(PHONE, "light")
+        page.open(service.url)
+        page.say("Hi")
+        page.answered()
+        heights = page.js("return [...document.querySelectorAll('.said th')].map((each) => each.clientHeight)")
+        assert max(heights) < 40
+        assert page.js(
+            "const { scrollWidth, clientWidth } = document.querySelector('.wide'); return scrollWidth > clientWidth"
+        )
+        assert page.js("return document.documentElement.scrollWidth <= innerWidth")
 
 
 BLOCKS = ".mine, .said > p, .said > ul, .said pre"
