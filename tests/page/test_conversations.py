@@ -713,6 +713,26 @@ def test_one_may_write_at_once(page: Browser, service: Live) -> None:
     page.wait(focused, "and after New chat from another part")
 
 
+def test_enter_on_a_phone_starts_a_new_line(page: Browser, service: Live) -> None:
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        page.look(PHONE, "light")
+        page.open(service.url)
+        page.say("one")
+        page.id("question").send_keys("two")
+        page.press("Send")
+        answers(page, "answer 1")
+        page.press("Edit")
+        page.all(".editor textarea")[0].send_keys(Keys.ENTER, "three")
+        page.press("Send", ".editor")
+        answers(page, "answer 2")
+        assert page.texts(".mine") == ["one\ntwo\nthree"]
+        page.id("options").click()
+        assert "Enter sends" not in page.text("#options")
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
 def test_a_reader_who_scrolls_up_is_left_there_and_can_jump_down(page: Browser) -> None:
     with live(scripted("word\n\n" * 100, stepped=True)) as service:
         page.look(PHONE, "light")

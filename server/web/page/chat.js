@@ -3,7 +3,7 @@
 import { hasKey, inWords } from "./api.js";
 import { Conversation, newId } from "./conversation.js";
 import { ConversationList } from "./conversations.js";
-import { button, byId, composing, copy, note, plural, toast } from "./dom.js";
+import { button, byId, composing, copy, note, plural, sends, toast } from "./dom.js";
 import { begin, CHAT, goOn } from "./generation.js";
 import * as options from "./options.js";
 import * as presets from "./presets.js";
@@ -45,7 +45,7 @@ export function start() {
 export const focus = () => byId("question").focus({ preventScroll: true });
 
 function onKey(event) {
-	if (event.key !== "Enter" || event.shiftKey || composing(event)) return;
+	if (!sends(event)) return;
 	event.preventDefault();
 	say(byId("question").value);
 }

@@ -23,6 +23,12 @@ export function button(text, act) {
 // Whether a key is the input method's. Safari says so of the one that ends a word by its code alone.
 export const composing = ({ isComposing, keyCode }) => isComposing || keyCode === 229;
 
+// Whether a key sends what is written. Where one types on the screen, Enter is the only way to a new line.
+export function sends(event) {
+	if (event.key !== "Enter" || event.shiftKey || composing(event)) return false;
+	return event.ctrlKey || event.metaKey || !matchMedia("(pointer: coarse)").matches;
+}
+
 let fading;
 
 // A short message, which screen readers speak.

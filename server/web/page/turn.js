@@ -1,6 +1,6 @@
 // How the messages of a conversation look: questions that can be edited, answers with their thought and facts.
 
-import { button, composing, copy, count, element, plural, seconds, soon } from "./dom.js";
+import { button, composing, copy, count, element, plural, seconds, sends, soon } from "./dom.js";
 import { show } from "./markdown.js";
 
 const FINISHES = { length: "Stopped at the token limit", stopped: "Stopped", error: "Broken off" };
@@ -19,7 +19,7 @@ function editor(text, edit, cancel) {
 	area.onkeydown = (event) => {
 		if (composing(event)) return;
 		if (event.key === "Escape") cancel();
-		if (event.key !== "Enter" || event.shiftKey) return;
+		if (!sends(event)) return;
 		event.preventDefault();
 		edit(area.value);
 	};
