@@ -283,6 +283,21 @@ def test_on_a_phone_live_is_short_and_no_id_widens_it(page: Browser) -> None:
         assert page.texts("#latest th")[0] == "Ended"
 
 
+def test_live_shows_the_whole_id_of_a_request_so_that_it_can_be_found_in_the_log(page: Browser) -> None:
+    with live() as service:
+        page.open(service.url)
+        page.say("Hi")
+        page.answered()
+        assert service.chat().status_code == 200
+        page.go("live")
+        page.wait(lambda: len(page.texts("#latest tbody tr")) == 2, "the requests are told")
+        widths = page.js(
+            "return [...document.querySelectorAll('.id')].map((each) => [each.scrollWidth, each.clientWidth])"
+        )
+        assert all(whole <= shown for whole, shown in widths)
+        assert page.texts(".id") == [row.id for row in reversed(service.ended())]
+
+
 def test_only_the_live_part_listens(page: Browser) -> None:
     with live() as service:
         page.open(service.url)

@@ -22,6 +22,9 @@ function headers(more) {
 // A header's characters are bytes, and fetch raises an error on any others. The service reads them as UTF-8.
 const asBytes = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 
+// Short, so that a person finds it again among the latest requests and in the log.
+export const requestId = () => `page-${crypto.getRandomValues(new Uint32Array(1))[0].toString(36).padStart(7, "0")}`;
+
 let asking = null;
 let declined = false; // then only what a person does asks again
 

@@ -1,7 +1,7 @@
 // The part where one talks with the model.
 
-import { hasKey, inWords } from "./api.js";
-import { Conversation, newId } from "./conversation.js";
+import { hasKey, inWords, requestId } from "./api.js";
+import { Conversation } from "./conversation.js";
 import { ConversationList } from "./conversations.js";
 import { button, byId, composing, copy, note, plural, sends, toast } from "./dom.js";
 import { begin, CHAT, goOn } from "./generation.js";
@@ -188,7 +188,7 @@ async function write(made, run) {
 	enable();
 	made.busy("");
 	scroll.toEnd();
-	const id = `page-${newId()}`;
+	const id = requestId();
 	const leave = follow(id, (words) => made.busy(words));
 	const changed = () => {
 		leave();

@@ -1,6 +1,6 @@
 // The part that asks several questions at once and shows how they share batches.
 
-import { ask, events, inWords } from "./api.js";
+import { ask, events, inWords, requestId } from "./api.js";
 import { byId, count, element, note, plural, seconds, soon, table, toast } from "./dom.js";
 import { here, listen, toHere } from "./feed.js";
 import { show } from "./markdown.js";
@@ -73,7 +73,7 @@ async function go() {
 
 class Round {
 	constructor(asked, signal) {
-		this.id = `page-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
+		this.id = requestId();
 		this.signal = signal;
 		this.rows = asked.map((question, place) => new Row(question, place));
 		this.begun = null;
