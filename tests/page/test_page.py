@@ -207,6 +207,22 @@ def test_it_asks_for_the_key_and_keeps_it_in_the_tab(page: Browser) -> None:
         assert all("401" in complaint for complaint in page.complaints())
 
 
+def test_one_who_gives_no_other_key_can_write_on(page: Browser) -> None:
+    with live(api_keys=("sesame",)) as service:
+        page.driver.get(service.url)
+        page.wait(lambda: page.id("asks-key").is_displayed(), "it asks for the key")
+        page.id("key").send_keys("sesame", Keys.ENTER)
+        page.wait(lambda: page.state() == "ready", "the key is right")
+        page.js("sessionStorage.setItem('microbatch-key', 'revoked')")
+        page.say("Hi")
+        page.wait(lambda: page.id("asks-key").is_displayed(), "it asks for another key")
+        page.id("key-later").click()
+        page.wait(lambda: bool(page.texts(".answer .note")), "the question is refused")
+        page.id("question").send_keys("More")
+        assert page.id("question").get_attribute("value") == "More"
+        assert all("401" in complaint for complaint in page.complaints())
+
+
 def test_a_key_may_have_any_characters(page: Browser) -> None:
     """Such as those of a keyboard that writes another script."""
     with live(api_keys=("schlüssel-ключ",)) as service:

@@ -38,6 +38,7 @@ export function askKey(why = "This service needs an API key.") {
 			asking = null;
 			dialog.onclose = null;
 			dialog.close();
+			refocus();
 			resolve(given);
 		};
 		byId("key-form").onsubmit = (event) => {
@@ -52,6 +53,13 @@ export function askKey(why = "This service needs an API key.") {
 		dialog.showModal();
 	});
 	return asking;
+}
+
+// Chromium gives the focus back while the page behind the dialog is still inert: keys that are typed there are lost.
+function refocus() {
+	const field = document.activeElement;
+	field.blur();
+	field.focus({ preventScroll: true });
 }
 
 // A response with a 2xx status. Raises `Refused`, or what fetch raises where nobody answers.
