@@ -97,7 +97,9 @@ class ChatCompletions(ChatEndpoint[ChatRequest]):
 def encode(text: Text, chat: ChatRequest, thinking: bool) -> Conversation:
     """Render and tokenize; `thinking` is the default. Runs on a helper thread. Raises `ApiError` 400."""
     names = names_in(chat.messages, chat.offered)
-    prefill = prefill_of(chat.messages, chat.n or 1) if chat.continue_final_message else None
+    prefill = None
+    if chat.continue_final_message:
+        prefill = prefill_of(chat.messages, chat.n or 1, has_tools=bool(chat.offered))
     rendered = render(text, chat.messages, chat, names, thinking, prefill.field if prefill else None)
     thought = prefill.thought_state(text.format, rendered) if prefill else text.format.thought_after(rendered)
     tokens = text.encode(rendered)

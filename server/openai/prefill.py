@@ -13,8 +13,11 @@ from server.output.model_format import ModelFormat
 from server.output.reasoning import ThoughtState
 from server.output.tool_calls import Content
 
-MAX_PREFILL = 2**15
-"""Characters of all choices together: each of them parses the prefill, and may send the calls that it began."""
+MAX_PREFILL = 2**18
+"""Characters of all choices together: each of them parses the prefill."""
+
+MAX_PREFILL_OF_CALLS = 2**15
+"""The same with tools: each choice may send the calls that the prefill began, all at once."""
 
 Field: TypeAlias = Literal["content", "reasoning_content"]
 
@@ -35,7 +38,7 @@ class Prefill:
         return ThoughtState.OPENED if opened or self.field == "reasoning_content" else ThoughtState.CLOSED
 
 
-def prefill_of(messages: Sequence[Message], choices: int = 1) -> Prefill:
+def prefill_of(messages: Sequence[Message], choices: int = 1, *, has_tools: bool = False) -> Prefill:
     """A message that has reasoning and no content yet is continued in its reasoning. Raises `ApiError` 400."""
     last = messages[-1]
     if last.role != "assistant" or last.tool_calls:
@@ -45,9 +48,10 @@ def prefill_of(messages: Sequence[Message], choices: int = 1) -> Prefill:
         )
     thinks = last.reasoning_content and not last.content
     prefill = Prefill("reasoning_content", last.reasoning_content or "") if thinks else Prefill("content", last.content)
-    if len(prefill.text) * choices > MAX_PREFILL:
+    most = MAX_PREFILL_OF_CALLS if has_tools else MAX_PREFILL
+    if len(prefill.text) * choices > most:
         raise bad_request(
-            f"A message to be continued can have at most {MAX_PREFILL:,} characters, divided by the number of choices; "
+            f"A message to be continued can have at most {most:,} characters, divided by the number of choices; "
             "shorten the last message.",
             "continue_final_message",
         )

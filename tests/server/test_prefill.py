@@ -16,7 +16,7 @@ from batching.types import Request
 from server import replies
 from server.model.text import Text
 from server.openai.chat import encode
-from server.openai.prefill import MAX_PREFILL, Begun, Prefill, begun
+from server.openai.prefill import MAX_PREFILL, MAX_PREFILL_OF_CALLS, Begun, Prefill, begun
 from server.openai.requests import ChatRequest
 from server.output.detokenize import Detokenizer, Vocabulary
 from server.output.message import Event, MessageReader, fold
@@ -265,6 +265,11 @@ def test_a_budget_is_for_what_the_model_adds_to_a_thought() -> None:
             {"continue_final_message": True, "n": 4},
             "continue_final_message",
         ),
+        (
+            [*QUESTION, {"role": "assistant", "content": "x" * (MAX_PREFILL_OF_CALLS + 1)}],
+            {"continue_final_message": True, "tools": [TOOL]},
+            "continue_final_message",
+        ),
         ([*QUESTION, {"role": "assistant", "reasoning_content": "x"}], {"continue_final_message": True}, "messages"),
         (BEGUN, {"continue_final_message": True, "add_generation_prompt": True}, None),
         (BEGUN, {"echo": True}, None),
@@ -285,11 +290,11 @@ def test_other_ways_to_ask_have_no_message_to_continue() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choices", [1, 16])
 def test_the_longest_prefill_keeps_no_one_waiting(choices: int, stream: bool) -> None:
-    longest = MAX_PREFILL // choices
-    pieces = ["x" * longest, "<tool_call>" * (longest // 11), CALL * (longest // len(CALL))]
     with live(scripted("!", context_window=10**6, token_budget=10**8), tokenizer=shows_thoughts()) as service:
-        for piece in pieces:
-            turn = {"role": "assistant", "content": piece}
-            fields = {"continue_final_message": True, "tools": [TOOL], "n": choices, "stream": stream}
-            answer = service.chat(messages=[*QUESTION, turn], **fields)
-            assert answer.status_code == 200, answer.text
+        for most, tools in ((MAX_PREFILL, {}), (MAX_PREFILL_OF_CALLS, {"tools": [TOOL]})):
+            longest = most // choices
+            for piece in ("x" * longest, "<tool_call>" * (longest // 11), CALL * (longest // len(CALL))):
+                turn = {"role": "assistant", "content": piece}
+                fields = {"continue_final_message": True, "n": choices, "stream": stream, **tools}
+                answer = service.chat(messages=[*QUESTION, turn], **fields)
+                assert answer.status_code == 200, answer.text
