@@ -134,7 +134,7 @@ def test_what_makes_no_sense_is_told_in_one_line(
     assert "unknown command sevre" in said(capsys, monkeypatch, "sevre")
     assert "serve or bench" in said(capsys, monkeypatch)
     assert "see microbatch serve --help" in said(capsys, monkeypatch, "serve", "--nope")
-    assert "see microbatch serve --help" in said(capsys, monkeypatch, "serve", "--port", "1", "late")
+    assert "see microbatch serve --help" in said(capsys, monkeypatch, "serve", "early", "--port", "1", "late")
 
 
 def test_a_checkout_has_the_load_test(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
