@@ -158,7 +158,8 @@ def _save(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _check_whole(file)
+    with explained(f"{file} is damaged or incomplete"):  # a download may have been interrupted
+        named = _ends(file)
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     auto: Any = AutoModelForCausalLM  # its types leave out that there may be a report
     # Without `dequantize` the model counts as quantised, and the library refuses to save it.
@@ -171,18 +172,10 @@ def _save(file: Path, folder: Path) -> None:
     )
     check_complete(sorted(report["missing_keys"]), f"{file.name}, which may be one of several parts,")
     known = model.generation_config.eos_token_id
-    ends = _ends(file).union([known] if isinstance(known, int) else known or ())
+    ends = named.union([known] if isinstance(known, int) else known or ())
     model.generation_config.eos_token_id = sorted(ends) or None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _check_whole(file: Path) -> None:
-    """Raises ModelError if the file ends before its tensors do: a download may have been interrupted."""
-    from gguf import GGUFReader
-
-    with explained(f"{file} is damaged or incomplete"):
-        GGUFReader(str(file))  # as the library calls it
 
 
 def _ends(file: Path) -> set[int]:
