@@ -22,10 +22,10 @@ from server.openai.logprobs import EncodedLists, chat_logprobs, prompt_logprobs
 from server.openai.messages import ToolNames, names_in, render
 from server.openai.prefill import Begun, begun, prefill_of
 from server.openai.requests import ChatRequest, Row, check_prompt, rows_of, stop_tokens, truncated
-from server.output.answer import AnswerReader, StopScanner, first_of, one_by_one
+from server.output.answer import AnswerReader, ContentScanner, StopScanner, first_of, one_by_one
 from server.output.detokenize import MAX_HELD
 from server.output.message import Event, MessageReader, as_legacy, complete_call, delta, end_of_first_call, fold
-from server.output.reasoning import ThoughtState
+from server.output.reasoning import ReasoningSplitter, ThoughtState
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,14 @@ def reader(text: Text, conversation: Conversation) -> MessageReader:
     return MessageReader(text.format.splitter(conversation.thought), parser, conversation.names.meant)
 
 
+def scanner_of(chat: ChatRequest, splitter: ReasoningSplitter | None) -> StopScanner:
+    """Looks for the chat's stop strings, but not in a thought if a `splitter` is given to find its end."""
+    stops, inclusive = chat.stop or (), bool(chat.include_stop_str_in_output)
+    if splitter is None:
+        return StopScanner(stops, inclusive=inclusive)
+    return ContentScanner(stops, splitter, inclusive=inclusive)
+
+
 def end_of_thought(text: Text, chat: ChatRequest, thought: ThoughtState, budget: int) -> Forced | None:
     """How a thought is ended after `budget` tokens. Raises `ApiError` 400 if the model has no tokens for its thinking
     tags."""
@@ -150,15 +158,16 @@ class EventReader:
         self._thought = b""  # the end of what was counted, in which the closing tag may have begun
         self._vocabulary = text.vocabulary
         self._one_call = chat.one_call
-        scanner = StopScanner(chat.stop or (), inclusive=bool(chat.include_stop_str_in_output))
         after = conversation.tokens[-MAX_HELD:] if chat.continue_final_message else ()
-        self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
         self._called = False  # whether there was a complete call
         self.latest = Delta(())
         """What was pushed last, without tokens after the answer's end."""
         self._begun = conversation.begun[choice] if conversation.begun else None
         self._message = self._begun.reader if self._begun else reader(text, conversation)
         self._thinks = self._message.thinking
+        splitter = text.format.splitter(conversation.thought) if self._thinks else None
+        scanner = scanner_of(chat, splitter)
+        self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
 
     def push(self, arrived: Delta) -> tuple[list[Event], replies.FinishReason | None]:
         """Events and, if the answer has ended, its finish reason."""
@@ -212,8 +221,7 @@ class EventReader:
         return self._thinking_tokens if self._message.thought else 0
 
     def _count(self, tokens: tuple[int, ...]) -> None:
-        """Up to the closing tag, which one step's tokens can hold with what follows it, and whose text a stop string
-        that may have begun can hold back."""
+        """Up to the closing tag, which one step's tokens can hold with what follows it."""
         end = self._end_of_thought
         for token in tokens:
             if end in self._thought:

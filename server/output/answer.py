@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from batching.stream import Stream
 from batching.types import Delta, Finish
 from server.output.detokenize import Detokenizer
+from server.output.reasoning import ReasoningSplitter
 from server.replies import Ending
 
 ENDINGS: dict[Finish | None, Ending] = {Finish.STOP: "stop", Finish.LENGTH: "length"}
@@ -65,6 +66,38 @@ class StopScanner:
         """The text held back for a stop string that never came."""
         text, self._held = self._held, ""
         return text
+
+
+class ContentScanner(StopScanner):
+    """Finds the first stop string after a thought, as `splitter` tells the two apart: a thought often has what the
+    client wants to end the answer with, such as an empty line."""
+
+    def __init__(self, stops: Sequence[str], splitter: ReasoningSplitter, *, inclusive: bool = False) -> None:
+        super().__init__(stops, inclusive=inclusive)
+        self._splitter = splitter
+        self._undecided = ""  # text that may begin a thought or be content
+        self._in_content = False
+
+    @property
+    def held(self) -> int:
+        return super().held + len(self._undecided.encode())
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        if self._in_content:
+            return super().push(piece)
+        text, self._undecided = self._undecided + piece, ""
+        content = "".join(said for kind, said in self._splitter.push(piece) if kind == "content")
+        if content:
+            self._in_content = True
+            safe, found = super().push(content)
+            return text.removesuffix(content) + safe, found
+        if self._splitter.undecided:
+            text, self._undecided = "", text
+        return text, False
+
+    def flush(self) -> str:
+        text, self._undecided = self._undecided, ""
+        return text + super().flush()
 
 
 class AnswerReader:

@@ -53,6 +53,11 @@ class ReasoningSplitter:
         self.thought = False  # whether there was any reasoning
 
     @property
+    def undecided(self) -> bool:
+        """Whether the text so far may still begin a thought or be content."""
+        return self._stage == "start"
+
+    @property
     def over(self) -> bool:
         """Whether all further text is content."""
         return self._stage in ("gap", "content")

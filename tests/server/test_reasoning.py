@@ -4,12 +4,13 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from server.output.answer import ContentScanner
 from server.output.model_format import format_of
 from server.output.reasoning import ReasoningSplitter, ThoughtState
-from tests.server.test_text import split
+from tests.server.test_text import split, up_to_first_stop
 
 TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</th", "\n", "a", " ", "ink>"])).map("".join)
 CUTS = st.lists(st.integers(0, 60))
@@ -34,6 +35,28 @@ def by_definition(text: str, started: bool) -> tuple[str, str]:
 @given(TEXTS, CUTS, st.booleans())
 def test_the_split_is_that_of_the_whole_text_however_it_was_cut(text: str, cuts: list[int], started: bool) -> None:
     assert parts(split(text, cuts), started) == by_definition(text, started)
+
+
+STOPS = st.lists(st.sampled_from(["a", "\n", " a", "<", "</think>", "<think>", "ink>a"]), min_size=1, max_size=3)
+
+
+@given(TEXTS, CUTS, st.booleans(), STOPS)
+def test_stop_strings_are_found_in_content_alone_however_the_text_was_cut(
+    text: str, cuts: list[int], started: bool, stops: list[str]
+) -> None:
+    assume(not "<think>".startswith(text))  # what may still begin a thought is not searched
+    scanner = ContentScanner(stops, ReasoningSplitter(started=started))
+    passed, stopped, fed = "", False, 0
+    for piece in split(text, cuts):
+        safe, stopped = scanner.push(piece)
+        passed, fed = passed + safe, fed + len(piece)
+        assert stopped or len(passed.encode()) + scanner.held == len(text[:fed].encode())
+        if stopped:
+            break
+    reasoning, content = by_definition(text, started)
+    kept, ends = up_to_first_stop(content, stops)
+    assert stopped == ends
+    assert by_definition(passed + scanner.flush() * (not stopped), started) == (reasoning, kept)
 
 
 @pytest.mark.parametrize(

@@ -214,3 +214,29 @@ def test_a_stop_string_that_may_have_begun_in_the_tag_makes_no_thought_longer(st
     for start in range(0, len(tokens), size):
         reader.push(Delta(tuple(tokens[start : start + size]), Finish.LENGTH if start + size >= len(tokens) else None))
     assert reader.thought_tokens == len(thought)
+
+
+THOUGHT, SAID = "First: STOP.\n\nThen go.", "Go. STOP\n\n<b>No.</b>"
+ENDINGS = [("STOP", "Go. "), ("\n\n", "Go. STOP"), ("<", "Go. STOP\n\n"), ("k", SAID)]
+"""Stop strings, and what is left of what was said."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("template", ["always opens", "leaves it to the model"])
+@pytest.mark.parametrize(("stop", "content"), ENDINGS)
+def test_a_stop_string_ends_the_answer_and_not_the_thought(
+    template: str, stop: str, content: str, stream: bool
+) -> None:
+    opening = "" if template == "always opens" else "<think>\n"
+    script = f"{opening}{THOUGHT}\n</think>\n\n{SAID}"
+    with live(scripted(script), tokenizer=byte_tokenizer(TEMPLATES[template])) as service:
+        answer = service.chat(stop=stop, stream=stream)
+    if stream:
+        *choices, last = [chunk["choices"][0] for chunk in frames(answer)[:-1]]
+        deltas = [choice["delta"] for choice in [*choices, last]]
+        found = {key: "".join(delta.get(key, "") for delta in deltas) for key in ("reasoning_content", "content")}
+    else:
+        last = answer.json()["choices"][0]
+        found = last["message"]
+    assert (found["reasoning_content"], found["content"]) == (THOUGHT, content)
+    assert last["stop_reason"] == (None if content == SAID else stop)
