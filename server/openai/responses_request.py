@@ -363,19 +363,16 @@ class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
 
 
-def _typed(value: object) -> object:
-    """Checked here because pydantic's own message repeats a type that is not a string."""
-    if isinstance(value, dict) and not isinstance(value.get("type"), str):
-        raise ValueError("the field type must be a string")
-    return value
+def _format(value: object) -> PlainFormat | SchemaFormat:
+    """Decides by the type alone, so that errors name the fields of that type."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise ValueError("must be of type text, json_object or json_schema")
+    return (SchemaFormat if kind == "json_schema" else PlainFormat).model_validate(value)
 
 
 Format = Annotated[
-    PlainFormat | SchemaFormat,
-    Discriminator(
-        "type", custom_error_type="format_type", custom_error_message="must be of type text, json_object or json_schema"
-    ),
-    BeforeValidator(_typed),
+    PlainFormat | SchemaFormat, PlainValidator(_format, json_schema_input_type=PlainFormat | SchemaFormat)
 ]
 
 
