@@ -1,15 +1,16 @@
-"""The engine that runs everywhere: pads the rows, calls `model.generate` once, and is called back at every step.
+"""The engine that runs everywhere: pads the rows, calls `model.generate`, and is called back at every step.
 
 Worker thread only. A logits processor samples each row's token by its own settings, so `generate` runs with
 `do_sample=False` and takes the argmax of what the processor leaves; a stopping criterion sees every step's tokens,
-reports them, and says which rows are over. `generate` returns when all are.
+reports them, and says which rows are over. `generate` returns when all are. Rows whose positions are embedded in
+different ways are batches of their own.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedConfig, PreTrainedModel, StoppingCriteria
 
 from batching.engine import Steps
 from batching.errors import ModelError
@@ -39,6 +40,7 @@ class PaddedEngine:
     ) -> None:
         self._model = model
         self._vocab_size = model.config.get_text_config().vocab_size
+        self._short_rope = short_rope(model.config.get_text_config())
         stops = stop_token_ids(model)
         # `generate` takes unset options from here, and a model's own file may set penalties or top_k.
         model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -51,9 +53,8 @@ class PaddedEngine:
     def run(self, rows: Sequence[Row], steps: Steps) -> None:
         try:
             self._score(rows, steps)
-            left = [row for row in rows if not row.over]
-            if left:
-                self._generate([row.request for row in left], left, steps)
+            for batch in alike([row for row in rows if not row.over], self._short_rope):
+                self._generate([row.request for row in batch], batch, steps)
             return
         except RuntimeError as error:
             if not is_shortage(error):
@@ -126,6 +127,26 @@ class StepReporter(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         over = self._steps.emit(self._rows, input_ids[:, -1].tolist(), self._sampler.logprobs)
         return torch.tensor(over, device=input_ids.device)
+
+
+def short_rope(config: PreTrainedConfig) -> int | None:
+    """With LongRoPE (Ding et al. 2024), which has two position embeddings, the most tokens of a text that has the short
+    one. A batch has the one that its longest text needs."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
+
+
+def alike(rows: Sequence[Row], short_rope: int | None) -> list[Sequence[Row]]:
+    """The rows in batches in which each has the position embedding that it has alone, at every step."""
+    if not rows:
+        return []
+    prompts = [len(row.request.prompt) for row in rows]
+    most = max(prompts) + max(row.request.sampling.max_tokens for row in rows)
+    if short_rope is None or len(rows) == 1 or most <= short_rope or min(prompts) > short_rope:
+        return [rows]
+    by_length = sorted(rows, key=lambda row: len(row.request.prompt))
+    half = len(rows) // 2
+    return [*alike(by_length[:half], short_rope), *alike(by_length[half:], short_rope)]
 
 
 def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from transformers import (
     GPT2Config,
     LogitsProcessorList,
     MinPLogitsWarper,
+    Phi3Config,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -133,6 +134,18 @@ def test_any_row_is_the_same_alone_and_in_any_batch(kind: str) -> None:
     for _ in range(12):
         batch = dice.sample(requests, dice.randint(2, 7))
         assert answers(engine, *batch) == [alone[request] for request in batch]
+
+
+def test_a_longer_row_does_not_change_how_the_positions_of_another_are_embedded() -> None:
+    torch.manual_seed(0)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    config = Phi3Config(**SHAPE, pad_token_id=0, original_max_position_embeddings=64, rope_parameters=rope)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    engine = PaddedEngine(model, token_budget=4096)
+    lengths = [(5, 8), (90, 8), (3, 62), (58, 12), (70, 8), (50, 14)]  # some cross 64 tokens, and two padded ones would
+    batch = [request(prompt, max_tokens=tokens) for prompt, tokens in lengths]
+    assert answers(engine, *batch) == [answers(engine, row)[0] for row in batch]
 
 
 def test_a_seed_decides_a_sampled_answer() -> None:
