@@ -208,11 +208,9 @@ class Text:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         with explained(f"no usable tokenizer in {checkpoint}"):
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-            except Exception:
+            if not trust_remote_code:  # a tokenizer's own code may read any file
                 _check_for_tokenizer(Path(checkpoint))
-                raise
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ModelError(f"the tokenizer in {checkpoint} has no fast form (tokenizer.json), which streaming needs")
         if not tokenizer.chat_template:
@@ -297,8 +295,10 @@ class Text:
 
 
 def _check_for_tokenizer(folder: Path) -> None:
-    """Raises `ModelError` if a local folder has no file of any kind of tokenizer."""
-    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in ("tokenizer.*", "vocab.*", "*.model")):
+    """Raises `ModelError` if a local folder has no file of any kind of tokenizer: for Qwen, GPT-2 and Gemma the library
+    would make one without words."""
+    kinds = ("tokenizer.*", "tekken.json", "vocab.*", "*.model")
+    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in kinds):
         raise ModelError(f"there is no tokenizer (tokenizer.json) in {folder}")
 
 

@@ -1,5 +1,6 @@
 """Laws of the way from text to tokens and back."""
 
+import json
 import re
 import sys
 from functools import cache
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 import server.model.text
 from batching.errors import ModelError
@@ -449,6 +450,13 @@ def test_a_folder_without_a_tokenizer_or_a_template_is_refused_in_one_line(tmp_p
     with pytest.raises(ModelError, match="no chat template") as untold:
         Text.load(str(tmp_path))
     assert all("\n" not in str(caught.value) for caught in (empty, untold))
+
+
+def test_a_folder_that_lost_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    Qwen3Config().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": BYTES.chat_template}))
+    with pytest.raises(ModelError, match="there is no tokenizer"):
+        Text.load(str(tmp_path))
 
 
 def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path) -> None:
