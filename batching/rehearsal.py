@@ -4,6 +4,7 @@ The model's own answers are those of stock transformers to each prompt alone. Th
 the model over. Worker thread only.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from batching.engine import Engine
+from batching.errors import ModelError
 from batching.stream import Row
 from batching.types import Finish, PromptLogprob, Request, Sampling
 from batching.worker import BatchSteps, NewTokens
@@ -47,8 +49,15 @@ def prompts(model: PreTrainedModel) -> list[tuple[int, ...]]:
 
 @torch.inference_mode()
 def own_answers(model: PreTrainedModel) -> list[Answer]:
-    """The model's answers, each to a prompt alone and computed without a KV cache."""
-    return [_own_answer(model, prompt) for prompt in prompts(model)]
+    """The model's answers, each to a prompt alone and computed without a KV cache.
+
+    Raises ModelError if their log probabilities are not numbers, as where a model for bfloat16 overflows in float16.
+    """
+    answers = [_own_answer(model, prompt) for prompt in prompts(model)]
+    if any(map(math.isnan, (logprob for answer in answers for logprob in (*answer.logprobs, *answer.prompt_logprobs)))):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(f"the model computes no numbers in {dtype}: try another --dtype, or its weights are damaged")
+    return answers
 
 
 def _own_answer(model: PreTrainedModel, prompt: Sequence[int]) -> Answer:

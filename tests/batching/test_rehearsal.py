@@ -190,6 +190,18 @@ def test_log_probabilities_that_are_off_are_a_disagreement(error: float) -> None
     assert (disagreement(engine, model, own) is None) == (error == 0)
 
 
+@pytest.mark.parametrize("engine", ["auto", "generate"])
+def test_a_model_that_overflows_is_told_as_one(engine: str, tmp_path: Path) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    for each in model.model.layers:
+        each.mlp.down_proj.weight *= 1e5
+    model.save_pretrained(tmp_path)
+    values: dict[str, Any] = {"model": str(tmp_path), "engine": engine, "device": "cpu", "token_budget": 2048}
+    assert ModelLoader(Settings(**values), Progress()).engine()
+    with pytest.raises(ModelError, match="computes no numbers in float16: try another --dtype"):
+        ModelLoader(Settings(**values, dtype="float16"), Progress()).engine()
+
+
 def test_own_answers_are_those_of_stock_generate() -> None:
     model = tiny_model()
     for answer, prompt in zip(own_answers(model), prompts(model), strict=True):
