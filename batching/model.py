@@ -198,7 +198,16 @@ def _read(
         trust_remote_code=trust,
     )
     check_complete(sorted(report["missing_keys"]))
+    if fp8.is_stored_in_fp8(config):
+        _cast_plain_weights(model, dtype)
     return model
+
+
+def _cast_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Where the library widens weights from FP8 to `dtype`, it leaves the others in that of their file."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and parameter.dtype in DTYPES.values():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _named(device: torch.device) -> str:

@@ -147,8 +147,9 @@ def test_an_odd_number_of_inputs_is_refused() -> None:
         FP8Linear(torch.zeros(128, 100).to(reference.FP8), torch.ones(1, 1), None)
 
 
-def folder_in_fp8(path: Path) -> PreTrainedModel:
-    """A folder as Qwen publishes them; returns the model that it holds."""
+def folder_in_fp8(path: Path, others: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A folder as Qwen publishes them, the `others` of whose weights have this dtype; returns the model that it
+    holds."""
     made = wide_model().cpu()
     fp8.round_weights(made)
     made.config.quantization_config = {
@@ -159,7 +160,10 @@ def folder_in_fp8(path: Path) -> PreTrainedModel:
     }
     made.config.save_pretrained(path)
     tensors = {
-        name.replace(".scales", ".weight_scale_inv"): tensor.contiguous() for name, tensor in made.state_dict().items()
+        name.replace(".scales", ".weight_scale_inv"): tensor.contiguous().to(
+            tensor.dtype if tensor.dtype == reference.FP8 else others
+        )
+        for name, tensor in made.state_dict().items()
     }
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return made
@@ -175,6 +179,17 @@ def test_a_folder_in_fp8_is_read(tmp_path: Path) -> None:
         assert isinstance(here, FP8Linear) == (DEVICE == "cuda")
         # Where no FP8 units are, transformers widens the weights, by way of bfloat16.
         torch.testing.assert_close(widened(here).cpu(), widened(there), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_a_folder_in_fp8_holds_in_another_dtype_is_computed_in_the_one_asked_for(
+    dtype: str, tmp_path: Path
+) -> None:
+    folder_in_fp8(tmp_path, torch.bfloat16)  # as Qwen's own
+    found = model.load(str(tmp_path), device=DEVICE, dtype=dtype, load_format="auto")
+    assert {each.dtype for each in found.parameters() if each.dim() == 1} == {model.DTYPES[dtype]}
+    own = own_answers(found)
+    assert disagreement(PackedEngine(found, num_slots=4, token_budget=1024), found, own) is None
 
 
 def test_dummy_weights_are_in_the_folders_format_where_the_device_computes_in_it(tmp_path: Path) -> None:
