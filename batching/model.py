@@ -164,7 +164,8 @@ def _device_count(kind: str) -> int:
 
 
 def _check_room(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, trust: bool) -> None:
-    if getattr(config, "quantization_config", None) is not None:
+    is_widened = fp8.is_stored_in_fp8(config) and not fp8.usable(device)
+    if getattr(config, "quantization_config", None) is not None and not is_widened:
         return  # such weights take fewer bytes than `dtype` says, by a factor that each method has for itself
     needed, free = weight_bytes(config, dtype, trust), free_bytes(device)
     if needed > free:

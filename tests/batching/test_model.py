@@ -113,8 +113,11 @@ def test_a_model_larger_than_free_memory_is_refused_before_loading(
 
 def test_a_quantised_model_is_not_measured_by_its_dtype(config: Qwen3Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "free_bytes", lambda device: 10)
-    config.quantization_config = {"quant_method": "fp8"}
+    config.quantization_config = {"quant_method": "compressed-tensors"}
     subject._check_room(config, CPU, torch.float32, trust=False)
+    config.quantization_config = {"quant_method": "fp8"}  # which is widened, because this device does not compute in it
+    with pytest.raises(ModelError, match="are free on cpu"):
+        subject._check_room(config, CPU, torch.float32, trust=False)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(saved: Path) -> None:
