@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
+ADAPTER = "adapter_config.json"
+"""What PEFT saves in place of config.json, beside the weights that fine-tuning added."""
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """The start of every Git LFS pointer (git-lfs, docs/spec.md)."""
 
@@ -125,6 +128,8 @@ def _check_gguf(file: Path, load_format: LoadFormat) -> None:
 
 def _check_folder(folder: Path, load_format: LoadFormat) -> None:
     config, weights = folder / "config.json", sorted(folder.glob("*.safetensors"))
+    if not config.is_file() and (folder / ADAPTER).is_file():
+        raise ModelError(f"{folder} has an adapter without its model: merge the two, and give the folder of the result")
     if not config.is_file():
         raise ModelError(f"there is no config.json in {folder}")
     if load_format != "dummy" and not weights:

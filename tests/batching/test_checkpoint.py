@@ -106,6 +106,13 @@ def test_a_folder_needs_weights_unless_they_are_dummies(tmp_path: Path, cache: P
         locate(str(tmp_path), "auto", cache)
 
 
+def test_an_adapter_is_told_as_one(tmp_path: Path, cache: Path) -> None:
+    empty(tmp_path / "adapter_config.json")
+    empty(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="has an adapter without its model: merge the two"):
+        locate(str(tmp_path), "auto", cache)
+
+
 # Files that are not what they seem
 
 
