@@ -6,7 +6,13 @@
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from batching import fp8
 from batching.checkpoint import LoadFormat
@@ -44,6 +50,7 @@ def load(
     kind = pick_dtype(dtype, place)
     with explained(f"{checkpoint} cannot be loaded"):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        _check_type(config)
         _check_room(config, place, kind, trust_remote_code)
         if load_format == "dummy":
             model = _random(config, place, kind, trust_remote_code)
@@ -161,6 +168,14 @@ def _device_count(kind: str) -> int:
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     return int(kind == "cpu")
+
+
+def _check_type(config: PreTrainedConfig) -> None:
+    """Raises ModelError for models such as encoders, and most of those that read images, too."""
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        reason = "transformers has none that only continues text"
+        raise ModelError(f"models of type {config.model_type} cannot be served: {reason}")
 
 
 def _check_room(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, trust: bool) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Mistral3Config, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM, T5Config
 
 from batching import model as subject
 from batching.checkpoint import LoadFormat
@@ -136,6 +136,13 @@ def test_a_bad_file_is_one_sentence(file: str, content: bytes, saved: Path) -> N
         load(str(saved), device="cpu", dtype="auto", load_format="auto")
     assert "\n" not in str(raised.value)
     assert raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("config", [Mistral3Config(), T5Config()])
+def test_a_model_that_does_not_continue_text_alone_is_told_as_one(config: PreTrainedConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"^models of type {config.model_type} cannot be served"):
+        load(str(tmp_path), device="cpu", dtype="auto", load_format="dummy")
 
 
 def test_a_folder_without_weights_is_one_sentence(described: Path) -> None:
