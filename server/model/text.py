@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -210,7 +211,11 @@ class Text:
         with explained(f"no usable tokenizer in {checkpoint}"):
             if not trust_remote_code:  # a tokenizer's own code may read any file
                 _check_for_tokenizer(Path(checkpoint))
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+            except Exception:
+                _check_for_sentencepiece(Path(checkpoint))
+                raise
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ModelError(f"the tokenizer in {checkpoint} has no fast form (tokenizer.json), which streaming needs")
         if not tokenizer.chat_template:
@@ -300,6 +305,13 @@ def _check_for_tokenizer(folder: Path) -> None:
     kinds = ("tokenizer.*", "tekken.json", "vocab.*", "*.model")
     if folder.is_dir() and not any(any(folder.glob(kind)) for kind in kinds):
         raise ModelError(f"there is no tokenizer (tokenizer.json) in {folder}")
+
+
+def _check_for_sentencepiece(folder: Path) -> None:
+    """Raises `ModelError` if the folder's tokenizer is in that format alone and the package is missing, without which
+    the library takes it for another."""
+    if find_spec("sentencepiece") is None and any(folder.glob("*.model")) and not (folder / "tokenizer.json").exists():
+        raise ModelError(f"the tokenizer in {folder} needs two more packages: pip install sentencepiece protobuf")
 
 
 def _renders_system(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 import server.model.text
 from batching.errors import ModelError
@@ -456,6 +456,16 @@ def test_a_folder_that_lost_its_vocabulary_is_refused(tmp_path: Path) -> None:
     Qwen3Config().save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": BYTES.chat_template}))
     with pytest.raises(ModelError, match="there is no tokenizer"):
+        Text.load(str(tmp_path))
+
+
+def test_what_a_tokenizer_in_sentencepiece_s_format_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    LlamaConfig().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(ModelError, match="needs two more packages: pip install sentencepiece protobuf"):
         Text.load(str(tmp_path))
 
 
