@@ -77,8 +77,10 @@ def explained(failure: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its message, or its type's name if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of its message, with the next one if it ends with a colon; its type's name if it has none."""
+    first, _, rest = str(error).strip().partition("\n")
+    second = rest.strip().partition("\n")[0]
+    return (f"{first} {second}".strip() if first.endswith(":") else first) or type(error).__name__
 
 
 SHORTAGE = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,21 @@ def test_a_bad_file_is_one_sentence(file: str, content: bytes, saved: Path) -> N
         load(str(saved), device="cpu", dtype="auto", load_format="auto")
     assert "\n" not in str(raised.value)
     assert raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("max_position_embeddings", "many", r"'max_position_embeddings': .*expected int, got str"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_told_with_what_is_wrong_about_it(
+    field: str, value: object, reason: str, saved: Path
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ModelError, match=reason):
+        load(str(saved), device="cpu", dtype="auto", load_format="auto")
 
 
 @pytest.mark.parametrize("config", [Mistral3Config(), T5Config()])
