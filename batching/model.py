@@ -211,8 +211,11 @@ def _read(
         device_map={"": device},
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told here, where the library's error refers to its log
         trust_remote_code=trust,
     )
+    for name, stored, built in sorted(report["mismatched_keys"]):
+        raise ModelError(f"config.json does not fit the weights: {name} is {list(stored)}, not {list(built)}")
     check_complete(sorted(report["missing_keys"]))
     if fp8.is_stored_in_fp8(config):
         _cast_plain_weights(model, dtype)

@@ -142,6 +142,7 @@ def test_a_bad_file_is_one_sentence(file: str, content: bytes, saved: Path) -> N
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
+        ("vocab_size", 7, r"^config\.json does not fit the weights: \S+\.weight is \[\d+, 32\], not \[7, 32\]$"),
         ("max_position_embeddings", "many", r"'max_position_embeddings': .*expected int, got str"),
     ],
 )
