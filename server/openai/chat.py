@@ -122,7 +122,8 @@ def reader(text: Text, conversation: Conversation) -> MessageReader:
 
 
 def scanner_of(chat: ChatRequest, splitter: ReasoningSplitter | None) -> StopScanner:
-    """Looks for the chat's stop strings, but not in a thought if a `splitter` is given to find its end."""
+    """Looks for the chat's stop strings, but not in a thought if a `splitter` is given to find its end: it is not where
+    one of them holds the closing tag, as that of a client who wants the thought alone."""
     stops, inclusive = chat.stop or (), bool(chat.include_stop_str_in_output)
     if splitter is None:
         return StopScanner(stops, inclusive=inclusive)
@@ -165,7 +166,8 @@ class EventReader:
         self._begun = conversation.begun[choice] if conversation.begun else None
         self._message = self._begun.reader if self._begun else reader(text, conversation)
         self._thinks = self._message.thinking
-        splitter = text.format.splitter(conversation.thought) if self._thinks else None
+        thought_alone = any(self._end_of_thought in stop.encode() for stop in chat.stop or ())
+        splitter = text.format.splitter(conversation.thought) if self._thinks and not thought_alone else None
         scanner = scanner_of(chat, splitter)
         self._answer = AnswerReader(stream, text.detokenizer(after=after), scanner, stop_tokens(text, chat))
 

@@ -240,3 +240,12 @@ def test_a_stop_string_ends_the_answer_and_not_the_thought(
         found = last["message"]
     assert (found["reasoning_content"], found["content"]) == (THOUGHT, content)
     assert last["stop_reason"] == (None if content == SAID else stop)
+
+
+def test_a_stop_string_that_holds_the_closing_tag_ends_the_thought() -> None:
+    with live(
+        scripted(f"{THOUGHT}\n</think>\n\n{SAID}"), tokenizer=byte_tokenizer(TEMPLATES["always opens"])
+    ) as service:
+        choice = service.chat(stop="</think>").json()["choices"][0]
+    assert choice["message"]["reasoning_content"].strip() == THOUGHT
+    assert (choice["message"]["content"] or "", choice["stop_reason"]) == ("", "</think>")
