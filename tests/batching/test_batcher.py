@@ -784,6 +784,7 @@ def test_a_drain_while_the_engine_is_built_does_not_wait_for_it(broken: bool, ru
             return ScriptedEngine()
 
         log = Log()
+        others = set(threading.enumerate())  # another test's worker may not have ended
         batcher = Batcher(build, BatchingConfig(), [log])
         starting = asyncio.create_task(batcher.start())
         await spin()
@@ -791,7 +792,7 @@ def test_a_drain_while_the_engine_is_built_does_not_wait_for_it(broken: bool, ru
         with pytest.raises(NotReady, match="stopped"):
             await starting
         assert batcher.ended.is_set()
-        (worker,) = [thread for thread in threading.enumerate() if thread.name == "gpu-worker"]
+        (worker,) = [thread for thread in set(threading.enumerate()) - others if thread.name == "gpu-worker"]
         built.set()
         await asyncio.to_thread(worker.join, PATIENCE)
         await spin()
