@@ -110,7 +110,7 @@ class Generation(RequestBody, Constraints):
     seed: Int64 | None = None
     """Choice i uses seed + i, so each choice can be reproduced alone; random if left out."""
     stop: Stops | None = None
-    """Strings that end the answer. They are not looked for in a thought."""
+    """Strings that end the answer. They are not looked for in a thought, unless one holds its closing tag."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     include_stop_str_in_output: Flag | None = None
     """Keep the matched stop string at the end of the text."""
